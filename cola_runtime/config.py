@@ -1,0 +1,179 @@
+"""Every setting, in one frozen tree. The only module that reads the environment.
+
+Precedence: default < YAML file < environment (`COLA_...`, nested with `__`) < flag. An unknown key in the
+file or among the flags is an error that names its path.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+from cola_runtime.errors import InvalidInput, Violation
+
+DEFAULT_GRPC_PORT = 8421
+ENVIRONMENT_PREFIX = "COLA_"
+MIB = 1 << 20
+
+Seconds = Annotated[float, Field(gt=0, le=3600)]
+S = TypeVar("S", bound="_Settings")
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ClientSettings(_Settings):
+    """What the SDK and the CLI need to reach a service."""
+
+    base_url: str = f"grpc://127.0.0.1:{DEFAULT_GRPC_PORT}"
+    api_key: SecretStr = SecretStr("")
+
+
+class BaseModelSettings(_Settings):
+    """The frozen base model and how it is computed."""
+
+    name: str = "smollm2-135m-instruct"
+    """A known alias, or the name that jobs give when `path` is set."""
+    path: Path | None = None
+    """A local folder in transformers' format; None looks the alias up."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    attention: Literal["auto", "eager", "sdpa"] = "auto"
+    threads: Annotated[int, Field(ge=1, le=256)] = 1
+    bind: str = "127.0.0.1:0"
+    """Where the base model actor's gradient server listens; port 0 takes a free one."""
+
+
+class DeviceSettings(_Settings):
+    """The trusted devices that Ray places; others join with `cola device`."""
+
+    count: Annotated[int, Field(ge=0, le=4096)] = 2
+    threads: Annotated[int, Field(ge=1, le=256)] = 1
+    credit_bytes: Annotated[int, Field(ge=MIB, le=64 << 30)] = 64 * MIB
+    """Gradient bytes that may be in flight towards one device."""
+    heartbeat_seconds: Seconds = 2.0
+    lease_timeout_seconds: Seconds = 10.0
+    """Silence after which a device counts as lost."""
+
+
+class SchedulerSettings(_Settings):
+    token_budget: Annotated[int, Field(ge=1, le=1 << 24)] = 1024
+    """Most tokens, padding included, in one base step."""
+    base_steps_in_flight: Annotated[int, Field(ge=1, le=16)] = 2
+
+
+class ServiceSettings(_Settings):
+    """Everything that `cola serve` runs with."""
+
+    data_dir: Path = Path("cola-data")
+    """Job store, datasets, checkpoints, join token."""
+    listen: str = f"127.0.0.1:{DEFAULT_GRPC_PORT}"
+    """Where SDK, CLI and devices dial in."""
+    advertise: str | None = None
+    """host:port that devices use to reach `listen`; None: the same."""
+    base_model: BaseModelSettings = BaseModelSettings()
+    devices: DeviceSettings = DeviceSettings()
+    scheduler: SchedulerSettings = SchedulerSettings()
+    ray_address: str | None = None
+    """An existing cluster; None starts one on this machine."""
+    cache_dir: Path = Path(".cache/cola_runtime")
+    """Converted base models."""
+
+
+class JoinSettings(_Settings):
+    """What `cola device` needs to join a service."""
+
+    coordinator: str = f"127.0.0.1:{DEFAULT_GRPC_PORT}"
+    join_token: SecretStr = SecretStr("")
+    device_id: str | None = None
+    threads: Annotated[int, Field(ge=1, le=256)] = 1
+    credit_bytes: Annotated[int, Field(ge=MIB, le=64 << 30)] = 64 * MIB
+
+
+def client_settings(**flags: Any) -> ClientSettings:
+    return _load(ClientSettings, {}, flags, source="settings")
+
+
+def join_settings(**flags: Any) -> JoinSettings:
+    return _load(JoinSettings, {}, flags, source="settings")
+
+
+def service_settings(file: Path | None = None, **flags: Any) -> ServiceSettings:
+    """Merge file, environment and flags. Flags are nested dicts; None means not given."""
+    flags.setdefault("ray_address", os.environ.get("RAY_ADDRESS"))
+    return _load(ServiceSettings, _read_file(file), flags, source=str(file or "settings"))
+
+
+def log_level() -> str:
+    return os.environ.get(f"{ENVIRONMENT_PREFIX}LOG", "WARNING")
+
+
+def child_environment(**changes: str) -> dict[str, str]:
+    """The environment for a process that we start, with changes."""
+    return {**os.environ, **changes}
+
+
+def set_thread_environment(threads: int) -> None:
+    """Fix the thread count of numeric libraries before they are imported (Ray presets OMP_NUM_THREADS)."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(threads)
+
+
+def _load(model: type[S], file: dict[str, Any], flags: dict[str, Any], *, source: str) -> S:
+    merged = _merge(_merge(file, _environment(model)), _without_none(flags))
+    try:
+        return model.model_validate(merged)
+    except ValidationError as error:
+        violations = tuple(
+            Violation(where=".".join(str(part) for part in item["loc"]), message=item["msg"])
+            for item in error.errors(include_url=False)
+        )
+        text = "; ".join(f"{violation.where}: {violation.message}" for violation in violations)
+        raise InvalidInput(
+            "SETTING_INVALID",
+            text,
+            where=source,
+            remedy="`cola config schema` lists every setting.",
+            violations=violations,
+        ) from error
+
+
+def _environment(model: type[_Settings], prefix: str = ENVIRONMENT_PREFIX) -> dict[str, Any]:
+    """Values of `COLA_FIELD` and `COLA_GROUP__FIELD` for the fields of `model`."""
+    values: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        key = prefix + name.upper()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, _Settings):
+            values[name] = _environment(field.annotation, f"{key}__")
+        elif os.environ.get(key):
+            values[name] = os.environ[key]
+    return {name: value for name, value in values.items() if value != {}}
+
+
+def _read_file(file: Path | None) -> dict[str, Any]:
+    if file is None:
+        return {}
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InvalidInput("SETTING_FILE", f"cannot read settings: {error}", where=str(file)) from error
+    if not isinstance(content, dict | None):
+        raise InvalidInput("SETTING_FILE", "settings must be a mapping of names to values", where=str(file))
+    return content or {}
+
+
+def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(low)
+    for name, value in high.items():
+        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = _merge(merged[name], value) if both else value
+    return merged
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: _without_none(v) if isinstance(v, dict) else v for name, v in values.items()}
+    return {name: value for name, value in kept.items() if value is not None and value != {}}

@@ -1,0 +1,267 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class LeaseRef(_message.Message):
+    __slots__ = ("job_id", "epoch", "device_id")
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_ID_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    epoch: int
+    device_id: str
+    def __init__(self, job_id: _Optional[str] = ..., epoch: _Optional[int] = ..., device_id: _Optional[str] = ...) -> None: ...
+
+class SiteShape(_message.Message):
+    __slots__ = ("index", "name", "kind", "in_features", "out_features", "input_group")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    IN_FEATURES_FIELD_NUMBER: _ClassVar[int]
+    OUT_FEATURES_FIELD_NUMBER: _ClassVar[int]
+    INPUT_GROUP_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    name: str
+    kind: str
+    in_features: int
+    out_features: int
+    input_group: int
+    def __init__(self, index: _Optional[int] = ..., name: _Optional[str] = ..., kind: _Optional[str] = ..., in_features: _Optional[int] = ..., out_features: _Optional[int] = ..., input_group: _Optional[int] = ...) -> None: ...
+
+class AdapterDefinition(_message.Message):
+    __slots__ = ("rank", "alpha", "use_rslora", "seed", "sites", "dtype")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    ALPHA_FIELD_NUMBER: _ClassVar[int]
+    USE_RSLORA_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    SITES_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    alpha: float
+    use_rslora: bool
+    seed: int
+    sites: _containers.RepeatedCompositeFieldContainer[SiteShape]
+    dtype: str
+    def __init__(self, rank: _Optional[int] = ..., alpha: _Optional[float] = ..., use_rslora: _Optional[bool] = ..., seed: _Optional[int] = ..., sites: _Optional[_Iterable[_Union[SiteShape, _Mapping]]] = ..., dtype: _Optional[str] = ...) -> None: ...
+
+class OptimizerDefinition(_message.Message):
+    __slots__ = ("kind", "learning_rate", "beta1", "beta2", "eps", "weight_decay", "momentum", "nesterov", "max_grad_norm")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    BETA1_FIELD_NUMBER: _ClassVar[int]
+    BETA2_FIELD_NUMBER: _ClassVar[int]
+    EPS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_DECAY_FIELD_NUMBER: _ClassVar[int]
+    MOMENTUM_FIELD_NUMBER: _ClassVar[int]
+    NESTEROV_FIELD_NUMBER: _ClassVar[int]
+    MAX_GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    learning_rate: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    momentum: float
+    nesterov: bool
+    max_grad_norm: float
+    def __init__(self, kind: _Optional[str] = ..., learning_rate: _Optional[float] = ..., beta1: _Optional[float] = ..., beta2: _Optional[float] = ..., eps: _Optional[float] = ..., weight_decay: _Optional[float] = ..., momentum: _Optional[float] = ..., nesterov: _Optional[bool] = ..., max_grad_norm: _Optional[float] = ...) -> None: ...
+
+class ScheduleDefinition(_message.Message):
+    __slots__ = ("kind", "warmup_steps", "total_steps")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    WARMUP_STEPS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_STEPS_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    warmup_steps: int
+    total_steps: int
+    def __init__(self, kind: _Optional[str] = ..., warmup_steps: _Optional[int] = ..., total_steps: _Optional[int] = ...) -> None: ...
+
+class DeviceControl(_message.Message):
+    __slots__ = ("hello", "welcome", "heartbeat", "lease_grant", "lease_end", "checkpoint_request", "checkpoint_made", "lease_failed", "drain")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    WELCOME_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    LEASE_GRANT_FIELD_NUMBER: _ClassVar[int]
+    LEASE_END_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_MADE_FIELD_NUMBER: _ClassVar[int]
+    LEASE_FAILED_FIELD_NUMBER: _ClassVar[int]
+    DRAIN_FIELD_NUMBER: _ClassVar[int]
+    hello: DeviceHello
+    welcome: DeviceWelcome
+    heartbeat: Heartbeat
+    lease_grant: LeaseGrant
+    lease_end: LeaseEnd
+    checkpoint_request: CheckpointRequest
+    checkpoint_made: CheckpointMade
+    lease_failed: LeaseFailed
+    drain: Drain
+    def __init__(self, hello: _Optional[_Union[DeviceHello, _Mapping]] = ..., welcome: _Optional[_Union[DeviceWelcome, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., lease_grant: _Optional[_Union[LeaseGrant, _Mapping]] = ..., lease_end: _Optional[_Union[LeaseEnd, _Mapping]] = ..., checkpoint_request: _Optional[_Union[CheckpointRequest, _Mapping]] = ..., checkpoint_made: _Optional[_Union[CheckpointMade, _Mapping]] = ..., lease_failed: _Optional[_Union[LeaseFailed, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ...) -> None: ...
+
+class DeviceHello(_message.Message):
+    __slots__ = ("device_id", "join_token", "protocol_version", "threads", "trust_class", "pid")
+    DEVICE_ID_FIELD_NUMBER: _ClassVar[int]
+    JOIN_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    THREADS_FIELD_NUMBER: _ClassVar[int]
+    TRUST_CLASS_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    device_id: str
+    join_token: str
+    protocol_version: int
+    threads: int
+    trust_class: str
+    pid: int
+    def __init__(self, device_id: _Optional[str] = ..., join_token: _Optional[str] = ..., protocol_version: _Optional[int] = ..., threads: _Optional[int] = ..., trust_class: _Optional[str] = ..., pid: _Optional[int] = ...) -> None: ...
+
+class DeviceWelcome(_message.Message):
+    __slots__ = ("gradient_endpoint", "heartbeat_seconds")
+    GRADIENT_ENDPOINT_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    gradient_endpoint: str
+    heartbeat_seconds: float
+    def __init__(self, gradient_endpoint: _Optional[str] = ..., heartbeat_seconds: _Optional[float] = ...) -> None: ...
+
+class Heartbeat(_message.Message):
+    __slots__ = ("busy_seconds", "resident_bytes")
+    BUSY_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    busy_seconds: float
+    resident_bytes: int
+    def __init__(self, busy_seconds: _Optional[float] = ..., resident_bytes: _Optional[int] = ...) -> None: ...
+
+class LeaseGrant(_message.Message):
+    __slots__ = ("lease", "adapter", "optimizer", "schedule", "checkpoint_bytes", "checkpoint_every")
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    SCHEDULE_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_EVERY_FIELD_NUMBER: _ClassVar[int]
+    lease: LeaseRef
+    adapter: AdapterDefinition
+    optimizer: OptimizerDefinition
+    schedule: ScheduleDefinition
+    checkpoint_bytes: int
+    checkpoint_every: int
+    def __init__(self, lease: _Optional[_Union[LeaseRef, _Mapping]] = ..., adapter: _Optional[_Union[AdapterDefinition, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerDefinition, _Mapping]] = ..., schedule: _Optional[_Union[ScheduleDefinition, _Mapping]] = ..., checkpoint_bytes: _Optional[int] = ..., checkpoint_every: _Optional[int] = ...) -> None: ...
+
+class LeaseEnd(_message.Message):
+    __slots__ = ("lease",)
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    lease: LeaseRef
+    def __init__(self, lease: _Optional[_Union[LeaseRef, _Mapping]] = ...) -> None: ...
+
+class CheckpointRequest(_message.Message):
+    __slots__ = ("lease",)
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    lease: LeaseRef
+    def __init__(self, lease: _Optional[_Union[LeaseRef, _Mapping]] = ...) -> None: ...
+
+class CheckpointMade(_message.Message):
+    __slots__ = ("lease", "version", "bytes", "sha256")
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    lease: LeaseRef
+    version: int
+    bytes: int
+    sha256: str
+    def __init__(self, lease: _Optional[_Union[LeaseRef, _Mapping]] = ..., version: _Optional[int] = ..., bytes: _Optional[int] = ..., sha256: _Optional[str] = ...) -> None: ...
+
+class LeaseFailed(_message.Message):
+    __slots__ = ("lease", "reason", "message")
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    lease: LeaseRef
+    reason: str
+    message: str
+    def __init__(self, lease: _Optional[_Union[LeaseRef, _Mapping]] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+
+class Drain(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GradientControl(_message.Message):
+    __slots__ = ("hello", "welcome", "credit", "microbatch_end", "update_end", "refusal")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    WELCOME_FIELD_NUMBER: _ClassVar[int]
+    CREDIT_FIELD_NUMBER: _ClassVar[int]
+    MICROBATCH_END_FIELD_NUMBER: _ClassVar[int]
+    UPDATE_END_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    hello: GradientHello
+    welcome: GradientWelcome
+    credit: Credit
+    microbatch_end: MicrobatchEnd
+    update_end: UpdateEnd
+    refusal: Refusal
+    def __init__(self, hello: _Optional[_Union[GradientHello, _Mapping]] = ..., welcome: _Optional[_Union[GradientWelcome, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., microbatch_end: _Optional[_Union[MicrobatchEnd, _Mapping]] = ..., update_end: _Optional[_Union[UpdateEnd, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
+
+class GradientHello(_message.Message):
+    __slots__ = ("device_id", "join_token", "protocol_version", "credit_bytes")
+    DEVICE_ID_FIELD_NUMBER: _ClassVar[int]
+    JOIN_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    CREDIT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    device_id: str
+    join_token: str
+    protocol_version: int
+    credit_bytes: int
+    def __init__(self, device_id: _Optional[str] = ..., join_token: _Optional[str] = ..., protocol_version: _Optional[int] = ..., credit_bytes: _Optional[int] = ...) -> None: ...
+
+class GradientWelcome(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Credit(_message.Message):
+    __slots__ = ("bytes",)
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    bytes: int
+    def __init__(self, bytes: _Optional[int] = ...) -> None: ...
+
+class MicrobatchEnd(_message.Message):
+    __slots__ = ("lease", "version", "microbatch", "tensors", "apply")
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MICROBATCH_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    APPLY_FIELD_NUMBER: _ClassVar[int]
+    lease: LeaseRef
+    version: int
+    microbatch: int
+    tensors: int
+    apply: bool
+    def __init__(self, lease: _Optional[_Union[LeaseRef, _Mapping]] = ..., version: _Optional[int] = ..., microbatch: _Optional[int] = ..., tensors: _Optional[int] = ..., apply: _Optional[bool] = ...) -> None: ...
+
+class UpdateEnd(_message.Message):
+    __slots__ = ("lease", "version", "tensors", "learning_rate", "gradient_norm", "device_seconds")
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_NORM_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    lease: LeaseRef
+    version: int
+    tensors: int
+    learning_rate: float
+    gradient_norm: float
+    device_seconds: float
+    def __init__(self, lease: _Optional[_Union[LeaseRef, _Mapping]] = ..., version: _Optional[int] = ..., tensors: _Optional[int] = ..., learning_rate: _Optional[float] = ..., gradient_norm: _Optional[float] = ..., device_seconds: _Optional[float] = ...) -> None: ...
+
+class Refusal(_message.Message):
+    __slots__ = ("lease", "reason", "message")
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    lease: LeaseRef
+    reason: str
+    message: str
+    def __init__(self, lease: _Optional[_Union[LeaseRef, _Mapping]] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...

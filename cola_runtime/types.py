@@ -1,0 +1,219 @@
+"""Values that travel between the layers. Imports neither torch nor ray nor grpc.
+
+Words are those of the glossary in README.md: a *site* is one module of the base model that an adapter
+is attached to, a *segment* the contiguous rows of a mixed batch that belong to one adapter, a *tap* what
+is captured at one site for one segment, *version* the number of optimizer steps applied to an adapter.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+JOB_ID_PREFIX = "job-"
+
+
+class SiteKind(enum.StrEnum):
+    """How a site stores its weight: `linear` is [out, in], `conv1d` (GPT-2) is [in, out]."""
+
+    LINEAR = "linear"
+    CONV1D = "conv1d"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """One module of the base model that can carry an adapter."""
+
+    index: int  # position in the base model's catalogue; names the site on the wire
+    name: str  # the module's full name, as in `model.named_modules()`
+    kind: SiteKind
+    in_features: int
+    out_features: int
+    input_group: int  # sites with one number receive the very same input x (q, k, v; gate, up)
+
+
+class TensorKind(enum.IntEnum):
+    """What a tensor on the wire is. The value is the frame header's tensor id."""
+
+    LORA_A = 1  # [rank, in_features]
+    LORA_B = 2  # [out_features, rank]
+    GRAD_LORA_A = 3  # [rank, in_features]
+    GRAD_LORA_B = 4  # [out_features, rank]
+    INPUT = 5  # x, [rows, in_features]; its site is the first adapted site of the input group
+    OUTPUT_GRADIENT = 6  # g, [rows, out_features]
+    BLOB = 7  # opaque bytes (a checkpoint), uint8 [bytes]
+
+
+class Encoding(enum.StrEnum):
+    """How a tap travels from the base model to a device."""
+
+    ACTIVATIONS = "activations"
+    ADAPTER_GRADIENT = "adapter_gradient"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorKey:
+    """Names one tensor of one adapter: which site, and which of its tensors."""
+
+    site: int
+    kind: TensorKind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSpec:
+    """A LoRA adapter at a fixed set of sites: h = f(x) + scaling * B A x at each of them."""
+
+    rank: int
+    alpha: float
+    use_rslora: bool
+    seed: int
+    sites: tuple[Site, ...]  # in catalogue order
+    dtype: str = "float32"  # of the weights on the device and of their gradients on the wire
+
+    @property
+    def scaling(self) -> float:
+        """alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv:2312.03732)."""
+        return self.alpha / self.rank**0.5 if self.use_rslora else self.alpha / self.rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerHyperparameters:
+    """`torch.optim` names; `max_grad_norm` clips the global norm over all sites of one adapter."""
+
+    kind: str  # "adamw" or "sgd"
+    learning_rate: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    nesterov: bool = False
+    max_grad_norm: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearningRateSchedule:
+    """`constant`, `linear` or `cosine` decay to zero at `total_steps`, after `warmup_steps` of linear warm-up."""
+
+    kind: str
+    warmup_steps: int
+    total_steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """The right of one device to train one adapter. A message with an older epoch is fenced."""
+
+    job_id: str
+    epoch: int
+    device_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One tokenised training row. `weights[t]` weighs the loss of predicting `tokens[t]` (0: not a label)."""
+
+    tokens: NDArray[np.int32]  # [length]
+    weights: NDArray[np.float32]  # [length]; weights[0] is always 0, nothing predicts the first token
+
+    @property
+    def label_tokens(self) -> int:
+        return int(np.count_nonzero(self.weights))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """The rows of one adapter inside a mixed batch, and what to do with their taps."""
+
+    lease: Lease
+    version: int  # the adapter version that these rows must see; anything else in the bank is refused
+    rows: tuple[Row, ...]
+    loss_denominator: float  # sum of the weights over the whole step, so that gradients simply add up
+    encoding: Encoding = Encoding.ADAPTER_GRADIENT
+    microbatch: int = 0  # position within the step, 0-based
+    last_microbatch: bool = True  # the device applies the optimizer step after this one
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(row.tokens) for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseStep:
+    """One mixed batch. `train=False` computes losses only: no backward pass, no taps."""
+
+    number: int
+    segments: tuple[Segment, ...]
+    train: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentLoss:
+    """Outcome of one segment; `reason` is None, or the stable error reason for which it was not computed."""
+
+    job_id: str
+    loss_sum: float = 0.0  # sum over label tokens of weight * cross-entropy
+    weight_sum: float = 0.0
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseStepResult:
+    number: int
+    losses: tuple[SegmentLoss, ...]  # in the order of the segments
+    started: float  # time.monotonic() of the base process
+    seconds: float
+    computed_tokens: int  # rows x padded length
+    real_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepApplied:
+    """A device applied an optimizer step and its new weights are current in the bank."""
+
+    lease: Lease
+    version: int  # after the step; the start version right after a lease is granted
+    learning_rate: float = 0.0
+    gradient_norm: float = 0.0  # before clipping
+    device_seconds: float = 0.0
+    bytes_up: int = 0  # base model -> device for this step, frame headers included
+    bytes_down: int = 0  # device -> base model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceLinkChanged:
+    """A device's gradient stream opened, closed, ran out of credit (parked) or got it back."""
+
+    device_id: str
+    connected: bool
+    parked: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRefused:
+    """A device or the base model refused something of this lease; the job must recover or fail."""
+
+    lease: Lease
+    reason: str
+    message: str
+
+
+BaseEvent = StepApplied | DeviceLinkChanged | StepRefused
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseModelDescription:
+    """What the coordinator must know of a base model to check a job before accepting it."""
+
+    name: str
+    architecture: str
+    context_length: int
+    vocabulary_size: int
+    dtype: str
+    sites: tuple[Site, ...]
+    gradient_endpoint: str  # host:port of the gradient stream server
+    tokenizer_path: str
+    parameters: int
+    details: dict[str, str] = field(default_factory=dict)  # attention implementation, threads, device
