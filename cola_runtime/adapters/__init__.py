@@ -1,0 +1,1 @@
+"""The mathematics of one adapter: its factors, its gradient, its PEFT files."""

@@ -1,0 +1,164 @@
+"""A checkpoint as one bytes object: safetensors with the adapter's definition as JSON metadata. Torch-free.
+
+Tensor names: `weights/<site name>/lora_A`, `optimizer/<site name>/lora_A/<state name>`, the same for lora_B;
+the state names are torch.optim's own (exp_avg, exp_avg_sq, step, momentum_buffer). Metadata "cola" holds
+format, spec, optimizer, schedule and version. Reading checks everything against them before a tensor is used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+
+from cola_runtime.errors import InvalidInput
+from cola_runtime.types import (
+    AdapterSpec,
+    LearningRateSchedule,
+    OptimizerHyperparameters,
+    Site,
+    SiteKind,
+    TensorKey,
+    TensorKind,
+)
+
+FORMAT = 1
+MAX_HEADER_BYTES = 16 << 20
+
+_SUFFIX = {TensorKind.LORA_A: "lora_A", TensorKind.LORA_B: "lora_B"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingDefinition:
+    """What fixes an adapter's training, apart from its rows."""
+
+    spec: AdapterSpec
+    optimizer: OptimizerHyperparameters
+    schedule: LearningRateSchedule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointContent:
+    """A checkpoint, decoded and checked: every weight, and the optimizer's state of each (maybe none yet)."""
+
+    definition: TrainingDefinition
+    version: int
+    weights: dict[TensorKey, NDArray[Any]]
+    optimizer_state: dict[TensorKey, dict[str, NDArray[Any]]]
+
+
+def weight_keys(spec: AdapterSpec) -> Iterator[tuple[TensorKey, tuple[int, int], str]]:
+    """Key, shape and tensor name of every weight, in catalogue order, A before B."""
+    for site in spec.sites:
+        for kind, shape in (
+            (TensorKind.LORA_A, (spec.rank, site.in_features)),
+            (TensorKind.LORA_B, (site.out_features, spec.rank)),
+        ):
+            yield TensorKey(site.index, kind), shape, f"{site.name}/{_SUFFIX[kind]}"
+
+
+def encode_checkpoint(content: CheckpointContent) -> bytes:
+    """The checkpoint's bytes; equal content gives equal bytes."""
+    tensors: dict[str, NDArray[Any]] = {}
+    for key, _, name in weight_keys(content.definition.spec):
+        tensors[f"weights/{name}"] = np.ascontiguousarray(content.weights[key])
+        for state, value in content.optimizer_state.get(key, {}).items():
+            tensors[f"optimizer/{name}/{state}"] = np.array(value, order="C")
+    description = {"format": FORMAT, "version": content.version, **dataclasses.asdict(content.definition)}
+    return safetensors.numpy.save(tensors, metadata={"cola": json.dumps(description, sort_keys=True)})
+
+
+def decode_checkpoint(data: bytes) -> CheckpointContent:
+    """Inverse of `encode_checkpoint`. Raises InvalidInput CHECKPOINT_INVALID for what does not fit."""
+    try:
+        description = _description(data)
+        definition, version = _definition(description), int(description["version"])
+        tensors = safetensors.numpy.load(data)
+    except (SafetensorError, ValueError, KeyError, TypeError, struct.error) as error:
+        raise _invalid(f"it cannot be read: {error}") from error
+    return _checked(definition, version, tensors)
+
+
+def checkpoint_weights(data: bytes) -> tuple[AdapterSpec, int, dict[TensorKey, NDArray[Any]]]:
+    """The adapter of a checkpoint: what it is, its version, its weights."""
+    content = decode_checkpoint(data)
+    return content.definition.spec, content.version, content.weights
+
+
+def _description(data: bytes) -> dict[str, Any]:
+    (header_bytes,) = struct.unpack_from("<Q", data)
+    if header_bytes > min(MAX_HEADER_BYTES, len(data) - 8):
+        raise ValueError(f"a header of {header_bytes} bytes in {len(data)} bytes")
+    description = json.loads(json.loads(data[8 : 8 + header_bytes])["__metadata__"]["cola"])
+    if not isinstance(description, dict) or description["format"] != FORMAT:
+        raise ValueError(f"checkpoint format {description['format']!r}, this release reads {FORMAT}")
+    return description
+
+
+def _definition(description: dict[str, Any]) -> TrainingDefinition:
+    spec, optimizer = dict(description["spec"]), dict(description["optimizer"])
+    sites = tuple(Site(**{**site, "kind": SiteKind(site["kind"])}) for site in spec.pop("sites"))
+    optimizer["betas"] = tuple(optimizer["betas"])
+    return TrainingDefinition(
+        spec=AdapterSpec(**spec, sites=sites),
+        optimizer=OptimizerHyperparameters(**optimizer),
+        schedule=LearningRateSchedule(**description["schedule"]),
+    )
+
+
+def _checked(
+    definition: TrainingDefinition, version: int, tensors: dict[str, NDArray[Any]]
+) -> CheckpointContent:
+    weights: dict[TensorKey, NDArray[Any]] = {}
+    states: dict[TensorKey, dict[str, NDArray[Any]]] = {}
+    dtype = np.dtype(definition.spec.dtype)
+    expected = _state_names(definition.optimizer, version)
+    for key, shape, name in weight_keys(definition.spec):
+        weights[key] = _take(tensors, f"weights/{name}", shape=shape, dtype=dtype)
+        states[key] = {
+            state: _take(
+                tensors, f"optimizer/{name}/{state}", shape=() if state == "step" else shape, dtype=dtype
+            )
+            for state in expected
+        }
+        if states[key].get("step", version) != version:
+            raise _invalid(f"the optimizer counts {states[key]['step']} steps at version {version}")
+    if tensors:
+        raise _invalid(f"unknown tensors {sorted(tensors)[:3]}")
+    return CheckpointContent(definition=definition, version=version, weights=weights, optimizer_state=states)
+
+
+def _state_names(optimizer: OptimizerHyperparameters, version: int) -> tuple[str, ...]:
+    """The optimizer state that every weight has after `version` steps."""
+    if version < 0:
+        raise _invalid(f"version {version}")
+    if version == 0:
+        return ()
+    if optimizer.kind == "adamw":
+        return ("exp_avg", "exp_avg_sq", "step")
+    return ("momentum_buffer",) if optimizer.momentum else ()
+
+
+def _take(
+    tensors: dict[str, NDArray[Any]], name: str, *, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> NDArray[Any]:
+    tensor = tensors.pop(name, None)
+    if tensor is None:
+        raise _invalid(f"tensor {name!r} is missing")
+    if tensor.shape != shape or (shape and tensor.dtype != dtype) or not np.isfinite(tensor).all():
+        raise _invalid(f"tensor {name!r} is {tensor.dtype} {tensor.shape}, expected finite {dtype} {shape}")
+    return tensor
+
+
+def _invalid(problem: str) -> InvalidInput:
+    return InvalidInput(
+        "CHECKPOINT_INVALID", f"not a checkpoint of an adapter: {problem}", remedy="Use an older checkpoint."
+    )

@@ -1,0 +1,72 @@
+"""Which sites an adapter is attached to: presets, or names as PEFT matches them. No regular expressions."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from cola_runtime.errors import InvalidInput, Violation
+from cola_runtime.types import Site
+
+ALL_LINEAR = "all-linear"
+# Names of Llama's family (q_proj ...; Phi's fused qkv_proj, gate_up_proj) and of GPT-2's (c_attn ...).
+# `c_proj` alone would name both of GPT-2's projections, hence the two parts.
+PRESETS: dict[str, tuple[str, ...]] = {
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "c_attn", "attn.c_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "mlp.c_fc", "mlp.c_proj"),
+}
+_LISTED_NAMES = 12
+
+
+def resolve_target_sites(catalogue: Sequence[Site], target_modules: str | Sequence[str]) -> tuple[Site, ...]:
+    """The sites that `target_modules` names, in catalogue order, each once; never empty.
+
+    `all-linear` is the whole catalogue (it has no LM head); `attention` and `mlp` go by the names in PRESETS.
+    Anything else is matched as PEFT does: a module's full name, or its last dotted parts. Raises InvalidInput
+    `NO_MODULE_MATCHED`, with near names, if a given name or a preset matches no site.
+    """
+    if isinstance(target_modules, str):
+        preset = _preset_sites(catalogue, target_modules)
+        target_modules = (target_modules,)
+        if preset:
+            return preset
+    unmatched = [name for name in target_modules if not any(_matches(site, name) for site in catalogue)]
+    if unmatched or not target_modules:
+        raise _no_module_matched(catalogue, unmatched)
+    return tuple(site for site in catalogue if any(_matches(site, name) for name in target_modules))
+
+
+def _preset_sites(catalogue: Sequence[Site], preset: str) -> tuple[Site, ...]:
+    if preset == ALL_LINEAR:
+        return tuple(catalogue)
+    names = PRESETS.get(preset, ())
+    return tuple(site for site in catalogue if any(_matches(site, name) for name in names))
+
+
+def _matches(site: Site, name: str) -> bool:
+    return site.name == name or site.name.endswith(f".{name}")
+
+
+def _no_module_matched(catalogue: Sequence[Site], unmatched: Sequence[str]) -> InvalidInput:
+    known = _short_names(catalogue)
+    violations = tuple(
+        Violation(where="target_modules", message=f"no module is named {name!r}{_near(name, known)}")
+        for name in unmatched
+    )
+    return InvalidInput(
+        "NO_MODULE_MATCHED",
+        "; ".join(v.message for v in violations) or "target_modules is empty",
+        where="target_modules",
+        remedy=f"Use {ALL_LINEAR}, {', '.join(PRESETS)} or names of: {', '.join(known[:_LISTED_NAMES])}.",
+        violations=violations,
+    )
+
+
+def _short_names(catalogue: Sequence[Site]) -> list[str]:
+    """The last part of each site's name, in catalogue order, each once."""
+    return list(dict.fromkeys(site.name.rpartition(".")[2] for site in catalogue))
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name.rpartition(".")[2], known, n=3)
+    return f"; near names: {', '.join(near)}" if near else ""

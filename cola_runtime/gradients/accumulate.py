@@ -1,0 +1,178 @@
+"""Device side: sums the taps of one adapter, in whatever encoding and order they arrive, into its gradient.
+
+Shapes: N rows, I in_features, O out_features, R rank. Knows nothing of frames, leases or optimizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from cola_runtime.adapters.lora import lora_gradient, torch_dtype, weight_shapes
+from cola_runtime.errors import ProtocolError
+from cola_runtime.types import AdapterSpec, Site, TensorKey, TensorKind
+
+_GRADIENT_OF = {
+    TensorKind.LORA_A: TensorKind.GRAD_LORA_A,
+    TensorKind.LORA_B: TensorKind.GRAD_LORA_B,
+}
+
+
+@dataclass(slots=True)
+class _InputGroup:
+    """The adapted sites that share one x, and what of the tap under way is still unpaired."""
+
+    sites: dict[int, Site]  # the first one's index keys INPUT
+    input_NI: Tensor | None = None  # in spec.dtype; freed after the group's last gradient
+    waiting: dict[int, Tensor] = field(default_factory=dict)  # site -> g that came before x
+    paired: set[int] = field(default_factory=set)
+
+    @property
+    def first(self) -> Site:
+        return next(iter(self.sites.values()))
+
+    @property
+    def is_open(self) -> bool:
+        return self.input_NI is not None or bool(self.waiting)
+
+
+class GradientAccumulator:
+    """Gradient of one adapter, summed over microbatches in spec.dtype.
+
+    `adapter_gradient` taps are added as they come. Of `activations` taps, each pair (x, g) is turned into
+    dA = s (g B)^T x, dB = s g^T (x A^T) as soon as both are there, and freed: memory is the adapter's
+    gradient plus open pairs. One tap of an input group (x, a g per site) ends before its next one begins.
+    """
+
+    def __init__(self, spec: AdapterSpec) -> None:
+        self._scaling = spec.scaling
+        self._dtype = torch_dtype(spec)
+        self._sites = {site.index: site for site in spec.sites}
+        self._gradients = {
+            TensorKey(key.site, _GRADIENT_OF[key.kind]): torch.zeros(shape, dtype=self._dtype)
+            for key, shape in weight_shapes(spec).items()
+        }
+        groups: dict[int, _InputGroup] = {}
+        for site in spec.sites:
+            groups.setdefault(site.input_group, _InputGroup(sites={})).sites[site.index] = site
+        self._groups = {site.index: groups[site.input_group] for site in spec.sites}
+
+    @property
+    def complete(self) -> bool:
+        """No pair is open: every x has met the gradients of all its sites."""
+        return not any(group.is_open for group in self._groups.values())
+
+    def add(self, key: TensorKey, tensor: Tensor, weights: Mapping[TensorKey, Tensor]) -> None:
+        """Add one tensor of a tap; `weights` are the LORA_A and LORA_B that the tap was taken at.
+
+        Keeps no reference to `tensor` beyond its pair. Raises ProtocolError `TENSOR_INVALID`, and changes
+        nothing, for a site, kind, shape or dtype that this adapter does not have.
+        """
+        site = self._sites.get(key.site)
+        if site is None:
+            raise _invalid(f"site {key.site}", f"one of sites {sorted(self._sites)}", f"site {key.site}")
+        if key.kind is TensorKind.INPUT:
+            self._add_input(site, tensor, weights)
+        elif key.kind is TensorKind.OUTPUT_GRADIENT:
+            self._add_output_gradient(site, tensor, weights)
+        elif key in self._gradients:
+            self._add_gradient(site, key, tensor)
+        else:
+            raise _invalid(site.name, "a gradient, an input or an output gradient", key.kind.name)
+
+    def gradients(self) -> dict[TensorKey, Tensor]:
+        """GRAD_LORA_A [R, I] and GRAD_LORA_B [O, R] of every site; zeros where no tap arrived.
+
+        The tensors are the accumulator's own, valid until `clear`. Raises ProtocolError `TAP_INCOMPLETE`
+        while a pair is open.
+        """
+        open_sites = sorted({group.first.name for group in self._groups.values() if group.is_open})
+        if open_sites:
+            raise ProtocolError(
+                "TAP_INCOMPLETE", f"taps are incomplete at the inputs of {', '.join(open_sites)}"
+            )
+        return dict(self._gradients)
+
+    def clear(self) -> None:
+        """Zero the sums in place and drop open pairs, for the next step."""
+        for gradient in self._gradients.values():
+            gradient.zero_()
+        for group in self._groups.values():
+            _close(group)
+
+    def _add_gradient(self, site: Site, key: TensorKey, tensor: Tensor) -> None:
+        total = self._gradients[key]
+        _check_shape(site, tensor, tuple(total.shape))
+        if tensor.dtype != total.dtype:
+            raise _invalid(site.name, str(total.dtype), str(tensor.dtype))
+        total.add_(tensor)
+
+    def _add_input(self, site: Site, tensor: Tensor, weights: Mapping[TensorKey, Tensor]) -> None:
+        group = self._groups[site.index]
+        if site is not group.first:
+            raise _invalid(
+                site.name, f"the input under its group's first site {group.first.name!r}", "its own"
+            )
+        if group.input_NI is not None:
+            raise _invalid(site.name, "the open tap's remaining gradients", "a second input")
+        _check_tap(site, tensor, _open_rows(group), site.in_features)
+        group.input_NI = tensor.to(self._dtype)
+        for index in list(group.waiting):
+            self._pair(group, group.sites[index], group.waiting.pop(index), weights)
+
+    def _add_output_gradient(self, site: Site, tensor: Tensor, weights: Mapping[TensorKey, Tensor]) -> None:
+        group = self._groups[site.index]
+        if site.index in group.waiting or site.index in group.paired:
+            raise _invalid(site.name, "one gradient a tap", "a second one before the tap was complete")
+        _check_tap(site, tensor, _open_rows(group), site.out_features)
+        if group.input_NI is None:
+            group.waiting[site.index] = tensor
+        else:
+            self._pair(group, site, tensor, weights)
+
+    def _pair(
+        self, group: _InputGroup, site: Site, grad_NO: Tensor, weights: Mapping[TensorKey, Tensor]
+    ) -> None:
+        assert group.input_NI is not None
+        a_RI = weights[TensorKey(site.index, TensorKind.LORA_A)]
+        b_OR = weights[TensorKey(site.index, TensorKind.LORA_B)]
+        with torch.no_grad():
+            grads = lora_gradient(group.input_NI, grad_NO.to(self._dtype), a_RI, b_OR, self._scaling)
+            self._gradients[TensorKey(site.index, TensorKind.GRAD_LORA_A)].add_(grads[0])
+            self._gradients[TensorKey(site.index, TensorKind.GRAD_LORA_B)].add_(grads[1])
+        group.paired.add(site.index)
+        if len(group.paired) == len(group.sites):
+            _close(group)
+
+
+def _close(group: _InputGroup) -> None:
+    group.input_NI = None
+    group.waiting.clear()
+    group.paired.clear()
+
+
+def _open_rows(group: _InputGroup) -> int | None:
+    """Rows of the tap under way, which all its tensors must have; None if it has not begun."""
+    if group.input_NI is not None:
+        return len(group.input_NI)
+    return next((len(gradient) for gradient in group.waiting.values()), None)
+
+
+def _check_tap(site: Site, tensor: Tensor, rows: int | None, features: int) -> None:
+    if not tensor.is_floating_point():
+        raise _invalid(site.name, "a floating point dtype", str(tensor.dtype))
+    if tensor.ndim != 2:
+        raise _invalid(site.name, f"shape (rows, {features})", f"{tuple(tensor.shape)}")
+    _check_shape(site, tensor, (tensor.shape[0] if rows is None else rows, features))
+
+
+def _check_shape(site: Site, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != expected:
+        raise _invalid(site.name, f"shape {expected}", f"{tuple(tensor.shape)}")
+
+
+def _invalid(site: str, expected: str, got: str) -> ProtocolError:
+    return ProtocolError("TENSOR_INVALID", f"site {site!r} expects {expected}, got {got}", where=site)

@@ -1,0 +1,1 @@
+"""Tiny models and peft references, for tests and benchmarks; also for users' own tests."""

@@ -1,0 +1,168 @@
+"""One adapter trained alone by stock peft and torch.optim: what every other path is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.functional import cross_entropy
+
+from cola_runtime.adapters.schedule import learning_rate
+from cola_runtime.types import (
+    AdapterSpec,
+    LearningRateSchedule,
+    OptimizerHyperparameters,
+    Row,
+    TensorKey,
+    TensorKind,
+)
+
+_FACTORS = {TensorKind.LORA_A: "lora_A", TensorKind.LORA_B: "lora_B"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How one adapter is trained alone. A step is one batch of rows, whatever the adaptation interval."""
+
+    spec: AdapterSpec
+    initial_weights: Mapping[TensorKey, Tensor]
+    steps: Sequence[Sequence[Row]]
+    optimizer: OptimizerHyperparameters
+    schedule: LearningRateSchedule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedAlone:
+    """Final LORA_A and LORA_B of every site, and each step's mean loss before it was applied."""
+
+    weights: dict[TensorKey, Tensor]
+    losses: list[float]
+
+
+def train_alone(model_path: Path, recipe: Recipe, *, dtype: str, attention: str = "sdpa") -> TrainedAlone:
+    """Train with peft's LoRA on the stock transformers model, loaded in `dtype`, in evaluation mode.
+
+    The loss is sum(w ce) / sum(w) over a step's rows, right-padded into one batch, taken from the logits in
+    the model's dtype: transformers' own loss goes through float32, which costs 6e-7 in a float64 run.
+    """
+    model = peft_model(model_path, recipe.spec, dtype=dtype, attention=attention)
+    factors = adapter_parameters(model, recipe.spec)
+    with torch.no_grad():
+        for key, parameter in factors.items():
+            parameter.copy_(recipe.initial_weights[key])
+    optimizer = _torch_optimizer(recipe.optimizer, list(factors.values()))
+    losses = [
+        _train_step(
+            model, optimizer, rows, recipe, learning_rate(recipe.schedule, recipe.optimizer.learning_rate, k)
+        )
+        for k, rows in enumerate(recipe.steps)
+    ]
+    return TrainedAlone(weights={key: p.detach().clone() for key, p in factors.items()}, losses=losses)
+
+
+def peft_model(model_path: Path, spec: AdapterSpec, *, dtype: str, attention: str = "sdpa") -> Any:
+    """The stock model with a fresh peft LoRA at the spec's sites, its factors in spec.dtype; no dropout."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(
+        model_path, dtype=getattr(torch, dtype), attn_implementation=attention
+    )
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        use_rslora=spec.use_rslora,
+        target_modules=[site.name for site in spec.sites],
+        fan_in_fan_out=any(site.kind == "conv1d" for site in spec.sites),
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(base, config, autocast_adapter_dtype=False).eval()
+    for parameter in adapter_parameters(model, spec).values():
+        parameter.data = parameter.data.to(getattr(torch, spec.dtype))
+    return model
+
+
+def adapter_parameters(model: Any, spec: AdapterSpec) -> dict[TensorKey, Parameter]:
+    """The peft model's own factor parameters, by our names, in catalogue order."""
+    base = model.get_base_model()
+    return {
+        TensorKey(site.index, kind): getattr(base.get_submodule(site.name), factor)["default"].weight
+        for site in spec.sites
+        for kind, factor in _FACTORS.items()
+    }
+
+
+def batch_loss(model: Any, rows: Sequence[Row]) -> Tensor:
+    """sum(w ce) / sum(w) over the rows' predicted tokens, in the dtype of the logits."""
+    tokens, weights, mask = _padded(rows)
+    logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+    loss = cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
+    weights = weights[:, 1:].to(loss.dtype)
+    return (weights * loss).sum() / weights.sum()
+
+
+def relative_difference(
+    values: Mapping[TensorKey, Tensor], reference: Mapping[TensorKey, Tensor]
+) -> dict[TensorKey, float]:
+    """|value - reference| / |reference| of each tensor, norms in float64; inf where only the latter is 0."""
+    if values.keys() != reference.keys():
+        raise ValueError(f"the adapters differ in {sorted(map(str, values.keys() ^ reference.keys()))}")
+    return {key: _relative(values[key].double(), reference[key].double()) for key in reference}
+
+
+def _relative(value: Tensor, reference: Tensor) -> float:
+    difference, norm = float((value - reference).norm()), float(reference.norm())
+    if difference == 0.0:
+        return 0.0
+    return difference / norm if norm else float("inf")
+
+
+def _train_step(
+    model: Any, optimizer: torch.optim.Optimizer, rows: Sequence[Row], recipe: Recipe, rate: float
+) -> float:
+    loss = batch_loss(model, rows)
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+        if recipe.optimizer.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(group["params"], recipe.optimizer.max_grad_norm)
+    optimizer.step()
+    return loss.item()
+
+
+def _torch_optimizer(wanted: OptimizerHyperparameters, parameters: list[Parameter]) -> torch.optim.Optimizer:
+    if wanted.kind == "sgd":
+        return torch.optim.SGD(
+            parameters,
+            lr=wanted.learning_rate,
+            momentum=wanted.momentum,
+            nesterov=wanted.nesterov,
+            weight_decay=wanted.weight_decay,
+        )
+    return torch.optim.AdamW(
+        parameters,
+        lr=wanted.learning_rate,
+        betas=wanted.betas,
+        eps=wanted.eps,
+        weight_decay=wanted.weight_decay,
+    )
+
+
+def _padded(rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, weights and attention mask, each [rows, longest], padded on the right with 0."""
+    longest = max(len(row.tokens) for row in rows)
+    tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
+    weights = torch.zeros(len(rows), longest)
+    mask = torch.zeros(len(rows), longest, dtype=torch.int64)
+    for number, row in enumerate(rows):
+        length = len(row.tokens)
+        tokens[number, :length] = torch.from_numpy(row.tokens)
+        weights[number, :length] = torch.from_numpy(row.weights)
+        mask[number, :length] = 1
+    return tokens, weights, mask

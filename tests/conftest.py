@@ -1,0 +1,41 @@
+"""Fixtures that every area may use."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Require = Callable[[str], None]
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def skip_or_fail() -> Require:
+    """Call with a reason when something that a test needs is missing: skips here, fails in CI."""
+
+    def unavailable(reason: str) -> None:
+        if os.environ.get("CI"):
+            pytest.fail(f"in CI nothing may be missing: {reason}", pytrace=False)
+        pytest.skip(reason)
+
+    return unavailable
+
+
+@pytest.fixture(scope="session")
+def require_package(skip_or_fail: Require) -> Require:
+    """Call with the name of a package whose files a test reads (it is not imported)."""
+
+    def require(package: str) -> None:
+        if importlib.util.find_spec(package) is None:
+            skip_or_fail(f"package {package!r} is not installed; run `make setup`")
+
+    return require
