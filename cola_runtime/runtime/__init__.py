@@ -1,0 +1,1 @@
+"""Composition root: Ray placement and the processes of the service."""

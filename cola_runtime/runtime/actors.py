@@ -1,0 +1,148 @@
+"""Ray shells: each only forwards to a plain class. Ray places, restarts and carries small calls; no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from cola_runtime.config import BaseModelSettings, JoinSettings, set_thread_environment
+from cola_runtime.errors import Unavailable
+from cola_runtime.types import AdapterSpec, BaseEvent, BaseModelDescription, BaseStep, BaseStepResult, Lease
+
+T = TypeVar("T")
+
+
+class BaseModelActor:
+    """One replica of the base model. Holds nothing that cannot be rebuilt: Ray restarts it at will."""
+
+    def __init__(self, settings: BaseModelSettings, cache_dir: Path, join_token: str) -> None:
+        set_thread_environment(settings.threads)
+        from cola_runtime.base_model.model import TappedModel
+        from cola_runtime.base_model.pretrained import resolve_base_model
+        from cola_runtime.base_model.service import BaseModelService
+
+        path = settings.path or resolve_base_model(settings.name, cache_dir)
+        model = TappedModel.load(
+            path, dtype=settings.dtype, attention=settings.attention, threads=settings.threads
+        )
+        self._service = BaseModelService(model, name=settings.name, join_token=join_token)
+        self._bind = settings.bind
+        self._endpoint: str | None = None
+
+    async def describe(self) -> BaseModelDescription:
+        """Also starts the gradient server; after a restart of the actor that is at a new endpoint."""
+        if self._endpoint is None:
+            self._endpoint = await self._service.start(self._bind)
+        return await self._service.describe()
+
+    async def lease(self, lease: Lease, spec: AdapterSpec) -> None:
+        await self._service.lease(lease, spec)
+
+    async def end_lease(self, job_id: str, epoch: int) -> None:
+        await self._service.end_lease(job_id, epoch)
+
+    async def run(self, step: BaseStep) -> BaseStepResult:
+        return await self._service.run(step)
+
+    async def next_events(self, after: int) -> tuple[int, list[BaseEvent]]:
+        return await self._service.next_events(after)
+
+    async def generate(self, job_id: str | None, token_ids: list[int], **options: Any) -> list[int]:
+        return await self._service.generate(job_id, token_ids, **options)
+
+
+class DeviceActor:
+    """One trusted device: dials in like any other, Ray only keeps it alive."""
+
+    def __init__(self, settings: JoinSettings, device_id: str) -> None:
+        set_thread_environment(settings.threads)
+        self._settings, self._device_id = settings, device_id
+
+    async def run(self) -> None:
+        """Serve leases until the actor ends."""
+        from cola_runtime.device.agent import DeviceAgent
+        from cola_runtime.device.config import DeviceConfig
+
+        config = DeviceConfig(
+            device_id=self._device_id,
+            coordinator_endpoint=self._settings.coordinator,
+            join_token=self._settings.join_token.get_secret_value(),
+            threads=self._settings.threads,
+            credit_bytes=self._settings.credit_bytes,
+        )
+        await DeviceAgent(config).run()
+
+
+class RemoteBaseModel:
+    """The base model port over a Ray actor handle. Ray's failures become Unavailable BASE_MODEL_LOST."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def describe(self) -> BaseModelDescription:
+        return await _answer(self._handle.describe.remote())
+
+    async def lease(self, lease: Lease, spec: AdapterSpec) -> None:
+        await _answer(self._handle.lease.remote(lease, spec))
+
+    async def end_lease(self, job_id: str, epoch: int) -> None:
+        await _answer(self._handle.end_lease.remote(job_id, epoch))
+
+    async def run(self, step: BaseStep) -> BaseStepResult:
+        return await _answer(self._handle.run.remote(step))
+
+    async def next_events(self, after: int) -> tuple[int, list[BaseEvent]]:
+        return await _answer(self._handle.next_events.remote(after))
+
+    async def generate(
+        self,
+        job_id: str | None,
+        token_ids: Sequence[int],
+        *,
+        checkpoint: bytes | None,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        stop_ids: Sequence[int],
+    ) -> list[int]:
+        options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        call = self._handle.generate.remote(
+            job_id, list(token_ids), checkpoint=checkpoint, stop_ids=list(stop_ids), **options
+        )
+        return await _answer(call)
+
+
+async def _answer(call: Awaitable[T]) -> T:
+    try:
+        return await call
+    except RayTaskError as error:
+        raise error.cause from error
+    except RayActorError as error:
+        raise Unavailable("BASE_MODEL_LOST", f"the base model actor is gone: {error}") from error
+    except RayError as error:
+        raise Unavailable("BASE_MODEL_LOST", f"Ray could not reach the base model actor: {error}") from error
+
+
+def base_model_handle(settings: BaseModelSettings, cache_dir: Path, join_token: str) -> Any:
+    """Place the base model actor on a node that offers the resource `cola_base_model`."""
+    options = {
+        "num_cpus": 0,
+        "resources": {"cola_base_model": 1},
+        "max_restarts": -1,
+        "max_concurrency": 64,
+    }
+    return ray.remote(BaseModelActor).options(**options).remote(settings, cache_dir.resolve(), join_token)
+
+
+def device_handle(settings: JoinSettings, device_id: str) -> Any:
+    """Place one device actor on a node that offers a unit of the resource `cola_device`."""
+    options = {
+        "num_cpus": 0,
+        "resources": {"cola_device": 1},
+        "max_restarts": -1,
+    }
+    return ray.remote(DeviceActor).options(**options).remote(settings, device_id)

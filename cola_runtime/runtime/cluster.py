@@ -1,0 +1,98 @@
+"""The Ray cluster under a service: one on this machine, or an existing one at an address."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from types import TracebackType
+from typing import Any
+
+import ray
+from pydantic import SecretStr
+from ray.exceptions import RayError
+
+from cola_runtime.config import JoinSettings, ServiceSettings
+from cola_runtime.errors import Unavailable
+from cola_runtime.runtime.actors import RemoteBaseModel, base_model_handle, device_handle
+
+logger = logging.getLogger(__name__)
+
+BASE_MODEL_START_SECONDS = 300.0
+DEVICE_RESTART_PAUSE_SECONDS = 0.5
+
+
+class Cluster:
+    """Owns the connection to Ray and the actors that this service placed. A context manager."""
+
+    def __init__(self, settings: ServiceSettings) -> None:
+        self._settings = settings
+        self._handles: list[Any] = []
+        self._keepers: list[asyncio.Task[None]] = []
+
+    def __enter__(self) -> Cluster:
+        if self._settings.ray_address:
+            ray.init(address=self._settings.ray_address, configure_logging=False)
+        else:
+            ray.init(
+                address="local",
+                num_cpus=2,
+                resources={"cola_base_model": 1, "cola_device": max(1, self._settings.devices.count)},
+                include_dashboard=False,
+                configure_logging=False,
+                object_store_memory=256 << 20,
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            ray.kill(handle)
+        ray.shutdown()
+
+    async def start_base_model(self, join_token: str) -> RemoteBaseModel:
+        """Place the base model actor and wait until it answers. Raises Unavailable with what lacks."""
+        handle = base_model_handle(self._settings.base_model, self._settings.cache_dir, join_token)
+        self._handles.append(handle)
+        base = RemoteBaseModel(handle)
+        try:
+            async with asyncio.timeout(BASE_MODEL_START_SECONDS):
+                await base.describe()
+        except TimeoutError as error:
+            raise Unavailable(
+                "BASE_MODEL_NOT_PLACED",
+                f"the base model actor did not start within {BASE_MODEL_START_SECONDS:g} s",
+                remedy="A node must offer the Ray resource cola_base_model; see `ray status`.",
+            ) from error
+        return base
+
+    def start_devices(self, *, coordinator: str, join_token: str) -> None:
+        """Place the trusted devices; each is run again whenever its actor comes back from a crash."""
+        settings = self._settings.devices
+        join = JoinSettings(
+            coordinator=coordinator,
+            join_token=SecretStr(join_token),
+            threads=settings.threads,
+            credit_bytes=settings.credit_bytes,
+        )
+        for index in range(settings.count):
+            device_id = f"device-{index}"
+            handle = device_handle(join, device_id)
+            self._handles.append(handle)
+            self._keepers.append(asyncio.create_task(_keep_running(handle, device_id), name=device_id))
+
+    async def stop_devices(self) -> None:
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+
+
+async def _keep_running(handle: Any, device_id: str) -> None:
+    while True:
+        try:
+            await handle.run.remote()
+        except RayError as error:
+            logger.warning(
+                "device actor %s ended: %s", device_id, error, extra={"event": "device.actor_ended"}
+            )
+        await asyncio.sleep(DEVICE_RESTART_PAUSE_SECONDS)

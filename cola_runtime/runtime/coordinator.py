@@ -1,0 +1,164 @@
+"""Composition root: everything that `cola serve` runs, wired once, started and stopped in order.
+
+Start: store, Ray and base model, device pool and API on one port, devices, the jobs left from last time.
+Stop: the API first (no new work), then drivers and loops, devices, Ray, the store last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from cola_runtime.config import ServiceSettings
+from cola_runtime.errors import Unavailable
+from cola_runtime.jobs.store import JobStore
+from cola_runtime.runtime.cluster import Cluster
+from cola_runtime.scheduler.device_pool import DevicePool
+from cola_runtime.scheduler.leases import LeaseBook
+from cola_runtime.scheduler.loop import SchedulerLoop
+from cola_runtime.scheduler.ports import BaseModelPort
+from cola_runtime.scheduler.runner import JobRunner, lost_base_reporter
+from cola_runtime.server.grpc_server import SERVER_OPTIONS, add_jobs_servicer
+from cola_runtime.server.service import FineTuningService
+from cola_runtime.storage.objects import ObjectStorage
+from cola_runtime.transport.endpoints import DEVICES, add_stream_method
+from cola_runtime.types import BaseModelDescription
+
+logger = logging.getLogger(__name__)
+
+FIRST_TENANT = "default"
+STOP_GRACE_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunningService:
+    """What the caller of a started service needs."""
+
+    endpoint: str  # host:port of SDK, CLI and devices
+    join_token: str
+    first_key: str | None  # of the first tenant, only when it was just created
+    base_model: BaseModelDescription
+    store: JobStore
+
+
+def serve(settings: ServiceSettings, *, on_ready: Callable[[RunningService], None]) -> None:
+    """Run the service until SIGINT or SIGTERM."""
+    asyncio.run(_serve(settings, on_ready))
+
+
+async def _serve(settings: ServiceSettings, on_ready: Callable[[RunningService], None]) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with running_service(settings) as service:
+        on_ready(service)
+        await stop.wait()
+
+
+@asynccontextmanager
+async def running_service(settings: ServiceSettings) -> AsyncIterator[RunningService]:
+    """The whole service on Ray, for as long as the context lasts."""
+    join_token = _join_token(settings.data_dir)
+    with Cluster(settings) as cluster:
+        base = await cluster.start_base_model(join_token)
+        async with running_coordinator(settings, base, join_token) as service:
+            cluster.start_devices(coordinator=settings.advertise or service.endpoint, join_token=join_token)
+            try:
+                yield service
+            finally:
+                await cluster.stop_devices()
+
+
+@asynccontextmanager
+async def running_coordinator(
+    settings: ServiceSettings, base: BaseModelPort, join_token: str
+) -> AsyncIterator[RunningService]:
+    """Everything of the coordinator process except Ray: also the composition that fast tests use."""
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    storage = ObjectStorage(f"file://{(settings.data_dir / 'objects').resolve()}")
+    store = await JobStore.open(f"sqlite:///{(settings.data_dir / 'jobs.sqlite').resolve()}")
+    try:
+        description = await base.describe()
+        runner, pool = _wire(settings, base, description, store, storage, join_token)
+        service = FineTuningService(
+            store=store, storage=storage, runner=runner, base_models={description.name: description}
+        )
+        server, endpoint = await _listen(settings.listen, service, store, pool)
+        await runner.open()
+        try:
+            yield RunningService(
+                endpoint=endpoint,
+                join_token=join_token,
+                first_key=await _first_key(store),
+                base_model=description,
+                store=store,
+            )
+        finally:
+            await server.stop(STOP_GRACE_SECONDS)
+            await runner.close()
+    finally:
+        await store.close()
+
+
+def _wire(
+    settings: ServiceSettings,
+    base: BaseModelPort,
+    description: BaseModelDescription,
+    store: JobStore,
+    storage: ObjectStorage,
+    join_token: str,
+) -> tuple[JobRunner, DevicePool]:
+    book = LeaseBook()
+    loop = SchedulerLoop(base, settings.scheduler, on_base_lost=lost_base_reporter(book))
+    pool = DevicePool(
+        settings.devices, join_token=join_token, gradient_endpoint=description.gradient_endpoint, book=book
+    )
+    runner = JobRunner(
+        base=base, description=description, loop=loop, pool=pool, book=book, store=store, storage=storage
+    )
+    pool.on_checkpoint = runner.store_checkpoint
+    return runner, pool
+
+
+async def _listen(
+    listen: str, service: FineTuningService, store: JobStore, pool: DevicePool
+) -> tuple[grpc.aio.Server, str]:
+    """One port for SDK, CLI and devices."""
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    add_jobs_servicer(server, service)
+    add_stream_method(server, DEVICES, pool.on_stream)
+    host, _, _ = listen.rpartition(":")
+    try:
+        port = server.add_insecure_port(listen)
+    except RuntimeError as error:
+        raise Unavailable(
+            "PORT_IN_USE", f"cannot listen on {listen}", remedy="Give another --listen, or stop who has it."
+        ) from error
+    await server.start()
+    return server, f"{host}:{port}"
+
+
+def _join_token(data_dir: Path) -> str:
+    """The secret that devices join with; made at first start, readable by its owner only."""
+    path = data_dir / "join-token"
+    if not path.exists():
+        data_dir.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+        path.write_text(secrets.token_urlsafe(32), encoding="ascii")
+    return path.read_text(encoding="ascii").strip()
+
+
+async def _first_key(store: JobStore) -> str | None:
+    """A key for a first tenant, when there is no tenant yet."""
+    if await store.tenants():
+        return None
+    await store.create_tenant(FIRST_TENANT)
+    return await store.create_key(FIRST_TENANT)

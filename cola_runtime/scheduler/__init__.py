@@ -1,0 +1,1 @@
+"""Who goes into the next base step: fair queue, packing, the loop."""

@@ -1,0 +1,253 @@
+"""The devices that dialled in: who is there, who holds which lease, who went silent.
+
+A device is lost when its control stream ends or when it sends no heartbeat for the lease timeout. Its
+leases are lost with it; what it still sends under them is fenced by their epoch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from cola_runtime.config import DeviceSettings
+from cola_runtime.errors import ColaError, ProtocolError, Unavailable
+from cola_runtime.jobs.plan import TrainingPlan
+from cola_runtime.proto import control_pb2
+from cola_runtime.scheduler.leases import LeaseBook, LeaseLost
+from cola_runtime.transport.control import lease_from_proto, lease_grant, lease_to_proto
+from cola_runtime.transport.frames import DType, TensorAddress, WireTensor
+from cola_runtime.transport.handshake import receive_hello
+from cola_runtime.transport.reader import FrameLimits, ReceivedTensor
+from cola_runtime.transport.stream import FrameStream
+from cola_runtime.types import Lease, TensorKind
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_LIMITS = FrameLimits(max_tensor_bytes=4 << 30, max_open_tensors=2, max_open_bytes=4 << 30)
+
+CheckpointSink = Callable[[Lease, int, bytes, str], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceStatus:
+    device_id: str
+    state: str  # "ready" or "draining"
+    jobs: int
+    busy_seconds: float
+    trust_class: str
+    pid: int
+
+
+@dataclass(slots=True, kw_only=True)
+class _Device:
+    hello: control_pb2.DeviceHello
+    stream: FrameStream[Any]
+    order: int
+    heard: float
+    draining: bool = False
+    busy_seconds: float = 0.0
+    sending: asyncio.Lock = field(default_factory=asyncio.Lock)  # a grant's blob and message stay together
+
+
+class DevicePool:
+    """The coordinator's end of every control stream."""
+
+    def __init__(
+        self, settings: DeviceSettings, *, join_token: str, gradient_endpoint: str, book: LeaseBook
+    ) -> None:
+        self._settings = settings
+        self._join_token = join_token
+        self._gradient_endpoint = gradient_endpoint
+        self._book = book
+        self._devices: dict[str, _Device] = {}
+        self._orders = itertools.count()
+        self._joined = asyncio.Condition()
+        self._storing: set[asyncio.Task[None]] = set()
+        self.on_checkpoint: CheckpointSink | None = None
+
+    async def on_stream(self, stream: FrameStream[Any]) -> None:
+        """Serve one device until its stream ends. Registered as `/cola.v1.Devices/Attach`."""
+        hello = await receive_hello(stream, join_token=self._join_token, limits=CHECKPOINT_LIMITS)
+        device = _Device(hello=hello, stream=stream, order=next(self._orders), heard=time.monotonic())
+        await self._admit(device)
+        try:
+            await self._welcome(device)
+            await self._listen(device)
+        finally:
+            self._forget(device, "its control stream ended")
+
+    async def pick(self) -> str:
+        """The connected device with the fewest leases; waits until there is one."""
+        async with self._joined:
+            await self._joined.wait_for(self._available)
+            return min(self._available(), key=self._load)
+
+    async def grant(self, lease: Lease, plan: TrainingPlan, *, checkpoint: bytes | None) -> None:
+        """Tell the device to train the adapter, from its seed or from a checkpoint."""
+        device = self._device(lease)
+        message = lease_grant(
+            lease,
+            plan.adapter,
+            optimizer=plan.optimizer,
+            schedule=plan.schedule,
+            checkpoint_bytes=len(checkpoint or b""),
+            checkpoint_every=plan.checkpoint_every,
+        )
+        async with device.sending:
+            if checkpoint is not None:
+                address = TensorAddress(
+                    job_id=lease.job_id, epoch=lease.epoch, version=0, kind=TensorKind.BLOB
+                )
+                content = WireTensor(dtype=DType.UINT8, shape=(len(checkpoint),), data=memoryview(checkpoint))
+                await device.stream.send_tensor(address, content)
+            await device.stream.send_control(message)
+
+    async def end(self, lease: Lease) -> None:
+        """Tell the device to forget the adapter; a device that has left has forgotten it already."""
+        device = self._devices.get(lease.device_id)
+        if device is not None:
+            ending = control_pb2.LeaseEnd(lease=lease_to_proto(lease))
+            await device.stream.send_control(control_pb2.DeviceControl(lease_end=ending))
+
+    async def request_checkpoint(self, lease: Lease) -> None:
+        request = control_pb2.CheckpointRequest(lease=lease_to_proto(lease))
+        await self._device(lease).stream.send_control(control_pb2.DeviceControl(checkpoint_request=request))
+
+    async def move(self, gradient_endpoint: str) -> None:
+        """The base model answers at a new endpoint: every device dials in again and learns it."""
+        self._gradient_endpoint = gradient_endpoint
+        for device in list(self._devices.values()):
+            self._forget(device, "the base model restarted")
+            await device.stream.close()
+
+    async def watch_forever(self) -> None:
+        """Lose every device that has been silent for the lease timeout."""
+        while True:
+            await asyncio.sleep(self._settings.heartbeat_seconds / 2)
+            oldest = time.monotonic() - self._settings.lease_timeout_seconds
+            for device in [d for d in self._devices.values() if d.heard < oldest]:
+                self._forget(device, f"no heartbeat for {self._settings.lease_timeout_seconds:g} s")
+                await device.stream.close()
+
+    def statuses(self) -> list[DeviceStatus]:
+        return [
+            DeviceStatus(
+                device_id=device_id,
+                state="draining" if device.draining else "ready",
+                jobs=len(self._book.on_device(device_id)),
+                busy_seconds=device.busy_seconds,
+                trust_class=device.hello.trust_class,
+                pid=device.hello.pid,
+            )
+            for device_id, device in sorted(self._devices.items())
+        ]
+
+    def _available(self) -> list[str]:
+        return [device_id for device_id, device in self._devices.items() if not device.draining]
+
+    def _load(self, device_id: str) -> tuple[int, int]:
+        return len(self._book.on_device(device_id)), self._devices[device_id].order
+
+    def _device(self, lease: Lease) -> _Device:
+        device = self._devices.get(lease.device_id)
+        if device is None:
+            raise Unavailable("DEVICE_LOST", f"device {lease.device_id} has left")
+        return device
+
+    async def _admit(self, device: _Device) -> None:
+        """A device that dials in again replaces its older self, whose leases are lost."""
+        older = self._devices.get(device.hello.device_id)
+        if older is not None:
+            self._forget(older, "it dialled in again")
+        async with self._joined:
+            self._devices[device.hello.device_id] = device
+            self._joined.notify_all()
+        logger.info("device %s joined", device.hello.device_id, extra={"event": "device.joined"})
+
+    async def _welcome(self, device: _Device) -> None:
+        welcome = control_pb2.DeviceWelcome(
+            gradient_endpoint=self._gradient_endpoint, heartbeat_seconds=self._settings.heartbeat_seconds
+        )
+        async with device.sending:
+            await device.stream.send_control(control_pb2.DeviceControl(welcome=welcome))
+
+    async def _listen(self, device: _Device) -> None:
+        blobs: dict[tuple[str, int], ReceivedTensor] = {}
+        async for item in device.stream:
+            device.heard = time.monotonic()
+            if isinstance(item, ReceivedTensor):
+                if item.address.kind is not TensorKind.BLOB:
+                    raise ProtocolError(
+                        "TENSOR_INVALID", f"a control stream carries no {item.address.kind.name}"
+                    )
+                blobs[item.address.job_id, item.address.epoch] = item
+            else:
+                await self._hear(device, item.message, blobs)
+
+    async def _hear(
+        self,
+        device: _Device,
+        message: control_pb2.DeviceControl,
+        blobs: dict[tuple[str, int], ReceivedTensor],
+    ) -> None:
+        kind = message.WhichOneof("message")
+        if kind == "heartbeat":
+            device.busy_seconds = message.heartbeat.busy_seconds
+        elif kind == "checkpoint_made":
+            made = message.checkpoint_made
+            blob = blobs.pop((made.lease.job_id, made.lease.epoch), None)
+            await self._take_checkpoint(device, made, blob)
+        elif kind == "lease_failed":
+            failed = message.lease_failed
+            lease = lease_from_proto(failed.lease)
+            self._book.lose(lease, reason=failed.reason, message=failed.message)
+        elif kind == "drain":
+            device.draining = True
+        else:
+            raise ProtocolError("CONTROL_UNEXPECTED", f"a device does not send {kind}")
+
+    async def _take_checkpoint(
+        self, device: _Device, made: control_pb2.CheckpointMade, blob: ReceivedTensor | None
+    ) -> None:
+        """Store a whole checkpoint of a current lease; one under an older epoch is ignored."""
+        lease = lease_from_proto(made.lease)
+        current = self._book.current(lease.job_id)
+        if current != lease or lease.device_id != device.hello.device_id:
+            logger.info("checkpoint of an older lease ignored", extra={"event": "checkpoint.fenced"})
+            return
+        if blob is None or len(blob.data) != made.bytes:
+            raise ProtocolError(
+                "CHECKPOINT_INCOMPLETE",
+                "a checkpoint's bytes must come before its message",
+                limit=made.bytes,
+                actual=len(blob.data) if blob else 0,
+            )
+        content = bytes(blob.data)
+        digest = await asyncio.to_thread(lambda: hashlib.sha256(content).hexdigest())
+        if digest != made.sha256:
+            raise ProtocolError("CHECKPOINT_CORRUPT", "a checkpoint's sha256 does not match its bytes")
+        task = asyncio.create_task(self._hand_on(lease, made.version, content, digest))
+        self._storing.add(task)
+        task.add_done_callback(self._storing.discard)
+
+    async def _hand_on(self, lease: Lease, version: int, content: bytes, digest: str) -> None:
+        """Store a checkpoint beside the stream, so that heartbeats are heard meanwhile."""
+        assert self.on_checkpoint is not None, "wired before the first device joins"
+        try:
+            await self.on_checkpoint(lease, version, content, digest)
+        except (ColaError, LeaseLost) as error:
+            logger.warning("checkpoint not kept: %s", error, extra={"event": "checkpoint.not_kept"})
+
+    def _forget(self, device: _Device, why: str) -> None:
+        device_id = device.hello.device_id
+        if self._devices.get(device_id) is not device:
+            return
+        del self._devices[device_id]
+        logger.warning("device %s lost: %s", device_id, why, extra={"event": "device.lost"})
+        self._book.lose_device(device_id, reason="DEVICE_LOST", message=f"device {device_id} was lost: {why}")

@@ -1,0 +1,217 @@
+"""Walks one job from queued to its end over the adapter primitives; the sentence is `_train`."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from cola_runtime.errors import ColaError, JobFailed, Unavailable
+from cola_runtime.jobs.plan import TrainingPlan
+from cola_runtime.jobs.records import JobRecord, StepRecord
+from cola_runtime.jobs.state import JobState
+from cola_runtime.jobs.store import JobStore
+from cola_runtime.scheduler.job_data import JobData
+from cola_runtime.scheduler.leases import LeaseLost
+from cola_runtime.scheduler.primitives import AdapterPrimitives, LeasedAdapter, StepOutcome
+from cola_runtime.types import Row
+
+logger = logging.getLogger(__name__)
+
+MAX_LOSSES_WITHOUT_PROGRESS = 8  # leases lost in a row at one version before the job is failed
+RETRY_PAUSE_SECONDS = 0.1
+FATAL_REASONS = {"NON_FINITE_GRADIENT", "NON_FINITE_ADAPTER"}  # trying again would give the same
+
+
+class Stop(enum.Enum):
+    """What a tenant asked for; acted on at the next step boundary."""
+
+    PAUSE = JobState.PAUSED
+    CANCEL = JobState.CANCELLED
+
+
+class _Stopped(Exception):
+    def __init__(self, stop: Stop) -> None:
+        self.stop = stop
+
+
+@dataclass(slots=True)
+class _Progress:
+    version: int = -1
+    losses: int = 0
+
+
+class JobDriver:
+    """One job's coroutine. `phase` says in words what it is waiting for."""
+
+    def __init__(
+        self,
+        record: JobRecord,
+        *,
+        plan: TrainingPlan,
+        data: JobData,
+        primitives: AdapterPrimitives,
+        store: JobStore,
+    ) -> None:
+        self._job_id = record.job_id
+        self._plan, self._data = plan, data
+        self._primitives, self._store = primitives, store
+        self._stop: Stop | None = None
+        self._stop_asked = asyncio.Event()
+        self.phase = "waiting for a device"
+
+    def ask(self, stop: Stop) -> None:
+        """Stop at the next step boundary; a cancel overrides a pause."""
+        if self._stop is not Stop.CANCEL:
+            self._stop = stop
+            self._stop_asked.set()
+
+    async def run(self) -> None:
+        """Drive the job to a terminal state or to paused. Never raises but on cancellation of the task."""
+        try:
+            await self._run_leases()
+            await self._store.transition(self._job_id, JobState.SUCCEEDED, message="all steps applied")
+        except _Stopped as stopped:
+            state = stopped.stop.value
+            await self._store.transition(
+                self._job_id, state, message=f"{state.value} at its tenant's request"
+            )
+        except ColaError as error:
+            await self._fail(error.reason, str(error))
+        except Exception:
+            logger.exception(
+                "job driver broke", extra={"event": "job.internal_error", "job_id": self._job_id}
+            )
+            await self._fail(
+                "INTERNAL", "the service failed; its log has the cause. Resubmit, nothing is charged."
+            )
+
+    async def _run_leases(self) -> None:
+        """Lease, train, and lease again from the last checkpoint whenever the lease is lost."""
+        progress = _Progress()
+        record = await self._store.job(self._job_id)
+        if record.state is not JobState.RUNNING:
+            await self._store.transition(self._job_id, JobState.RUNNING, message="started")
+        while True:
+            self._check_stop()
+            try:
+                await self._run_lease()
+                return
+            except (LeaseLost, Unavailable) as lost:
+                await self._note_loss(lost, progress)
+
+    async def _run_lease(self) -> None:
+        self.phase = "waiting for a device"
+        record = await self._store.job(self._job_id)
+        adapter = await self._unless_stopped(self._primitives.open(record, self._plan))
+        try:
+            await self._train(adapter)
+        finally:
+            await self._primitives.close(adapter)
+
+    async def _train(self, adapter: LeasedAdapter) -> None:
+        await self._evaluate(adapter, before=True)
+        while adapter.version < self._plan.schedule.total_steps:
+            await self._stop_at_boundary(adapter)
+            await self._one_step(adapter)
+        self.phase = "waiting for the last checkpoint"
+        await self._primitives.wait_checkpoint(adapter)
+        await self._evaluate(adapter, before=False)
+
+    async def _one_step(self, adapter: LeasedAdapter) -> None:
+        microbatches = self._data.microbatches(adapter.version)
+        self.phase = f"step {adapter.version + 1} is with device {adapter.lease.device_id}"
+        outcome = await self._primitives.step(adapter, microbatches)
+        rows = [row for microbatch in microbatches for row in microbatch]
+        await self._store.record_step(_step_record(adapter, rows, outcome))
+        self._primitives.recorded(adapter)
+
+    async def _evaluate(self, adapter: LeasedAdapter, *, before: bool) -> None:
+        """Held-out loss, once before the first step and once after the last."""
+        record = await self._store.job(self._job_id)
+        known = record.evaluation_loss_before if before else record.evaluation_loss_after
+        if not self._data.evaluation or known is not None or (before and adapter.version > 0):
+            return
+        self.phase = "evaluating"
+        loss = await self._primitives.forward(adapter, self._data.evaluation)
+        if before:
+            await self._store.set_evaluation(self._job_id, before=loss.mean)
+        else:
+            await self._store.set_evaluation(self._job_id, after=loss.mean)
+
+    async def _stop_at_boundary(self, adapter: LeasedAdapter) -> None:
+        if self._stop is not None:
+            if adapter.version > 0:
+                self.phase = "making a checkpoint before it stops"
+                await self._primitives.checkpoint(adapter)
+            self._check_stop()
+
+    def _check_stop(self) -> None:
+        if self._stop is not None:
+            raise _Stopped(self._stop)
+
+    async def _unless_stopped(self, opening: Coroutine[Any, Any, LeasedAdapter]) -> LeasedAdapter:
+        """Await the opening of an adapter, but give up as soon as the tenant asks to stop."""
+        task = asyncio.create_task(opening)
+        asked = asyncio.create_task(self._stop_asked.wait())
+        try:
+            futures: set[asyncio.Task[Any]] = {task, asked}
+            await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})
+                self._check_stop()
+            return task.result()
+        finally:
+            asked.cancel()
+
+    async def _note_loss(self, lost: LeaseLost | Unavailable, progress: _Progress) -> None:
+        record = await self._store.job(self._job_id)
+        progress.losses = progress.losses + 1 if record.version == progress.version else 1
+        progress.version = record.version
+        await self._store.add_event(
+            self._job_id,
+            "lease.lost",
+            f"{lost.reason}: {lost.message}; the job goes on from its last checkpoint",
+            level="warning",
+            data={"reason": lost.reason, "version": record.version},
+        )
+        if lost.reason in FATAL_REASONS:
+            raise JobFailed(
+                lost.reason,
+                lost.message,
+                remedy="Lower the learning rate or set max_grad_norm; the last checkpoint is kept.",
+            )
+        if progress.losses >= MAX_LOSSES_WITHOUT_PROGRESS:
+            raise JobFailed(
+                lost.reason,
+                f"{progress.losses} leases were lost at version {record.version}; the last: {lost.message}",
+                remedy="The last checkpoint is kept. Check `cola doctor`, then submit again.",
+            )
+        await asyncio.sleep(RETRY_PAUSE_SECONDS * progress.losses)
+
+    async def _fail(self, reason: str, message: str) -> None:
+        await self._store.transition(
+            self._job_id, JobState.FAILED, message=message, failure_reason=reason, failure_message=message
+        )
+
+
+def _step_record(adapter: LeasedAdapter, rows: list[Row], outcome: StepOutcome) -> StepRecord:
+    return StepRecord(
+        job_id=adapter.lease.job_id,
+        epoch=adapter.lease.epoch,
+        step=outcome.applied.version,
+        loss=outcome.loss.mean,
+        learning_rate=outcome.applied.learning_rate,
+        gradient_norm=outcome.applied.gradient_norm,
+        tokens=sum(len(row.tokens) for row in rows),
+        label_tokens=sum(row.label_tokens for row in rows),
+        device_id=adapter.lease.device_id,
+        bytes_up=outcome.applied.bytes_up,
+        bytes_down=outcome.applied.bytes_down,
+        base_seconds=outcome.base_seconds,
+        device_seconds=outcome.applied.device_seconds,
+    )

@@ -1,0 +1,53 @@
+"""A running job's rows: read from object storage, checked and tokenised as at submission."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cola_runtime.data.cursor import step_rows
+from cola_runtime.data.formats import parse_dataset
+from cola_runtime.data.tokenize import Tokenizer, longest_row
+from cola_runtime.jobs.records import JobRecord
+from cola_runtime.spec import JobSpec
+from cola_runtime.storage.objects import ObjectStorage
+from cola_runtime.types import BaseModelDescription, Row
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobData:
+    """Training rows with the cursor over them, and held-out rows (none: ())."""
+
+    spec: JobSpec
+    training: Sequence[Row]
+    evaluation: Sequence[Row]
+
+    def microbatches(self, version: int) -> list[list[Row]]:
+        """The rows of the step that makes `version` into `version + 1`."""
+        return step_rows(self.training, self.spec, version)
+
+
+async def load_job_data(
+    record: JobRecord, spec: JobSpec, base: BaseModelDescription, storage: ObjectStorage
+) -> JobData:
+    """Off the event loop. Deterministic: the same bytes give the same rows as when the job was accepted."""
+    return await asyncio.to_thread(_load, record, spec, base, storage)
+
+
+def _load(record: JobRecord, spec: JobSpec, base: BaseModelDescription, storage: ObjectStorage) -> JobData:
+    tokenizer = Tokenizer(base.tokenizer_path)
+
+    def rows(key: str | None, name: str) -> Sequence[Row]:
+        if key is None:
+            return ()
+        dataset = parse_dataset(storage.get(key), file_name=name)
+        limit = longest_row(spec, context_length=base.context_length)
+        tokenized = tokenizer.tokenize(dataset, max_length=limit, loss=spec.loss, truncate=spec.truncate)
+        return tokenized.rows
+
+    return JobData(
+        spec=spec,
+        training=rows(record.training_key, record.training_name),
+        evaluation=rows(record.evaluation_key, record.evaluation_name),
+    )

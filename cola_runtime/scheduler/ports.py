@@ -1,0 +1,35 @@
+"""What the coordinator asks of the base model: BaseModelService, or over Ray RemoteBaseModel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from cola_runtime.types import AdapterSpec, BaseEvent, BaseModelDescription, BaseStep, BaseStepResult, Lease
+
+
+class BaseModelPort(Protocol):
+    async def describe(self) -> BaseModelDescription: ...
+
+    async def lease(self, lease: Lease, spec: AdapterSpec) -> None:
+        """Accept the lease's device and epoch from now on; older epochs are fenced."""
+
+    async def end_lease(self, job_id: str, epoch: int) -> None: ...
+
+    async def run(self, step: BaseStep) -> BaseStepResult: ...
+
+    async def next_events(self, after: int) -> tuple[int, list[BaseEvent]]:
+        """Events numbered above `after`, as soon as there is one; or none after a few seconds."""
+
+    async def generate(
+        self,
+        job_id: str | None,
+        token_ids: Sequence[int],
+        *,
+        checkpoint: bytes | None,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        stop_ids: Sequence[int],
+    ) -> list[int]:
+        """New tokens from the resident adapter, else from `checkpoint`; job None: the bare base model."""

@@ -1,0 +1,221 @@
+"""What can be done with an adapter: open, forward, step, checkpoint, close.
+
+A job is a driver over these (driver.py); another front door would be another driver. Every wait ends: by
+the result, by LeaseLost when device or base model are gone, or by its deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from cola_runtime.errors import ColaError
+from cola_runtime.jobs.plan import TrainingPlan
+from cola_runtime.jobs.records import JobRecord
+from cola_runtime.jobs.store import JobStore
+from cola_runtime.scheduler.device_pool import DevicePool
+from cola_runtime.scheduler.leases import LeaseBook, LeaseLost
+from cola_runtime.scheduler.loop import Computed, SchedulerLoop
+from cola_runtime.scheduler.packing import split_rows
+from cola_runtime.scheduler.ports import BaseModelPort
+from cola_runtime.storage.objects import ObjectStorage
+from cola_runtime.types import Encoding, Lease, Row, Segment, StepApplied
+
+logger = logging.getLogger(__name__)
+
+OPEN_TIMEOUT_SECONDS = 120.0  # device builds or restores the adapter and its weights reach the bank
+APPLY_TIMEOUT_SECONDS = 600.0  # a device that holds its stream open and answers heartbeats may be slow
+CHECKPOINT_TIMEOUT_SECONDS = 120.0
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True, kw_only=True)
+class LeasedAdapter:
+    """An adapter that a device holds and whose `version` is current in the bank."""
+
+    lease: Lease
+    tenant_id: str
+    plan: TrainingPlan
+    encoding: Encoding
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loss:
+    loss_sum: float
+    weight_sum: float
+
+    @property
+    def mean(self) -> float:
+        return self.loss_sum / self.weight_sum if self.weight_sum else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutcome:
+    loss: Loss
+    applied: StepApplied
+    base_seconds: float
+
+
+class AdapterPrimitives:
+    """The one path through scheduler, base model and devices."""
+
+    def __init__(
+        self,
+        *,
+        base: BaseModelPort,
+        loop: SchedulerLoop,
+        pool: DevicePool,
+        book: LeaseBook,
+        store: JobStore,
+        storage: ObjectStorage,
+    ) -> None:
+        self._base, self._loop, self._pool, self._book = base, loop, pool, book
+        self._store, self._storage = store, storage
+
+    async def open(self, record: JobRecord, plan: TrainingPlan) -> LeasedAdapter:
+        """Lease the adapter to a device, from the newest usable checkpoint or from its seed.
+
+        A checkpoint above the recorded version is not used: its last steps never became part of the
+        record. Steps above the checkpoint leave the record and are computed again.
+        """
+        checkpoints = await self._store.checkpoints(record.job_id)
+        usable = max(
+            (c for c in checkpoints if c.version <= record.version), key=lambda c: c.version, default=None
+        )
+        blob = await asyncio.to_thread(self._storage.get, usable.storage_key) if usable else None
+        device_id = await self._pool.pick()
+        lease = await self._store.grant_lease(record.job_id, device_id)
+        version = usable.version if usable else 0
+        if version < record.version:
+            await self._store.rewind(lease, version)
+        self._book.open(lease)
+        adapter = LeasedAdapter(
+            lease=lease,
+            tenant_id=record.tenant_id,
+            plan=plan,
+            encoding=Encoding(record.encoding),
+            version=version,
+        )
+        self.recorded(adapter)
+        try:
+            await self._base.lease(lease, plan.adapter)
+            await self._pool.grant(lease, plan, checkpoint=blob)
+            await self._book.wait_version(lease, version, timeout_seconds=OPEN_TIMEOUT_SECONDS)
+        except BaseException:
+            await self.close(adapter)
+            raise
+        return adapter
+
+    async def forward(self, adapter: LeasedAdapter, rows: Sequence[Row]) -> Loss:
+        """Losses of rows under the adapter's current version; nothing is trained."""
+        segments = [
+            self._segment(adapter, part, denominator=1.0)
+            for part in split_rows(rows, token_budget=self._loop.token_budget)
+        ]
+        computed = await self._compute(adapter, segments, train=False)
+        return _total(computed)
+
+    async def step(self, adapter: LeasedAdapter, microbatches: Sequence[Sequence[Row]]) -> StepOutcome:
+        """One optimizer step over all rows of the microbatches; returns when the new version is current."""
+        parts = [
+            part
+            for microbatch in microbatches
+            for part in split_rows(microbatch, token_budget=self._loop.token_budget)
+        ]
+        denominator = float(sum(float(row.weights.sum()) for part in parts for row in part))
+        segments = [
+            self._segment(adapter, part, denominator=denominator, microbatch=i, last=i == len(parts) - 1)
+            for i, part in enumerate(parts)
+        ]
+        computed = await self._compute(adapter, segments, train=True)
+        applied = await self._book.wait_version(
+            adapter.lease, adapter.version + 1, timeout_seconds=APPLY_TIMEOUT_SECONDS
+        )
+        adapter.version = applied.version
+        base_seconds = sum(c.base_seconds for c in computed)
+        return StepOutcome(loss=_total(computed), applied=applied, base_seconds=base_seconds)
+
+    def recorded(self, adapter: LeasedAdapter) -> None:
+        """The job store holds the adapter's version; a checkpoint of it may be recorded now."""
+        self._book.recorded(adapter.lease, adapter.version)
+
+    async def checkpoint(self, adapter: LeasedAdapter) -> None:
+        """Return when a checkpoint of the adapter's current version is stored and recorded."""
+        await self._pool.request_checkpoint(adapter.lease)
+        await self.wait_checkpoint(adapter)
+
+    async def wait_checkpoint(self, adapter: LeasedAdapter) -> None:
+        await self._book.wait_checkpoint(
+            adapter.lease, adapter.version, timeout_seconds=CHECKPOINT_TIMEOUT_SECONDS
+        )
+
+    async def close(self, adapter: LeasedAdapter) -> None:
+        """Give the lease back. The bank keeps the weights for generation until they are evicted."""
+        self._book.close(adapter.lease)
+        for ending in (
+            self._pool.end(adapter.lease),
+            self._base.end_lease(adapter.lease.job_id, adapter.lease.epoch),
+        ):
+            try:
+                await ending
+            except (ColaError, OSError) as error:
+                logger.info("lease end not delivered: %s", error, extra={"event": "lease.end_undelivered"})
+
+    def _segment(
+        self,
+        adapter: LeasedAdapter,
+        rows: tuple[Row, ...],
+        *,
+        denominator: float,
+        microbatch: int = 0,
+        last: bool = True,
+    ) -> Segment:
+        return Segment(
+            lease=adapter.lease,
+            version=adapter.version,
+            rows=rows,
+            loss_denominator=denominator,
+            encoding=adapter.encoding,
+            microbatch=microbatch,
+            last_microbatch=last,
+        )
+
+    async def _compute(
+        self, adapter: LeasedAdapter, segments: list[Segment], *, train: bool
+    ) -> list[Computed]:
+        self._book.check(adapter.lease)
+        together = asyncio.gather(
+            *(self._loop.compute(segment, tenant_id=adapter.tenant_id, train=train) for segment in segments)
+        )
+        computed = await self._unless_lost(adapter.lease, together)
+        for entry in computed:
+            if entry.loss.reason is not None:
+                raise LeaseLost(
+                    adapter.lease, entry.loss.reason, f"the base model refused a segment: {entry.loss.reason}"
+                )
+        return computed
+
+    async def _unless_lost(self, lease: Lease, work: asyncio.Future[T]) -> T:
+        """`await work`, cancelled with LeaseLost as soon as the lease goes."""
+        watch = asyncio.create_task(self._book.wait_lost(lease))
+        try:
+            futures: set[asyncio.Future[Any]] = {work, watch}
+            await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                return work.result()
+            raise watch.result()
+        finally:
+            watch.cancel()
+            work.cancel()
+            await asyncio.gather(watch, work, return_exceptions=True)
+
+
+def _total(computed: Sequence[Computed]) -> Loss:
+    return Loss(
+        loss_sum=sum(c.loss.loss_sum for c in computed), weight_sum=sum(c.loss.weight_sum for c in computed)
+    )

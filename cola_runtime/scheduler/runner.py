@@ -1,0 +1,258 @@
+"""All running jobs: starts their drivers, hears what base model and devices report, answers questions."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from cola_runtime.errors import ColaError, Conflict
+from cola_runtime.jobs.plan import training_plan
+from cola_runtime.jobs.records import CheckpointRecord, JobRecord
+from cola_runtime.jobs.state import TERMINAL_STATES, JobState
+from cola_runtime.jobs.store import JobStore
+from cola_runtime.scheduler.device_pool import DevicePool, DeviceStatus
+from cola_runtime.scheduler.driver import JobDriver, Stop
+from cola_runtime.scheduler.job_data import load_job_data
+from cola_runtime.scheduler.leases import LeaseBook
+from cola_runtime.scheduler.loop import SchedulerLoop
+from cola_runtime.scheduler.ports import BaseModelPort
+from cola_runtime.scheduler.primitives import AdapterPrimitives
+from cola_runtime.spec import JobSpec
+from cola_runtime.storage.objects import ObjectStorage
+from cola_runtime.types import (
+    BaseEvent,
+    BaseModelDescription,
+    DeviceLinkChanged,
+    Lease,
+    StepApplied,
+    StepRefused,
+)
+
+logger = logging.getLogger(__name__)
+
+BASE_RETRY_SECONDS = 0.5
+RECORD_TIMEOUT_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceStatistics:
+    uptime_seconds: float
+    base_busy_seconds: float
+    base_steps: int
+
+
+class JobRunner:
+    """Owns one base model's scheduler loop, device pool and job drivers."""
+
+    def __init__(
+        self,
+        *,
+        base: BaseModelPort,
+        description: BaseModelDescription,
+        loop: SchedulerLoop,
+        pool: DevicePool,
+        book: LeaseBook,
+        store: JobStore,
+        storage: ObjectStorage,
+    ) -> None:
+        self._base, self._description, self._loop, self._pool = base, description, loop, pool
+        self._book, self._store, self._storage = book, store, storage
+        self._primitives = AdapterPrimitives(
+            base=base, loop=loop, pool=pool, book=book, store=store, storage=storage
+        )
+        self._drivers: dict[str, JobDriver] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._background: list[asyncio.Task[None]] = []
+        self._started = time.monotonic()
+
+    async def open(self) -> None:
+        """Start the loops and take up every job that had not ended when the last coordinator stopped."""
+        self._background = [
+            asyncio.create_task(self._loop.run_forever(), name="scheduler"),
+            asyncio.create_task(self._pool.watch_forever(), name="device-watch"),
+            asyncio.create_task(self._hear_base_forever(), name="base-events"),
+        ]
+        for record in await self._store.jobs(states=[JobState.RUNNING], limit=100_000):
+            await self._store.transition(record.job_id, JobState.QUEUED, message="the coordinator restarted")
+        for record in await self._store.jobs(states=[JobState.QUEUED], limit=100_000):
+            await self.start(record.job_id)
+
+    async def close(self) -> None:
+        tasks = [*self._tasks.values(), *self._background]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def start(self, job_id: str) -> None:
+        """Begin or go on with a job; nothing happens when it already runs or has ended."""
+        record = await self._store.job(job_id)
+        if job_id in self._tasks or record.state in TERMINAL_STATES:
+            return
+        self._tasks[job_id] = asyncio.create_task(self._drive(record), name=job_id)
+
+    async def cancel(self, job_id: str) -> None:
+        """Cancelled at the next step boundary; a job that is not running is cancelled at once."""
+        await self._stop(job_id, Stop.CANCEL)
+
+    async def pause(self, job_id: str) -> None:
+        await self._stop(job_id, Stop.PAUSE)
+
+    async def resume(self, job_id: str) -> None:
+        record = await self._store.job(job_id)
+        if record.state in TERMINAL_STATES:
+            raise Conflict("JOB_ENDED", f"the job is {record.state}; only a paused job can be resumed")
+        if record.state is JobState.PAUSED:
+            await self._store.transition(job_id, JobState.QUEUED, message="resumed at its tenant's request")
+        await self.start(job_id)
+
+    def waiting_reason(self, job_id: str) -> str:
+        driver = self._drivers.get(job_id)
+        return self._loop.waiting_reason(job_id) or (driver.phase if driver else "")
+
+    async def generate(
+        self,
+        job_id: str | None,
+        prompt_ids: Sequence[int],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        stop_ids: Sequence[int],
+    ) -> tuple[list[int], int]:
+        """New tokens and the adapter version that made them (0 for the bare base model)."""
+        version, checkpoint = 0, None
+        if job_id is not None:
+            version, checkpoint = await self._adapter_to_ask(await self._store.job(job_id))
+        tokens = await self._base.generate(
+            job_id,
+            list(prompt_ids),
+            checkpoint=checkpoint,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            stop_ids=list(stop_ids),
+        )
+        return tokens, version
+
+    def devices(self) -> list[DeviceStatus]:
+        return self._pool.statuses()
+
+    def statistics(self) -> ServiceStatistics:
+        return ServiceStatistics(
+            uptime_seconds=time.monotonic() - self._started,
+            base_busy_seconds=self._loop.busy_seconds,
+            base_steps=self._loop.steps_done,
+        )
+
+    async def store_checkpoint(self, lease: Lease, version: int, content: bytes, sha256: str) -> None:
+        """What the device pool calls when a checkpoint arrived whole: object first, record after.
+
+        It may arrive before the step that it holds is recorded, since that goes by way of the base model.
+        """
+        await self._book.wait_recorded(lease, version, timeout_seconds=RECORD_TIMEOUT_SECONDS)
+        key = f"checkpoints/{lease.job_id}/{version:08d}-{lease.epoch:06d}.safetensors"
+        await asyncio.to_thread(self._storage.put, key, content)
+        await self._store.record_checkpoint(
+            CheckpointRecord(
+                job_id=lease.job_id,
+                version=version,
+                epoch=lease.epoch,
+                storage_key=key,
+                bytes=len(content),
+                sha256=sha256,
+            )
+        )
+        self._book.checkpointed(lease, version)
+
+    async def _drive(self, record: JobRecord) -> None:
+        try:
+            spec = JobSpec.model_validate_json(record.spec_json)
+            plan = training_plan(spec, self._description, total_steps=record.total_steps)
+            data = await load_job_data(record, spec, self._description, self._storage)
+            driver = JobDriver(record, plan=plan, data=data, primitives=self._primitives, store=self._store)
+            self._drivers[record.job_id] = driver
+            await driver.run()
+        except ColaError as error:
+            await self._store.transition(
+                record.job_id,
+                JobState.FAILED,
+                message=str(error),
+                failure_reason=error.reason,
+                failure_message=str(error),
+            )
+        finally:
+            self._drivers.pop(record.job_id, None)
+            self._tasks.pop(record.job_id, None)
+
+    async def _stop(self, job_id: str, stop: Stop) -> None:
+        record = await self._store.job(job_id)
+        if record.state in TERMINAL_STATES or record.state is stop.value:
+            return
+        driver = self._drivers.get(job_id)
+        if driver is not None:
+            driver.ask(stop)
+        else:
+            await self._store.transition(job_id, stop.value, message=f"{stop.value} at its tenant's request")
+
+    async def _adapter_to_ask(self, record: JobRecord) -> tuple[int, bytes | None]:
+        """The version to generate with; a job that holds no lease brings its newest checkpoint."""
+        if self._book.current(record.job_id) is not None:
+            return record.version, None
+        checkpoint = await self._store.latest_checkpoint(record.job_id)
+        if checkpoint is None:
+            raise Conflict(
+                "ADAPTER_NOT_READY",
+                "the job has no checkpoint to generate from yet",
+                remedy="Wait for its first checkpoint: `cola jobs checkpoints`.",
+            )
+        return checkpoint.version, await asyncio.to_thread(self._storage.get, checkpoint.storage_key)
+
+    async def _hear_base_forever(self) -> None:
+        after = 0
+        while True:
+            try:
+                after, events = await self._base.next_events(after)
+            except Exception as error:
+                logger.warning("base model events: %s", error, extra={"event": "base.events_lost"})
+                await self._recover_base()
+                after = 0
+                continue
+            for event in events:
+                self._hear(event)
+
+    def _hear(self, event: BaseEvent) -> None:
+        if isinstance(event, StepApplied):
+            self._book.applied(event)
+        elif isinstance(event, StepRefused):
+            self._book.lose(event.lease, reason=event.reason, message=event.message)
+        elif isinstance(event, DeviceLinkChanged):
+            self._loop.park(event.device_id, parked=event.parked and event.connected)
+            if not event.connected:
+                self._book.lose_device(
+                    event.device_id,
+                    reason="DEVICE_LINK_LOST",
+                    message=f"{event.device_id} left the base model",
+                )
+
+    async def _recover_base(self) -> None:
+        """The base model actor died: nothing of it is needed, every lease is taken anew once it is back."""
+        self._book.lose_all(reason="BASE_MODEL_LOST", message="the base model stopped")
+        await asyncio.sleep(BASE_RETRY_SECONDS)
+        try:
+            self._description = await self._base.describe()
+        except Exception as error:
+            logger.warning("base model not back yet: %s", error, extra={"event": "base.waiting"})
+            return
+        await self._pool.move(self._description.gradient_endpoint)
+
+
+def lost_base_reporter(book: LeaseBook) -> Callable[[Exception], None]:
+    """For the scheduler loop: a base step that failed for lack of a base model loses every lease."""
+
+    def report(error: Exception) -> None:
+        book.lose_all(reason="BASE_MODEL_LOST", message=str(error))
+
+    return report

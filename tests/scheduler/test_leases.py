@@ -1,0 +1,63 @@
+"""Who is woken by what: the lease book."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from cola_runtime.scheduler.leases import LeaseBook, LeaseLost
+from cola_runtime.types import Lease, StepApplied
+
+LEASE = Lease(job_id="job-1", epoch=2, device_id="d0")
+OLDER = Lease(job_id="job-1", epoch=1, device_id="d1")
+
+
+async def test_a_waiter_wakes_when_its_version_reaches_the_bank() -> None:
+    book = LeaseBook()
+    book.open(LEASE)
+    waiter = asyncio.create_task(book.wait_version(LEASE, 3, timeout_seconds=5))
+    await asyncio.sleep(0)
+    book.applied(StepApplied(lease=LEASE, version=2))
+    await asyncio.sleep(0)
+    assert not waiter.done()
+    book.applied(StepApplied(lease=LEASE, version=3))
+    assert (await waiter).version == 3
+
+
+async def test_reports_of_an_older_epoch_are_ignored() -> None:
+    book = LeaseBook()
+    book.open(LEASE)
+    book.applied(StepApplied(lease=OLDER, version=9))
+    book.lose(OLDER, reason="DEVICE_LOST", message="the old device")
+    with pytest.raises(LeaseLost, match="did not reach the bank within"):
+        await book.wait_version(LEASE, 9, timeout_seconds=0.01)
+
+
+async def test_losing_a_device_wakes_all_its_waiters_and_nobody_else() -> None:
+    book = LeaseBook()
+    other = Lease(job_id="job-2", epoch=1, device_id="d1")
+    book.open(LEASE)
+    book.open(other)
+    waiters = [
+        asyncio.create_task(book.wait_version(lease, 1, timeout_seconds=5)) for lease in (LEASE, other)
+    ]
+    await asyncio.sleep(0)
+    book.lose_device("d0", reason="DEVICE_LOST", message="gone")
+    with pytest.raises(LeaseLost, match="gone"):
+        await waiters[0]
+    assert not waiters[1].done()
+    book.applied(StepApplied(lease=other, version=1))
+    await waiters[1]
+    with pytest.raises(LeaseLost):
+        book.check(LEASE)
+
+
+async def test_closing_a_lease_ends_waits_on_it() -> None:
+    book = LeaseBook()
+    book.open(LEASE)
+    waiter = asyncio.create_task(book.wait_checkpoint(LEASE, 1, timeout_seconds=5))
+    await asyncio.sleep(0)
+    book.close(LEASE)
+    with pytest.raises(LeaseLost, match="no longer open"):
+        await waiter

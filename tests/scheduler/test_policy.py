@@ -1,0 +1,87 @@
+"""The fair queue and the packing, as pure functions."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cola_runtime.scheduler.packing import split_rows
+from cola_runtime.scheduler.policy import Share, Waiting, admit, charge, choose
+from cola_runtime.types import Row
+
+
+def waiting(
+    ticket: int, tenant: str, *, rows: int = 1, longest: int = 10, job: str = "", train: bool = True
+) -> Waiting:
+    return Waiting(
+        ticket=ticket, tenant_id=tenant, job_id=job or tenant, rows=rows, longest=longest, train=train
+    )
+
+
+def row(length: int) -> Row:
+    return Row(tokens=np.zeros(length, np.int32), weights=np.ones(length, np.float32))
+
+
+def test_least_served_tenant_goes_first() -> None:
+    shares = {"a": Share(served=100), "b": Share(served=50)}
+    chosen = choose([waiting(1, "a"), waiting(2, "b")], shares=shares, token_budget=10)
+    assert [entry.tenant_id for entry in chosen] == ["b"]
+
+
+def test_many_tenants_share_a_base_step_up_to_the_padded_budget() -> None:
+    entries = [waiting(1, "a", longest=10), waiting(2, "b", longest=12), waiting(3, "c", longest=30)]
+    chosen = choose(entries, shares={}, token_budget=40)
+    assert [entry.tenant_id for entry in chosen] == ["a", "b"], "c would pad three rows to 30"
+
+
+def test_an_entry_above_the_budget_still_goes_alone() -> None:
+    chosen = choose([waiting(1, "a", longest=500), waiting(2, "b")], shares={}, token_budget=100)
+    assert [entry.ticket for entry in chosen] == [1]
+
+
+def test_later_microbatches_of_a_job_never_overtake_its_first() -> None:
+    """The last microbatch makes the device step, so order within a job is part of exactness."""
+    entries = [
+        waiting(1, "b"),
+        waiting(2, "a", job="j", longest=90),  # does not fit beside b
+        waiting(3, "a", job="j", longest=10),  # would fit
+    ]
+    chosen = choose(entries, shares={"a": Share(served=1)}, token_budget=40)
+    assert [entry.ticket for entry in chosen] == [1]
+
+
+def test_forward_only_work_never_shares_a_step_with_training() -> None:
+    entries = [waiting(1, "a", train=False), waiting(2, "b", train=True), waiting(3, "c", train=False)]
+    assert [entry.ticket for entry in choose(entries, shares={}, token_budget=100)] == [1, 3]
+
+
+def test_weight_two_is_served_twice_the_tokens() -> None:
+    shares = {"a": Share(weight=1.0), "b": Share(weight=2.0)}
+    served = {"a": 0, "b": 0}
+    for _ in range(300):
+        chosen = choose([waiting(1, "a"), waiting(2, "b")], shares=shares, token_budget=10)
+        tokens = {entry.tenant_id: entry.tokens for entry in chosen}
+        shares = charge(shares, tokens)
+        for tenant, count in tokens.items():
+            served[tenant] += count
+    assert served["b"] == 2 * served["a"]
+
+
+def test_idleness_cannot_be_saved_up() -> None:
+    shares = {"a": Share(served=1000.0), "b": Share(served=10.0)}
+    assert admit(shares, "b", active=["a"])["b"].served == 1000.0
+    assert admit(shares, "new", active=["a"])["new"].served == 1000.0
+    assert admit(shares, "b", active=[])["b"].served == 10.0
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 200))
+def test_split_rows_keeps_every_row_once_in_order_and_under_the_budget(
+    lengths: list[int], budget: int
+) -> None:
+    rows = [row(length) for length in lengths]
+    parts = split_rows(rows, token_budget=budget)
+    assert [r for part in parts for r in part] == rows
+    for part in parts:
+        padded = len(part) * max(len(r.tokens) for r in part)
+        assert padded <= budget or len(part) == 1
