@@ -90,7 +90,7 @@ def run_case(case: Case, folder: Path, *, steps: int, seed: int) -> dict[str, ob
         model=model,
         name=case.kind,
         dtype=case.dtype,
-        token_budget=512 if case.kind == "smollm2" else 256,
+        token_budget=1024 if case.kind == "smollm2" else 2048,
     )
     mixed = asyncio.run(train_mixed(settings, jobs))
     alone = {
@@ -120,7 +120,7 @@ def run_case(case: Case, folder: Path, *, steps: int, seed: int) -> dict[str, ob
 
 def _model(case: Case, folder: Path) -> Path:
     if case.kind == "smollm2":
-        return prepare_smollm2(Path(".cache/cola_runtime"))
+        return prepare_smollm2(Path(".cache/models"))
     return save_tiny_model(case.kind, folder / "model", dtype=case.dtype)
 
 

@@ -47,7 +47,7 @@ def main() -> None:
 
 async def measure(folder: Path, *, steps: int, seed: int) -> dict[str, dict[str, float]]:
     """Counted bytes of one step under each encoding, and the CPU that the device spent on it."""
-    model = prepare_smollm2(Path(".cache/cola_runtime"))
+    model = prepare_smollm2(Path(".cache/models"))
     settings = service_for(
         folder,
         model=model,

@@ -107,7 +107,10 @@ def parse_job_spec(fields: dict[str, Any], *, source: str = "job") -> JobSpec:
         reason = "UNKNOWN_FIELD" if any("unknown field" in v.message for v in violations) else "SPEC_INVALID"
         text = "; ".join(f"{v.where}: {v.message}" for v in violations)
         raise InvalidInput(
-            reason, text, remedy="Correct the field and submit again; nothing was created.", violations=violations
+            reason,
+            text,
+            remedy="Correct the field and submit again; nothing was created.",
+            violations=violations,
         ) from error
 
 

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 FIRST_TENANT = "default"
 STOP_GRACE_SECONDS = 2.0
+DEVICES_START_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,8 +70,11 @@ async def running_service(settings: ServiceSettings) -> AsyncIterator[RunningSer
     join_token = _join_token(settings.data_dir)
     with Cluster(settings) as cluster:
         base = await cluster.start_base_model(join_token)
-        async with running_coordinator(settings, base, join_token) as service:
-            cluster.start_devices(coordinator=settings.advertise or service.endpoint, join_token=join_token)
+
+        def place_devices(endpoint: str) -> None:
+            cluster.start_devices(coordinator=settings.advertise or endpoint, join_token=join_token)
+
+        async with running_coordinator(settings, base, join_token, place_devices=place_devices) as service:
             try:
                 yield service
             finally:
@@ -79,9 +83,17 @@ async def running_service(settings: ServiceSettings) -> AsyncIterator[RunningSer
 
 @asynccontextmanager
 async def running_coordinator(
-    settings: ServiceSettings, base: BaseModelPort, join_token: str
+    settings: ServiceSettings,
+    base: BaseModelPort,
+    join_token: str,
+    *,
+    place_devices: Callable[[str], None],
 ) -> AsyncIterator[RunningService]:
-    """Everything of the coordinator process except Ray: also the composition that fast tests use."""
+    """Everything of the coordinator process except Ray: also the composition that fast tests use.
+
+    `place_devices` gets the endpoint to dial. Jobs start when the placed devices are there (or late: then
+    without them), so that the first job does not find one device and fill it.
+    """
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     storage = ObjectStorage(f"file://{(settings.data_dir / 'objects').resolve()}")
     store = await JobStore.open(f"sqlite:///{(settings.data_dir / 'jobs.sqlite').resolve()}")
@@ -92,6 +104,8 @@ async def running_coordinator(
             store=store, storage=storage, runner=runner, base_models={description.name: description}
         )
         server, endpoint = await _listen(settings.listen, service, store, pool)
+        place_devices(endpoint)
+        await pool.wait_joined(settings.devices.count, timeout_seconds=DEVICES_START_SECONDS)
         await runner.open()
         try:
             yield RunningService(

@@ -82,6 +82,17 @@ class DevicePool:
         finally:
             self._forget(device, "its control stream ended")
 
+    async def wait_joined(self, count: int, *, timeout_seconds: float) -> None:
+        """Return when `count` devices are there, or after the timeout with those that are."""
+        try:
+            async with asyncio.timeout(timeout_seconds), self._joined:
+                await self._joined.wait_for(lambda: len(self._devices) >= count)
+        except TimeoutError:
+            message = "%d of %d devices joined within %g s"
+            logger.warning(
+                message, len(self._devices), count, timeout_seconds, extra={"event": "device.missing"}
+            )
+
     async def pick(self) -> str:
         """The connected device with the fewest leases; waits until there is one."""
         async with self._joined:

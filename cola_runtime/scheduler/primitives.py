@@ -76,6 +76,7 @@ class AdapterPrimitives:
     ) -> None:
         self._base, self._loop, self._pool, self._book = base, loop, pool, book
         self._store, self._storage = store, storage
+        self._placing = asyncio.Lock()
 
     async def open(self, record: JobRecord, plan: TrainingPlan) -> LeasedAdapter:
         """Lease the adapter to a device, from the newest usable checkpoint or from its seed.
@@ -88,28 +89,32 @@ class AdapterPrimitives:
             (c for c in checkpoints if c.version <= record.version), key=lambda c: c.version, default=None
         )
         blob = await asyncio.to_thread(self._storage.get, usable.storage_key) if usable else None
-        device_id = await self._pool.pick()
-        lease = await self._store.grant_lease(record.job_id, device_id)
-        version = usable.version if usable else 0
-        if version < record.version:
-            await self._store.rewind(lease, version)
-        self._book.open(lease)
+        lease = await self._take_lease(record.job_id)
         adapter = LeasedAdapter(
             lease=lease,
             tenant_id=record.tenant_id,
             plan=plan,
             encoding=Encoding(record.encoding),
-            version=version,
+            version=usable.version if usable else 0,
         )
-        self.recorded(adapter)
         try:
+            if adapter.version < record.version:
+                await self._store.rewind(lease, adapter.version)
+            self.recorded(adapter)
             await self._base.lease(lease, plan.adapter)
             await self._pool.grant(lease, plan, checkpoint=blob)
-            await self._book.wait_version(lease, version, timeout_seconds=OPEN_TIMEOUT_SECONDS)
+            await self._book.wait_version(lease, adapter.version, timeout_seconds=OPEN_TIMEOUT_SECONDS)
         except BaseException:
             await self.close(adapter)
             raise
         return adapter
+
+    async def _take_lease(self, job_id: str) -> Lease:
+        """One at a time, so that each sees the load that the ones before it have put on the devices."""
+        async with self._placing:
+            lease = await self._store.grant_lease(job_id, await self._pool.pick())
+            self._book.open(lease)
+            return lease
 
     async def forward(self, adapter: LeasedAdapter, rows: Sequence[Row]) -> Loss:
         """Losses of rows under the adapter's current version; nothing is trained."""

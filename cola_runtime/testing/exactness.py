@@ -75,7 +75,9 @@ def service_for(
 async def train_mixed(settings: ServiceSettings, jobs: Sequence[MixedJob]) -> MixedRun:
     """Submit every job as a tenant of its own, all at once, and read back the exported adapters."""
     async with running_service(settings) as service, AsyncExitStack() as stack:
-        clients = [await stack.enter_async_context(await _client(service, job.spec.name)) for job in jobs]
+        clients = [
+            await stack.enter_async_context(await tenant_client(service, job.spec.name)) for job in jobs
+        ]
         handles = [
             await client.submit(job.spec, training=job.training)
             for client, job in zip(clients, jobs, strict=True)
@@ -83,7 +85,9 @@ async def train_mixed(settings: ServiceSettings, jobs: Sequence[MixedJob]) -> Mi
         for handle in handles:
             await handle.wait(JOB_TIMEOUT_SECONDS)
         weights = {
-            handle.name: _exported(await handle.download_adapter(settings.data_dir / handle.name), service)
+            handle.name: exported_weights(
+                await handle.download_adapter(settings.data_dir / handle.name), service.base_model
+            )
             for handle in handles
         }
         overview = await clients[0].describe()
@@ -160,13 +164,14 @@ def _sentences(number: int, *, seed: int, rows: int = 24) -> bytes:
     return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
 
 
-async def _client(service: RunningService, tenant: str) -> AsyncClient:
+async def tenant_client(service: RunningService, tenant: str) -> AsyncClient:
+    """A client with a new tenant's key."""
     await service.store.create_tenant(tenant)
     key = await service.store.create_key(tenant)
     return AsyncClient(base_url=f"grpc://{service.endpoint}", api_key=key)
 
 
-def _exported(folder: Path, service: RunningService) -> Weights:
+def exported_weights(folder: Path, base: BaseModelDescription) -> Weights:
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    adapter = read_peft_folder(files, service.base_model.sites)
+    adapter = read_peft_folder(files, base.sites)
     return {key: torch.from_numpy(array) for key, array in adapter.weights.items()}

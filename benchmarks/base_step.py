@@ -1,0 +1,214 @@
+"""One mixed base step against the frozen floor and against peft, on one thread.
+
+    python -m benchmarks.base_step [--quick] [--json] [--seed N]
+
+SmolLM2-135M, LoRA r = 8 on all seven projections, one row per tenant, every token a label. Four sides take
+turns, round by round, in one process:
+  floor            forward and backward of the bare transformers model down to its input embeddings
+  mixed            our step of all tenants, adapter_gradient taps handed to a sink; no adapter was in the step
+                   before, so every round stacks them anew
+  peft_joint       peft with one adapter on all rows
+  peft_sequential  peft tenant after tenant (set_adapter)
+The stock model and peft run with whichever attention implementation a trial finds faster for the bare model.
+Ratios are medians over rounds of the same round's thread CPU time, which other processes disturb least.
+--quick: 8 x 64 instead of 8 x 128 tokens in float32, and fewer rounds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from benchmarks.record import argument_parser, compare, emit, interleaved, record
+from cola_runtime.adapters.lora import initial_weights
+from cola_runtime.base_model.model import TappedModel
+from cola_runtime.base_model.pretrained import prepare_smollm2
+from cola_runtime.gradients.taps import Tap
+from cola_runtime.types import AdapterSpec, BaseStep, Lease, Row, Segment, Site
+
+CACHE = Path(".cache/cola_runtime")
+RANK, ALPHA = 8, 16.0
+SIDES = ("mixed", "peft_joint", "peft_sequential")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    tenants: int
+    tokens: int
+    dtype: str
+    rounds: int
+    warmup: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.tenants}x{self.tokens}_{self.dtype}"
+
+
+CASES = (
+    Case(tenants=8, tokens=128, dtype="float32", rounds=5, warmup=1),
+    Case(tenants=16, tokens=32, dtype="bfloat16", rounds=9, warmup=1),
+)
+QUICK_CASES = (
+    Case(tenants=8, tokens=64, dtype="float32", rounds=1, warmup=0),
+    Case(tenants=16, tokens=32, dtype="bfloat16", rounds=1, warmup=0),
+)
+
+
+def main() -> None:
+    arguments = argument_parser(__doc__ or "").parse_args()
+    started = datetime.now(UTC)
+    torch.set_num_threads(1)
+    path = prepare_smollm2(CACHE)
+    cases = QUICK_CASES if arguments.quick else CASES
+    results = {case.name: run_case(path, case, seed=arguments.seed) for case in cases}
+    top = {f"{side}_over_floor": results[cases[0].name][f"{side}_over_floor"] for side in SIDES}
+    summary = {**top, "rank": RANK, "threads": 1, "cases": results}
+    emit(record("base_step", summary, seed=arguments.seed, started=started), arguments.json)
+
+
+def run_case(path: Path, case: Case, *, seed: int) -> dict[str, Any]:
+    rows_BT = np.random.default_rng(seed).integers(0, 49_152, (case.tenants, case.tokens), dtype=np.int32)
+    tokens_BT = torch.from_numpy(rows_BT).long()
+    stock = Stock(path, case.dtype)
+    attention = stock.choose_attention(tokens_BT)
+    ours = Ours(path, case.dtype, rows_BT)
+    peft = Peft(path, case.dtype, attention, ours.sites, tenants=case.tenants)
+    sides: dict[str, Callable[[], object]] = {
+        "floor": partial(stock.step, tokens_BT),
+        "mixed": ours.step,
+        "peft_joint": partial(peft.joint, tokens_BT),
+        "peft_sequential": partial(peft.sequential, tokens_BT),
+    }
+    if case.warmup == 0:
+        ours.step()  # its buffers are allocated once in its life; the others' cost it in every step
+    compared = compare(interleaved(sides, rounds=case.rounds, warmup=case.warmup), "floor")
+    return {
+        **{f"{side}_over_floor": compared[side]["thread_cpu_paired_over_baseline"] for side in SIDES},
+        "rounds": case.rounds,
+        "attention": {"floor": attention, "peft": attention, "mixed": ours.attention},
+        "install_seconds_per_adapter": ours.install_seconds_per_adapter,
+        "sides": compared,
+    }
+
+
+class Stock:
+    """The bare transformers model: the frozen floor."""
+
+    def __init__(self, path: Path, dtype: str) -> None:
+        self._model = _stock_model(path, dtype, "sdpa").requires_grad_(False)
+
+    def choose_attention(self, tokens_BT: Tensor) -> str:
+        """Set the implementation that is faster for this very step; also warms everything up."""
+        names = ("sdpa", "eager")
+        timings: dict[str, float] = {}
+        for name in names:
+            self._model.set_attn_implementation(name)
+            timing = interleaved({name: lambda: self.step(tokens_BT)}, rounds=1, warmup=0)
+            timings[name] = timing[name].thread_cpu_seconds[0]
+        best = min(names, key=lambda name: timings[name])
+        self._model.set_attn_implementation(best)
+        return best
+
+    def step(self, tokens_BT: Tensor) -> None:
+        embedded_BTD = self._model.get_input_embeddings()(tokens_BT).requires_grad_(True)
+        logits_BTV = self._model(inputs_embeds=embedded_BTD, use_cache=False).logits
+        _loss(logits_BTV, tokens_BT).backward()
+
+
+class Ours:
+    """One mixed step of as many tenants as there are rows; two sets of tenants take turns."""
+
+    def __init__(self, path: Path, dtype: str, rows_BT: NDArray[np.int32]) -> None:
+        self._model = TappedModel.load(path, dtype=dtype, attention="eager", threads=1)
+        self.sites = self._model.sites
+        self.attention = self._model.describe("", "").details["attention"]
+        self.install_seconds_per_adapter = 0.0
+        self._number = 0
+        self._steps = [
+            tuple(self._segment(f"job-{team}-{k}", row_T) for k, row_T in enumerate(rows_BT))
+            for team in range(2)
+        ]
+
+    def step(self) -> None:
+        self._number += 1
+        taps: list[Tap] = []
+        step = BaseStep(number=self._number, segments=self._steps[self._number % 2])
+        result = self._model.run(step, taps.append)
+        assert all(loss.reason is None for loss in result.losses)
+
+    def _segment(self, job_id: str, row_T: NDArray[np.int32]) -> Segment:
+        lease = Lease(job_id=job_id, epoch=1, device_id="device")
+        spec = AdapterSpec(rank=RANK, alpha=ALPHA, use_rslora=False, seed=0, sites=self.sites)
+        weights = initial_weights(spec)
+        started = time.thread_time()
+        self._model.install(lease, spec, 0, weights)
+        self.install_seconds_per_adapter = time.thread_time() - started
+        row = _row(row_T)
+        return Segment(lease=lease, version=0, rows=(row,), loss_denominator=float(row.label_tokens))
+
+
+class Peft:
+    """peft on the stock model, all tenants' adapters loaded."""
+
+    def __init__(
+        self, path: Path, dtype: str, attention: str, sites: tuple[Site, ...], *, tenants: int
+    ) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        names = sorted({site.name.rpartition(".")[2] for site in sites})
+        config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names, task_type="CAUSAL_LM")
+        self._names = [f"tenant{k}" for k in range(tenants)]
+        base = _stock_model(path, dtype, attention)
+        # Factors in the model's dtype, as in our forward; peft's own default (float32) is slower in bfloat16.
+        self._model = get_peft_model(
+            base, config, adapter_name=self._names[0], autocast_adapter_dtype=False
+        ).eval()
+        for name in self._names[1:]:
+            self._model.add_adapter(name, config, autocast_adapter_dtype=False)
+
+    def joint(self, tokens_BT: Tensor) -> None:
+        self._model.set_adapter(self._names[0])
+        self._step(tokens_BT)
+
+    def sequential(self, tokens_BT: Tensor) -> None:
+        for name, tokens_T in zip(self._names, tokens_BT, strict=True):
+            self._model.set_adapter(name)
+            self._step(tokens_T[None])
+
+    def _step(self, tokens_BT: Tensor) -> None:
+        _loss(self._model(input_ids=tokens_BT, use_cache=False).logits, tokens_BT).backward()
+        self._model.zero_grad(set_to_none=True)
+
+
+def _stock_model(path: Path, dtype: str, attention: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=getattr(torch, dtype), attn_implementation=attention
+    ).eval()
+
+
+def _loss(logits_BTV: Tensor, tokens_BT: Tensor) -> Any:
+    flat_KV = logits_BTV[:, :-1].float().flatten(0, 1)
+    return cross_entropy(flat_KV, tokens_BT[:, 1:].flatten())
+
+
+def _row(tokens_T: NDArray[np.int32]) -> Row:
+    weights_T = np.ones(len(tokens_T), np.float32)
+    weights_T[0] = 0.0
+    return Row(tokens=tokens_T, weights=weights_T)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Finds the sites of a causal language model: every Linear and Conv1D below its vocabulary projection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cola_runtime.types import Site, SiteKind
+
+
+def site_catalogue(model: Any) -> tuple[Site, ...]:
+    """All sites in `named_modules()` order, numbered from 0; sites that get the very same x share a group.
+
+    Traces one forward pass over two tokens. A module that this pass never calls is no site. A module called
+    more than once belongs to the group of its first call.
+    """
+    modules = dict(_candidates(model))
+    inputs = _first_inputs(model, modules)
+    group_of: dict[int, int] = {}
+    sites: list[Site] = []
+    for name, module in modules.items():
+        if name not in inputs:
+            continue
+        group = group_of.setdefault(id(inputs[name]), len(group_of))
+        out_features, in_features = _shape(module)
+        sites.append(
+            Site(
+                index=len(sites),
+                name=name,
+                kind=_kind(module),
+                in_features=in_features,
+                out_features=out_features,
+                input_group=group,
+            )
+        )
+    return tuple(sites)
+
+
+def _candidates(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head:
+            yield name, module
+
+
+def _first_inputs(model: Any, modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """The x of every module's first call. All are kept until the end, so that no two share an id."""
+    seen: dict[str, Tensor] = {}
+
+    hooks = [
+        module.register_forward_pre_hook(lambda _m, args, name=name: _note(seen, name, args[0]))
+        for name, module in modules.items()
+    ]
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.tensor([[0, 1]]), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _note(seen: dict[str, Tensor], name: str, x: Tensor) -> None:
+    seen.setdefault(name, x)
+
+
+def _kind(module: nn.Module) -> SiteKind:
+    return SiteKind.LINEAR if isinstance(module, nn.Linear) else SiteKind.CONV1D
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features)."""
+    weight: Any = module.weight
+    rows, columns = weight.shape
+    return (rows, columns) if _kind(module) is SiteKind.LINEAR else (columns, rows)

@@ -1,0 +1,208 @@
+"""Serves the devices' gradient streams: taps out under credit, complete weight updates in.
+
+A device that vanishes takes its outbox with it and touches nobody else. Everything runs on one event loop;
+only `send_tap` may be called from the compute thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import grpc
+from torch import Tensor
+
+from cola_runtime.base_model.device_link import DeviceLink
+from cola_runtime.base_model.updates import LeasedAdapter, LeaseTable, Update
+from cola_runtime.errors import ColaError, ProtocolError, Unavailable
+from cola_runtime.proto import control_pb2
+from cola_runtime.transport import control
+from cola_runtime.transport.concurrency import until_first_ends
+from cola_runtime.transport.endpoints import GRADIENTS, serve_streams
+from cola_runtime.transport.frames import TensorAddress, WireTensor
+from cola_runtime.transport.handshake import receive_hello
+from cola_runtime.transport.reader import FrameLimits, ReceivedTensor
+from cola_runtime.transport.stream import FrameStream, ReceivedControl
+from cola_runtime.transport.tensors import to_wire
+from cola_runtime.types import (
+    AdapterSpec,
+    BaseEvent,
+    DeviceLinkChanged,
+    Lease,
+    Segment,
+    StepRefused,
+    TensorKey,
+)
+
+REPLACE_SECONDS = 10.0
+STOP_GRACE_SECONDS = 1.0
+
+
+class GradientServer:
+    """`on_update` gets every complete version, `on_event` links and refusals; both must return at once."""
+
+    def __init__(
+        self, *, join_token: str, on_update: Callable[[Update], None], on_event: Callable[[BaseEvent], None]
+    ) -> None:
+        self._join_token = join_token
+        self._on_update = on_update
+        self._on_event = on_event
+        self._leases = LeaseTable()
+        self._links: dict[str, DeviceLink] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self, bind: str, *, credentials: grpc.ServerCredentials | None = None) -> str:
+        """Listen; returns host:port."""
+        self._loop = asyncio.get_running_loop()
+        self._server, endpoint = await serve_streams(
+            bind, {GRADIENTS: self._serve_device}, credentials=credentials
+        )
+        return endpoint
+
+    async def stop(self) -> None:
+        """End every stream and stop listening."""
+        if self._server is not None:
+            await self._server.stop(STOP_GRACE_SECONDS)
+
+    def lease(self, lease: Lease, spec: AdapterSpec) -> None:
+        """Honour this lease from now on. Raises Fenced for an older epoch."""
+        self._leases.open(lease, spec)
+
+    def end_lease(self, job_id: str, epoch: int) -> bool:
+        return self._leases.end(job_id, epoch)
+
+    def send_tap(self, segment: Segment, tensors: Mapping[TensorKey, Tensor]) -> int:
+        """Queue a tap for the segment's device; returns how many tensors. From any thread, never blocks.
+
+        The tensors must not be changed afterwards. Without a link to the device they are dropped: the
+        microbatch's end tells.
+        """
+        assert self._loop is not None
+        wire = [(key, to_wire(tensor)) for key, tensor in tensors.items()]
+        self._loop.call_soon_threadsafe(self._queue_tap, segment, wire)
+        return len(wire)
+
+    def end_microbatch(self, segment: Segment, tensors: int) -> None:
+        """All taps of the segment were sent. Emits StepRefused DEVICE_UNREACHABLE without a device."""
+        link = self._links.get(segment.lease.device_id)
+        if link is None:
+            message = f"device {segment.lease.device_id} has no gradient stream"
+            self._on_event(StepRefused(lease=segment.lease, reason="DEVICE_UNREACHABLE", message=message))
+            return
+        end = control_pb2.MicrobatchEnd(
+            lease=control.lease_to_proto(segment.lease),
+            version=segment.version,
+            microbatch=segment.microbatch,
+            tensors=tensors,
+            apply=segment.last_microbatch,
+        )
+        self._count_up(segment, link.put_control(control_pb2.GradientControl(microbatch_end=end)))
+
+    def _queue_tap(self, segment: Segment, tensors: list[tuple[TensorKey, WireTensor]]) -> None:
+        link = self._links.get(segment.lease.device_id)
+        if link is None:
+            return
+        for key, tensor in tensors:
+            address = TensorAddress(
+                job_id=segment.lease.job_id,
+                epoch=segment.lease.epoch,
+                version=segment.version,
+                microbatch=segment.microbatch,
+                site=key.site,
+                kind=key.kind,
+            )
+            self._count_up(segment, link.put_tensor(address, tensor))
+
+    def _count_up(self, segment: Segment, wire_bytes: int) -> None:
+        adapter = self._leases.find(segment.lease)
+        if adapter is not None:
+            adapter.count_up(segment.version, wire_bytes)
+
+    async def _serve_device(self, stream: FrameStream[Any]) -> None:
+        hello = await receive_hello(stream, join_token=self._join_token, limits=FrameLimits())
+        link = self._new_link(stream, hello)
+        await self._replace(link)
+        await stream.send_control(control_pb2.GradientControl(welcome=control_pb2.GradientWelcome()))
+        self._emit_link(link, connected=True)
+        try:
+            await until_first_ends(self._read(link), link.send_forever(), link.wait_replaced())
+        finally:
+            if self._links.get(link.device_id) is link:
+                del self._links[link.device_id]
+            self._emit_link(link, connected=False)
+            link.gone.set()
+
+    def _new_link(self, stream: FrameStream[Any], hello: control_pb2.GradientHello) -> DeviceLink:
+        def on_parked(parked: bool) -> None:
+            self._on_event(DeviceLinkChanged(device_id=hello.device_id, connected=True, parked=parked))
+
+        return DeviceLink(
+            stream, device_id=hello.device_id, credit_bytes=hello.credit_bytes, on_parked=on_parked
+        )
+
+    async def _replace(self, link: DeviceLink) -> None:
+        """Take the device's place; a link that it left behind ends first, so that events stay in order."""
+        previous = self._links.get(link.device_id)
+        if previous is not None:
+            previous.replace()
+            try:
+                async with asyncio.timeout(REPLACE_SECONDS):
+                    await previous.gone.wait()
+            except TimeoutError as error:
+                raise Unavailable("DEVICE_ID_BUSY", f"{link.device_id} is still attached") from error
+        self._links[link.device_id] = link
+
+    def _emit_link(self, link: DeviceLink, *, connected: bool) -> None:
+        self._on_event(
+            DeviceLinkChanged(device_id=link.device_id, connected=connected, parked=connected and link.parked)
+        )
+
+    async def _read(self, link: DeviceLink) -> None:
+        async for item in link.stream:
+            if isinstance(item, ReceivedTensor):
+                address = item.address
+                adapter = self._leases.of(address.job_id, epoch=address.epoch, device_id=link.device_id)
+                if adapter is not None:
+                    adapter.add(item)
+            else:
+                self._control(link, item)
+
+    def _control(self, link: DeviceLink, item: ReceivedControl[control_pb2.GradientControl]) -> None:
+        message = item.message
+        kind = message.WhichOneof("message")
+        if kind == "credit":
+            link.return_credit(message.credit.bytes)
+        elif kind == "update_end":
+            self._end_update(link, message.update_end, item.wire_bytes)
+        elif kind == "refusal":
+            self._refused_by_device(link, message.refusal)
+        else:
+            raise ProtocolError("CONTROL_INVALID", f"a device does not send {kind}")
+
+    def _end_update(self, link: DeviceLink, end: control_pb2.UpdateEnd, wire_bytes: int) -> None:
+        lease = control.lease_from_proto(end.lease)
+        adapter = self._of_device(link, lease)
+        if adapter is None:
+            reason, message = self._leases.refusal(lease)
+            link.put_control(_refusal(lease, reason, message))
+            return
+        try:
+            self._on_update(adapter.complete(end, wire_bytes=wire_bytes))
+        except ColaError as error:
+            link.put_control(_refusal(lease, error.reason, str(error)))
+            self._on_event(StepRefused(lease=lease, reason=error.reason, message=str(error)))
+
+    def _refused_by_device(self, link: DeviceLink, refusal: control_pb2.Refusal) -> None:
+        lease = control.lease_from_proto(refusal.lease)
+        if self._of_device(link, lease) is not None:
+            self._on_event(StepRefused(lease=lease, reason=refusal.reason, message=refusal.message))
+
+    def _of_device(self, link: DeviceLink, lease: Lease) -> LeasedAdapter | None:
+        return self._leases.find(lease) if lease.device_id == link.device_id else None
+
+
+def _refusal(lease: Lease, reason: str, message: str) -> control_pb2.GradientControl:
+    refusal = control_pb2.Refusal(lease=control.lease_to_proto(lease), reason=reason, message=message)
+    return control_pb2.GradientControl(refusal=refusal)

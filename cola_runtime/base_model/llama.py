@@ -1,0 +1,260 @@
+"""A hand-written mixed forward and backward for Llama, faster than the bare transformers model.
+
+What a frozen base allows: no weight gradients, residuals added by the products themselves, cheap norms, every
+large tensor in a buffer that lives from step to step. Whatever is not exactly transformers' LlamaForCausalLM
+goes through `PatchedBody` instead.
+Shapes: B rows, T tokens, N = B T, D hidden, F intermediate, W width of q, k and v together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cola_runtime.base_model.attention import AttentionRecord, CausalAttention, Rotary
+from cola_runtime.base_model.body import Stacks
+from cola_runtime.base_model.frozen_ops import (
+    add_projected,
+    add_rms_norm_backward,
+    project,
+    rms_norm,
+    swiglu,
+    swiglu_backward,
+)
+from cola_runtime.base_model.llama_weights import LlamaLayer, Projection, llama_layers
+from cola_runtime.base_model.tapped import SiteGroup
+from cola_runtime.base_model.workspace import Workspace
+
+
+@dataclass(slots=True, kw_only=True)
+class _LayerRecord:
+    """One layer's activations that the backward pass reads; x of down is recomputed."""
+
+    h_ND: Tensor
+    inverse_N1: Tensor  # of h's norm
+    x_ND: Tensor  # of q, k, v
+    attention: AttentionRecord
+    mixed_ND: Tensor  # attention's output, x of o
+    middle_ND: Tensor  # the residual stream between attention and MLP
+    middle_inverse_N1: Tensor
+    middle_x_ND: Tensor  # of gate, up
+    gate_NF: Tensor
+    up_NF: Tensor
+    products: dict[int, list[Tensor]]  # input group -> x A^T of every cohort
+
+
+@dataclass(slots=True, kw_only=True)
+class _Step:
+    """The step under way."""
+
+    shape: tuple[int, int]
+    stacks: Stacks
+    rotary: Rotary
+    lowest: int  # the lowest adapted input group, by its place in the forward pass
+    records: dict[int, _LayerRecord] = field(default_factory=dict)
+    last_ND: Tensor | None = None  # the residual stream before the final norm
+    last_inverse_N1: Tensor | None = None
+
+
+class LlamaBody:
+    """`Body` of one LlamaForCausalLM. The tensors that it hands out lie in `space`."""
+
+    def __init__(self, model: Any, groups: Sequence[SiteGroup], space: Workspace) -> None:
+        attention = model.model.layers[0].self_attn
+        self._model = model.model
+        self._space = space
+        self._layers = llama_layers(model, groups)
+        self._eps = float(model.config.rms_norm_eps)
+        self._attention = CausalAttention(
+            heads=model.config.num_attention_heads,
+            key_heads=model.config.num_key_value_heads,
+            head_size=attention.head_dim,
+            scaling=attention.scaling,
+        )
+        self._places = {
+            projection.number: 4 * depth + place
+            for depth, layer in enumerate(self._layers)
+            for place, projection in enumerate(layer.projections)
+        }
+        self._step: _Step | None = None
+
+    @torch.no_grad()
+    def forward(self, tokens_BT: Tensor, stacks: Stacks, *, train: bool) -> Tensor:
+        embedded_BTD = self._model.embed_tokens(tokens_BT)
+        step = _Step(
+            shape=(tokens_BT.shape[0], tokens_BT.shape[1]),
+            stacks=stacks,
+            rotary=self._rotary(embedded_BTD),
+            lowest=min((self._places[group] for group in stacks), default=4 * len(self._layers)),
+        )
+        h_ND = embedded_BTD.flatten(0, 1)
+        for depth, layer in enumerate(self._layers):
+            keep = train and depth >= step.lowest // 4
+            h_ND, record = self._layer_forward(
+                layer, h_ND, step, f"layer{depth}" if keep else f"passing{depth % 2}"
+            )
+            if keep:
+                step.records[depth] = record
+        out_ND = self._buffer("hidden", h_ND.shape[1], h_ND)
+        step.last_ND = h_ND
+        step.last_inverse_N1 = rms_norm(h_ND, self._model.norm.weight, self._eps, out_ND, self._space)
+        self._step = step if train else None
+        return out_ND
+
+    @torch.no_grad()
+    def backward(self, grad_ND: Tensor) -> None:
+        step = self._step
+        assert step is not None and step.last_ND is not None and step.last_inverse_N1 is not None
+        dh_ND = self._buffer("dh", grad_ND.shape[1], grad_ND).zero_()
+        add_rms_norm_backward(
+            dh_ND, grad_ND, step.last_ND, step.last_inverse_N1, self._model.norm.weight, self._space
+        )
+        while step.records:
+            depth, record = step.records.popitem()  # the deepest left
+            if self._mlp_backward(self._layers[depth], record, step, dh_ND):
+                self._attention_backward(self._layers[depth], record, step, dh_ND)
+
+    def finish(self) -> None:
+        self._step = None
+
+    def _buffer(self, name: str, columns: int, like: Tensor) -> Tensor:
+        return self._space.tensor(name, (len(like), columns), like.dtype)
+
+    def _rotary(self, embedded_BTD: Tensor) -> Rotary:
+        positions = torch.arange(embedded_BTD.shape[1])[None]
+        cos_1TE, sin_1TE = self._model.rotary_emb(embedded_BTD, position_ids=positions)
+        return self._attention.rotary(cos_1TE[0], sin_1TE[0])
+
+    def _layer_forward(
+        self, layer: LlamaLayer, h_ND: Tensor, step: _Step, slot: str
+    ) -> tuple[Tensor, _LayerRecord]:
+        """The layer's output, and what its backward needs; `slot` names the buffers that must survive."""
+        hidden = h_ND.shape[1]
+        products: dict[int, list[Tensor]] = {}
+        x_ND = self._buffer(f"{slot}.x", hidden, h_ND)
+        inverse_N1 = rms_norm(h_ND, layer.attention_norm_D, self._eps, x_ND, self._space)
+        qkv_NW = self._buffer("qkv", layer.qkv.products[0].width, h_ND)
+        products[layer.qkv.number] = _project(layer.qkv, x_ND, [qkv_NW], step)
+        mixed_ND = self._buffer(f"{slot}.mixed", layer.output.products[0].weight_OI.shape[1], h_ND)
+        attention = self._attention.forward(
+            qkv_NW.view(*step.shape, -1), step.rotary, self._by_head(mixed_ND, step), slot, self._space
+        )
+        middle_ND = self._buffer(f"{slot}.middle", hidden, h_ND)
+        products[layer.output.number] = _add_projected(layer.output, h_ND, mixed_ND, middle_ND, step)
+
+        middle_x_ND = self._buffer(f"{slot}.middle_x", hidden, h_ND)
+        middle_inverse_N1 = rms_norm(middle_ND, layer.mlp_norm_D, self._eps, middle_x_ND, self._space)
+        gate_NF, up_NF = (
+            self._buffer(f"{slot}.{name}", layer.gate_up.products[0].width, h_ND) for name in ("gate", "up")
+        )
+        products[layer.gate_up.number] = _project(layer.gate_up, middle_x_ND, [gate_NF, up_NF], step)
+        act_NF = self._buffer("act", gate_NF.shape[1], h_ND)
+        swiglu(gate_NF, up_NF, act_NF, act_NF)
+        next_ND = self._buffer(f"{slot}.next", hidden, h_ND)
+        products[layer.down.number] = _add_projected(layer.down, middle_ND, act_NF, next_ND, step)
+        return next_ND, _LayerRecord(
+            h_ND=h_ND,
+            inverse_N1=inverse_N1,
+            x_ND=x_ND,
+            attention=attention,
+            mixed_ND=mixed_ND,
+            middle_ND=middle_ND,
+            middle_inverse_N1=middle_inverse_N1,
+            middle_x_ND=middle_x_ND,
+            gate_NF=gate_NF,
+            up_NF=up_NF,
+            products=products,
+        )
+
+    def _mlp_backward(self, layer: LlamaLayer, record: _LayerRecord, step: _Step, dh_ND: Tensor) -> bool:
+        """In place: dh becomes the gradient between attention and MLP. False if nothing below is adapted."""
+        silu_NF, act_NF, grad_NF, grad_gate_NF, grad_up_NF = (
+            self._buffer(name, record.gate_NF.shape[1], dh_ND)
+            for name in ("silu", "act", "grad_act", "grad_gate", "grad_up")
+        )
+        swiglu(record.gate_NF, record.up_NF, silu_NF, act_NF)
+        if not self._input_gradient(layer.down, act_NF, [dh_ND], record, step, grad_NF):
+            return False
+        swiglu_backward(grad_NF, record.gate_NF, record.up_NF, silu_NF, grad_gate_NF, grad_up_NF)
+        dx_ND = self._buffer("dx", dh_ND.shape[1], dh_ND)
+        grads = [grad_gate_NF, grad_up_NF]
+        if not self._input_gradient(layer.gate_up, record.middle_x_ND, grads, record, step, dx_ND):
+            return False
+        add_rms_norm_backward(
+            dh_ND, dx_ND, record.middle_ND, record.middle_inverse_N1, layer.mlp_norm_D, self._space
+        )
+        return True
+
+    def _attention_backward(
+        self, layer: LlamaLayer, record: _LayerRecord, step: _Step, dh_ND: Tensor
+    ) -> None:
+        """In place: dh becomes the gradient of the layer's input, unless nothing below is adapted."""
+        grad_ND = self._buffer("grad_mixed", record.mixed_ND.shape[1], dh_ND)
+        if not self._input_gradient(layer.output, record.mixed_ND, [dh_ND], record, step, grad_ND):
+            return
+        grad_NW = self._buffer("grad_qkv", layer.qkv.products[0].width, dh_ND)
+        self._attention.backward(
+            self._by_head(grad_ND, step),
+            record.attention,
+            step.rotary,
+            grad_NW.view(*step.shape, -1),
+            self._space,
+        )
+        dx_ND = self._buffer("dx", dh_ND.shape[1], dh_ND)
+        if self._input_gradient(layer.qkv, record.x_ND, [grad_NW], record, step, dx_ND):
+            add_rms_norm_backward(
+                dh_ND, dx_ND, record.h_ND, record.inverse_N1, layer.attention_norm_D, self._space
+            )
+
+    def _input_gradient(
+        self,
+        projection: Projection,
+        x_NI: Tensor,
+        grads_NO: list[Tensor],
+        record: _LayerRecord,
+        step: _Step,
+        out_NI: Tensor,
+    ) -> bool:
+        """out = g W + (g s B) A, and hand out the taps. False, and no out, at the lowest adapted group."""
+        go_on = self._places[projection.number] > step.lowest
+        if go_on:
+            for number, (product, grad_NO) in enumerate(zip(projection.products, grads_NO, strict=True)):
+                torch.addmm(out_NI, grad_NO, product.weight_OI, beta=min(number, 1), out=out_NI)
+        x_BTI = x_NI.view(*step.shape, -1)
+        grads_BTO = projection.sites(grads_NO, step.shape)
+        dx_BTI = out_NI.view(*step.shape, -1) if go_on else None
+        stacks = step.stacks.get(projection.number, [])
+        for stack, h_SMQ in zip(stacks, record.products[projection.number], strict=True):
+            stack.backward(x_BTI, h_SMQ, grads_BTO, dx_BTI)
+        return go_on
+
+    def _by_head(self, tensor_ND: Tensor, step: _Step) -> Tensor:
+        return tensor_ND.view(*step.shape, self._attention.heads, self._attention.head_size)
+
+
+def _project(projection: Projection, x_NI: Tensor, outputs_NO: list[Tensor], step: _Step) -> list[Tensor]:
+    """outputs = x W^T + b + s B A x. Returns x A^T of every cohort."""
+    for product, out_NO in zip(projection.products, outputs_NO, strict=True):
+        project(x_NI, product.weight_OI, product.bias_O, out_NO)
+    return _adapt(projection, x_NI, outputs_NO, step)
+
+
+def _add_projected(
+    projection: Projection, base_NO: Tensor, x_NI: Tensor, out_NO: Tensor, step: _Step
+) -> list[Tensor]:
+    """out = base + x W^T + b + s B A x, for a group of one site. Returns x A^T of every cohort."""
+    product = projection.products[0]
+    add_projected(base_NO, x_NI, product.weight_OI, product.bias_O, out_NO)
+    return _adapt(projection, x_NI, [out_NO], step)
+
+
+def _adapt(projection: Projection, x_NI: Tensor, outputs_NO: list[Tensor], step: _Step) -> list[Tensor]:
+    stacks = step.stacks.get(projection.number, [])
+    if not stacks:
+        return []
+    outputs_BTO = projection.sites(outputs_NO, step.shape)
+    return [stack.add_to(outputs_BTO, x_NI.view(*step.shape, -1)) for stack in stacks]

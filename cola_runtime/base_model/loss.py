@@ -1,0 +1,93 @@
+"""Cross-entropy of the labelled positions only, in chunks, with its gradient by the hidden states.
+
+Shapes: N = rows x tokens, D hidden size, K labels, C labels of one chunk, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cola_runtime.base_model.segments import Labels
+from cola_runtime.base_model.workspace import Workspace
+
+CHUNK_LABELS = 256  # of one product; the logits are 50 MB in float32 for a vocabulary of 49,152
+BLOCK_LABELS = 8  # of one softmax: what it reads twice stays in the cache
+
+
+@dataclass(frozen=True, slots=True)
+class VocabularyProjection:
+    """logits = h W^T + b, the frozen head of the base model."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+
+    @staticmethod
+    def of(model: Any) -> VocabularyProjection:
+        head = model.get_output_embeddings()
+        bias = getattr(head, "bias", None)
+        return VocabularyProjection(head.weight.detach(), None if bias is None else bias.detach())
+
+
+def label_loss(
+    hidden_ND: Tensor, head: VocabularyProjection, labels: Labels, space: Workspace, *, train: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropy of every label [K] in at least float32, and d(sum scale * ce)/d hidden [N, D] if `train`.
+
+    Never holds the logits of more than CHUNK_LABELS labels. Every row's result depends on that row alone.
+    """
+    wide = torch.promote_types(hidden_ND.dtype, torch.float32)
+    losses_K = hidden_ND.new_empty(len(labels.targets_K), dtype=wide)
+    grad_ND = space.tensor("loss.grad", tuple(hidden_ND.shape), hidden_ND.dtype).zero_() if train else None
+    for start in range(0, len(losses_K), CHUNK_LABELS):
+        chunk = slice(start, start + CHUNK_LABELS)
+        positions_C = labels.positions_K[chunk]
+        logits_CV = _logits(hidden_ND.index_select(0, positions_C), head, space)
+        _losses_and_slopes(logits_CV, labels.targets_K[chunk], losses_K[chunk], space)
+        if grad_ND is not None:
+            grad_CD = torch.mm(logits_CV, head.weight_VD)
+            scales_C1 = labels.scales_K[chunk].to(wide)[:, None]
+            grad_ND.index_copy_(0, positions_C, (grad_CD * scales_C1).to(hidden_ND.dtype))
+    return losses_K, grad_ND
+
+
+def segment_loss_sums(losses_K: Tensor, labels: Labels) -> list[tuple[float, float]]:
+    """(sum of weight * ce, sum of weight) of each member, summed in float64 over its own slice only."""
+    weighted_K = losses_K.to(torch.float64) * labels.weights_K
+    sums = [float(part.sum()) for part in torch.split(weighted_K, list(labels.counts))]
+    weights = [float(part.sum()) for part in torch.split(labels.weights_K, list(labels.counts))]
+    return list(zip(sums, weights, strict=True))
+
+
+def _logits(hidden_CD: Tensor, head: VocabularyProjection, space: Workspace) -> Tensor:
+    logits_CV = space.tensor("loss.logits", (len(hidden_CD), len(head.weight_VD)), hidden_CD.dtype)
+    torch.mm(hidden_CD, head.weight_VD.t(), out=logits_CV)
+    return logits_CV if head.bias_V is None else logits_CV.add_(head.bias_V)
+
+
+def _losses_and_slopes(logits_CV: Tensor, targets_C: Tensor, losses_C: Tensor, space: Workspace) -> None:
+    """Writes ce to `losses_C`, and over the logits d ce / d logits = softmax - onehot."""
+    for start in range(0, len(logits_CV), BLOCK_LABELS):
+        block = slice(start, start + BLOCK_LABELS)
+        logits_LV, targets_L1 = logits_CV[block], targets_C[block, None]
+        wide_LV, slopes_LV = (
+            space.tensor(f"loss.{name}", tuple(logits_LV.shape), losses_C.dtype)
+            for name in ("wide", "slopes")
+        )
+        torch.softmax(wide_LV.copy_(logits_LV), dim=1, out=slopes_LV)
+        target_L1 = slopes_LV.gather(1, targets_L1)
+        losses_C[block] = -target_L1.log().squeeze(1)
+        _repair_underflow(wide_LV, targets_L1.squeeze(1), target_L1.squeeze(1), losses_C[block])
+        slopes_LV.scatter_(1, targets_L1, target_L1 - 1)
+        logits_LV.copy_(slopes_LV)
+
+
+def _repair_underflow(logits_LV: Tensor, targets_L: Tensor, target_L: Tensor, losses_L: Tensor) -> None:
+    """Where the target's probability has lost its digits, take the loss from the logits."""
+    lost = (target_L < torch.finfo(target_L.dtype).tiny * 2**24).nonzero().squeeze(1)
+    if len(lost):
+        losses_L[lost] = functional.cross_entropy(logits_LV[lost], targets_L[lost], reduction="none")

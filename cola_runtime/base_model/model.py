@@ -1,0 +1,223 @@
+"""The tapped base model: one frozen transformer that computes mixed batches of many tenants' adapters."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cola_runtime.base_model.bank import AdapterBank
+from cola_runtime.base_model.body import Body, PatchedBody
+from cola_runtime.base_model.generate import Sampling, generate_tokens
+from cola_runtime.base_model.llama import LlamaBody
+from cola_runtime.base_model.llama_weights import is_plain_llama
+from cola_runtime.base_model.load import LoadedModel, load_frozen_model
+from cola_runtime.base_model.loss import label_loss, segment_loss_sums
+from cola_runtime.base_model.segments import Cohort, Member, MixedBatch, mixed_batch, row_refusal
+from cola_runtime.base_model.stacks import StackCache, group_stacks
+from cola_runtime.base_model.tapped import TappedModules
+from cola_runtime.base_model.workspace import Workspace
+from cola_runtime.errors import InvalidInput, NotFound
+from cola_runtime.gradients.taps import TapSink
+from cola_runtime.types import (
+    AdapterSpec,
+    BaseModelDescription,
+    BaseStep,
+    BaseStepResult,
+    Lease,
+    Row,
+    Segment,
+    SegmentLoss,
+    Site,
+    TensorKey,
+)
+
+
+class TappedModel:
+    """Synchronous and not thread-safe: every call comes from one compute thread."""
+
+    def __init__(self, loaded: LoadedModel, *, path: Path, dtype: str, threads: int) -> None:
+        self._loaded = loaded
+        self._path = path
+        self._dtype = dtype
+        self._threads = threads
+        self._bank = AdapterBank(loaded.sites, loaded.head.weight_VD.dtype)
+        self._modules = TappedModules(loaded.groups)
+        self._space = Workspace()
+        self._body = self._fastest_body()
+        self._cache = StackCache()
+        self._positions = {
+            site.index: place for group in loaded.groups for place, site in enumerate(group.sites)
+        }
+
+    @classmethod
+    def load(cls, path: Path, *, dtype: str, attention: str = "auto", threads: int = 1) -> TappedModel:
+        """Load a pretrained folder. Sets the number of torch's threads, for the whole process.
+
+        `attention` is `eager`, `sdpa`, or `auto`: whichever is faster here, by a short trial.
+        """
+        torch.set_num_threads(threads)
+        loaded = load_frozen_model(path, dtype=dtype, attention=attention)
+        return cls(loaded, path=path, dtype=dtype, threads=threads)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return self._loaded.sites
+
+    def describe(self, name: str, gradient_endpoint: str) -> BaseModelDescription:
+        model = self._loaded.model
+        return BaseModelDescription(
+            name=name,
+            architecture=type(model).__name__,
+            context_length=self._context_length,
+            vocabulary_size=self._vocabulary_size,
+            dtype=self._dtype,
+            sites=self.sites,
+            gradient_endpoint=gradient_endpoint,
+            tokenizer_path=str(self._path),
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            details={
+                "attention": self._loaded.attention,
+                "body": type(self._body).__name__,
+                "threads": str(self._threads),
+                "device": "cpu",
+            },
+        )
+
+    def install(
+        self, lease: Lease, spec: AdapterSpec, version: int, weights: Mapping[TensorKey, Tensor]
+    ) -> None:
+        """Make this version the job's current one. Raises Fenced, InvalidInput: see AdapterBank.install."""
+        self._bank.install(lease, spec, version, weights)
+
+    def evict(self, job_id: str) -> None:
+        self._bank.evict(job_id)
+
+    def version(self, job_id: str) -> tuple[int, int] | None:
+        """(lease epoch, version) of the job's adapter in the bank."""
+        return self._bank.version(job_id)
+
+    def run(self, step: BaseStep, sink: TapSink) -> BaseStepResult:
+        """Compute one mixed batch; its taps go to `sink` while the backward pass runs.
+
+        A segment that the bank or the base model cannot serve gets a reason (`ADAPTER_UNKNOWN`, `FENCED`,
+        `VERSION_STALE`, `ROW_INVALID`) and is left out; the others are computed as if it were not there.
+        """
+        started = time.monotonic()
+        refusals = [self._refusal(segment) for segment in step.segments]
+        members = [
+            self._member(position, segment)
+            for position, segment in enumerate(step.segments)
+            if refusals[position] is None
+        ]
+        outcomes: dict[int, tuple[float, float]] = {}
+        computed_tokens = 0
+        if members:
+            batch = mixed_batch(members)
+            computed_tokens = batch.tokens_BT.numel()
+            sums = self._compute(batch, sink if step.train else None)
+            outcomes = {member.position: pair for member, pair in zip(batch.members, sums, strict=True)}
+        return BaseStepResult(
+            number=step.number,
+            losses=tuple(
+                _segment_loss(segment, refusals[position], outcomes.get(position, (0.0, 0.0)))
+                for position, segment in enumerate(step.segments)
+            ),
+            started=started,
+            seconds=time.monotonic() - started,
+            computed_tokens=computed_tokens,
+            real_tokens=sum(member.segment.tokens for member in members),
+        )
+
+    def generate(
+        self,
+        job_id: str | None,
+        token_ids: Sequence[int],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        stop_ids: Collection[int] = (),
+    ) -> list[int]:
+        """Continue `token_ids` with the job's current adapter, or with the bare base model for None.
+
+        Stops before the first of `stop_ids`, which is not returned. Temperature 0 is greedy. Raises NotFound
+        `ADAPTER_UNKNOWN`, InvalidInput `SEQUENCE_TOO_LONG`.
+        """
+        self._check_generation(len(token_ids), max_new_tokens)
+        sampling = Sampling(
+            max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop_ids=frozenset(stop_ids)
+        )
+        cohorts = [] if job_id is None else [self._lone_cohort(job_id)]
+        stacks = group_stacks(cohorts, self._positions, self._cache, None)
+        with self._modules.active(stacks, training=False):
+            return generate_tokens(self._loaded.model, token_ids, sampling)
+
+    def _compute(self, batch: MixedBatch, sink: TapSink | None) -> list[tuple[float, float]]:
+        train = sink is not None
+        stacks = group_stacks(batch.cohorts, self._positions, self._cache, sink)
+        try:
+            hidden_ND = self._body.forward(batch.tokens_BT, stacks, train=train)
+            with torch.no_grad():
+                losses_K, grad_ND = label_loss(
+                    hidden_ND, self._loaded.head, batch.labels, self._space, train=train
+                )
+            if grad_ND is not None:
+                self._body.backward(grad_ND)
+        finally:
+            self._body.finish()
+        return segment_loss_sums(losses_K, batch.labels)
+
+    def _fastest_body(self) -> Body:
+        if is_plain_llama(self._loaded.model, self._loaded.groups):
+            return LlamaBody(self._loaded.model, self._loaded.groups, self._space)
+        return PatchedBody(self._loaded.model, self._modules)
+
+    def _refusal(self, segment: Segment) -> str | None:
+        return self._bank.refusal(segment) or row_refusal(
+            segment.rows, vocabulary_size=self._vocabulary_size, context_length=self._context_length
+        )
+
+    def _member(self, position: int, segment: Segment) -> Member:
+        adapter = self._bank.adapter(segment.lease.job_id)
+        assert adapter is not None  # `_refusal` has looked
+        return Member(position=position, segment=segment, adapter=adapter)
+
+    def _lone_cohort(self, job_id: str) -> Cohort:
+        adapter = self._bank.adapter(job_id)
+        if adapter is None:
+            raise NotFound("ADAPTER_UNKNOWN", f"no adapter of {job_id} is resident", where=job_id)
+        row = Row(tokens=np.zeros(1, np.int32), weights=np.zeros(1, np.float32))
+        segment = Segment(lease=adapter.lease, version=adapter.version, rows=(row,), loss_denominator=1.0)
+        return Cohort(members=(Member(position=0, segment=segment, adapter=adapter),), first_row=0)
+
+    def _check_generation(self, prompt_tokens: int, max_new_tokens: int) -> None:
+        if prompt_tokens == 0:
+            raise InvalidInput("PROMPT_EMPTY", "the prompt has no tokens", where="prompt")
+        total = prompt_tokens + max_new_tokens
+        if total > self._context_length:
+            raise InvalidInput(
+                "SEQUENCE_TOO_LONG",
+                f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones do not fit the context",
+                where="prompt",
+                limit=self._context_length,
+                actual=total,
+                remedy="Shorten the prompt or ask for fewer tokens.",
+            )
+
+    @property
+    def _vocabulary_size(self) -> int:
+        return int(self._loaded.model.get_input_embeddings().num_embeddings)
+
+    @property
+    def _context_length(self) -> int:
+        return int(self._loaded.model.config.max_position_embeddings)
+
+
+def _segment_loss(segment: Segment, reason: str | None, sums: tuple[float, float]) -> SegmentLoss:
+    loss_sum, weight_sum = sums
+    return SegmentLoss(job_id=segment.lease.job_id, loss_sum=loss_sum, weight_sum=weight_sum, reason=reason)

@@ -1,0 +1,196 @@
+"""The base model as the coordinator sees it: leases, base steps, events. The Ray actor forwards to this."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import grpc
+import torch
+
+from cola_runtime.adapters.checkpoint_format import checkpoint_weights
+from cola_runtime.base_model.compute_lane import ComputeLane
+from cola_runtime.base_model.event_log import EventLog
+from cola_runtime.base_model.gradient_server import GradientServer
+from cola_runtime.base_model.model import TappedModel
+from cola_runtime.base_model.updates import Update
+from cola_runtime.errors import ColaError
+from cola_runtime.gradients.taps import Tap
+from cola_runtime.types import (
+    AdapterSpec,
+    BaseEvent,
+    BaseModelDescription,
+    BaseStep,
+    BaseStepResult,
+    Lease,
+    StepApplied,
+    StepRefused,
+)
+
+TRACE_STEPS = 65_536
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseStatistics:
+    """How busy the base model was; times are `time.monotonic()` of its process."""
+
+    started: float
+    now: float
+    busy_seconds: float  # in base steps
+    steps: int
+    trace: tuple[tuple[int, float, float], ...]  # number, begin, end of the latest base steps
+
+
+class BaseModelService:
+    """Owns a TappedModel, its compute thread and the gradient stream server. Belongs to one event loop."""
+
+    def __init__(self, model: TappedModel, *, name: str, join_token: str) -> None:
+        self._model = model
+        self._name = name
+        self._lane = ComputeLane()
+        self._events = EventLog()
+        self._server = GradientServer(
+            join_token=join_token, on_update=self._install_soon, on_event=self._events.append
+        )
+        self._endpoint = ""
+        self._installing: set[asyncio.Task[None]] = set()
+        self._started = time.monotonic()
+        self._busy_seconds = 0.0
+        self._steps = 0
+        self._trace: deque[tuple[int, float, float]] = deque(maxlen=TRACE_STEPS)
+
+    async def start(self, bind: str, *, credentials: grpc.ServerCredentials | None = None) -> str:
+        """Listen for devices; returns the gradient endpoint, host:port."""
+        self._endpoint = await self._server.start(bind, credentials=credentials)
+        return self._endpoint
+
+    async def stop(self) -> None:
+        """End the streams first, so that nothing new is queued, then the compute thread."""
+        await self._server.stop()
+        for task in self._installing:
+            task.cancel()
+        self._lane.stop()
+
+    async def describe(self) -> BaseModelDescription:
+        return self._model.describe(self._name, self._endpoint)
+
+    async def lease(self, lease: Lease, spec: AdapterSpec) -> None:
+        """Accept the lease's device and epoch from now on. Raises Fenced for an older epoch."""
+        self._server.lease(lease, spec)
+
+    async def end_lease(self, job_id: str, epoch: int) -> None:
+        """Forget the lease and its adapter, unless a newer lease holds the job."""
+        if self._server.end_lease(job_id, epoch):
+            await self._lane.run(lambda: self._model.evict(job_id), urgent=True)
+
+    async def run(self, step: BaseStep) -> BaseStepResult:
+        """Compute one mixed batch; taps leave while it runs, each microbatch's end after it."""
+        tensors: Counter[int] = Counter()
+
+        def sink(tap: Tap) -> None:
+            tensors[tap.segment] += self._server.send_tap(step.segments[tap.segment], tap.tensors)
+
+        result = await self._lane.run(lambda: self._model.run(step, sink))
+        self._record(result)
+        for index, (segment, loss) in enumerate(zip(step.segments, result.losses, strict=True)):
+            if step.train and loss.reason is None:
+                self._server.end_microbatch(segment, tensors[index])
+        return result
+
+    async def generate(
+        self,
+        job_id: str | None,
+        token_ids: Sequence[int],
+        *,
+        checkpoint: bytes | None = None,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        stop_ids: Sequence[int],
+    ) -> list[int]:
+        """New tokens: from the adapter in the bank, else from the checkpoint; None is the bare base model."""
+
+        def ask() -> list[int]:
+            with self._resident(job_id, checkpoint):
+                return self._model.generate(
+                    job_id,
+                    token_ids,
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    seed=seed,
+                    stop_ids=stop_ids,
+                )
+
+        return await self._lane.run(ask)
+
+    async def next_events(self, after: int) -> tuple[int, list[BaseEvent]]:
+        """Events numbered above `after` as soon as there is one, or none after 5 s. Conflict EVENTS_LOST."""
+        return await self._events.after(after)
+
+    def statistics(self) -> BaseStatistics:
+        return BaseStatistics(
+            started=self._started,
+            now=time.monotonic(),
+            busy_seconds=self._busy_seconds,
+            steps=self._steps,
+            trace=tuple(self._trace),
+        )
+
+    @contextmanager
+    def _resident(self, job_id: str | None, checkpoint: bytes | None) -> Iterator[None]:
+        """On the compute thread: the checkpoint's adapter is in the bank while the context lasts."""
+        if job_id is None or checkpoint is None or self._model.version(job_id) is not None:
+            yield
+            return
+        spec, version, weights = checkpoint_weights(checkpoint)
+        lease = Lease(job_id=job_id, epoch=0, device_id="")
+        self._model.install(lease, spec, version, {key: torch.from_numpy(w) for key, w in weights.items()})
+        try:
+            yield
+        finally:
+            self._model.evict(job_id)
+
+    def _record(self, result: BaseStepResult) -> None:
+        self._steps += 1
+        self._busy_seconds += result.seconds
+        self._trace.append((result.number, result.started, result.started + result.seconds))
+
+    def _install_soon(self, update: Update) -> None:
+        """Queue the install between two base steps; the bank never changes under a running one."""
+        task = asyncio.create_task(self._install(update))
+        self._installing.add(task)
+        task.add_done_callback(self._installing.discard)
+
+    async def _install(self, update: Update) -> None:
+        def install() -> None:
+            self._model.install(update.lease, update.spec, update.version, update.weights)
+
+        try:
+            await self._lane.run(install, urgent=True)
+        except ColaError as error:
+            self._events.append(StepRefused(lease=update.lease, reason=error.reason, message=str(error)))
+        except Exception:
+            logger.exception("installing failed", extra={"event": "base.install_failed"})
+            message = f"version {update.version} could not be installed"
+            self._events.append(StepRefused(lease=update.lease, reason="INSTALL_FAILED", message=message))
+        else:
+            self._events.append(_applied(update))
+
+
+def _applied(update: Update) -> StepApplied:
+    return StepApplied(
+        lease=update.lease,
+        version=update.version,
+        learning_rate=update.learning_rate,
+        gradient_norm=update.gradient_norm,
+        device_seconds=update.device_seconds,
+        bytes_up=update.bytes_up,
+        bytes_down=update.bytes_down,
+    )

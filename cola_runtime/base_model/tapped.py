@@ -1,0 +1,171 @@
+"""Taps any transformers model: one autograd function per input group, patched into its modules.
+
+The first sibling's call (q of q, k, v) computes the whole group, the others take what it left.
+Base weights never get gradients, and nothing below the lowest adapted site has a graph.
+Shapes: B rows, T tokens, I in_features, O out_features, Q ranks of all of a group's sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cola_runtime.base_model.stacks import GroupStack
+from cola_runtime.types import Site, SiteKind
+
+
+class SiteGroup:
+    """The modules that share one input, with the products of their frozen weights."""
+
+    def __init__(self, sites: Sequence[Site], modules: Sequence[nn.Module]) -> None:
+        self.sites = tuple(sites)
+        self.modules = tuple(modules)
+        self.fused_weight: Tensor | None = None  # [sum O, I]; the modules' weights are views of it
+        self.fused_bias: Tensor | None = None
+        self.widths = [site.out_features for site in sites]
+
+    def fuse(self) -> None:
+        """Move the weights of several plain Linear sites into one buffer. Each keeps its own as a view."""
+        if len(self.modules) < 2 or any(type(module) is not nn.Linear for module in self.modules):
+            return
+        biases = [module.bias for module in self.modules]
+        if any(bias is None for bias in biases) and not all(bias is None for bias in biases):
+            return
+        self.fused_weight = _share_buffer([module.weight for module in self.modules])
+        if biases[0] is not None:
+            self.fused_bias = _share_buffer(biases)
+
+    def base_outputs(self, x_BTI: Tensor) -> list[Tensor]:
+        """f(x) of every site, [B, T, O]; fused sites are column slices of one tensor."""
+        if self.fused_weight is not None:
+            fused = functional.linear(x_BTI, self.fused_weight, self.fused_bias)
+            return list(torch.split(fused, self.widths, dim=-1))
+        return [type(module).forward(module, x_BTI) for module in self.modules]
+
+    def input_gradient(self, grads_BTO: Sequence[Tensor]) -> Tensor:
+        """Sum over the sites of g W, [B, T, I]."""
+        if self.fused_weight is not None:
+            return torch.cat(list(grads_BTO), dim=-1) @ self.fused_weight
+        products = [
+            grad @ weight_OI(module, site)
+            for grad, module, site in zip(grads_BTO, self.modules, self.sites, strict=True)
+        ]
+        return sum(products[1:], start=products[0])
+
+
+def weight_OI(module: nn.Module, site: Site) -> Tensor:
+    """The site's weight as [out, in], whichever way it is stored; a view."""
+    parameter: Any = module.weight
+    weight: Tensor = parameter.detach()
+    return weight if site.kind is SiteKind.LINEAR else weight.t()
+
+
+def _share_buffer(parameters: Sequence[Any]) -> Tensor:
+    fused = torch.cat([parameter.detach() for parameter in parameters])
+    for parameter, part in zip(parameters, torch.split(fused, [len(p) for p in parameters]), strict=True):
+        parameter.data = part
+    return fused
+
+
+class TappedModules:
+    """Patches the sites' modules in place. Without an active step they compute exactly as before."""
+
+    def __init__(self, groups: Sequence[SiteGroup]) -> None:
+        self._stacks: dict[int, list[GroupStack]] = {}
+        self._training = False
+        self._taps = [_GroupTap(self, group) for group in groups]
+
+    def stacks(self, group: int) -> list[GroupStack]:
+        return self._stacks.get(group, [])
+
+    @property
+    def training(self) -> bool:
+        return self._training
+
+    @contextmanager
+    def active(self, stacks: dict[int, list[GroupStack]], *, training: bool) -> Iterator[None]:
+        """Within, the modules compute with these adapters; afterwards nothing of the step is referenced."""
+        self._stacks, self._training = stacks, training
+        try:
+            yield
+        finally:
+            self._stacks, self._training = {}, False
+            for tap in self._taps:
+                tap.forget()
+
+
+class _GroupTap:
+    """The forward of one group's modules: computes all siblings at the first one's call."""
+
+    def __init__(self, owner: TappedModules, group: SiteGroup) -> None:
+        self._owner = owner
+        self._group = group
+        self._number = group.sites[0].input_group
+        self._x: Tensor | None = None
+        self._waiting: dict[int, Tensor] = {}  # sibling -> its output for x
+        for position, module in enumerate(group.modules):
+            module.forward = self._forward_of(position)
+
+    def forget(self) -> None:
+        self._x, self._waiting = None, {}
+
+    def _forward_of(self, position: int) -> Any:
+        original = self._group.modules[position].forward
+
+        def forward(x: Tensor) -> Tensor:
+            stacks = self._owner.stacks(self._number)
+            return self._output(position, x, stacks) if stacks else original(x)
+
+        return forward
+
+    def _output(self, position: int, x_BTI: Tensor, stacks: list[GroupStack]) -> Tensor:
+        if x_BTI is not self._x or position not in self._waiting:
+            self._x, self._waiting = x_BTI, dict(enumerate(self._compute(x_BTI, stacks)))
+        output = self._waiting.pop(position)
+        if not self._waiting:
+            self.forget()
+        return output
+
+    def _compute(self, x_BTI: Tensor, stacks: list[GroupStack]) -> Sequence[Tensor]:
+        if not self._owner.training:
+            return _adapted_outputs(self._group, stacks, x_BTI.contiguous())[0]
+        # Makes the outputs part of the graph even where x is not: at the lowest site.
+        anchor = x_BTI.new_zeros((), requires_grad=True)
+        outputs: Sequence[Tensor] = _GroupProduct.apply(x_BTI, anchor, self._group, stacks)  # type: ignore[no-untyped-call]
+        return outputs
+
+
+def _adapted_outputs(
+    group: SiteGroup, stacks: Sequence[GroupStack], x_BTI: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    outputs = group.base_outputs(x_BTI)
+    return outputs, [stack.add_to(outputs, x_BTI) for stack in stacks]
+
+
+class _GroupProduct(torch.autograd.Function):
+    """y_j = W_j x + b_j + s B_j A_j x for the sites j of one group; backward hands out the taps."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_BTI: Tensor, _anchor: Tensor, group: SiteGroup, stacks: Any
+    ) -> tuple[Tensor, ...]:
+        x_BTI = x_BTI.contiguous()
+        outputs, products = _adapted_outputs(group, stacks, x_BTI)
+        ctx.group, ctx.stacks = group, stacks
+        ctx.save_for_backward(x_BTI, *products)
+        ctx.set_materialize_grads(True)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads_BTO: Tensor) -> tuple[Tensor | None, None, None, None]:
+        x_BTI, *products = ctx.saved_tensors
+        grads = [grad.contiguous() for grad in grads_BTO]
+        dx_BTI = ctx.group.input_gradient(grads) if ctx.needs_input_grad[0] else None
+        for stack, h_SMQ in zip(ctx.stacks, products, strict=True):
+            stack.backward(x_BTI, h_SMQ, grads, dx_BTI)
+        return dx_BTI, None, None, None

@@ -1,0 +1,37 @@
+"""Buffers that live from step to step.
+
+Fresh memory is expensive: on a CPU the page faults of a large temporary cost up to as much as the matrix
+product that fills it. Every buffer grows to the largest step seen and is then reused.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class Workspace:
+    """Named buffers of one compute thread. Asking for a name again gives the same memory."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor with undefined content, valid until its name and dtype are asked for again."""
+        numel = math.prod(shape)
+        buffer = self._buffers.get((name, dtype))
+        if buffer is None or buffer.numel() < numel:
+            self._buffers.pop((name, dtype), None)
+            del buffer  # freed before the larger one is allocated
+            buffer = self._buffers[name, dtype] = torch.empty(numel, dtype=dtype)
+        return buffer[:numel].view(shape)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+    def release(self) -> None:
+        """Forget every buffer; tensors handed out keep their memory alive themselves."""
+        self._buffers.clear()

@@ -1,0 +1,1 @@
+"""The `cola` command, one file per noun."""

@@ -1,0 +1,81 @@
+"""`cola device`: train adapters here, for a service elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import platform
+import re
+import secrets
+import signal
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from cola_runtime.config import JoinSettings
+    from cola_runtime.device.config import DeviceConfig
+
+
+def device(
+    coordinator: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="The service. Default: COLA_COORDINATOR.")
+    ] = None,
+    device_id: Annotated[
+        str | None, typer.Option("--id", help="This device's name. Default: made from the host's.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads to compute with.")] = None,
+    credit_bytes: Annotated[int | None, typer.Option(help="Gradient bytes that may be in flight.")] = None,
+) -> None:
+    """Join a service as a device, until Ctrl-C. The join token is read from COLA_JOIN_TOKEN."""
+    from cola_runtime.cli.output import clean, print_text
+    from cola_runtime.config import join_settings, set_thread_environment
+
+    config = device_config(
+        join_settings(
+            coordinator=coordinator, device_id=device_id, threads=threads, credit_bytes=credit_bytes
+        )
+    )
+    set_thread_environment(config.threads)  # before torch is imported
+    print_text(
+        ("Device ", "green"),
+        (clean(config.device_id), "bold"),
+        f" joins {clean(config.coordinator_endpoint)}",
+    )
+    asyncio.run(_serve(config))
+
+
+def device_config(settings: JoinSettings) -> DeviceConfig:
+    """Raises InvalidInput `JOIN_TOKEN_MISSING`."""
+    from cola_runtime.device.config import DeviceConfig
+    from cola_runtime.errors import InvalidInput
+
+    token = settings.join_token.get_secret_value()
+    if not token:
+        raise InvalidInput(
+            "JOIN_TOKEN_MISSING",
+            "a device needs the service's join token",
+            where="COLA_JOIN_TOKEN",
+            remedy="It is in the file `join-token` of the service's data folder.",
+        )
+    return DeviceConfig(
+        device_id=settings.device_id or default_device_id(platform.node()),
+        coordinator_endpoint=settings.coordinator,
+        join_token=token,
+        threads=settings.threads,
+        credit_bytes=settings.credit_bytes,
+    )
+
+
+def default_device_id(host: str) -> str:
+    """The host's name made safe, and six random digits: two devices on one host differ."""
+    safe = re.sub(r"[^A-Za-z0-9-]+", "-", host).strip("-")[:40] or "device"
+    return f"{safe}-{secrets.token_hex(3)}"
+
+
+async def _serve(config: DeviceConfig) -> None:
+    from cola_runtime.device.agent import DeviceAgent
+
+    agent = DeviceAgent(config)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, agent.stop)
+    await agent.run()

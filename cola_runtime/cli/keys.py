@@ -1,0 +1,152 @@
+"""`cola keys ...`: API keys, through the service, or in its data folder while it is stopped."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from cola_runtime.cli.options import JsonFlag, UrlOption
+
+if TYPE_CHECKING:
+    from cola_runtime.jobs.store import JobStore
+
+app = typer.Typer(
+    no_args_is_help=True, help="Create, list and revoke API keys (needs a key with scope admin)."
+)
+
+Result = TypeVar("Result")
+STORE_FILE = "jobs.sqlite"  # in the data folder
+DataDirOption = Annotated[
+    Path | None,
+    typer.Option("--data-dir", help="Work in this data folder instead; the service must be stopped."),
+]
+ScopeOption = Annotated[
+    list[str] | None,
+    typer.Option("--scope", help="jobs:read, jobs:write or admin; repeatable. Default: both of jobs."),
+]
+
+
+@app.command()
+def create(
+    tenant: Annotated[str, typer.Argument(help="Whose key; created if there is no such tenant.")],
+    scope: ScopeOption = None,
+    data_dir: DataDirOption = None,
+    url: UrlOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Make a key. It is printed once and cannot be shown again."""
+    from cola_runtime.cli.output import clean, print_json, print_text
+
+    created = _create(tenant, scope or [], data_dir, url)
+    if as_json:
+        print_json(created)
+        return
+    print_text(f"Key for {clean(created.tenant)} ({', '.join(map(clean, created.scopes))}), shown this once:")
+    typer.echo(created.key)
+
+
+@app.command("list")
+def list_keys(data_dir: DataDirOption = None, url: UrlOption = None, as_json: JsonFlag = False) -> None:
+    """Every key, without its secret."""
+    from cola_runtime.cli.output import age, print_json, print_table
+
+    found = [_public(key) for key in _list(data_dir, url)]
+    if as_json:
+        print_json(found)
+        return
+    rows = [
+        (
+            key["key_id"],
+            key["tenant"],
+            ", ".join(key["scopes"]),
+            age(key["created_at"]),
+            age(key["last_used_at"]),
+            age(key["revoked_at"]),
+        )
+        for key in found
+    ]
+    print_table(("KEY", "TENANT", "SCOPES", ">CREATED", ">LAST USED", ">REVOKED"), rows, empty="No keys.")
+
+
+@app.command()
+def revoke(
+    key_id: Annotated[str, typer.Argument(metavar="KEY", help="As `cola keys list` names it.")],
+    data_dir: DataDirOption = None,
+    url: UrlOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Make a key open nothing from now on."""
+    from cola_runtime.cli.output import clean, print_json, print_text
+
+    revoked = _public(_revoke(key_id, data_dir, url))
+    if as_json:
+        print_json(revoked)
+    else:
+        print_text(("Revoked ", "green"), f"{clean(revoked['key_id'])} of {clean(revoked['tenant'])}")
+
+
+def _create(tenant: str, scopes: list[str], data_dir: Path | None, url: str | None) -> Any:
+    if data_dir is not None:
+        from cola_runtime.server import keys
+
+        return _in_store(data_dir, lambda store: keys.create_key(store, tenant, scopes))
+    from cola_runtime.cli.connect import connected
+
+    with connected(url) as client:
+        return client.create_key(tenant, scopes=scopes)
+
+
+def _list(data_dir: Path | None, url: str | None) -> Any:
+    if data_dir is not None:
+        return _in_store(data_dir, lambda store: store.keys())
+    from cola_runtime.cli.connect import connected
+
+    with connected(url) as client:
+        return client.keys()
+
+
+def _revoke(key_id: str, data_dir: Path | None, url: str | None) -> Any:
+    if data_dir is not None:
+        from cola_runtime.server import keys
+
+        return _in_store(data_dir, lambda store: keys.revoke_key(store, key_id))
+    from cola_runtime.cli.connect import connected
+
+    with connected(url) as client:
+        return client.revoke_key(key_id)
+
+
+def _public(key: Any) -> dict[str, Any]:
+    """The same fields, whether the key came from the service or from the store."""
+    return {
+        "key_id": key.key_id,
+        "tenant": getattr(key, "tenant", "") or key.tenant_name,
+        "scopes": sorted(key.scopes),
+        "created_at": key.created_at,
+        "last_used_at": key.last_used_at or "",
+        "revoked_at": key.revoked_at or "",
+    }
+
+
+def _in_store(data_dir: Path, work: Callable[[JobStore], Awaitable[Result]]) -> Result:
+    from cola_runtime.errors import NotFound
+    from cola_runtime.jobs.store import JobStore
+
+    file = data_dir / STORE_FILE
+    if not file.exists():
+        raise NotFound(
+            "STORE_MISSING", "there is no job store", where=str(file), remedy="`cola serve` makes one."
+        )
+
+    async def go() -> Result:
+        store = await JobStore.open(f"sqlite:///{file.resolve()}")
+        try:
+            return await work(store)
+        finally:
+            await store.close()
+
+    return asyncio.run(go())

@@ -1,0 +1,72 @@
+"""`cola serve`: the service."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cola_runtime.cli.options import JsonFlag
+
+if TYPE_CHECKING:
+    from cola_runtime.runtime.coordinator import RunningService
+
+
+def serve(
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", "-f", metavar="SETTINGS.YAML", help="Settings; flags go over them."),
+    ] = None,
+    listen: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where clients dial in.")] = None,
+    advertise: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="How devices reach it, if not the same.")
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Job store, datasets, checkpoints, join token.")
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="A known alias, or any name with --model-path.")
+    ] = None,
+    model_path: Annotated[Path | None, typer.Option(help="A folder in transformers' format.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float64.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the base model.")] = None,
+    devices: Annotated[
+        int | None, typer.Option(min=0, help="Devices that the service starts itself.")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="An existing Ray cluster. Default: RAY_ADDRESS.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Run the service until Ctrl-C. At first start it prints a key for a first tenant, once."""
+    from cola_runtime.config import service_settings
+
+    settings = service_settings(
+        file,
+        listen=listen,
+        advertise=advertise,
+        data_dir=data_dir,
+        base_model={"name": base_model, "path": model_path, "dtype": dtype, "threads": threads},
+        devices={"count": devices},
+        ray_address=ray_address,
+    )
+    from cola_runtime.runtime import coordinator
+
+    coordinator.serve(settings, on_ready=lambda service: announce(service, as_json=as_json))
+
+
+def announce(service: RunningService, *, as_json: bool) -> None:
+    """Say where the service listens and, once in its life, the first key."""
+    from cola_runtime.cli.output import clean, print_json_line, print_text
+
+    url = f"grpc://{service.endpoint}"
+    if as_json:
+        base = service.base_model.name
+        print_json_line({"base_url": url, "base_model": base, "first_key": service.first_key})
+        return
+    print_text(("Serving ", "green"), (clean(service.base_model.name), "bold"), f" on {clean(url)}")
+    if service.first_key:
+        print_text("A key for the first tenant, shown this once:")
+        typer.echo(f"\n  export COLA_BASE_URL={url}\n  export COLA_API_KEY={service.first_key}\n")
+    print_text(("Ctrl-C stops the service; jobs go on at its next start.", "dim"))

@@ -1,0 +1,1 @@
+"""The SDK. Imports neither torch nor ray."""

@@ -1,0 +1,87 @@
+"""How the SDK reaches a service: the URL, the channel, the key, and what to say if nothing answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import grpc
+import grpc.aio
+
+from cola_runtime.config import DEFAULT_GRPC_PORT, ClientSettings
+from cola_runtime.errors import ColaError, InvalidInput, Unavailable
+
+MAX_MESSAGE_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Address:
+    """host:port of a service, and whether the connection is encrypted."""
+
+    target: str
+    tls: bool
+
+
+def parse_base_url(base_url: str) -> Address:
+    """`grpc://host[:port]` is plain, `grpcs://host[:port]` is TLS with the system's roots."""
+    parts = urlsplit(base_url if "://" in base_url else f"grpc://{base_url}")
+    try:
+        port = parts.port or DEFAULT_GRPC_PORT
+    except ValueError as error:
+        raise _bad_url(base_url, str(error)) from error
+    if parts.scheme not in ("grpc", "grpcs"):
+        raise _bad_url(base_url, f"unknown scheme {parts.scheme!r}")
+    if not parts.hostname or parts.path.strip("/") or parts.query or parts.username:
+        raise _bad_url(base_url, "it is more or less than a scheme, a host and a port")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return Address(target=f"{host}:{port}", tls=parts.scheme == "grpcs")
+
+
+def open_channel(settings: ClientSettings) -> grpc.aio.Channel:
+    address = parse_base_url(settings.base_url)
+    options = [
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.enable_retries", 0),  # retried here, where what is idempotent is known
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 2_000),
+    ]
+    if address.tls:
+        return grpc.aio.secure_channel(address.target, grpc.ssl_channel_credentials(), options=options)
+    return grpc.aio.insecure_channel(address.target, options=options)
+
+
+def call_metadata(settings: ClientSettings) -> tuple[tuple[str, str], ...]:
+    key = settings.api_key.get_secret_value().strip()
+    if not key:
+        return ()
+    if not key.isascii() or not key.isprintable():
+        raise InvalidInput(
+            "KEY_INVALID",
+            "the API key holds characters that no key has",
+            where="COLA_API_KEY",
+            remedy="Set COLA_API_KEY to a key as `cola keys create` printed it.",
+        )
+    return (("authorization", f"Bearer {key}"),)
+
+
+def explained(error: ColaError, target: str) -> ColaError:
+    """The same error; if nothing answered at all, one that says where and what to do."""
+    if error.reason not in ("UNAVAILABLE", "CANCELLED"):  # of gRPC itself, not of a service
+        return error
+    return Unavailable(
+        "SERVICE_UNREACHABLE",
+        f"no service answers at {target}",
+        where="COLA_BASE_URL",
+        remedy="Start one with `cola serve`, or set COLA_BASE_URL to where it listens.",
+    )
+
+
+def _bad_url(base_url: str, problem: str) -> InvalidInput:
+    return InvalidInput(
+        "BASE_URL_INVALID",
+        f"{base_url!r} is not the address of a service: {problem}",
+        where="COLA_BASE_URL",
+        remedy="Give grpc://host:port, or grpcs://host:port for TLS.",
+    )

@@ -1,0 +1,212 @@
+"""What the SDK returns: frozen values with the wire messages' fields. Times are RFC 3339 in UTC."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from google.protobuf.message import Message
+
+from cola_runtime.proto import jobs_pb2
+from cola_runtime.spec import JobSpec
+
+ENDED_STATES = frozenset({"succeeded", "failed", "cancelled"})
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One job as it stood when the service answered."""
+
+    job_id: str
+    name: str
+    state: str  # queued, running, paused, succeeded, failed or cancelled
+    base_model: str
+    version: int  # optimizer steps applied
+    total_steps: int
+    device_id: str  # "" while no device trains it
+    waiting_reason: str  # why it is not in a base step now; "" if it is
+    created_at: str
+    finished_at: str  # "" until it has ended
+    failure_reason: str  # stable code; "" unless failed
+    failure_message: str
+    evaluation_loss_before: float | None  # held-out loss of the bare base model
+    evaluation_loss_after: float | None  # held-out loss with the adapter
+    last_loss: float | None
+    tokens: int
+    label_tokens: int
+    bytes_up: int  # base model -> device
+    bytes_down: int  # device -> base model
+    spec_json: str
+    tenant: str
+    encoding: str
+    base_seconds: float
+    device_seconds: float
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ENDED_STATES
+
+    @property
+    def spec(self) -> JobSpec:
+        return JobSpec.model_validate_json(self.spec_json)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One line of a job's history."""
+
+    id: int  # grows; `events(after=id)` goes on behind it
+    job_id: str
+    created_at: str
+    kind: str  # stable key, as "step.applied"
+    level: str
+    message: str
+    data: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One applied optimizer step."""
+
+    step: int
+    loss: float  # mean over the step's label tokens, before the step
+    learning_rate: float
+    gradient_norm: float
+    tokens: int
+    label_tokens: int
+    bytes_up: int
+    bytes_down: int
+    base_seconds: float
+    device_seconds: float
+    device_id: str
+    epoch: int
+    applied_at: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    version: int
+    bytes: int
+    sha256: str
+    created_at: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetReport:
+    """What a dataset amounts to for one job; lengths are in tokens."""
+
+    rows: int
+    tokens: int
+    label_tokens: int
+    longest: int
+    median: int
+    truncated: int
+    steps: int
+    format: str
+    literal_markup_rows: int  # whose text spells a special token; it is encoded as text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    adapter_version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseModel:
+    name: str
+    architecture: str
+    context_length: int
+    dtype: str
+    parameters: int
+    sites: tuple[str, ...]
+    details: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    device_id: str
+    state: str
+    jobs: int
+    busy_seconds: float
+    trust_class: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """The service as the caller's key sees it."""
+
+    version: str
+    tenant: str
+    base_models: tuple[BaseModel, ...]
+    devices: tuple[Device, ...]
+    base_busy_seconds: float
+    uptime_seconds: float
+    base_steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """What is known of an API key; the key itself was shown once."""
+
+    key_id: str
+    tenant: str
+    scopes: tuple[str, ...]
+    created_at: str
+    last_used_at: str
+    revoked_at: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewKey:
+    key: str  # the secret; it cannot be shown again
+    tenant: str
+    scopes: tuple[str, ...]
+
+
+def value_from(kind: type[Value], message: Message) -> Value:
+    """`kind` with the fields of the same names of `message`; an optional field that is absent is None."""
+    fields = {field.name: _field(message, field.name) for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return kind(**fields)
+
+
+def event_from(message: jobs_pb2.Event) -> Event:
+    data = json.loads(message.data_json or "{}")
+    return Event(
+        id=message.id,
+        job_id=message.job_id,
+        created_at=message.created_at,
+        kind=message.kind,
+        level=message.level,
+        message=message.message,
+        data=data,
+    )
+
+
+def service_from(message: jobs_pb2.ServiceDescription) -> Service:
+    return Service(
+        version=message.version,
+        tenant=message.tenant,
+        base_models=tuple(value_from(BaseModel, model) for model in message.base_models),
+        devices=tuple(value_from(Device, device) for device in message.devices),
+        base_busy_seconds=message.base_busy_seconds,
+        uptime_seconds=message.uptime_seconds,
+        base_steps=message.base_steps,
+    )
+
+
+def _field(message: Message, name: str) -> Any:
+    descriptor = message.DESCRIPTOR.fields_by_name[name]
+    value = getattr(message, name)
+    if descriptor.is_repeated:
+        return dict(value) if isinstance(value, Mapping) else tuple(value)
+    optional = descriptor.containing_oneof is not None
+    return None if optional and not message.HasField(name) else value

@@ -1,0 +1,1 @@
+"""Datasets: formats, validation with line numbers, tokenisation, the resumable cursor."""

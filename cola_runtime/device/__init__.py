@@ -1,0 +1,1 @@
+"""A low-cost worker that trains adapters: sessions, optimizers, checkpoints, the join loop."""

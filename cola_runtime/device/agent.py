@@ -1,0 +1,89 @@
+"""The device's life: dial the coordinator, serve its leases, reconnect, until stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+import torch
+
+from cola_runtime.device.config import DeviceConfig
+from cola_runtime.device.control_session import Backoff, ControlSession
+from cola_runtime.device.worker import DeviceWorker
+from cola_runtime.errors import ColaError
+from cola_runtime.proto import control_pb2
+from cola_runtime.transport.endpoints import DEVICES, connect
+from cola_runtime.transport.frames import PROTOCOL_VERSION
+from cola_runtime.transport.handshake import introduce
+from cola_runtime.transport.reader import FrameLimits
+
+logger = logging.getLogger(__name__)
+
+
+class DeviceAgent:
+    """One device. `run()` serves until `stop()`; both belong to one event loop.
+
+    That loop owns both streams; one worker thread owns every adapter (`DeviceWorker`), so that arithmetic
+    never stalls a heartbeat and the order of arrivals is the order of work. A lost control stream ends all
+    leases: the coordinator grants them again with a higher epoch.
+    """
+
+    def __init__(self, config: DeviceConfig) -> None:
+        self._config = config
+        self._worker = DeviceWorker()
+        self._thread = ThreadPoolExecutor(1, "device-worker", lambda: torch.set_num_threads(config.threads))
+        self._stopping = asyncio.Event()
+
+    async def run(self) -> None:
+        """Serve until stopped, reconnecting with growing pauses."""
+        serving = asyncio.create_task(self._serve_forever())
+        stopping = asyncio.create_task(self._stopping.wait())
+        try:
+            await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            serving.cancel()
+            stopping.cancel()
+            with suppress(asyncio.CancelledError):
+                await serving
+            self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def stop(self) -> None:
+        """Let `run` close both streams and return."""
+        self._stopping.set()
+
+    async def _serve_forever(self) -> None:
+        pause = Backoff(self._config)
+        while True:
+            try:
+                await self._attach_once(pause)
+            except ColaError as error:
+                logger.warning("not joined: %s", error, extra={"event": "device.control_lost"})
+            except Exception:
+                logger.exception("serving failed; joining again", extra={"event": "device.failed"})
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._worker.end_all)
+            await pause.wait()
+
+    async def _attach_once(self, pause: Backoff) -> None:
+        stream = await connect(self._config.coordinator_endpoint, DEVICES)
+        try:
+            welcome = await introduce(stream, self._hello(), limits=FrameLimits())
+            pause.reset()
+            logger.info("joined %s", stream.peer, extra={"event": "device.joined"})
+            session = ControlSession(self._config, stream, welcome, worker=self._worker, thread=self._thread)
+            await session.run()
+        finally:
+            await stream.close()
+
+    def _hello(self) -> control_pb2.DeviceControl:
+        hello = control_pb2.DeviceHello(
+            device_id=self._config.device_id,
+            join_token=self._config.join_token,
+            protocol_version=PROTOCOL_VERSION,
+            threads=self._config.threads,
+            trust_class=self._config.trust_class,
+            pid=os.getpid(),
+        )
+        return control_pb2.DeviceControl(hello=hello)

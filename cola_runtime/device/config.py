@@ -1,0 +1,19 @@
+"""What a device must be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceConfig:
+    """One device. It dials the coordinator, which names the base model's gradient endpoint."""
+
+    device_id: str  # 1 to 63 letters, digits, '.', '_' or '-'
+    coordinator_endpoint: str  # host:port
+    join_token: str
+    threads: int = 1  # of torch, for gradient and optimizer work
+    credit_bytes: int = 64 << 20  # how much the base model may have in flight towards this device
+    trust_class: str = "trusted"
+    first_retry_seconds: float = 0.2  # doubles after every failed attempt
+    last_retry_seconds: float = 5.0

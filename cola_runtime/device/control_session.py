@@ -1,0 +1,205 @@
+"""What a device does while one control stream lives: leases, heartbeats, checkpoints, gradient stream.
+
+A lost gradient stream keeps the leases: after reconnecting the device sends each adapter's current weights,
+and a step whose taps were lost must be computed again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from cola_runtime.device.config import DeviceConfig
+from cola_runtime.device.gradient_link import GradientItems, GradientLink
+from cola_runtime.device.worker import Checkpoint, DeviceWorker, Refused, Update
+from cola_runtime.errors import ColaError, ProtocolError, Unavailable
+from cola_runtime.proto import control_pb2
+from cola_runtime.transport import control
+from cola_runtime.transport.concurrency import until_first_ends
+from cola_runtime.transport.endpoints import Connection
+from cola_runtime.transport.frames import DType, TensorAddress, WireTensor
+from cola_runtime.transport.reader import ReceivedTensor
+from cola_runtime.types import Lease, TensorKind
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+class Backoff:
+    """Pauses between attempts: they double up to a limit, and start over after a success."""
+
+    def __init__(self, config: DeviceConfig) -> None:
+        self._first, self._last = config.first_retry_seconds, config.last_retry_seconds
+        self._next = self._first
+
+    def reset(self) -> None:
+        self._next = self._first
+
+    async def wait(self) -> None:
+        seconds, self._next = self._next, min(2 * self._next, self._last)
+        await asyncio.sleep(seconds * random.uniform(0.5, 1.0))  # noqa: S311 - spreads devices, guards nothing
+
+
+class ControlSession:
+    """Serves the leases of one control stream. Every adapter's work goes through the one worker thread."""
+
+    def __init__(
+        self,
+        config: DeviceConfig,
+        stream: Connection[Any],
+        welcome: control_pb2.DeviceWelcome,
+        *,
+        worker: DeviceWorker,
+        thread: ThreadPoolExecutor,
+    ) -> None:
+        self._config = config
+        self._stream = stream
+        self._welcome = welcome
+        self._worker = worker
+        self._thread = thread
+        self._link: GradientLink | None = None
+        self._blobs: dict[tuple[str, int], bytes] = {}  # checkpoints that wait for their grant
+        self._checkpoints: asyncio.Queue[Checkpoint] = asyncio.Queue(maxsize=2)
+        self._draining = False
+
+    async def run(self) -> None:
+        """Until the control stream ends. Raises what ended it."""
+        await until_first_ends(
+            self._read_control(), self._send_heartbeats(), self._serve_gradients(), self._send_checkpoints()
+        )
+
+    async def _read_control(self) -> None:
+        async for item in self._stream:
+            if isinstance(item, ReceivedTensor):
+                self._keep_blob(item)
+            else:
+                await self._control(item.message)
+        raise Unavailable("STREAM_LOST", "the coordinator closed the control stream")
+
+    def _keep_blob(self, item: ReceivedTensor) -> None:
+        if item.address.kind is not TensorKind.BLOB or item.dtype is not DType.UINT8:
+            raise ProtocolError("TENSOR_INVALID", "only checkpoints travel on the control stream")
+        self._blobs[item.address.job_id, item.address.epoch] = bytes(item.data)
+
+    async def _control(self, message: control_pb2.DeviceControl) -> None:
+        kind = message.WhichOneof("message")
+        if kind == "lease_grant":
+            await self._grant(message.lease_grant)
+        elif kind == "lease_end":
+            lease = control.lease_from_proto(message.lease_end.lease)
+            await self._in_thread(lambda: self._worker.end(lease))
+        elif kind == "checkpoint_request":
+            await self._checkpoint(control.lease_from_proto(message.checkpoint_request.lease))
+        elif kind == "drain":
+            self._draining = True
+        else:
+            raise ProtocolError("CONTROL_INVALID", f"a coordinator does not send {kind}")
+
+    async def _grant(self, grant: control_pb2.LeaseGrant) -> None:
+        lease = control.lease_from_proto(grant.lease)
+        blob = self._blobs.pop((lease.job_id, lease.epoch), None)
+        if self._draining:
+            await self._fail(
+                Refused(lease=lease, reason="DRAINING", message="the device takes no new leases")
+            )
+            return
+        answer = await self._in_thread(lambda: self._worker.grant(grant, blob))
+        if isinstance(answer, Refused):
+            await self._fail(answer)
+        elif self._link is not None:
+            # A link lost just now is not the control stream's concern: the next one sends all weights.
+            with suppress(Unavailable):
+                await self._link.send_update(answer)
+
+    async def _fail(self, refused: Refused) -> None:
+        failed = control_pb2.LeaseFailed(
+            lease=control.lease_to_proto(refused.lease), reason=refused.reason, message=refused.message
+        )
+        await self._stream.send_control(control_pb2.DeviceControl(lease_failed=failed))
+
+    async def _send_heartbeats(self) -> None:
+        busy_before = self._worker.busy_seconds
+        while True:
+            beat = control_pb2.Heartbeat(
+                busy_seconds=self._worker.busy_seconds - busy_before,
+                resident_bytes=self._worker.resident_bytes,
+            )
+            await self._stream.send_control(control_pb2.DeviceControl(heartbeat=beat))
+            await asyncio.sleep(self._welcome.heartbeat_seconds)
+
+    async def _serve_gradients(self) -> None:
+        pause = Backoff(self._config)
+        while True:
+            try:
+                await self._attach_gradients(pause)
+            except ColaError as error:
+                logger.warning("lost the base model: %s", error, extra={"event": "device.gradients_lost"})
+            await pause.wait()
+
+    async def _attach_gradients(self, pause: Backoff) -> None:
+        link = await GradientLink.attach(self._welcome.gradient_endpoint, self._config)
+        self._link = link
+        pause.reset()
+        try:
+            for update in await self._in_thread(self._worker.current):
+                await link.send_update(update)
+            await link.serve(self._on_items)
+        finally:
+            self._link = None
+            await link.close()
+
+    async def _on_items(self, items: GradientItems) -> None:
+        link = self._link
+        assert link is not None
+        consumed = await self._in_thread(lambda: self._worker.consume(items))
+        if consumed.credit_bytes:
+            await link.send_credit(consumed.credit_bytes)
+        for answer in consumed.answers:
+            await self._answer(link, answer)
+
+    async def _answer(self, link: GradientLink, answer: Update | Refused) -> None:
+        if isinstance(answer, Refused):
+            await link.send_refusal(answer)
+            return
+        await link.send_update(answer)
+        if answer.checkpoint_due:
+            await self._checkpoint(answer.lease)
+
+    async def _checkpoint(self, lease: Lease) -> None:
+        made = await self._in_thread(lambda: self._worker.checkpoint(lease))
+        if isinstance(made, Refused):
+            await self._fail(made)
+        else:
+            await self._checkpoints.put(made)
+
+    async def _send_checkpoints(self) -> None:
+        """In a task of its own: a coordinator that is slow to store must not hold up the gradients."""
+        while True:
+            made = await self._checkpoints.get()
+            address = TensorAddress(
+                job_id=made.lease.job_id,
+                epoch=made.lease.epoch,
+                version=made.version,
+                kind=TensorKind.BLOB,
+            )
+            blob = WireTensor(dtype=DType.UINT8, shape=(len(made.data),), data=memoryview(made.data))
+            await self._stream.send_tensor(address, blob)
+            await self._stream.send_control(control_pb2.DeviceControl(checkpoint_made=_checkpoint_made(made)))
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+def _checkpoint_made(made: Checkpoint) -> control_pb2.CheckpointMade:
+    return control_pb2.CheckpointMade(
+        lease=control.lease_to_proto(made.lease),
+        version=made.version,
+        bytes=len(made.data),
+        sha256=made.sha256,
+    )

@@ -1,0 +1,116 @@
+"""The device's stream to the base model: taps in, credit and weights out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from cola_runtime.device.config import DeviceConfig
+from cola_runtime.device.worker import Refused, Update
+from cola_runtime.proto import control_pb2
+from cola_runtime.transport import control
+from cola_runtime.transport.endpoints import GRADIENTS, Connection, connect
+from cola_runtime.transport.frames import PROTOCOL_VERSION, TensorAddress
+from cola_runtime.transport.handshake import introduce
+from cola_runtime.transport.reader import FrameLimits
+from cola_runtime.transport.stream import Item
+from cola_runtime.transport.tensors import to_wire
+
+GradientItems = list[Item[control_pb2.GradientControl]]
+OnItems = Callable[[GradientItems], Awaitable[None]]
+
+
+class GradientLink:
+    """One attached gradient stream. Updates are sent whole, one after the other."""
+
+    def __init__(self, stream: Connection[Any]) -> None:
+        self._stream = stream
+        self._sending = asyncio.Lock()
+
+    @classmethod
+    async def attach(cls, endpoint: str, config: DeviceConfig) -> GradientLink:
+        """Dial the base model and introduce this device. Raises what it was refused with, or Unavailable."""
+        stream = await connect(endpoint, GRADIENTS)
+        hello = control_pb2.GradientHello(
+            device_id=config.device_id,
+            join_token=config.join_token,
+            protocol_version=PROTOCOL_VERSION,
+            credit_bytes=config.credit_bytes,
+        )
+        try:
+            await introduce(stream, control_pb2.GradientControl(hello=hello), limits=_limits(config))
+        except BaseException:
+            await stream.close()
+            raise
+        return cls(stream)
+
+    async def serve(self, on_items: OnItems) -> None:
+        """Read until the base model closes, handing everything that has arrived to `on_items` at once.
+
+        Reading goes on while `on_items` runs; the credit bounds what gathers meanwhile.
+        """
+        waiting: GradientItems = []
+        arrived = asyncio.Event()
+        reader = asyncio.create_task(self._read(waiting, arrived))
+        try:
+            while not reader.done():
+                await arrived.wait()
+                arrived.clear()
+                while waiting:
+                    batch, waiting[:] = list(waiting), []
+                    await on_items(batch)
+            await reader
+        finally:
+            reader.cancel()
+
+    async def _read(self, waiting: GradientItems, arrived: asyncio.Event) -> None:
+        try:
+            while items := await self._stream.receive():
+                waiting += items
+                arrived.set()
+        finally:
+            arrived.set()
+
+    async def send_credit(self, credit_bytes: int) -> None:
+        """Tell the base model that so many bytes were consumed."""
+        credit = control_pb2.Credit(bytes=credit_bytes)
+        await self._stream.send_control(control_pb2.GradientControl(credit=credit))
+
+    async def send_refusal(self, refused: Refused) -> None:
+        refusal = control_pb2.Refusal(
+            lease=control.lease_to_proto(refused.lease), reason=refused.reason, message=refused.message
+        )
+        await self._stream.send_control(control_pb2.GradientControl(refusal=refusal))
+
+    async def send_update(self, update: Update) -> None:
+        """All weights of a version, then its UpdateEnd."""
+        async with self._sending:
+            for key, tensor in update.weights.items():
+                address = TensorAddress(
+                    job_id=update.lease.job_id,
+                    epoch=update.lease.epoch,
+                    version=update.version,
+                    site=key.site,
+                    kind=key.kind,
+                )
+                await self._stream.send_tensor(address, to_wire(tensor))
+            await self._stream.send_control(control_pb2.GradientControl(update_end=_update_end(update)))
+
+    async def close(self) -> None:
+        await self._stream.close()
+
+
+def _update_end(update: Update) -> control_pb2.UpdateEnd:
+    return control_pb2.UpdateEnd(
+        lease=control.lease_to_proto(update.lease),
+        version=update.version,
+        tensors=len(update.weights),
+        learning_rate=update.learning_rate,
+        gradient_norm=update.gradient_norm,
+        device_seconds=update.seconds,
+    )
+
+
+def _limits(config: DeviceConfig) -> FrameLimits:
+    return FrameLimits(max_open_bytes=max(2 * config.credit_bytes, 1 << 30))

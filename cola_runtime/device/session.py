@@ -1,0 +1,154 @@
+"""One adapter in training: weights, optimizer state and the gradient sum of the step under way.
+
+Plain and synchronous; knows nothing of streams, leases or other adapters.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cola_runtime.adapters.checkpoint_format import (
+    CheckpointContent,
+    TrainingDefinition,
+    decode_checkpoint,
+    encode_checkpoint,
+)
+from cola_runtime.adapters.lora import initial_weights, weight_shapes
+from cola_runtime.adapters.schedule import learning_rate
+from cola_runtime.device.optimizer import build_optimizer
+from cola_runtime.errors import Conflict
+from cola_runtime.gradients.accumulate import GradientAccumulator
+from cola_runtime.types import TensorKey, TensorKind
+
+_GRADIENT_OF = {TensorKind.LORA_A: TensorKind.GRAD_LORA_A, TensorKind.LORA_B: TensorKind.GRAD_LORA_B}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Applied:
+    """One optimizer step. `seconds` covers clip and optimizer, not the gradient sums."""
+
+    version: int
+    learning_rate: float
+    gradient_norm: float  # over all sites, before clipping
+    seconds: float
+
+
+class AdapterSession:
+    """Trains one adapter exactly as torch.optim alone would, given the same gradients (bitwise, tested)."""
+
+    def __init__(
+        self, definition: TrainingDefinition, weights: dict[TensorKey, Tensor], *, version: int = 0
+    ) -> None:
+        self.definition = definition
+        self.version = version
+        self._weights = {key: weights[key].detach().clone() for key in weight_shapes(definition.spec)}
+        self._accumulator = GradientAccumulator(definition.spec)
+        self._optimizer = build_optimizer(list(self._weights.values()), definition.optimizer)
+
+    @classmethod
+    def create(cls, definition: TrainingDefinition) -> AdapterSession:
+        """A new adapter at version 0, from the spec's seed alone."""
+        return cls(definition, initial_weights(definition.spec))
+
+    @classmethod
+    def restore(cls, data: bytes) -> AdapterSession:
+        """Continue from `checkpoint()`: the next steps are bit for bit those of the session that made it.
+
+        Raises InvalidInput CHECKPOINT_INVALID.
+        """
+        content = decode_checkpoint(data)
+        weights = {key: _tensor(array) for key, array in content.weights.items()}
+        session = cls(content.definition, weights, version=content.version)
+        for key, parameter in session._weights.items():
+            state = {name: _tensor(array) for name, array in content.optimizer_state[key].items()}
+            if state:
+                session._optimizer.state[parameter] = state
+        return session
+
+    @property
+    def resident_bytes(self) -> int:
+        """Weights, gradient sums and optimizer state, from the first step on."""
+        hyper = self.definition.optimizer
+        states = 2 if hyper.kind == "adamw" else int(hyper.momentum != 0)
+        return (2 + states) * sum(tensor.nbytes for tensor in self._weights.values())
+
+    def add(self, key: TensorKey, tensor: Tensor, *, version: int) -> None:
+        """Add one tensor of a tap of `version`. Raises Conflict VERSION_MISMATCH for any other version."""
+        self._check_version(version)
+        self._accumulator.add(key, tensor, self._weights)
+
+    def apply(self, *, version: int) -> Applied:
+        """Clip, step, and start the next version's sums.
+
+        Raises Conflict VERSION_MISMATCH or NON_FINITE_GRADIENT; nothing has changed then.
+        """
+        self._check_version(version)
+        started = time.perf_counter()
+        norm = self._clipped_norm()
+        hyper = self.definition.optimizer
+        rate = learning_rate(self.definition.schedule, hyper.learning_rate, self.version)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        self.version += 1
+        self._accumulator.clear()
+        seconds = time.perf_counter() - started
+        return Applied(version=self.version, learning_rate=rate, gradient_norm=norm, seconds=seconds)
+
+    def discard(self) -> None:
+        """Forget the taps of the step under way."""
+        self._accumulator.clear()
+
+    def weights(self) -> dict[TensorKey, Tensor]:
+        """A copy of the weights, which later steps do not change."""
+        return {key: tensor.clone() for key, tensor in self._weights.items()}
+
+    def checkpoint(self) -> bytes:
+        """Everything `restore` needs, without the taps of the step under way."""
+        content = CheckpointContent(
+            definition=self.definition,
+            version=self.version,
+            weights={key: tensor.numpy() for key, tensor in self._weights.items()},
+            optimizer_state={key: self._state(tensor) for key, tensor in self._weights.items()},
+        )
+        return encode_checkpoint(content)
+
+    def _state(self, parameter: Tensor) -> dict[str, NDArray[Any]]:
+        state = self._optimizer.state.get(parameter, {})
+        return {name: value.numpy() for name, value in state.items() if isinstance(value, Tensor)}
+
+    def _check_version(self, version: int) -> None:
+        if version != self.version:
+            raise Conflict(
+                "VERSION_MISMATCH",
+                f"a tap of version {version} cannot train version {self.version}",
+                limit=self.version,
+                actual=version,
+            )
+
+    def _clipped_norm(self) -> float:
+        """Hand the summed gradients to the parameters, clipped; returns their global norm before that."""
+        gradients = self._accumulator.gradients()
+        for key, parameter in self._weights.items():
+            parameter.grad = gradients[TensorKey(key.site, _GRADIENT_OF[key.kind])]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self._weights.values() if p.grad is not None])
+        if not torch.isfinite(norm):
+            raise Conflict(
+                "NON_FINITE_GRADIENT",
+                f"the gradient's norm at version {self.version} is {norm.item()}",
+                remedy="Lower the learning rate or check the data; the weights are unchanged.",
+            )
+        limit = self.definition.optimizer.max_grad_norm
+        if limit is not None:
+            torch.nn.utils.clip_grads_with_norm_(list(self._weights.values()), limit, norm)
+        return float(norm)
+
+
+def _tensor(array: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(array.copy())

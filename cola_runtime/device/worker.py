@@ -1,0 +1,252 @@
+"""The device's work on its adapters: plain and synchronous, called from one thread only.
+
+Decides nothing about streams: it takes what arrived in order and returns what is to be sent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from cola_runtime.adapters.checkpoint_format import TrainingDefinition
+from cola_runtime.device.session import AdapterSession, Applied
+from cola_runtime.errors import ColaError, Conflict, Fenced, ProtocolError
+from cola_runtime.proto import control_pb2
+from cola_runtime.transport import control
+from cola_runtime.transport.reader import ReceivedTensor
+from cola_runtime.transport.stream import Item
+from cola_runtime.transport.tensors import from_wire
+from cola_runtime.types import Lease, TensorKey
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """The weights of one version, on their way to the base model."""
+
+    lease: Lease
+    version: int
+    weights: dict[TensorKey, Tensor]
+    learning_rate: float = 0.0
+    gradient_norm: float = 0.0
+    seconds: float = 0.0
+    checkpoint_due: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    lease: Lease
+    version: int
+    data: bytes
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """Something of this lease could not be done; the coordinator decides what follows."""
+
+    lease: Lease
+    reason: str
+    message: str
+
+
+@dataclass(slots=True)
+class Consumed:
+    """What a batch of arrivals led to, in order."""
+
+    credit_bytes: int = 0
+    answers: list[Update | Refused] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Held:
+    """A lease's session. After a refusal it takes no more taps until the lease is granted again."""
+
+    lease: Lease
+    session: AdapterSession
+    checkpoint_every: int
+    tensors: int = 0  # of the microbatch under way
+    microbatch: int = 0  # the one under way; a gap means that a whole microbatch was lost
+    step_seconds: float = 0.0  # gradient work of the step under way
+    refused: bool = False
+
+
+class DeviceWorker:
+    """Every adapter leased to this device. Not thread-safe: one thread calls all of it."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, _Held] = {}
+        self.busy_seconds = 0.0
+        self.resident_bytes = 0  # of all sessions; may be read from another thread
+
+    def grant(self, grant: control_pb2.LeaseGrant, checkpoint: bytes | None) -> Update | Refused:
+        """Create or restore the adapter; returns the weights of the version it starts at."""
+        lease = control.lease_from_proto(grant.lease)
+        try:
+            self._check_newer(lease)
+            session = _session(grant, checkpoint)
+        except ColaError as error:
+            return Refused(lease=lease, reason=error.reason, message=str(error))
+        self._held[lease.job_id] = _Held(lease, session, grant.checkpoint_every)
+        self._count_resident()
+        return _update(lease, session)
+
+    def end(self, lease: Lease) -> None:
+        """Forget the adapter, unless a newer lease holds it."""
+        held = self._held.get(lease.job_id)
+        if held is not None and held.lease.epoch <= lease.epoch:
+            del self._held[lease.job_id]
+            self._count_resident()
+
+    def end_all(self) -> None:
+        self._held.clear()
+        self._count_resident()
+
+    def current(self) -> list[Update]:
+        """Every adapter's weights as they are, for a base model that may have missed the last update.
+
+        Forgets the taps of steps under way: they came over a stream that is gone.
+        """
+        for held in self._held.values():
+            _discard(held, refused=False)
+        return [_update(held.lease, held.session) for held in self._held.values()]
+
+    def checkpoint(self, lease: Lease) -> Checkpoint | Refused:
+        held = self._of(lease)
+        if held is None:
+            return Refused(lease=lease, reason="LEASE_UNKNOWN", message="this device does not hold the lease")
+        started = time.perf_counter()
+        data = held.session.checkpoint()
+        digest = hashlib.sha256(data).hexdigest()
+        self.busy_seconds += time.perf_counter() - started
+        return Checkpoint(lease=lease, version=held.session.version, data=data, sha256=digest)
+
+    def consume(self, items: Sequence[Item[control_pb2.GradientControl]]) -> Consumed:
+        """Add taps, apply steps. What belongs to a lease that is not held is dropped, its bytes credited."""
+        started = time.perf_counter()
+        consumed = Consumed()
+        for item in items:
+            if isinstance(item, ReceivedTensor):
+                consumed.credit_bytes += item.wire_bytes
+            answer = self._add(item) if isinstance(item, ReceivedTensor) else self._control(item.message)
+            if answer is not None:
+                consumed.answers.append(answer)
+        self.busy_seconds += time.perf_counter() - started
+        return consumed
+
+    def _count_resident(self) -> None:
+        self.resident_bytes = sum(held.session.resident_bytes for held in self._held.values())
+
+    def _add(self, item: ReceivedTensor) -> Refused | None:
+        address = item.address
+        held = self._held.get(address.job_id)
+        if held is None or held.lease.epoch != address.epoch or held.refused:
+            return None
+        started = time.perf_counter()
+        held.tensors += 1
+        try:
+            held.session.add(TensorKey(address.site, address.kind), from_wire(item), version=address.version)
+        except ColaError as error:
+            return _refuse(held, error)
+        held.step_seconds += time.perf_counter() - started
+        return None
+
+    def _control(self, message: Any) -> Update | Refused | None:
+        kind = message.WhichOneof("message")
+        if kind == "microbatch_end":
+            return self._end_microbatch(message.microbatch_end)
+        if kind == "refusal":
+            lease = control.lease_from_proto(message.refusal.lease)
+            held = self._of(lease)
+            if held is not None:
+                held.refused = True
+            return None
+        raise ProtocolError("CONTROL_INVALID", f"a base model does not send {kind}")
+
+    def _end_microbatch(self, end: control_pb2.MicrobatchEnd) -> Update | Refused | None:
+        held = self._of(control.lease_from_proto(end.lease))
+        if held is None or held.refused:
+            return None
+        try:
+            if (held.microbatch, held.tensors) != (end.microbatch, end.tensors):
+                raise ProtocolError(
+                    "MICROBATCH_INCOMPLETE",
+                    f"{held.tensors} tensors of microbatch {held.microbatch} arrived, the base model sent "
+                    f"{end.tensors} of microbatch {end.microbatch}",
+                )
+            held.tensors, held.microbatch = 0, held.microbatch + 1
+            return self._apply(held, end.version) if end.apply else None
+        except ColaError as error:
+            return _refuse(held, error)
+
+    def _apply(self, held: _Held, version: int) -> Update:
+        applied = held.session.apply(version=version)
+        seconds = held.step_seconds + applied.seconds
+        held.step_seconds, held.microbatch = 0.0, 0
+        total = held.session.definition.schedule.total_steps
+        every = held.checkpoint_every
+        due = applied.version == total or (every > 0 and applied.version % every == 0)
+        return _update(held.lease, held.session, applied=applied, seconds=seconds, checkpoint_due=due)
+
+    def _of(self, lease: Lease) -> _Held | None:
+        held = self._held.get(lease.job_id)
+        return held if held is not None and held.lease.epoch == lease.epoch else None
+
+    def _check_newer(self, lease: Lease) -> None:
+        held = self._held.get(lease.job_id)
+        if held is not None and lease.epoch <= held.lease.epoch:
+            raise Fenced("FENCED", "an older lease", limit=held.lease.epoch, actual=lease.epoch)
+
+
+def _session(grant: control_pb2.LeaseGrant, checkpoint: bytes | None) -> AdapterSession:
+    definition = TrainingDefinition(
+        spec=control.spec_from_proto(grant.adapter),
+        optimizer=control.optimizer_from_proto(grant.optimizer),
+        schedule=control.schedule_from_proto(grant.schedule),
+    )
+    if len(checkpoint or b"") != grant.checkpoint_bytes:
+        raise ProtocolError(
+            "CHECKPOINT_MISSING",
+            "the checkpoint did not come before its grant",
+            limit=grant.checkpoint_bytes,
+            actual=len(checkpoint or b""),
+        )
+    if not checkpoint:
+        return AdapterSession.create(definition)
+    session = AdapterSession.restore(checkpoint)
+    if session.definition != definition:
+        raise Conflict("CHECKPOINT_MISMATCH", "the checkpoint is of another adapter, optimizer or schedule")
+    return session
+
+
+def _update(
+    lease: Lease,
+    session: AdapterSession,
+    *,
+    applied: Applied | None = None,
+    seconds: float = 0.0,
+    checkpoint_due: bool = False,
+) -> Update:
+    return Update(
+        lease=lease,
+        version=session.version,
+        weights=session.weights(),
+        learning_rate=applied.learning_rate if applied else 0.0,
+        gradient_norm=applied.gradient_norm if applied else 0.0,
+        seconds=seconds,
+        checkpoint_due=checkpoint_due,
+    )
+
+
+def _discard(held: _Held, *, refused: bool) -> None:
+    held.session.discard()
+    held.tensors, held.microbatch, held.step_seconds, held.refused = 0, 0, 0.0, refused
+
+
+def _refuse(held: _Held, error: ColaError) -> Refused:
+    _discard(held, refused=True)
+    return Refused(lease=held.lease, reason=error.reason, message=str(error))

@@ -1,0 +1,243 @@
+"""The job store: the coordinator's truth about tenants, keys, jobs, steps, events and checkpoints.
+
+Every method is one transaction; a change of a job's state and its event are durable together or not at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection
+
+from cola_runtime import clock
+from cola_runtime.jobs import job_rows, progress, tenancy, trail
+from cola_runtime.jobs.database import Database
+from cola_runtime.jobs.records import (
+    ApiKey,
+    CheckpointRecord,
+    EventRecord,
+    JobRecord,
+    NewJob,
+    StepRecord,
+    Tenant,
+)
+from cola_runtime.jobs.state import JobState
+from cola_runtime.types import Lease
+
+ALL_SCOPES = "*"
+
+Result = TypeVar("Result")
+
+
+class JobStore:
+    """Owns the database. Writes happen in one thread, in the order they were asked for."""
+
+    def __init__(self, database: Database, *, now: clock.Clock = clock.now) -> None:
+        self._database = database
+        self._now = now
+        self._loop = asyncio.get_running_loop()
+        self._wakes: dict[str, asyncio.Event] = {}  # one per watched job, set and dropped at its next commit
+
+    @classmethod
+    async def open(cls, url: str, *, now: clock.Clock = clock.now) -> JobStore:
+        """Open `sqlite:///path` (or PostgreSQL), creating and migrating tables. Raises Unavailable."""
+        database = Database(url)
+        async with contextlib.AsyncExitStack() as unless_opened:
+            unless_opened.push_async_callback(database.close)
+            await database.open()
+            unless_opened.pop_all()
+        return cls(database, now=now)
+
+    async def close(self) -> None:
+        await self._database.close()
+
+    # Tenants and keys
+
+    async def create_tenant(self, name: str) -> Tenant:
+        return await self._database.run(lambda c: tenancy.insert_tenant(c, name, at=self._at()))
+
+    async def tenants(self) -> list[Tenant]:
+        return await self._database.run(tenancy.read_tenants)
+
+    async def create_key(self, tenant_name: str, *, scopes: Iterable[str] = (ALL_SCOPES,)) -> str:
+        """A new key for the tenant, in the clear for the only time."""
+        wanted = frozenset(scopes)
+        return await self._database.run(
+            lambda c: tenancy.insert_key(c, tenant_name, scopes=wanted, at=self._at())
+        )
+
+    async def keys(self) -> list[ApiKey]:
+        return await self._database.run(tenancy.read_keys)
+
+    async def revoke_key(self, key_id: str) -> None:
+        await self._database.run(lambda c: tenancy.mark_key_revoked(c, key_id, at=self._at()))
+
+    async def authenticate(self, key: str) -> ApiKey | None:
+        """The key's tenant and scopes; None for an unknown or revoked key."""
+        return await self._database.run(lambda c: tenancy.find_key(c, key, at=self._at()))
+
+    async def tenant_of_key(self, key: str) -> Tenant | None:
+        """As `authenticate`, for who needs no scopes."""
+
+        def find(connection: Connection) -> Tenant | None:
+            found = tenancy.find_key(connection, key, at=self._at())
+            return None if found is None else tenancy.read_tenant(connection, found.tenant_id)
+
+        return await self._database.run(find)
+
+    # Jobs
+
+    async def create_job(self, new: NewJob) -> JobRecord:
+        """The queued job. Its id differs from `new.job_id` if the idempotency key made it earlier.
+
+        Raises Conflict `IDEMPOTENCY_CONFLICT`.
+        """
+        return await self._write(new.job_id, lambda c: job_rows.insert_job(c, new, at=self._at()))
+
+    async def job(self, job_id: str, *, tenant_id: str | None = None) -> JobRecord:
+        """Raises NotFound `JOB_UNKNOWN`, also when the job is another tenant's."""
+        return await self._database.run(lambda c: job_rows.read_job(c, job_id, tenant_id=tenant_id))
+
+    async def find_job(self, tenant_id: str, ref: str) -> JobRecord:
+        """By full id, unique name or unique prefix. Raises NotFound, Conflict `REFERENCE_AMBIGUOUS`."""
+        return await self._database.run(lambda c: job_rows.find_job(c, tenant_id, ref))
+
+    async def jobs(
+        self,
+        *,
+        tenant_id: str | None = None,
+        states: Collection[JobState] | None = None,
+        limit: int = 100,
+        after: str | None = None,
+    ) -> list[JobRecord]:
+        """Newest first; `after` is the job id of the last one seen."""
+        return await self._database.run(
+            lambda c: job_rows.list_jobs(c, tenant_id=tenant_id, states=states, limit=limit, after=after)
+        )
+
+    async def transition(
+        self,
+        job_id: str,
+        state: JobState,
+        *,
+        message: str = "",
+        failure_reason: str | None = None,
+        failure_message: str | None = None,
+    ) -> JobRecord:
+        """Move the job to `state`; every state but running ends its lease, so record what it did before.
+
+        Raises Conflict `TRANSITION_ILLEGAL`, also when the job is in `state` already (`error.actual`).
+        """
+        return await self._write(
+            job_id,
+            lambda c: job_rows.move_job(
+                c,
+                job_id,
+                state,
+                at=self._at(),
+                message=message,
+                failure_reason=failure_reason,
+                failure_message=failure_message,
+            ),
+        )
+
+    async def set_evaluation(
+        self, job_id: str, *, before: float | None = None, after: float | None = None
+    ) -> JobRecord:
+        """Note the held-out loss of the bare base model (`before`) or with the adapter (`after`)."""
+        given = {"evaluation_loss_before": before, "evaluation_loss_after": after}
+        losses = {name: value for name, value in given.items() if value is not None}
+        return await self._write(
+            job_id, lambda c: job_rows.note_evaluation(c, job_id, losses=losses, at=self._at())
+        )
+
+    # Leases, steps, checkpoints
+
+    async def grant_lease(self, job_id: str, device_id: str) -> Lease:
+        """A lease with the next epoch; whoever holds an earlier one is fenced. Conflict `JOB_NOT_ACTIVE`."""
+        return await self._write(job_id, lambda c: progress.open_lease(c, job_id, device_id, at=self._at()))
+
+    async def rewind(self, lease: Lease, version: int) -> JobRecord:
+        """Steps and checkpoints above `version` leave the record; bytes and seconds stay spent."""
+        return await self._write(
+            lease.job_id, lambda c: progress.rewind_job(c, lease, version, at=self._at())
+        )
+
+    async def record_step(self, step: StepRecord) -> JobRecord:
+        """Record step `version + 1` of the current lease, once; the same step again changes nothing.
+
+        Raises Fenced, Conflict `STEP_OUT_OF_ORDER`, `STEP_REUSED`, `JOB_NOT_RUNNING`.
+        """
+        return await self._write(step.job_id, lambda c: progress.insert_step(c, step, at=self._at()))
+
+    async def record_checkpoint(self, checkpoint: CheckpointRecord) -> None:
+        """Make a checkpoint visible whose object is stored and whose last step is recorded."""
+        await self._write(
+            checkpoint.job_id, lambda c: progress.insert_checkpoint(c, checkpoint, at=self._at())
+        )
+
+    async def steps(self, job_id: str, *, after: int = 0, limit: int = 1000) -> list[StepRecord]:
+        return await self._database.run(lambda c: progress.read_steps(c, job_id, after=after, limit=limit))
+
+    async def checkpoints(self, job_id: str) -> list[CheckpointRecord]:
+        return await self._database.run(lambda c: progress.read_checkpoints(c, job_id))
+
+    async def latest_checkpoint(self, job_id: str) -> CheckpointRecord | None:
+        return await self._database.run(lambda c: progress.newest_checkpoint(c, job_id))
+
+    # Events
+
+    async def add_event(
+        self,
+        job_id: str,
+        kind: str,
+        message: str,
+        *,
+        data: Mapping[str, Any] | None = None,
+        level: str = "info",
+    ) -> EventRecord:
+        """Add to the history something that changed no state. Raises NotFound `JOB_UNKNOWN`."""
+
+        def add(connection: Connection) -> EventRecord:
+            job_rows.read_job(connection, job_id)
+            return trail.append_event(
+                connection, job_id, at=self._at(), kind=kind, message=message, data=data, level=level
+            )
+
+        return await self._write(job_id, add)
+
+    async def events(self, job_id: str, *, after: int = 0, limit: int = 1000) -> list[EventRecord]:
+        return await self._database.run(lambda c: trail.read_events(c, job_id, after=after, limit=limit))
+
+    async def changed(self, job_id: str, *, after: int, timeout_seconds: float) -> bool:
+        """Wait until the job has an event above id `after`: True; False if the deadline comes first."""
+        deadline = time.monotonic() + timeout_seconds
+        while True:
+            wake = self._wakes.setdefault(
+                job_id, asyncio.Event()
+            )  # before looking, or a commit could slip by
+            if await self._database.run(lambda c: trail.last_event_id(c, job_id)) > after:
+                return True
+            try:
+                await asyncio.wait_for(wake.wait(), deadline - time.monotonic())
+            except TimeoutError:
+                return False
+
+    def _at(self) -> str:
+        return clock.rfc3339(self._now())
+
+    async def _write(self, job_id: str, work: Callable[[Connection], Result]) -> Result:
+        return await self._database.run(work, committed=lambda: self._wake_soon(job_id))
+
+    def _wake_soon(self, job_id: str) -> None:
+        """Called in the database's thread, so that a commit wakes watchers even if its caller is gone."""
+        self._loop.call_soon_threadsafe(self._wake, job_id)
+
+    def _wake(self, job_id: str) -> None:
+        wake = self._wakes.pop(job_id, None)
+        if wake is not None:
+            wake.set()

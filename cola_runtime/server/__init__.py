@@ -1,0 +1,1 @@
+"""The API: use cases, authentication, gRPC."""

@@ -1,0 +1,94 @@
+"""Everything that is checked of a job before any of it exists."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from cola_runtime.data.cursor import total_steps
+from cola_runtime.data.formats import Dataset, parse_dataset
+from cola_runtime.data.report import DatasetReport, dataset_report
+from cola_runtime.data.tokenize import TokenizedDataset, Tokenizer, longest_row
+from cola_runtime.errors import InvalidInput
+from cola_runtime.jobs.plan import training_plan
+from cola_runtime.server.base_models import BaseModels
+from cola_runtime.spec import JobSpec, parse_job_spec
+from cola_runtime.types import Encoding
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submission:
+    """What a tenant sent, as it came."""
+
+    spec_json: str
+    training: bytes
+    training_name: str = "training"  # the tenant's file name, for messages about lines
+    evaluation: bytes | None = None
+    evaluation_name: str = ""
+    idempotency_key: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedJob:
+    """A submission that can be trained."""
+
+    spec: JobSpec
+    report: DatasetReport
+    encoding: Encoding
+    encoding_reason: str
+
+
+class Admission:
+    """Checks submissions against the base models that are served."""
+
+    def __init__(self, base_models: BaseModels) -> None:
+        self._base_models = base_models
+
+    async def check(self, submission: Submission) -> CheckedJob:
+        """Raises InvalidInput for what is wrong with the spec or any line of the data; creates nothing."""
+        spec = parse_job_spec(_fields(submission.spec_json))
+        base = self._base_models.find(spec.base_model)
+        most_tokens = longest_row(spec, context_length=base.context_length)
+        training_plan(spec, base, total_steps=spec.steps or 1)  # the target modules exist
+        tokenizer = await self._base_models.tokenizer(spec.base_model)
+        report = await asyncio.to_thread(_check_data, submission, spec, tokenizer, most_tokens)
+        encoding, reason = choose_encoding(spec)
+        return CheckedJob(spec=spec, report=report, encoding=encoding, encoding_reason=reason)
+
+
+def choose_encoding(spec: JobSpec) -> tuple[Encoding, str]:
+    """How the job's taps travel, and why, in a sentence."""
+    if spec.encoding != "auto":
+        return Encoding(spec.encoding), f"{spec.encoding}: the job asks for it"
+    return (
+        Encoding.ADAPTER_GRADIENT,
+        "adapter_gradient: LoRA's factors are in the bank, so a site sends rank * (d_in + d_out) numbers "
+        "a step instead of d_in + d_out for each token",
+    )
+
+
+def _check_data(
+    submission: Submission, spec: JobSpec, tokenizer: Tokenizer, most_tokens: int
+) -> DatasetReport:
+    def rows(content: bytes, name: str) -> tuple[Dataset, TokenizedDataset]:
+        dataset = parse_dataset(content, file_name=name)
+        return dataset, tokenizer.tokenize(
+            dataset, max_length=most_tokens, loss=spec.loss, truncate=spec.truncate
+        )
+
+    dataset, tokenized = rows(submission.training, submission.training_name)
+    if submission.evaluation is not None:
+        rows(submission.evaluation, submission.evaluation_name or "evaluation")
+    return dataset_report(dataset, tokenized, steps=total_steps(len(tokenized.rows), spec))
+
+
+def _fields(spec_json: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(spec_json)
+    except (ValueError, RecursionError) as error:
+        raise InvalidInput("SPEC_INVALID", "the job spec is not JSON", where="job") from error
+    if not isinstance(fields, dict):
+        raise InvalidInput("SPEC_INVALID", "the job spec is not an object", where="job")
+    return fields

@@ -1,0 +1,175 @@
+"""The Jobs service over gRPC: translates messages, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc.aio
+
+import cola_runtime
+from cola_runtime.errors import InvalidInput
+from cola_runtime.jobs.records import JobRecord
+from cola_runtime.proto import jobs_pb2
+from cola_runtime.server import convert, keys
+from cola_runtime.server.auth import SCOPE_OF_RPC
+from cola_runtime.server.limits import Limits
+from cola_runtime.server.rpc import Call, Method, RpcHandlers, Rule
+from cola_runtime.server.service import FineTuningService
+from cola_runtime.server.upload import UploadGate, receive_submission
+
+SERVICE = jobs_pb2.DESCRIPTOR.services_by_name["Jobs"]
+
+# The largest frame of a device stream on the same port (1 MiB and headers) fits the message limit too.
+SERVER_OPTIONS = (
+    ("grpc.max_receive_message_length", Limits().message_bytes),
+    ("grpc.max_send_message_length", 16 << 20),
+    ("grpc.max_concurrent_streams", 128),
+    ("grpc.max_metadata_size", 16 << 10),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.so_reuseport", 0),
+)
+
+
+def add_jobs_servicer(server: grpc.aio.Server, service: FineTuningService) -> None:
+    """Serve every method of cola.v1.Jobs on `server`, each behind its key's scope."""
+    handlers = RpcHandlers(service.store, service.limits)
+    methods = JobsMethods(service).by_name()
+    rules = {name: _rule(name, service.limits) for name in SCOPE_OF_RPC}
+    server.add_generic_rpc_handlers((handlers.generic_handler(SERVICE, methods=methods, rules=rules),))
+
+
+async def serve_jobs(service: FineTuningService, bind: str) -> tuple[grpc.aio.Server, int]:
+    """A started server with the Jobs service alone, and its port."""
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    add_jobs_servicer(server, service)
+    port = server.add_insecure_port(bind)
+    await server.start()
+    return server, port
+
+
+def _rule(name: str, limits: Limits) -> Rule:
+    seconds = {
+        "SubmitJob": limits.upload_seconds,
+        "CheckDataset": limits.upload_seconds,
+        "Generate": limits.generate_seconds,
+    }
+    return Rule(scope=SCOPE_OF_RPC[name], seconds=seconds.get(name, limits.call_seconds))
+
+
+class JobsMethods:
+    """One method per rpc, called with the request and an authenticated call."""
+
+    def __init__(self, service: FineTuningService) -> None:
+        self._service = service
+        self._gate = UploadGate(service.limits)
+
+    def by_name(self) -> dict[str, Method]:
+        return {method.name: getattr(self, method.name) for method in SERVICE.methods}
+
+    async def SubmitJob(self, requests: AsyncIterator[Any], call: Call) -> jobs_pb2.Job:
+        with self._gate.pass_one():
+            submission = await receive_submission(requests, self._service.limits)
+            return self._job(await self._service.submit(call.tenant, submission))
+
+    async def CheckDataset(self, requests: AsyncIterator[Any], call: Call) -> jobs_pb2.DatasetReport:
+        with self._gate.pass_one():
+            submission = await receive_submission(requests, self._service.limits)
+            report = await self._service.check_dataset(call.tenant, submission)
+        return jobs_pb2.DatasetReport(**dataclasses.asdict(report))
+
+    async def GetJob(self, request: jobs_pb2.JobRef, call: Call) -> jobs_pb2.Job:
+        return self._job(await self._service.job(call.tenant, request.job_id))
+
+    async def ListJobs(self, request: jobs_pb2.ListJobsRequest, call: Call) -> jobs_pb2.ListJobsResponse:
+        jobs = await self._service.jobs(call.tenant, limit=request.limit, after=request.after)
+        return jobs_pb2.ListJobsResponse(jobs=[self._job(job) for job in jobs])
+
+    async def CancelJob(self, request: jobs_pb2.JobRef, call: Call) -> jobs_pb2.Job:
+        return self._job(await self._service.cancel(call.tenant, request.job_id))
+
+    async def PauseJob(self, request: jobs_pb2.JobRef, call: Call) -> jobs_pb2.Job:
+        return self._job(await self._service.pause(call.tenant, request.job_id))
+
+    async def ResumeJob(self, request: jobs_pb2.JobRef, call: Call) -> jobs_pb2.Job:
+        return self._job(await self._service.resume(call.tenant, request.job_id))
+
+    async def WatchEvents(
+        self, request: jobs_pb2.WatchEventsRequest, call: Call
+    ) -> AsyncIterator[jobs_pb2.Event]:
+        pages = self._service.event_pages(
+            call.tenant, request.job_id, after=request.after, follow=request.follow
+        )
+        async for page in pages:
+            await call.check_key()
+            for event in page:
+                yield convert.event_message(event)
+
+    async def ListSteps(self, request: jobs_pb2.ListStepsRequest, call: Call) -> jobs_pb2.ListStepsResponse:
+        steps = await self._service.steps(
+            call.tenant, request.job_id, after=request.after, limit=request.limit
+        )
+        return jobs_pb2.ListStepsResponse(steps=[convert.step_message(step) for step in steps])
+
+    async def ListCheckpoints(self, request: jobs_pb2.JobRef, call: Call) -> jobs_pb2.ListCheckpointsResponse:
+        found = await self._service.checkpoints(call.tenant, request.job_id)
+        return jobs_pb2.ListCheckpointsResponse(checkpoints=map(convert.checkpoint_message, found))
+
+    async def ExportAdapter(
+        self, request: jobs_pb2.ExportAdapterRequest, call: Call
+    ) -> AsyncIterator[jobs_pb2.FileChunk]:
+        version = request.version if request.HasField("version") else None
+        files = await self._service.export(call.tenant, request.job_id, version=version)
+        chunk_bytes = self._service.limits.export_chunk_bytes
+        for name, content in files.items():
+            for start in range(0, max(len(content), 1), chunk_bytes):
+                yield jobs_pb2.FileChunk(file_name=name, content=content[start : start + chunk_bytes])
+
+    async def Generate(self, request: jobs_pb2.GenerateRequest, call: Call) -> jobs_pb2.GenerateResponse:
+        completion = await self._service.generate(
+            call.tenant,
+            request.job_id,
+            _prompt(request),
+            base_model=request.base_model,
+            max_new_tokens=request.max_new_tokens,
+            temperature=request.temperature,
+            seed=request.seed,
+        )
+        return jobs_pb2.GenerateResponse(
+            text=completion.text,
+            prompt_tokens=completion.prompt_tokens,
+            completion_tokens=completion.completion_tokens,
+            adapter_version=completion.adapter_version,
+        )
+
+    async def DescribeService(
+        self, request: jobs_pb2.DescribeServiceRequest, call: Call
+    ) -> jobs_pb2.ServiceDescription:
+        return convert.description_message(self._service.describe(call.tenant), cola_runtime.__version__)
+
+    async def CreateKey(self, request: jobs_pb2.CreateKeyRequest, call: Call) -> jobs_pb2.NewKey:
+        created = await keys.create_key(self._service.store, request.tenant, request.scopes)
+        return jobs_pb2.NewKey(key=created.key, tenant=created.tenant, scopes=created.scopes)
+
+    async def ListKeys(self, request: jobs_pb2.ListKeysRequest, call: Call) -> jobs_pb2.ListKeysResponse:
+        found = await self._service.store.keys()
+        return jobs_pb2.ListKeysResponse(keys=map(convert.key_message, found))
+
+    async def RevokeKey(self, request: jobs_pb2.RevokeKeyRequest, call: Call) -> jobs_pb2.Key:
+        return convert.key_message(await keys.revoke_key(self._service.store, request.key_id))
+
+    def _job(self, job: JobRecord) -> jobs_pb2.Job:
+        return convert.job_message(job, self._service.waiting_reason(job))
+
+
+def _prompt(request: jobs_pb2.GenerateRequest) -> Any:
+    """The text, or the decoded messages; `prompts.py` checks their shape."""
+    if not request.messages_json:
+        return request.prompt
+    try:
+        return json.loads(request.messages_json)
+    except (ValueError, RecursionError) as error:
+        raise InvalidInput("MESSAGES_INVALID", "messages_json is not JSON", where="messages") from error

@@ -1,0 +1,46 @@
+"""Tenants and their keys: what an operator does while the service has its store to itself."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from cola_runtime.errors import Conflict, InvalidInput, NotFound
+from cola_runtime.jobs.records import ApiKey
+from cola_runtime.jobs.store import ALL_SCOPES, JobStore
+from cola_runtime.server.auth import ADMIN, READ, TENANT_SCOPES, WRITE
+
+KNOWN_SCOPES = (READ, WRITE, ADMIN, ALL_SCOPES)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CreatedKey:
+    key: str  # in the clear, for the only time
+    tenant: str
+    scopes: tuple[str, ...]
+
+
+async def create_key(store: JobStore, tenant: str, scopes: Collection[str] = ()) -> CreatedKey:
+    """A new key; a tenant of that name is created if there is none. Raises InvalidInput `SCOPE_UNKNOWN`."""
+    wanted = tuple(sorted(set(scopes) or TENANT_SCOPES))
+    unknown = [scope for scope in wanted if scope not in KNOWN_SCOPES]
+    if unknown:
+        raise InvalidInput(
+            "SCOPE_UNKNOWN",
+            f"unknown scope {', '.join(map(repr, unknown))}",
+            where="scopes",
+            remedy=f"Known scopes: {', '.join(KNOWN_SCOPES)}.",
+        )
+    with contextlib.suppress(Conflict):  # the tenant exists already
+        await store.create_tenant(tenant)
+    return CreatedKey(key=await store.create_key(tenant, scopes=wanted), tenant=tenant, scopes=wanted)
+
+
+async def revoke_key(store: JobStore, key_id: str) -> ApiKey:
+    """The key opens nothing from now on. Raises NotFound `KEY_UNKNOWN`."""
+    await store.revoke_key(key_id)
+    for key in await store.keys():
+        if key.key_id == key_id:
+            return key
+    raise NotFound("KEY_UNKNOWN", f"there is no key {key_id!r}")

@@ -1,0 +1,121 @@
+"""One gRPC method at a time: authenticated, bounded in time, its errors mapped. None is without a rule."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.message_factory import GetMessageClass
+
+from cola_runtime.errors import ColaError, Unavailable
+from cola_runtime.jobs.records import Tenant
+from cola_runtime.jobs.store import JobStore
+from cola_runtime.server.auth import authenticate
+from cola_runtime.server.limits import Limits
+from cola_runtime.transport.status import abort_with
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """What a method gets besides its request."""
+
+    tenant: Tenant
+    check_key: Callable[[], Awaitable[None]]
+    """For long streams, as often as they like: raises soon after the key was revoked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    scope: str
+    seconds: float
+    """Deadline of the whole call; for a response stream, of one message."""
+
+
+Method = Callable[[Any, Call], Any]
+"""(request, call) -> response, awaitable; for a response stream an asynchronous iterator."""
+
+
+class RpcHandlers:
+    """Handlers of every method of a service's descriptor.
+
+    A method without an implementation or without a rule is a KeyError here, before the server starts.
+    """
+
+    def __init__(self, store: JobStore, limits: Limits) -> None:
+        self._store = store
+        self._limits = limits
+
+    def generic_handler(
+        self, service: ServiceDescriptor, *, methods: dict[str, Method], rules: dict[str, Rule]
+    ) -> grpc.GenericRpcHandler:
+        handlers = {
+            method.name: self._handler(method, methods[method.name], rules[method.name])
+            for method in service.methods
+        }
+        return grpc.method_handlers_generic_handler(service.full_name, handlers)
+
+    def _handler(self, method: MethodDescriptor, implementation: Method, rule: Rule) -> grpc.RpcMethodHandler:
+        coding = {
+            "request_deserializer": GetMessageClass(method.input_type).FromString,
+            "response_serializer": GetMessageClass(method.output_type).SerializeToString,
+        }
+        if method.server_streaming:
+            return grpc.unary_stream_rpc_method_handler(self._streaming(implementation, rule), **coding)
+        if method.client_streaming:
+            return grpc.stream_unary_rpc_method_handler(self._unary(implementation, rule), **coding)
+        return grpc.unary_unary_rpc_method_handler(self._unary(implementation, rule), **coding)
+
+    def _unary(self, implementation: Method, rule: Rule) -> Callable[[Any, Any], Awaitable[Any]]:
+        async def serve(request: Any, context: Any) -> Any:
+            try:
+                async with asyncio.timeout(rule.seconds):
+                    return await implementation(request, await self._call(context, rule))
+            except TimeoutError:
+                await abort_with(context, _too_slow(rule.seconds))
+            except Exception as error:  # the outermost line of a call
+                await abort_with(context, error)
+
+        return serve
+
+    def _streaming(self, implementation: Method, rule: Rule) -> Callable[[Any, Any], Awaitable[None]]:
+        async def serve(request: Any, context: Any) -> None:
+            try:
+                call = await self._call(context, rule)
+                responses: AsyncIterator[Any] = implementation(request, call)
+                async for response in responses:
+                    await asyncio.wait_for(context.write(response), self._limits.chunk_seconds)
+            except TimeoutError:
+                await abort_with(context, _too_slow(self._limits.chunk_seconds))
+            except Exception as error:  # the outermost line of a call
+                await abort_with(context, error)
+
+        return serve
+
+    async def _call(self, context: Any, rule: Rule) -> Call:
+        metadata = tuple(context.invocation_metadata() or ())
+
+        tenant = await authenticate(self._store, metadata, scope=rule.scope)
+        checked_at = time.monotonic()
+
+        async def check_key() -> None:
+            nonlocal checked_at
+            if time.monotonic() - checked_at >= self._limits.key_check_seconds:
+                await authenticate(self._store, metadata, scope=rule.scope)
+                checked_at = time.monotonic()
+
+        return Call(tenant=tenant, check_key=check_key)
+
+
+def _too_slow(seconds: float) -> ColaError:
+    return Unavailable(
+        "CALL_TIMEOUT",
+        "the call took longer than it may",
+        limit=f"{seconds:g} s",
+        remedy="Try again; over a slow link, send less at a time.",
+    )

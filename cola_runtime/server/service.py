@@ -1,0 +1,282 @@
+"""The use cases of the service, free of any wire: whichever door calls, the same checks and limits apply.
+
+Every method takes the authenticated tenant first and finds jobs among that tenant's only, so another tenant's
+object is simply not there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cola_runtime.adapters.checkpoint_format import checkpoint_weights
+from cola_runtime.adapters.peft_files import peft_folder
+from cola_runtime.data.report import DatasetReport
+from cola_runtime.errors import Conflict, NotFound, QuotaExceeded, Unavailable
+from cola_runtime.jobs.records import CheckpointRecord, EventRecord, JobRecord, NewJob, StepRecord, Tenant
+from cola_runtime.jobs.state import TERMINAL_STATES, JobState
+from cola_runtime.jobs.store import JobStore
+from cola_runtime.scheduler.device_pool import DeviceStatus
+from cola_runtime.scheduler.runner import JobRunner, ServiceStatistics
+from cola_runtime.server.admission import Admission, CheckedJob, Submission
+from cola_runtime.server.base_models import BaseModels
+from cola_runtime.server.limits import Limits
+from cola_runtime.server.prompts import Completion, Prompts
+from cola_runtime.storage.objects import ObjectStorage
+from cola_runtime.types import BaseModelDescription
+
+ACTIVE_STATES = frozenset(JobState) - TERMINAL_STATES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overview:
+    """What a tenant may know of the service."""
+
+    tenant: Tenant
+    base_models: tuple[BaseModelDescription, ...]
+    devices: tuple[DeviceStatus, ...]
+    statistics: ServiceStatistics
+
+
+class FineTuningService:
+    """Submit, watch, steer and use jobs."""
+
+    def __init__(
+        self,
+        *,
+        store: JobStore,
+        storage: ObjectStorage,
+        runner: JobRunner,
+        base_models: Mapping[str, BaseModelDescription],
+        limits: Limits | None = None,
+    ) -> None:
+        self.store = store
+        self.limits = limits or Limits()
+        self._storage = storage
+        self._runner = runner
+        self._base_models = BaseModels(base_models)
+        self._admission = Admission(self._base_models)
+        self._prompts = Prompts(self._base_models, self.limits)
+        self._creations: set[asyncio.Task[JobRecord]] = set()
+
+    async def check_dataset(self, tenant: Tenant, submission: Submission) -> DatasetReport:
+        """The checks of `submit`; nothing is created."""
+        return (await self._admission.check(submission)).report
+
+    async def submit(self, tenant: Tenant, submission: Submission) -> JobRecord:
+        """A queued job, already handed to the runner. Whatever is wrong, nothing was created."""
+        checked = await self._admission.check(submission)
+        await self._check_quota(tenant, submission.idempotency_key)
+        new = _new_job(tenant, submission, checked)
+        creation = asyncio.create_task(self._create_and_start(new, submission, checked))
+        self._creations.add(creation)
+        creation.add_done_callback(self._creations.discard)
+        return await asyncio.shield(creation)  # a caller who leaves now leaves a whole job, not half of one
+
+    async def job(self, tenant: Tenant, ref: str) -> JobRecord:
+        return await self.store.find_job(tenant.tenant_id, ref)
+
+    async def jobs(self, tenant: Tenant, *, limit: int = 0, after: str = "") -> list[JobRecord]:
+        """Newest first, behind the job `after`."""
+        return await self.store.jobs(tenant_id=tenant.tenant_id, limit=self._page(limit), after=after or None)
+
+    def waiting_reason(self, job: JobRecord) -> str:
+        """Why the job is not in a base step now; empty if it is, or has ended."""
+        if job.ended:
+            return ""
+        if job.state is JobState.PAUSED:
+            return "paused; it goes on when it is resumed"
+        return self._runner.waiting_reason(job.job_id)
+
+    async def cancel(self, tenant: Tenant, ref: str) -> JobRecord:
+        """An ended job stays as it is."""
+        job = await self.job(tenant, ref)
+        await self._runner.cancel(job.job_id)
+        return await self.store.job(job.job_id)
+
+    async def pause(self, tenant: Tenant, ref: str) -> JobRecord:
+        job = await self.job(tenant, ref)
+        if job.ended:
+            raise Conflict("JOB_ENDED", f"the job is {job.state}; only an active job can be paused")
+        await self._runner.pause(job.job_id)
+        return await self.store.job(job.job_id)
+
+    async def resume(self, tenant: Tenant, ref: str) -> JobRecord:
+        job = await self.job(tenant, ref)
+        await self._runner.resume(job.job_id)
+        return await self.store.job(job.job_id)
+
+    async def event_pages(
+        self, tenant: Tenant, ref: str, *, after: int, follow: bool
+    ) -> AsyncIterator[list[EventRecord]]:
+        """The job's events behind `after`, each once and in order; with `follow`, until it has ended.
+
+        An empty page comes every `key_check_seconds` of silence.
+        """
+        job = await self.job(tenant, ref)
+        while True:
+            ended = (await self.store.job(job.job_id)).ended  # read first: the end is itself an event
+            page = await self.store.events(job.job_id, after=after, limit=self.limits.page)
+            if page:
+                after = page[-1].id
+                yield page
+            elif ended or not follow:
+                return
+            elif not await self.store.changed(
+                job.job_id, after=after, timeout_seconds=self.limits.key_check_seconds
+            ):
+                yield []
+
+    async def steps(self, tenant: Tenant, ref: str, *, after: int = 0, limit: int = 0) -> list[StepRecord]:
+        job = await self.job(tenant, ref)
+        return await self.store.steps(job.job_id, after=after, limit=self._page(limit))
+
+    async def checkpoints(self, tenant: Tenant, ref: str) -> list[CheckpointRecord]:
+        job = await self.job(tenant, ref)
+        return await self.store.checkpoints(job.job_id)
+
+    async def export(self, tenant: Tenant, ref: str, *, version: int | None = None) -> dict[str, bytes]:
+        """File name -> content of a PEFT folder with the newest checkpoint's adapter, or `version`'s."""
+        job = await self.job(tenant, ref)
+        checkpoint = _pick(await self.store.checkpoints(job.job_id), job, version)
+        return await asyncio.to_thread(self._peft_files, checkpoint, job.base_model)
+
+    async def generate(
+        self,
+        tenant: Tenant,
+        ref: str,
+        prompt: str | Sequence[Mapping[str, Any]],
+        *,
+        base_model: str = "",
+        max_new_tokens: int = 0,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Completion:
+        """Continue a text or answer messages; an empty `ref` asks the bare base model."""
+        job = await self.job(tenant, ref) if ref else None
+        name = job.base_model if job else base_model or self._base_models.default
+        encoded = await self._prompts.encode(
+            name, prompt, max_new_tokens=max_new_tokens, temperature=temperature
+        )
+        tokens, version = await self._runner.generate(
+            job.job_id if job else None,
+            encoded.token_ids,
+            max_new_tokens=encoded.max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            stop_ids=encoded.stop_ids,
+        )
+        return await self._prompts.decode(encoded, tokens, version)
+
+    def describe(self, tenant: Tenant) -> Overview:
+        return Overview(
+            tenant=tenant,
+            base_models=self._base_models.descriptions,
+            devices=tuple(self._runner.devices()),
+            statistics=self._runner.statistics(),
+        )
+
+    async def _check_quota(self, tenant: Tenant, idempotency_key: str) -> None:
+        """Raises QuotaExceeded `QUOTA_JOBS`; a repeated request is no new job."""
+        most = self.limits.active_jobs
+        active = await self.store.jobs(tenant_id=tenant.tenant_id, states=ACTIVE_STATES, limit=most)
+        repeated = idempotency_key and any(job.idempotency_key == idempotency_key for job in active)
+        if len(active) >= most and not repeated:
+            raise QuotaExceeded(
+                "QUOTA_JOBS",
+                "the tenant has as many active jobs as it may have",
+                limit=most,
+                actual=len(active) + 1,
+                remedy="Wait for one to end, or cancel one: `cola jobs cancel`.",
+            )
+
+    async def _create_and_start(self, new: NewJob, submission: Submission, checked: CheckedJob) -> JobRecord:
+        job = await self._create(new, submission)
+        if job.job_id == new.job_id:
+            await self.store.add_event(
+                job.job_id, "encoding.chosen", checked.encoding_reason, data={"encoding": checked.encoding}
+            )
+        await self._runner.start(job.job_id)
+        return job
+
+    async def _create(self, new: NewJob, submission: Submission) -> JobRecord:
+        """Objects first, record after. Unless the record is ours, the objects go again."""
+        contents = {new.training_key: submission.training}
+        if new.evaluation_key is not None and submission.evaluation is not None:
+            contents[new.evaluation_key] = submission.evaluation
+        created: JobRecord | None = None
+        try:
+            for key, content in contents.items():
+                await asyncio.to_thread(self._storage.put, key, content)
+            created = await self.store.create_job(new)
+            return created
+        finally:
+            if created is None or created.job_id != new.job_id:
+                for key in contents:
+                    await asyncio.to_thread(self._storage.delete, key)
+
+    def _peft_files(self, checkpoint: CheckpointRecord, base_model: str) -> dict[str, bytes]:
+        content = self._storage.get(checkpoint.storage_key)
+        if hashlib.sha256(content).hexdigest() != checkpoint.sha256:
+            raise Unavailable(
+                "CHECKPOINT_DAMAGED",
+                f"the checkpoint of version {checkpoint.version} is not what was stored",
+                remedy="Export another version: `cola jobs checkpoints` lists them.",
+            )
+        spec, _version, weights = checkpoint_weights(content)
+        return peft_folder(spec, weights, base_model)
+
+    def _page(self, limit: int) -> int:
+        return min(limit, self.limits.page) if limit > 0 else self.limits.page
+
+
+def _new_job(tenant: Tenant, submission: Submission, checked: CheckedJob) -> NewJob:
+    spec_json = checked.spec.model_dump_json()
+    job = NewJob(
+        tenant_id=tenant.tenant_id,
+        name=checked.spec.name,
+        base_model=checked.spec.base_model,
+        spec_json=spec_json,
+        total_steps=checked.report.steps,
+        encoding=checked.encoding,
+        training_key="",
+        request_digest=_digest(spec_json.encode(), submission.training, submission.evaluation),
+        training_name=submission.training_name,
+        evaluation_name=submission.evaluation_name,
+        idempotency_key=submission.idempotency_key or None,
+    )
+    return replace(
+        job,
+        training_key=f"datasets/{job.job_id}/training.jsonl",
+        evaluation_key=None if submission.evaluation is None else f"datasets/{job.job_id}/evaluation.jsonl",
+    )
+
+
+def _digest(*parts: bytes | None) -> str:
+    """One digest over parts whose borders cannot be moved."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(b"-" if part is None else hashlib.sha256(part).digest())
+    return digest.hexdigest()
+
+
+def _pick(checkpoints: Sequence[CheckpointRecord], job: JobRecord, version: int | None) -> CheckpointRecord:
+    if not checkpoints:
+        raise Conflict(
+            "ADAPTER_NOT_READY",
+            f"job {job.name} has no checkpoint yet (it is {job.state})",
+            remedy="Wait for its first checkpoint: `cola jobs logs --follow`.",
+        )
+    if version is None:
+        return checkpoints[-1]
+    for checkpoint in checkpoints:
+        if checkpoint.version == version:
+            return checkpoint
+    raise NotFound(
+        "CHECKPOINT_UNKNOWN",
+        f"job {job.name} has no checkpoint of version {version}",
+        remedy=f"It has: {', '.join(str(each.version) for each in checkpoints)}.",
+    )

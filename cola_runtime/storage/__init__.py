@@ -1,0 +1,1 @@
+"""Object storage: datasets and checkpoints as atomic objects."""

@@ -1,0 +1,1 @@
+"""Frames, streams and credits: the only home of wire formats."""

@@ -1,0 +1,65 @@
+"""Generation equals transformers' and peft's, with a key-value cache and the adapter active."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from cola_runtime.base_model.model import TappedModel
+from cola_runtime.testing.peft_reference import adapter_parameters, peft_model
+from tests.base_model.conftest import TinyFolder
+from tests.base_model.mixed_samples import Tenant, four_tenants, install_all
+
+PROMPT = [40, 41, 42, 90, 91]
+KINDS = ["llama", "gpt2"]
+
+
+def greedy(model: Any, tokens: int) -> list[int]:
+    model.get_base_model().generation_config.eos_token_id = None
+    output = model.generate(
+        input_ids=torch.tensor([PROMPT]),
+        attention_mask=torch.ones(1, len(PROMPT), dtype=torch.int64),
+        max_new_tokens=tokens,
+        do_sample=False,
+    )
+    return [int(token) for token in output[0, len(PROMPT) :]]
+
+
+def with_peft(path: Any, member: Tenant) -> Any:
+    model = peft_model(path, member.spec, dtype="float32")
+    with torch.no_grad():
+        for key, parameter in adapter_parameters(model, member.spec).items():
+            parameter.copy_(member.weights[key])
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_tokens_equal_pefts_and_without_adapter_transformers(
+    tiny_folder: TinyFolder, kind: str
+) -> None:
+    path = tiny_folder(kind, "float32")
+    model = TappedModel.load(path, dtype="float32", threads=1)
+    member = four_tenants(model.sites, "float32")[0]
+    install_all(model, [member])
+    reference = with_peft(path, member)
+    adapted = model.generate(member.job_id, PROMPT, max_new_tokens=12)
+    assert adapted == greedy(reference, 12)
+    with reference.disable_adapter():
+        plain = greedy(reference, 12)
+    assert model.generate(None, PROMPT, max_new_tokens=12) == plain
+    assert adapted != plain
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sampling_repeats_with_its_seed_and_stops_before_a_stop_token(
+    tiny_folder: TinyFolder, kind: str
+) -> None:
+    model = TappedModel.load(tiny_folder(kind, "float32"), dtype="float32", threads=1)
+    options = {"max_new_tokens": 10, "temperature": 1.5}
+    first = model.generate(None, PROMPT, seed=1, **options)
+    assert model.generate(None, PROMPT, seed=1, **options) == first
+    assert model.generate(None, PROMPT, seed=2, **options) != first
+    cut = first.index(first[5])
+    assert model.generate(None, PROMPT, seed=1, stop_ids={first[5]}, **options) == first[:cut]

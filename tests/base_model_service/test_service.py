@@ -1,0 +1,244 @@
+"""The service with a real tapped model, real gRPC and real devices: exact steps, fenced leases, events."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cola_runtime.adapters.checkpoint_format import TrainingDefinition
+from cola_runtime.base_model.model import TappedModel
+from cola_runtime.base_model.service import BaseModelService
+from cola_runtime.device.agent import DeviceAgent
+from cola_runtime.device.config import DeviceConfig
+from cola_runtime.device.session import AdapterSession
+from cola_runtime.errors import Conflict, Fenced
+from cola_runtime.testing.tiny_models import save_tiny_model
+from cola_runtime.types import (
+    AdapterSpec,
+    BaseEvent,
+    BaseStep,
+    DeviceLinkChanged,
+    Encoding,
+    LearningRateSchedule,
+    Lease,
+    OptimizerHyperparameters,
+    Row,
+    Segment,
+    StepApplied,
+    StepRefused,
+    TensorKey,
+)
+from tests.device.fake_coordinator import TOKEN, WAIT_SECONDS, FakeCoordinator
+
+JOBS = ("job-" + "0a" * 16, "job-" + "0b" * 16)
+ENCODINGS = (Encoding.ADAPTER_GRADIENT, Encoding.ACTIVATIONS)
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model("gpt2", tmp_path_factory.mktemp("gpt2"), dtype="float64")
+
+
+def load(path: Path) -> TappedModel:
+    return TappedModel.load(path, dtype="float64", attention="eager", threads=1)
+
+
+def training_of(model: TappedModel, rank: int) -> TrainingDefinition:
+    return TrainingDefinition(
+        spec=AdapterSpec(
+            rank=rank, alpha=2.0 * rank, use_rslora=False, seed=rank, sites=model.sites, dtype="float64"
+        ),
+        optimizer=OptimizerHyperparameters(kind="adamw", learning_rate=0.01, max_grad_norm=1.0),
+        schedule=LearningRateSchedule(kind="constant", warmup_steps=0, total_steps=100),
+    )
+
+
+def rows(seed: int, count: int) -> tuple[Row, ...]:
+    random = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        length = int(random.integers(5, 12))
+        weights = np.ones(length, np.float32)
+        weights[:2] = 0
+        made.append(Row(tokens=random.integers(0, 250, length).astype(np.int32), weights=weights))
+    return tuple(made)
+
+
+def lease_of(job: int, *, epoch: int = 1) -> Lease:
+    return Lease(job_id=JOBS[job], epoch=epoch, device_id=f"d{job}")
+
+
+def segments(lease: Lease, version: int, job: int) -> list[Segment]:
+    """The two microbatches of one step."""
+    parts = [rows(1000 * job + 10 * version + part, 2) for part in range(2)]
+    denominator = float(sum(row.weights.sum() for part in parts for row in part))
+    return [
+        Segment(
+            lease=lease,
+            version=version,
+            rows=part,
+            loss_denominator=denominator,
+            encoding=ENCODINGS[job],
+            microbatch=number,
+            last_microbatch=number == 1,
+        )
+        for number, part in enumerate(parts)
+    ]
+
+
+@dataclass
+class Bench:
+    """The service, a coordinator and two devices."""
+
+    service: BaseModelService
+    coordinator: FakeCoordinator
+    trainings: tuple[TrainingDefinition, TrainingDefinition]
+    seen: int = 0
+
+    def __post_init__(self) -> None:
+        self.events: list[BaseEvent] = []
+
+    async def until(self, wanted: type[BaseEvent], **fields: object) -> BaseEvent:
+        """Read events until one of this kind and these fields has come."""
+        async with asyncio.timeout(WAIT_SECONDS):
+            while True:
+                for event in self.events:
+                    if isinstance(event, wanted) and all(getattr(event, k) == v for k, v in fields.items()):
+                        return event
+                self.seen, events = await self.service.next_events(self.seen)
+                self.events += events
+
+    async def grant(self, job: int, *, epoch: int = 1) -> None:
+        lease = lease_of(job, epoch=epoch)
+        await self.service.lease(lease, self.trainings[job].spec)
+        await self.coordinator.grant(lease, self.trainings[job], every=2)
+        await self.until(StepApplied, lease=lease, version=0)
+
+
+@pytest.fixture
+async def bench(model_path: Path) -> AsyncIterator[Bench]:
+    torch.set_num_threads(1)
+    model = load(model_path)
+    service = BaseModelService(model, name="tiny", join_token=TOKEN)
+    coordinator = FakeCoordinator(await service.start("127.0.0.1:0"))
+    endpoint = await coordinator.start()
+    agents = [
+        DeviceAgent(DeviceConfig(device_id=f"d{n}", coordinator_endpoint=endpoint, join_token=TOKEN))
+        for n in range(2)
+    ]
+    tasks = [asyncio.create_task(agent.run()) for agent in agents]
+    bench = Bench(service, coordinator, (training_of(model, 2), training_of(model, 5)))
+    for number in range(2):
+        await bench.until(DeviceLinkChanged, device_id=f"d{number}", connected=True)
+    yield bench
+    for agent in agents:
+        agent.stop()
+    await asyncio.gather(*tasks)
+    await coordinator.stop()
+    await service.stop()
+
+
+def train_in_process(path: Path, job: int, *, steps: int) -> dict[TensorKey, Tensor]:
+    """The same rows, alone, without any wire."""
+    model = load(path)
+    training = training_of(model, (2, 5)[job])
+    session = AdapterSession.create(training)
+    lease = lease_of(job)
+    for version in range(steps):
+        model.install(lease, training.spec, version, session.weights())
+        for segment in segments(lease, version, job):
+            model.run(
+                BaseStep(number=0, segments=(segment,)),
+                lambda tap: [session.add(k, t, version=session.version) for k, t in tap.tensors.items()],  # type: ignore[arg-type, return-value]
+            )
+        session.apply(version=version)
+    return session.weights()
+
+
+async def test_mixed_training_through_the_wire_equals_training_alone(bench: Bench, model_path: Path) -> None:
+    steps = 4
+    for job in range(2):
+        await bench.grant(job)
+    for version in range(steps):
+        parts = [segments(lease_of(job), version, job) for job in range(2)]
+        for number, pair in enumerate(zip(*parts, strict=True)):
+            result = await bench.service.run(BaseStep(number=2 * version + number, segments=pair))
+            assert [loss.reason for loss in result.losses] == [None, None]
+        for job in range(2):
+            applied = await bench.until(StepApplied, lease=lease_of(job), version=version + 1)
+            assert applied.bytes_up > applied.bytes_down > 0  # type: ignore[union-attr]
+    for job in range(2):
+        await bench.coordinator.until(
+            lambda j=job: bench.coordinator.checkpoints.get(JOBS[j], (0,))[0] == steps
+        )
+        trained = AdapterSession.restore(bench.coordinator.checkpoints[JOBS[job]][1]).weights()
+        for key, expected in train_in_process(model_path, job, steps=steps).items():
+            assert torch.linalg.norm(trained[key] - expected) <= 1e-9 * torch.linalg.norm(expected) + 1e-15
+    statistics = bench.service.statistics()
+    assert statistics.steps == len(statistics.trace) == 2 * steps
+    assert 0 < statistics.busy_seconds <= statistics.now - statistics.started
+
+
+async def test_forward_only_sends_no_taps(bench: Bench) -> None:
+    await bench.grant(0)
+    segment = segments(lease_of(0), 0, 0)[0]
+    result = await bench.service.run(BaseStep(number=1, segments=(segment,), train=False))
+    assert result.losses[0].loss_sum > 0
+    await bench.service.run(BaseStep(number=2, segments=tuple(segments(lease_of(0), 0, 0)[:1])))
+    await bench.service.run(BaseStep(number=3, segments=tuple(segments(lease_of(0), 0, 0)[1:])))
+    await bench.until(StepApplied, lease=lease_of(0), version=1)
+
+
+async def test_a_segment_that_was_not_computed_is_not_applied(bench: Bench) -> None:
+    await bench.grant(0)
+    stale = segments(lease_of(0), 3, 0)[1]
+    result = await bench.service.run(BaseStep(number=1, segments=(stale,)))
+    assert result.losses[0].reason == "VERSION_STALE"
+    for segment in segments(lease_of(0), 0, 0):
+        await bench.service.run(BaseStep(number=2, segments=(segment,)))
+    await bench.until(StepApplied, lease=lease_of(0), version=1)
+    assert not [event for event in bench.events if isinstance(event, StepRefused)]
+
+
+async def test_an_older_lease_is_fenced_and_an_ended_one_evicted(bench: Bench) -> None:
+    await bench.grant(0, epoch=2)
+    with pytest.raises(Fenced):
+        await bench.service.lease(lease_of(0, epoch=1), bench.trainings[0].spec)
+    await bench.service.end_lease(JOBS[0], 1)
+    segment = segments(lease_of(0, epoch=2), 0, 0)[0]
+    assert (await bench.service.run(BaseStep(number=1, segments=(segment,), train=False))).losses[
+        0
+    ].reason is None
+    await bench.service.end_lease(JOBS[0], 2)
+    result = await bench.service.run(BaseStep(number=2, segments=(segment,), train=False))
+    assert result.losses[0].reason == "ADAPTER_UNKNOWN"
+
+
+async def test_generation_uses_the_compute_thread_and_the_bare_model(bench: Bench) -> None:
+    await bench.grant(0)
+    options = {"max_new_tokens": 5, "temperature": 0.0, "seed": 0, "stop_ids": ()}
+    bare = await bench.service.generate(None, [5, 6, 7], **options)  # type: ignore[arg-type]
+    adapted = await bench.service.generate(JOBS[0], [5, 6, 7], **options)  # type: ignore[arg-type]
+    assert bare == adapted  # B is zero at version 0
+    assert len(bare) == 5
+
+
+async def test_events_are_numbered_and_a_lost_place_is_told(bench: Bench) -> None:
+    last, events = await bench.service.next_events(0)
+    assert last == len(events) >= 2
+    with pytest.raises(Conflict) as caught:
+        await bench.service.next_events(last + 1)
+    assert caught.value.reason == "EVENTS_LOST"
+
+
+async def test_the_description_names_the_gradient_endpoint(bench: Bench) -> None:
+    description = await bench.service.describe()
+    assert description.name == "tiny"
+    assert description.gradient_endpoint == bench.coordinator.gradient_endpoint

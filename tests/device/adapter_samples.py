@@ -1,0 +1,64 @@
+"""A small adapter and deterministic gradients for it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cola_runtime.adapters.checkpoint_format import TrainingDefinition
+from cola_runtime.adapters.lora import weight_shapes
+from cola_runtime.types import (
+    AdapterSpec,
+    LearningRateSchedule,
+    OptimizerHyperparameters,
+    Site,
+    SiteKind,
+    TensorKey,
+    TensorKind,
+)
+
+GRADIENT_OF = {TensorKind.LORA_A: TensorKind.GRAD_LORA_A, TensorKind.LORA_B: TensorKind.GRAD_LORA_B}
+
+SITES = (
+    Site(
+        index=0, name="layers.0.q_proj", kind=SiteKind.LINEAR, in_features=12, out_features=10, input_group=0
+    ),
+    Site(
+        index=1, name="layers.0.k_proj", kind=SiteKind.LINEAR, in_features=12, out_features=6, input_group=0
+    ),
+    Site(index=4, name="layers.0.c_fc", kind=SiteKind.CONV1D, in_features=9, out_features=20, input_group=2),
+)
+
+
+def definition(
+    *,
+    kind: str = "adamw",
+    max_grad_norm: float | None = 1.0,
+    dtype: str = "float32",
+    rank: int = 3,
+    total_steps: int = 8,
+    sites: tuple[Site, ...] = SITES,
+) -> TrainingDefinition:
+    return TrainingDefinition(
+        spec=AdapterSpec(rank=rank, alpha=6.0, use_rslora=False, seed=5, sites=sites, dtype=dtype),
+        optimizer=OptimizerHyperparameters(
+            kind=kind,
+            learning_rate=0.05,
+            betas=(0.8, 0.95),
+            weight_decay=0.1,
+            momentum=0.9 if kind == "sgd" else 0.0,
+            nesterov=kind == "sgd",
+            max_grad_norm=max_grad_norm,
+        ),
+        schedule=LearningRateSchedule(kind="cosine", warmup_steps=2, total_steps=total_steps),
+    )
+
+
+def gradients(training: TrainingDefinition, seed: int) -> dict[TensorKey, Tensor]:
+    """One microbatch's adapter gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype = getattr(torch, training.spec.dtype)
+    return {
+        TensorKey(key.site, GRADIENT_OF[key.kind]): torch.randn(shape, generator=generator, dtype=dtype)
+        for key, shape in weight_shapes(training.spec).items()
+    }

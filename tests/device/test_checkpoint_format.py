@@ -1,0 +1,126 @@
+"""A checkpoint is read back exactly, and nothing that is wrong in one gets through."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+
+from cola_runtime.adapters.checkpoint_format import checkpoint_weights, decode_checkpoint, weight_keys
+from cola_runtime.adapters.lora import weight_shapes
+from cola_runtime.device.session import AdapterSession
+from cola_runtime.errors import InvalidInput
+from tests.device.adapter_samples import definition, gradients
+
+
+@pytest.fixture
+def checkpoint() -> bytes:
+    session = AdapterSession.create(definition())
+    for key, tensor in gradients(definition(), 1).items():
+        session.add(key, tensor, version=0)
+    session.apply(version=0)
+    return session.checkpoint()
+
+
+def metadata_of(data: bytes) -> dict[str, str]:
+    header_bytes = int.from_bytes(data[:8], "little")
+    fields: dict[str, str] = json.loads(data[8 : 8 + header_bytes])["__metadata__"]
+    return fields
+
+
+def changed(data: bytes, **description: object) -> bytes:
+    fields = json.loads(metadata_of(data)["cola"]) | description
+    return safetensors.numpy.save(safetensors.numpy.load(data), metadata={"cola": json.dumps(fields)})
+
+
+def test_weights_are_read_back_without_torch(checkpoint: bytes) -> None:
+    spec, version, weights = checkpoint_weights(checkpoint)
+    session = AdapterSession.restore(checkpoint)
+    assert (spec, version) == (definition().spec, 1)
+    for key, tensor in session.weights().items():
+        assert np.array_equal(weights[key], tensor.numpy())
+
+
+def test_the_torch_free_key_order_and_shapes_are_the_adapters(checkpoint: bytes) -> None:
+    spec = definition().spec
+    assert {key: shape for key, shape, _ in weight_keys(spec)} == weight_shapes(spec)
+    assert [key for key, _, _ in weight_keys(spec)] == list(weight_shapes(spec))
+
+
+def test_the_optimizer_state_is_torchs_own(checkpoint: bytes) -> None:
+    states = decode_checkpoint(checkpoint).optimizer_state
+    assert all(set(state) == {"step", "exp_avg", "exp_avg_sq"} for state in states.values())
+    assert all(state["step"] == 1 for state in states.values())
+
+
+@pytest.mark.parametrize("cut", [0, 7, 8, 100, -1])
+def test_a_cut_checkpoint_is_refused(checkpoint: bytes, cut: int) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        decode_checkpoint(checkpoint[:cut])
+    assert caught.value.reason == "CHECKPOINT_INVALID"
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff" * 64, b"PK\x03\x04" * 8, b"\x80\x04cos\nsystem\n"])
+def test_other_bytes_are_refused(data: bytes) -> None:
+    with pytest.raises(InvalidInput):
+        decode_checkpoint(data)
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        {"format": 99},
+        {"spec": {"rank": 3}},
+        {"optimizer": []},
+        {"version": "x"},
+        {"version": -1},
+        {"schedule": {"kind": "constant"}},
+    ],
+)
+def test_metadata_that_does_not_describe_the_tensors_is_refused(
+    checkpoint: bytes, description: dict[str, object]
+) -> None:
+    with pytest.raises(InvalidInput):
+        decode_checkpoint(changed(checkpoint, **description))
+
+
+def test_a_missing_additional_wrong_or_poisoned_tensor_is_refused(checkpoint: bytes) -> None:
+    tensors = safetensors.numpy.load(checkpoint)
+    name = next(name for name in tensors if name.startswith("weights/"))
+    poisoned = tensors[name].copy()
+    poisoned.flat[0] = np.nan
+    for changes in (
+        {name: tensors[name][:1]},
+        {name: tensors[name].astype(np.float64)},
+        {name: poisoned},
+        {"weights/elsewhere/lora_A": tensors[name]},
+    ):
+        data = safetensors.numpy.save({**tensors, **changes}, metadata=metadata_of(checkpoint))
+        with pytest.raises(InvalidInput):
+            decode_checkpoint(data)
+    del tensors[name]
+    with pytest.raises(InvalidInput, match="missing"):
+        decode_checkpoint(safetensors.numpy.save(tensors, metadata=metadata_of(checkpoint)))
+
+
+def test_half_an_optimizer_state_is_refused(checkpoint: bytes) -> None:
+    tensors = safetensors.numpy.load(checkpoint)
+    del tensors[next(name for name in tensors if name.endswith("/exp_avg_sq"))]
+    with pytest.raises(InvalidInput):
+        decode_checkpoint(safetensors.numpy.save(tensors, metadata=metadata_of(checkpoint)))
+
+
+def test_a_negative_version_is_refused_whatever_the_optimizer() -> None:
+    data = AdapterSession.create(definition(kind="sgd")).checkpoint()
+    with pytest.raises(InvalidInput):
+        decode_checkpoint(changed(data, version=-1))
+
+
+def test_equal_sessions_make_equal_bytes() -> None:
+    torch.manual_seed(1)
+    first = AdapterSession.create(definition()).checkpoint()
+    torch.manual_seed(2)
+    assert AdapterSession.create(definition()).checkpoint() == first

@@ -1,0 +1,153 @@
+"""A session trains as torch.optim alone does, refuses what would corrupt it, and survives a restart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from cola_runtime.adapters.checkpoint_format import TrainingDefinition
+from cola_runtime.device.session import AdapterSession
+from cola_runtime.errors import ColaError, Conflict, InvalidInput
+from cola_runtime.types import TensorKey, TensorKind
+from tests.device.adapter_samples import definition, gradients
+from tests.device.reference_training import train_alone
+
+Steps = Sequence[Sequence[dict[TensorKey, Tensor]]]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def steps_of(training: TrainingDefinition, *, count: int, microbatches: int = 2) -> Steps:
+    return [[gradients(training, 100 * step + part) for part in range(microbatches)] for step in range(count)]
+
+
+def train(session: AdapterSession, steps: Steps) -> None:
+    for microbatches in steps:
+        for tensors in microbatches:
+            for key, tensor in tensors.items():
+                session.add(key, tensor, version=session.version)
+        session.apply(version=session.version)
+
+
+def assert_same(left: dict[TensorKey, Tensor], right: dict[TensorKey, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("max_grad_norm", [None, 0.7, 1e6])
+def test_a_session_is_bitwise_torch_optim(kind: str, dtype: str, max_grad_norm: float | None) -> None:
+    training = definition(kind=kind, dtype=dtype, max_grad_norm=max_grad_norm)
+    steps = steps_of(training, count=8)
+    session = AdapterSession.create(training)
+    train(session, steps)
+    assert_same(session.weights(), train_alone(training, steps))
+
+
+def test_a_step_reports_its_rate_and_the_norm_before_clipping() -> None:
+    training = definition(max_grad_norm=1e-3)
+    session = AdapterSession.create(training)
+    tensors = gradients(training, 1)
+    for key, tensor in tensors.items():
+        session.add(key, tensor, version=0)
+    applied = session.apply(version=0)
+    expected = torch.stack([tensor.norm() for tensor in tensors.values()]).norm().item()
+    assert applied.version == 1
+    assert applied.learning_rate == pytest.approx(0.025)
+    assert applied.gradient_norm == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("stale", [0, 2])
+def test_a_tap_of_another_version_is_refused_and_changes_nothing(stale: int) -> None:
+    training = definition()
+    steps = steps_of(training, count=2)
+    session = AdapterSession.create(training)
+    train(session, steps[:1])
+    key, tensor = next(iter(gradients(training, 9).items()))
+    with pytest.raises(Conflict) as caught:
+        session.add(key, tensor, version=stale)
+    assert caught.value.reason == "VERSION_MISMATCH"
+    with pytest.raises(Conflict):
+        session.apply(version=stale)
+    train(session, steps[1:])
+    assert_same(session.weights(), train_alone(training, steps))
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_non_finite_gradient_leaves_weights_and_optimizer_untouched(poison: float) -> None:
+    training = definition()
+    steps = steps_of(training, count=3)
+    session = AdapterSession.create(training)
+    train(session, steps[:2])
+    before = session.checkpoint()
+    for key, tensor in gradients(training, 7).items():
+        session.add(key, tensor * poison, version=2)
+    with pytest.raises(Conflict) as caught:
+        session.apply(version=2)
+    assert caught.value.reason == "NON_FINITE_GRADIENT"
+    session.discard()
+    assert session.checkpoint() == before
+    train(session, steps[2:])
+    assert_same(session.weights(), train_alone(training, steps))
+
+
+def test_weights_handed_out_do_not_change_with_later_steps() -> None:
+    training = definition()
+    session = AdapterSession.create(training)
+    handed = session.weights()
+    copies = {key: tensor.clone() for key, tensor in handed.items()}
+    train(session, steps_of(training, count=1))
+    assert_same(handed, copies)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_a_restored_session_continues_bit_for_bit(kind: str, at: int) -> None:
+    training = definition(kind=kind)
+    steps = steps_of(training, count=6)
+    session = AdapterSession.create(training)
+    train(session, steps[:at])
+    data = session.checkpoint()
+    restored = AdapterSession.restore(data)
+    assert restored.version == at
+    assert restored.definition == training
+    assert restored.checkpoint() == data
+    train(session, steps[at:])
+    train(restored, steps[at:])
+    assert_same(restored.weights(), session.weights())
+    assert restored.checkpoint() == session.checkpoint()
+
+
+def test_a_checkpoint_in_the_middle_of_a_step_holds_the_last_version() -> None:
+    training = definition()
+    session = AdapterSession.create(training)
+    before = session.checkpoint()
+    for key, tensor in gradients(training, 3).items():
+        session.add(key, tensor, version=0)
+    assert session.checkpoint() == before
+
+
+def test_an_unknown_optimizer_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="adamw or sgd"):
+        AdapterSession.create(definition(kind="lion"))
+
+
+def test_resident_bytes_are_what_the_tensors_take() -> None:
+    session = AdapterSession.create(definition())
+    train(session, steps_of(definition(), count=1))
+    weights = sum(tensor.nbytes for tensor in session.weights().values())
+    assert session.resident_bytes == 4 * weights
+
+
+def test_a_tap_that_does_not_fit_is_a_protocol_error() -> None:
+    session = AdapterSession.create(definition())
+    with pytest.raises(ColaError) as caught:
+        session.add(TensorKey(0, TensorKind.GRAD_LORA_A), torch.ones(2, 2), version=0)
+    assert caught.value.reason == "TENSOR_INVALID"

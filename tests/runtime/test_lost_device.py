@@ -1,0 +1,92 @@
+"""SIGKILL to a device in the middle: its tenants move to the other one and end with the same adapter."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+import torch
+
+from cola_runtime.client.asynchronous import AsyncClient
+from cola_runtime.client.job_handle import AsyncJobHandle
+from cola_runtime.runtime.coordinator import RunningService, running_service
+from cola_runtime.testing.exactness import (
+    MixedJob,
+    exported_weights,
+    four_tenants,
+    largest_difference,
+    service_for,
+    tenant_client,
+    train_reference,
+)
+from cola_runtime.testing.tiny_models import save_tiny_model
+
+STEPS = 24
+KILL_AT = 9
+CHECKPOINT_EVERY = 4
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+async def test_a_killed_device_costs_only_the_steps_since_the_last_checkpoint(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    model = save_tiny_model("llama", tmp_path / "model")
+    jobs = [
+        MixedJob(
+            spec=job.spec.model_copy(update={"checkpoint_every": CHECKPOINT_EVERY}), training=job.training
+        )
+        for job in four_tenants("llama", steps=STEPS, encoding="auto")
+    ]
+    settings = service_for(tmp_path / "service", model=model, name="llama", dtype="float32", token_budget=128)
+    async with running_service(settings) as service, AsyncExitStack() as stack:
+        handles = [await _submit(service, job, stack) for job in jobs]
+        await _kill_when_under_way(handles, service, stack)
+        for handle, job in zip(handles, jobs, strict=True):
+            await handle.wait(120)
+            await _check_each_step_once(handle)
+            folder = await handle.download_adapter(tmp_path / handle.name)
+            alone = train_reference(job, service.base_model, model, attention="sdpa")
+            assert largest_difference(exported_weights(folder, service.base_model), alone) <= 2e-5
+        lost = [await _lost_leases(handle) for handle in handles]
+        assert sum(lost) >= 1, "the killed device held leases"
+        assert sum(losses > 0 for losses in lost) < len(handles), (
+            f"tenants of the other device went on: {lost}"
+        )
+
+
+async def _submit(service: RunningService, job: MixedJob, stack: AsyncExitStack) -> AsyncJobHandle:
+    client: AsyncClient = await stack.enter_async_context(await tenant_client(service, job.spec.name))
+    return await client.submit(job.spec, training=job.training)
+
+
+async def _kill_when_under_way(
+    handles: list[AsyncJobHandle], service: RunningService, stack: AsyncExitStack
+) -> None:
+    """SIGKILL the device with the most jobs once every job has applied KILL_AT steps."""
+    watcher: AsyncClient = await stack.enter_async_context(await tenant_client(service, "watcher"))
+    async with asyncio.timeout(90):
+        async for _event in handles[0].events():
+            if min([(await handle.refresh()).version for handle in handles]) >= KILL_AT:
+                break
+    device = max((await watcher.describe()).devices, key=lambda device: device.jobs)
+    os.kill(device.pid, signal.SIGKILL)
+
+
+async def _check_each_step_once(handle: AsyncJobHandle) -> None:
+    steps = await handle.metrics()
+    assert [step.step for step in steps] == list(range(1, STEPS + 1))
+    epochs = [step.epoch for step in steps]
+    assert epochs == sorted(epochs), "an older lease never applies after a newer one"
+
+
+async def _lost_leases(handle: AsyncJobHandle) -> int:
+    """How many leases the job lost; each rewind goes back to a checkpoint, less than an interval ago."""
+    events = [event async for event in handle.events(follow=False)]
+    for event in events:
+        if event.kind == "job.rewound":
+            assert event.data["from"] - event.data["to"] <= CHECKPOINT_EVERY
+    return sum(event.kind == "lease.lost" for event in events)

@@ -1,0 +1,128 @@
+"""What comes in over a client stream is counted before it is kept."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
+
+import pytest
+from serving import ROWS, Served, serving
+
+from cola_runtime.client.sdk import AsyncClient
+from cola_runtime.errors import ColaError, InvalidInput, QuotaExceeded, Unavailable
+from cola_runtime.proto.jobs_pb2 import JobHeader, SubmitJobRequest
+from cola_runtime.server.limits import Limits
+from cola_runtime.server.upload import UploadGate, receive_submission
+from cola_runtime.spec import JobSpec
+
+HEADER = SubmitJobRequest(header=JobHeader(spec_json="{}", training_name="train.jsonl"))
+SMALL = Limits(dataset_bytes=10, chunk_seconds=0.05)
+
+
+def training(content: bytes) -> SubmitJobRequest:
+    return SubmitJobRequest(training_chunk=content)
+
+
+def evaluation(content: bytes) -> SubmitJobRequest:
+    return SubmitJobRequest(evaluation_chunk=content)
+
+
+class Stream:
+    """Counts how much of it was taken."""
+
+    def __init__(self, requests: Iterable[SubmitJobRequest], *, then_stall: bool = False) -> None:
+        self.requests = list(requests)
+        self.taken = 0
+        self.then_stall = then_stall
+
+    async def __aiter__(self) -> AsyncIterator[SubmitJobRequest]:
+        for request in self.requests:
+            self.taken += 1
+            yield request
+        if self.then_stall:
+            await asyncio.Event().wait()
+
+
+async def test_chunks_are_joined_in_order() -> None:
+    parts = [HEADER, training(b"ab"), evaluation(b"x"), training(b"cd"), evaluation(b"y")]
+    got = await receive_submission(Stream(parts), SMALL)
+    assert (got.training, got.evaluation, got.training_name) == (b"abcd", b"xy", "train.jsonl")
+
+
+async def test_a_held_out_file_that_is_named_is_never_overlooked() -> None:
+    header = SubmitJobRequest(header=JobHeader(evaluation_name="held.jsonl"))
+    assert (await receive_submission(Stream([header]), SMALL)).evaluation == b""
+    assert (await receive_submission(Stream([HEADER]), SMALL)).evaluation is None
+
+
+@pytest.mark.parametrize("chunk", [training, evaluation])
+async def test_the_first_byte_above_the_limit_ends_the_upload(chunk: object) -> None:
+    stream = Stream([HEADER, *[chunk(b"12345")] * 100])  # type: ignore[operator]
+    with pytest.raises(QuotaExceeded, match="limit 10 bytes") as caught:
+        await receive_submission(stream, SMALL)
+    assert caught.value.reason == "DATASET_TOO_LARGE"
+    assert stream.taken == 4
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [[], [training(b"a")], [HEADER, HEADER], [SubmitJobRequest()], [HEADER, SubmitJobRequest()]],
+    ids=["nothing", "data first", "two headers", "empty", "empty later"],
+)
+async def test_parts_out_of_order_are_refused(parts: list[SubmitJobRequest]) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        await receive_submission(Stream(parts), SMALL)
+    assert caught.value.reason == "STREAM_ORDER"
+
+
+async def test_an_upload_that_stands_still_ends() -> None:
+    with pytest.raises(Unavailable) as caught:
+        await receive_submission(Stream([HEADER], then_stall=True), SMALL)
+    assert caught.value.reason == "STREAM_STALLED"
+
+
+@pytest.mark.parametrize("field", ["spec_json", "training_name", "evaluation_name", "idempotency_key"])
+async def test_a_long_header_field_is_named(field: str) -> None:
+    header = SubmitJobRequest(header=JobHeader(**{field: "x" * 100_000}))
+    with pytest.raises(InvalidInput) as caught:
+        await receive_submission(Stream([header]), Limits())
+    assert caught.value.where == field
+
+
+def test_the_gate_lets_so_many_in_and_opens_again() -> None:
+    gate = UploadGate(Limits(concurrent_uploads=1))
+    with gate.pass_one():
+        with pytest.raises(Unavailable) as caught, gate.pass_one():
+            pass
+        assert caught.value.reason == "UPLOADS_BUSY"
+    with gate.pass_one():
+        pass
+
+
+async def test_a_client_that_vanishes_in_the_middle_leaves_nothing(served: Served, spec: JobSpec) -> None:
+    async with AsyncClient(base_url=served.url, api_key=served.keys["alice"]) as client:
+
+        async def chunks() -> AsyncIterator[SubmitJobRequest]:
+            yield SubmitJobRequest(header=JobHeader(spec_json=spec.model_dump_json()))
+            yield training(ROWS)
+            begun.set()
+            await asyncio.Event().wait()
+
+        begun = asyncio.Event()
+        call = asyncio.create_task(client._connection.call("SubmitJob", chunks))
+        await asyncio.wait_for(begun.wait(), 10)
+        call.cancel()
+        assert (await client.describe()).tenant == "alice"
+    assert await asyncio.to_thread(served.nothing_exists)
+
+
+async def test_a_dataset_over_the_limit_is_refused_over_the_wire(
+    tmp_path: Path, tokenizer_path: Path, spec: JobSpec
+) -> None:
+    with serving(tmp_path, tokenizer_path, Limits(dataset_bytes=100_000)) as served:
+        async with AsyncClient(base_url=served.url, api_key=served.keys["alice"]) as client:
+            with pytest.raises(ColaError) as caught:
+                await client.submit(spec, training=ROWS * 1000)
+            assert (caught.value.reason, caught.value.limit) == ("DATASET_TOO_LARGE", "100000 bytes")
+        assert await asyncio.to_thread(served.nothing_exists)
