@@ -37,7 +37,7 @@ from cola_runtime.base_model.pretrained import prepare_smollm2
 from cola_runtime.gradients.taps import Tap
 from cola_runtime.types import AdapterSpec, BaseStep, Lease, Row, Segment, Site
 
-CACHE = Path(".cache/cola_runtime")
+CACHE = Path(".cache/models")
 RANK, ALPHA = 8, 16.0
 SIDES = ("mixed", "peft_joint", "peft_sequential")
 

@@ -80,7 +80,7 @@ class ServiceSettings(_Settings):
     scheduler: SchedulerSettings = SchedulerSettings()
     ray_address: str | None = None
     """An existing cluster; None starts one on this machine."""
-    cache_dir: Path = Path(".cache/cola_runtime")
+    cache_dir: Path = Path(".cache/models")
     """Converted base models."""
 
 

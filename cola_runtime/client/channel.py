@@ -12,6 +12,7 @@ from cola_runtime.config import DEFAULT_GRPC_PORT, ClientSettings
 from cola_runtime.errors import ColaError, InvalidInput, Unavailable
 
 MAX_MESSAGE_BYTES = 16 << 20
+KEEPALIVE_MILLISECONDS = 30_000  # the service allows one each 10 s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +44,8 @@ def open_channel(settings: ClientSettings) -> grpc.aio.Channel:
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.enable_retries", 0),  # retried here, where what is idempotent is known
-        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_time_ms", KEEPALIVE_MILLISECONDS),
+        ("grpc.http2.max_pings_without_data", 0),  # a silent event stream is watched as well
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 2_000),
     ]

@@ -9,10 +9,12 @@ import grpc
 import pytest
 from serving import ROWS, Served, serving
 
+from cola_runtime.client import channel
 from cola_runtime.client.channel import call_metadata, parse_base_url
 from cola_runtime.client.sdk import Client
 from cola_runtime.config import ClientSettings
 from cola_runtime.errors import InvalidInput, PermissionDenied, Unauthenticated, Unavailable
+from cola_runtime.server.grpc_server import SERVER_OPTIONS
 from cola_runtime.server.limits import Limits
 from cola_runtime.spec import JobSpec
 
@@ -81,6 +83,24 @@ def test_events_go_on_behind_a_known_one(client: Client, spec: JobSpec, served: 
     assert list(handle.events(after=everything[3].id)) == everything[4:]
 
 
+def test_a_silent_stream_is_not_taken_for_a_ping_flood(
+    served: Served, spec: JobSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Production's 30 s and 10 s, as fast as gRPC pings: five in silence, where three are too many."""
+    pings = "grpc.http2.min_ping_interval_without_data_ms"
+    assert dict(SERVER_OPTIONS)[pings] < channel.KEEPALIVE_MILLISECONDS
+    faster = tuple((name, 300 if name == pings else value) for name, value in SERVER_OPTIONS)
+    monkeypatch.setattr("cola_runtime.server.grpc_server.SERVER_OPTIONS", faster)
+    monkeypatch.setattr(channel, "KEEPALIVE_MILLISECONDS", 1000)
+    monkeypatch.setattr("cola_runtime.client.job_handle.RECONNECT_FOR_SECONDS", -1.0)  # a lost stream shows
+    served.run(served.hang_up())
+    served.run(served.listen())
+    with Client(base_url=served.url, api_key=served.keys["alice"]) as client:
+        handle = client.submit(spec, training=ROWS)
+        threading.Timer(5.5, lambda: served.run(served.runner.cancel(handle.job_id))).start()
+        assert [event.kind for event in handle.events()][-1] == "job.cancelled"
+
+
 def test_leaving_the_event_loop_early_ends_the_stream(client: Client, spec: JobSpec) -> None:
     events = client.submit(spec, training=ROWS).events()
     assert next(events).kind == "job.queued"
@@ -88,6 +108,7 @@ def test_leaving_the_event_loop_early_ends_the_stream(client: Client, spec: JobS
     assert client.describe().tenant == "alice"
 
 
+@pytest.mark.timeout(30)
 def test_a_revoked_key_ends_a_running_stream(tmp_path: Path, tokenizer_path: Path, spec: JobSpec) -> None:
     limits = Limits(key_check_seconds=0.05)
     with (
