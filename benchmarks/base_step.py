@@ -1,6 +1,6 @@
 """One mixed base step against the frozen floor and against peft, on one thread.
 
-    python -m benchmarks.base_step [--quick] [--json] [--seed N]
+    python benchmarks/base_step.py [--quick] [--json] [--seed N]
 
 SmolLM2-135M, LoRA r = 8 on all seven projections, one row per tenant, every token a label. Four sides take
 turns, round by round, in one process:
@@ -17,6 +17,7 @@ Ratios are medians over rounds of the same round's thread CPU time, which other 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -30,15 +31,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from benchmarks.record import argument_parser, compare, emit, interleaved, record
 from cola_runtime.adapters.lora import initial_weights
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.base_model.pretrained import prepare_smollm2
 from cola_runtime.gradients.taps import Tap
+from cola_runtime.testing.record import argument_parser, compare, emit, interleaved, record
 from cola_runtime.types import AdapterSpec, BaseStep, Lease, Row, Segment, Site
 
 CACHE = Path(".cache/models")
 RANK, ALPHA = 8, 16.0
+UNSENT_TAPS = 64
 SIDES = ("mixed", "peft_joint", "peft_sequential")
 
 
@@ -142,7 +144,8 @@ class Ours:
 
     def step(self) -> None:
         self._number += 1
-        taps: list[Tap] = []
+        # A sender that keeps up: what it has sent is freed.
+        taps: deque[Tap] = deque(maxlen=UNSENT_TAPS)
         step = BaseStep(number=self._number, segments=self._steps[self._number % 2])
         result = self._model.run(step, taps.append)
         assert all(loss.reason is None for loss in result.losses)

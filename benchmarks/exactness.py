@@ -1,6 +1,6 @@
 """Mixed training through Ray and gRPC against peft alone: the largest relative difference after 20 steps.
 
-    python -m benchmarks.exactness [--quick] [--json] [--seed N]
+    python benchmarks/exactness.py [--quick] [--json] [--seed N]
 
 Four tenants per encoding with different ranks, sites, rates, batch sizes and intervals; both encodings run in
 the same mixed batches. Tiny Llama and tiny GPT-2 in float32 and float64; SmolLM2 in float32 with the demo's
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.record import argument_parser, emit, record
+from cola_runtime.testing.record import argument_parser, emit, record
 from cola_runtime.base_model.pretrained import prepare_smollm2
 from cola_runtime.config import ServiceSettings
 from cola_runtime.demo.datasets import demo_tenants

@@ -1,6 +1,6 @@
 """Bytes on the wire by encoding, counted by the runtime's own counters on one SmolLM2 job.
 
-    python -m benchmarks.wire [--quick] [--json] [--seed N]
+    python benchmarks/wire.py [--quick] [--json] [--seed N]
 
 The same job (all seven projections, r = 8, 8 rows of 128 tokens = 1,024 tokens a step, every token a label)
 runs once under each encoding, through SDK, Ray and gRPC. The base model computes in bfloat16, so that
@@ -15,7 +15,7 @@ import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks.record import argument_parser, emit, record
+from cola_runtime.testing.record import argument_parser, emit, record
 from cola_runtime.base_model.pretrained import prepare_smollm2
 from cola_runtime.client.asynchronous import AsyncClient
 from cola_runtime.demo.datasets import demo_tenants

@@ -46,6 +46,8 @@ class BaseModelSettings(_Settings):
     threads: Annotated[int, Field(ge=1, le=256)] = 1
     bind: str = "127.0.0.1:0"
     """Where the base model actor's gradient server listens; port 0 takes a free one."""
+    advertise: str | None = None
+    """host:port that devices use to reach `bind`; None: the same."""
 
 
 class DeviceSettings(_Settings):

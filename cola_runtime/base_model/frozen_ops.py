@@ -73,7 +73,7 @@ def rotate_backward(grad_BHTE: Tensor, cos_TE: Tensor, sin_TE: Tensor, out_BTHE:
 
 
 def swiglu(gate_NF: Tensor, up_NF: Tensor, silu_NF: Tensor, out_NF: Tensor) -> None:
-    """silu = silu(gate), out = silu * up. `silu` and `out` may be one tensor."""
+    """silu = silu(gate), out = silu * up."""
     aten.silu.out(gate_NF, out=silu_NF)
     torch.mul(silu_NF, up_NF, out=out_NF)
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grpc
 from torch import Tensor
 
 from cola_runtime.base_model.device_link import DeviceLink
@@ -34,6 +33,9 @@ from cola_runtime.types import (
     StepRefused,
     TensorKey,
 )
+
+if TYPE_CHECKING:
+    import grpc
 
 REPLACE_SECONDS = 10.0
 STOP_GRACE_SECONDS = 1.0
@@ -72,6 +74,10 @@ class GradientServer:
 
     def end_lease(self, job_id: str, epoch: int) -> bool:
         return self._leases.end(job_id, epoch)
+
+    def honours(self, lease: Lease) -> bool:
+        """Exactly this lease is open."""
+        return self._leases.find(lease) is not None
 
     def send_tap(self, segment: Segment, tensors: Mapping[TensorKey, Tensor]) -> int:
         """Queue a tap for the segment's device; returns how many tensors. From any thread, never blocks.

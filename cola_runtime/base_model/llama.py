@@ -44,6 +44,7 @@ class _LayerRecord:
     middle_x_ND: Tensor  # of gate, up
     gate_NF: Tensor
     up_NF: Tensor
+    silu_NF: Tensor  # of gate
     products: dict[int, list[Tensor]]  # input group -> x A^T of every cohort
 
 
@@ -148,12 +149,13 @@ class LlamaBody:
 
         middle_x_ND = self._buffer(f"{slot}.middle_x", hidden, h_ND)
         middle_inverse_N1 = rms_norm(middle_ND, layer.mlp_norm_D, self._eps, middle_x_ND, self._space)
-        gate_NF, up_NF = (
-            self._buffer(f"{slot}.{name}", layer.gate_up.products[0].width, h_ND) for name in ("gate", "up")
+        gate_NF, up_NF, silu_NF = (
+            self._buffer(f"{slot}.{name}", layer.gate_up.products[0].width, h_ND)
+            for name in ("gate", "up", "silu")
         )
         products[layer.gate_up.number] = _project(layer.gate_up, middle_x_ND, [gate_NF, up_NF], step)
         act_NF = self._buffer("act", gate_NF.shape[1], h_ND)
-        swiglu(gate_NF, up_NF, act_NF, act_NF)
+        swiglu(gate_NF, up_NF, silu_NF, act_NF)
         next_ND = self._buffer(f"{slot}.next", hidden, h_ND)
         products[layer.down.number] = _add_projected(layer.down, middle_ND, act_NF, next_ND, step)
         return next_ND, _LayerRecord(
@@ -167,19 +169,20 @@ class LlamaBody:
             middle_x_ND=middle_x_ND,
             gate_NF=gate_NF,
             up_NF=up_NF,
+            silu_NF=silu_NF,
             products=products,
         )
 
     def _mlp_backward(self, layer: LlamaLayer, record: _LayerRecord, step: _Step, dh_ND: Tensor) -> bool:
         """In place: dh becomes the gradient between attention and MLP. False if nothing below is adapted."""
-        silu_NF, act_NF, grad_NF, grad_gate_NF, grad_up_NF = (
+        act_NF, grad_NF, grad_gate_NF, grad_up_NF = (
             self._buffer(name, record.gate_NF.shape[1], dh_ND)
-            for name in ("silu", "act", "grad_act", "grad_gate", "grad_up")
+            for name in ("act", "grad_act", "grad_gate", "grad_up")
         )
-        swiglu(record.gate_NF, record.up_NF, silu_NF, act_NF)
+        torch.mul(record.silu_NF, record.up_NF, out=act_NF)
         if not self._input_gradient(layer.down, act_NF, [dh_ND], record, step, grad_NF):
             return False
-        swiglu_backward(grad_NF, record.gate_NF, record.up_NF, silu_NF, grad_gate_NF, grad_up_NF)
+        swiglu_backward(grad_NF, record.gate_NF, record.up_NF, record.silu_NF, grad_gate_NF, grad_up_NF)
         dx_ND = self._buffer("dx", dh_ND.shape[1], dh_ND)
         grads = [grad_gate_NF, grad_up_NF]
         if not self._input_gradient(layer.gate_up, record.middle_x_ND, grads, record, step, dx_ND):

@@ -9,8 +9,8 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import grpc
 import torch
 
 from cola_runtime.adapters.checkpoint_format import checkpoint_weights
@@ -31,6 +31,9 @@ from cola_runtime.types import (
     StepApplied,
     StepRefused,
 )
+
+if TYPE_CHECKING:
+    import grpc
 
 TRACE_STEPS = 65_536
 
@@ -172,6 +175,8 @@ class BaseModelService:
         def install() -> None:
             self._model.install(update.lease, update.spec, update.version, update.weights)
 
+        if not self._server.honours(update.lease):
+            return  # ended since: behind the eviction, an install would stay in the bank for good
         try:
             await self._lane.run(install, urgent=True)
         except ColaError as error:

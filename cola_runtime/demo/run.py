@@ -28,11 +28,12 @@ from cola_runtime.client.job_handle import AsyncJobHandle
 from cola_runtime.client.values import Job, Service
 from cola_runtime.config import ServiceSettings, child_environment, service_settings
 from cola_runtime.demo.live import live_table
-from cola_runtime.demo.machine import MemoryWatch, machine_text, package_versions
+from cola_runtime.demo.memory import MemoryWatch
 from cola_runtime.demo.report import write_report
 from cola_runtime.demo.result import DemoReport, ServiceResult, StepPoint, TenantResult
 from cola_runtime.demo.tenants import DemoTenant, four_tenants
 from cola_runtime.errors import JobFailed
+from cola_runtime.machine import machine, versions
 from cola_runtime.runtime.coordinator import RunningService, running_service
 
 BASE_MODEL = "smollm2-135m-instruct"
@@ -97,8 +98,8 @@ async def _run(output: Path, steps: int, kill_device: bool, console: Console) ->
             base_steps=watched.base_steps,
             wall_seconds=watched.wall_seconds,
             peak_memory_bytes=memory.peak_bytes,
-            machine=machine_text(),
-            versions=package_versions(),
+            machine=_machine_text(),
+            versions=versions(),
         ),
         tenants=checked,
     )
@@ -238,3 +239,8 @@ def _handle(entry: _Tenant) -> AsyncJobHandle:
 
 def _seconds_between(start: str, end: str) -> float:
     return max(1e-9, (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds())
+
+
+def _machine_text() -> str:
+    found = machine()
+    return f"{found['cpu']}, {found['cores']} cores, {found['memory_gib']} GiB"

@@ -1,8 +1,9 @@
-"""Ray shells: each only forwards to a plain class. Ray places, restarts and carries small calls; no tensors."""
+"""Ray shells: each only forwards to a plain class. Ray places, restarts, carries small calls; no tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,14 +31,15 @@ class BaseModelActor:
             path, dtype=settings.dtype, attention=settings.attention, threads=settings.threads
         )
         self._service = BaseModelService(model, name=settings.name, join_token=join_token)
-        self._bind = settings.bind
+        self._bind, self._advertise = settings.bind, settings.advertise
         self._endpoint: str | None = None
 
     async def describe(self) -> BaseModelDescription:
         """Also starts the gradient server; after a restart of the actor that is at a new endpoint."""
         if self._endpoint is None:
             self._endpoint = await self._service.start(self._bind)
-        return await self._service.describe()
+        description = await self._service.describe()
+        return replace(description, gradient_endpoint=self._advertise or self._endpoint)
 
     async def lease(self, lease: Lease, spec: AdapterSpec) -> None:
         await self._service.lease(lease, spec)

@@ -15,10 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import grpc
-
 from cola_runtime.config import ServiceSettings
-from cola_runtime.errors import Unavailable
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.runtime.cluster import Cluster
 from cola_runtime.scheduler.device_pool import DevicePool
@@ -26,10 +23,10 @@ from cola_runtime.scheduler.leases import LeaseBook
 from cola_runtime.scheduler.loop import SchedulerLoop
 from cola_runtime.scheduler.ports import BaseModelPort
 from cola_runtime.scheduler.runner import JobRunner, lost_base_reporter
-from cola_runtime.server.grpc_server import SERVER_OPTIONS, add_jobs_servicer
+from cola_runtime.server.grpc_server import serve_jobs
 from cola_runtime.server.service import FineTuningService
 from cola_runtime.storage.objects import ObjectStorage
-from cola_runtime.transport.endpoints import DEVICES, add_stream_method
+from cola_runtime.transport.endpoints import DEVICES
 from cola_runtime.types import BaseModelDescription
 
 logger = logging.getLogger(__name__)
@@ -103,7 +100,8 @@ async def running_coordinator(
         service = FineTuningService(
             store=store, storage=storage, runner=runner, base_models={description.name: description}
         )
-        server, endpoint = await _listen(settings.listen, service, store, pool)
+        server, port = await serve_jobs(service, settings.listen, streams={DEVICES: pool.on_stream})
+        endpoint = f"{settings.listen.rpartition(':')[0]}:{port}"
         place_devices(endpoint)
         await pool.wait_joined(settings.devices.count, timeout_seconds=DEVICES_START_SECONDS)
         await runner.open()
@@ -133,31 +131,16 @@ def _wire(
     book = LeaseBook()
     loop = SchedulerLoop(base, settings.scheduler, on_base_lost=lost_base_reporter(book))
     pool = DevicePool(
-        settings.devices, join_token=join_token, gradient_endpoint=description.gradient_endpoint, book=book
+        settings.devices,
+        join_token=join_token,
+        gradient_endpoint=description.gradient_endpoint,
+        book=book,
     )
     runner = JobRunner(
         base=base, description=description, loop=loop, pool=pool, book=book, store=store, storage=storage
     )
     pool.on_checkpoint = runner.store_checkpoint
     return runner, pool
-
-
-async def _listen(
-    listen: str, service: FineTuningService, store: JobStore, pool: DevicePool
-) -> tuple[grpc.aio.Server, str]:
-    """One port for SDK, CLI and devices."""
-    server = grpc.aio.server(options=SERVER_OPTIONS)
-    add_jobs_servicer(server, service)
-    add_stream_method(server, DEVICES, pool.on_stream)
-    host, _, _ = listen.rpartition(":")
-    try:
-        port = server.add_insecure_port(listen)
-    except RuntimeError as error:
-        raise Unavailable(
-            "PORT_IN_USE", f"cannot listen on {listen}", remedy="Give another --listen, or stop who has it."
-        ) from error
-    await server.start()
-    return server, f"{host}:{port}"
 
 
 def _join_token(data_dir: Path) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import grpc.aio
 
 import cola_runtime
-from cola_runtime.errors import InvalidInput
+from cola_runtime.errors import InvalidInput, Unavailable
 from cola_runtime.jobs.records import JobRecord
 from cola_runtime.proto import jobs_pb2
 from cola_runtime.server import convert, keys
@@ -19,6 +19,7 @@ from cola_runtime.server.limits import Limits
 from cola_runtime.server.rpc import Call, Method, RpcHandlers, Rule
 from cola_runtime.server.service import FineTuningService
 from cola_runtime.server.upload import UploadGate, receive_submission
+from cola_runtime.transport.endpoints import OnStream, StreamMethod, add_stream_method
 
 SERVICE = jobs_pb2.DESCRIPTOR.services_by_name["Jobs"]
 
@@ -43,11 +44,23 @@ def add_jobs_servicer(server: grpc.aio.Server, service: FineTuningService) -> No
     server.add_generic_rpc_handlers((handlers.generic_handler(SERVICE, methods=methods, rules=rules),))
 
 
-async def serve_jobs(service: FineTuningService, bind: str) -> tuple[grpc.aio.Server, int]:
-    """A started server with the Jobs service alone, and its port."""
+async def serve_jobs(
+    service: FineTuningService, bind: str, *, streams: Mapping[StreamMethod, OnStream] | None = None
+) -> tuple[grpc.aio.Server, int]:
+    """A started server with the Jobs service, and device streams on the same port; returns the port too.
+
+    Raises Unavailable `PORT_IN_USE`.
+    """
     server = grpc.aio.server(options=SERVER_OPTIONS)
     add_jobs_servicer(server, service)
-    port = server.add_insecure_port(bind)
+    for method, on_stream in (streams or {}).items():
+        add_stream_method(server, method, on_stream)
+    try:
+        port = server.add_insecure_port(bind)
+    except RuntimeError as error:
+        raise Unavailable(
+            "PORT_IN_USE", f"cannot listen on {bind}", remedy="Give another --listen, or stop who has it."
+        ) from error
     await server.start()
     return server, port
 

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from cola_runtime.adapters.checkpoint_format import TrainingDefinition
+from cola_runtime.adapters.lora import initial_weights
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.base_model.service import BaseModelService
+from cola_runtime.base_model.updates import Update
 from cola_runtime.device.agent import DeviceAgent
 from cola_runtime.device.config import DeviceConfig
 from cola_runtime.device.session import AdapterSession
@@ -218,6 +220,27 @@ async def test_an_older_lease_is_fenced_and_an_ended_one_evicted(bench: Bench) -
     ].reason is None
     await bench.service.end_lease(JOBS[0], 2)
     result = await bench.service.run(BaseStep(number=2, segments=(segment,), train=False))
+    assert result.losses[0].reason == "ADAPTER_UNKNOWN"
+
+
+async def test_an_update_that_is_overtaken_by_the_leases_end_stays_out_of_the_bank(bench: Bench) -> None:
+    await bench.grant(0)
+    spec = bench.trainings[0].spec
+    late = Update(
+        lease=lease_of(0),
+        spec=spec,
+        version=1,
+        weights=initial_weights(spec),
+        learning_rate=0.0,
+        gradient_norm=0.0,
+        device_seconds=0.0,
+        bytes_up=0,
+        bytes_down=0,
+    )
+    bench.service._install_soon(late)
+    await bench.service.end_lease(JOBS[0], 1)
+    segment = segments(lease_of(0), 1, 0)[0]
+    result = await bench.service.run(BaseStep(number=1, segments=(segment,), train=False))
     assert result.losses[0].reason == "ADAPTER_UNKNOWN"
 
 

@@ -3,7 +3,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from benchmarks.record import Timing, argument_parser, compare, emit, interleaved, record
+from cola_runtime.testing.record import Timing, argument_parser, compare, emit, interleaved, record
 
 
 def test_every_benchmark_takes_the_common_arguments():

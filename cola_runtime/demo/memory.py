@@ -1,18 +1,13 @@
-"""What the demo ran on: processor, memory, versions, and the peak memory of all its processes."""
+"""Peak memory of a process and everything that it started."""
 
 from __future__ import annotations
 
-import os
-import platform
 import threading
 from collections.abc import Iterable
-from importlib.metadata import version
 from types import TracebackType
 
 import psutil
 
-GIB = 1 << 30
-PACKAGES = ("torch", "transformers", "ray", "grpcio", "peft")
 SAMPLE_SECONDS = 1.0
 
 
@@ -43,15 +38,6 @@ class MemoryWatch:
             self.peak_bytes = max(self.peak_bytes, _total_bytes([me, *me.children(recursive=True)]))
 
 
-def machine_text() -> str:
-    memory = psutil.virtual_memory().total / GIB
-    return f"{_processor()}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}"
-
-
-def package_versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-
-
 def _total_bytes(processes: Iterable[psutil.Process]) -> int:
     total = 0
     for process in processes:
@@ -60,11 +46,3 @@ def _total_bytes(processes: Iterable[psutil.Process]) -> int:
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     return total
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

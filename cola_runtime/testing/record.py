@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -16,10 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
+from cola_runtime.machine import machine, versions
 
-RESULTS_FOLDER = Path(__file__).parent / "results"
-RECORDED_PACKAGES = ("torch", "transformers", "peft", "ray", "grpcio")
+RESULTS_FOLDER = Path("benchmarks/results")
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
@@ -47,33 +44,6 @@ def record(name: str, results: Mapping[str, Any], *, seed: int, started: datetim
     if clash:
         raise ValueError(f"results may not be named {sorted(clash)}")
     return {**context, **results}
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-    }
-
-
-def _cpu_model() -> str:
-    with open("/proc/cpuinfo", encoding="utf-8") as lines:
-        for line in lines:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that figures depend on; those not installed are left out."""
-    found = {"python": platform.python_version()}
-    for package in RECORDED_PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def emit(record: Mapping[str, Any], as_json: bool, *, folder: Path = RESULTS_FOLDER) -> None:

@@ -1,1 +1,0 @@
-"""Measurements: each prints a table and leaves a record under benchmarks/results/."""
