@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 
-from cola_runtime.testing.record import argument_parser, emit, record
 from cola_runtime.base_model.pretrained import prepare_smollm2
 from cola_runtime.config import ServiceSettings
 from cola_runtime.demo.datasets import demo_tenants
@@ -30,6 +29,7 @@ from cola_runtime.testing.exactness import (
     train_mixed,
     train_reference,
 )
+from cola_runtime.testing.record import argument_parser, emit, record
 from cola_runtime.testing.tiny_models import save_tiny_model
 
 ENCODINGS = ("activations", "adapter_gradient")

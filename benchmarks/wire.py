@@ -15,13 +15,13 @@ import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cola_runtime.testing.record import argument_parser, emit, record
 from cola_runtime.base_model.pretrained import prepare_smollm2
 from cola_runtime.client.asynchronous import AsyncClient
 from cola_runtime.demo.datasets import demo_tenants
 from cola_runtime.runtime.coordinator import running_service
 from cola_runtime.spec import JobSpec
 from cola_runtime.testing.exactness import service_for
+from cola_runtime.testing.record import argument_parser, emit, record
 
 ROWS, TOKENS = 8, 128
 ENCODINGS = ("activations", "adapter_gradient")

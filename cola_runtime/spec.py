@@ -99,7 +99,7 @@ class JobSpec(_Spec):
 
 
 def parse_job_spec(fields: dict[str, Any], *, source: str = "job") -> JobSpec:
-    """Check outside input. Raises InvalidInput with one violation per wrong field, `where` = `source.field`."""
+    """Check outside input. Raises InvalidInput with one violation per wrong field, at `source.field`."""
     try:
         return JobSpec.model_validate(fields)
     except ValidationError as error:

@@ -95,7 +95,7 @@ class OptimizerHyperparameters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearningRateSchedule:
-    """`constant`, `linear` or `cosine` decay to zero at `total_steps`, after `warmup_steps` of linear warm-up."""
+    """`constant`, or `linear` or `cosine` decay to zero at `total_steps`; before it a linear warm-up."""
 
     kind: str
     warmup_steps: int

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from cola_runtime.base_model.catalogue import site_catalogue
+from cola_runtime.base_model.llama_weights import is_plain_llama
 from cola_runtime.base_model.loss import VocabularyProjection
 from cola_runtime.base_model.tapped import SiteGroup
 from cola_runtime.errors import InvalidInput
@@ -29,7 +30,8 @@ class LoadedModel:
     sites: tuple[Site, ...]
     groups: tuple[SiteGroup, ...]
     head: VocabularyProjection
-    attention: str
+    attention: str  # of transformers' own forward: generation, and training too unless `by_hand`
+    by_hand: bool  # LlamaBody can compute it
 
 
 def load_frozen_model(path: Path, *, dtype: str, attention: str) -> LoadedModel:
@@ -47,9 +49,12 @@ def load_frozen_model(path: Path, *, dtype: str, attention: str) -> LoadedModel:
     head = VocabularyProjection.of(model)
     _check_plain_projection(model, head)
     groups = _site_groups(model, sites)
+    by_hand = is_plain_llama(model, groups)
     if attention == "auto":
-        attention = _faster_attention(model)
-    return LoadedModel(model=model, sites=sites, groups=groups, head=head, attention=attention)
+        attention = "sdpa" if by_hand else _faster_attention(model)
+    return LoadedModel(
+        model=model, sites=sites, groups=groups, head=head, attention=attention, by_hand=by_hand
+    )
 
 
 def _read(path: Path, dtype: torch.dtype, attention: str) -> Any:

@@ -14,7 +14,6 @@ from cola_runtime.base_model.bank import AdapterBank
 from cola_runtime.base_model.body import Body, PatchedBody
 from cola_runtime.base_model.generate import Sampling, generate_tokens
 from cola_runtime.base_model.llama import LlamaBody
-from cola_runtime.base_model.llama_weights import is_plain_llama
 from cola_runtime.base_model.load import LoadedModel, load_frozen_model
 from cola_runtime.base_model.loss import label_loss, segment_loss_sums
 from cola_runtime.base_model.segments import Cohort, Member, MixedBatch, mixed_batch, row_refusal
@@ -58,7 +57,8 @@ class TappedModel:
     def load(cls, path: Path, *, dtype: str, attention: str = "auto", threads: int = 1) -> TappedModel:
         """Load a pretrained folder. Sets the number of torch's threads, for the whole process.
 
-        `attention` is `eager`, `sdpa`, or `auto`: whichever is faster here, by a short trial.
+        `attention` is `eager`, `sdpa`, or `auto`: whichever is faster here, by a short trial. A plain Llama
+        trains through our own attention and needs none.
         """
         torch.set_num_threads(threads)
         loaded = load_frozen_model(path, dtype=dtype, attention=attention)
@@ -81,7 +81,7 @@ class TappedModel:
             tokenizer_path=str(self._path),
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             details={
-                "attention": self._loaded.attention,
+                "attention": self._attention,
                 "body": type(self._body).__name__,
                 "threads": str(self._threads),
                 "device": "cpu",
@@ -173,7 +173,7 @@ class TappedModel:
         return segment_loss_sums(losses_K, batch.labels)
 
     def _fastest_body(self) -> Body:
-        if is_plain_llama(self._loaded.model, self._loaded.groups):
+        if self._loaded.by_hand:
             return LlamaBody(self._loaded.model, self._loaded.groups, self._space)
         return PatchedBody(self._loaded.model, self._modules)
 
@@ -208,6 +208,11 @@ class TappedModel:
                 actual=total,
                 remedy="Shorten the prompt or ask for fewer tokens.",
             )
+
+    @property
+    def _attention(self) -> str:
+        loaded = self._loaded
+        return f"fused, {loaded.attention} when generating" if loaded.by_hand else loaded.attention
 
     @property
     def _vocabulary_size(self) -> int:

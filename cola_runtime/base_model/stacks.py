@@ -36,10 +36,10 @@ class CohortTaps:
         self, grad_a_SQI: Tensor, grads_b_SRO: list[Tensor], keys: Sequence[TensorKey]
     ) -> None:
         """`grads_b_SRO` lack the scaling s. `grad_a_SQI` is handed on as it is: give it away."""
-        grad_a_SJRI = grad_a_SQI.to(self._dtype).unflatten(1, (len(grads_b_SRO), -1))  # type: ignore[no-untyped-call]
+        grads_a_SRI = grad_a_SQI.to(self._dtype).chunk(len(grads_b_SRO), dim=1)
         grads_b_SOR = [self._scaled_transpose(grad_SRO) for grad_SRO in grads_b_SRO]
         for segment, tensors in zip(
-            self._segments, split_gradients(grad_a_SJRI, grads_b_SOR, keys), strict=True
+            self._segments, split_gradients(grads_a_SRI, grads_b_SOR, keys), strict=True
         ):
             self._sink(Tap(segment, tensors))
 

@@ -1,6 +1,6 @@
 """What a base step hands out while its backward pass runs, in the two exact encodings.
 
-Shapes: S segments, N rows, I in_features, O out_features, R rank, J adapted sites of one input group.
+Shapes: S segments, N rows, I in_features, O out_features, R rank.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from cola_runtime.types import TensorKey, TensorKind
@@ -32,12 +31,10 @@ def activation_tensors(x_NI: Tensor, grads: Mapping[int, Tensor]) -> dict[Tensor
     A row with g = 0 adds nothing to any gradient, so dropping it is exact. Zero is tested on g itself: a mask
     would keep rows that reach no loss. The tensors are copies.
     """
-    used_N = _any_nonzero(list(grads.values()))
-    rows = used_N.nonzero().squeeze(1)
-    pick = torch.clone if len(rows) == len(used_N) else lambda tensor: tensor.index_select(0, rows)
-    tensors = {TensorKey(next(iter(grads)), TensorKind.INPUT): pick(x_NI).contiguous()}
+    rows = _any_nonzero(list(grads.values())).nonzero().squeeze(1)
+    tensors = {TensorKey(next(iter(grads)), TensorKind.INPUT): x_NI.index_select(0, rows)}
     for site, grad_NO in grads.items():
-        tensors[TensorKey(site, TensorKind.OUTPUT_GRADIENT)] = pick(grad_NO).contiguous()
+        tensors[TensorKey(site, TensorKind.OUTPUT_GRADIENT)] = grad_NO.index_select(0, rows)
     return tensors
 
 
@@ -56,13 +53,8 @@ def gradient_keys(sites: Sequence[int]) -> tuple[TensorKey, ...]:
 
 
 def split_gradients(
-    grad_a_SJRI: Tensor, grads_b_SOR: Sequence[Tensor], keys: Sequence[TensorKey]
+    grads_a_SRI: Sequence[Tensor], grads_b_SOR: Sequence[Tensor], keys: Sequence[TensorKey]
 ) -> list[dict[TensorKey, Tensor]]:
-    """One dict per segment out of the stacked gradients of one input group; views, no copies."""
-    sites = len(grads_b_SOR)
-    parts_a = grad_a_SJRI.flatten(0, 1).unbind(0)
-    parts_b = [grad_SOR.unbind(0) for grad_SOR in grads_b_SOR]
-    return [
-        dict(zip(keys, (*parts_a[s * sites : (s + 1) * sites], *(part[s] for part in parts_b)), strict=True))
-        for s in range(len(parts_b[0]))
-    ]
+    """One dict per segment out of the stacked gradients of one input group's sites; views, no copies."""
+    by_site = [grad.unbind(0) for grad in (*grads_a_SRI, *grads_b_SOR)]
+    return [dict(zip(keys, of_segment, strict=True)) for of_segment in zip(*by_site, strict=True)]

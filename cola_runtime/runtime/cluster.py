@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any
 
@@ -26,8 +28,7 @@ class Cluster:
 
     def __init__(self, settings: ServiceSettings) -> None:
         self._settings = settings
-        self._handles: list[Any] = []
-        self._keepers: list[asyncio.Task[None]] = []
+        self._base_model: Any = None
 
     def __enter__(self) -> Cluster:
         if self._settings.ray_address:
@@ -35,7 +36,7 @@ class Cluster:
         else:
             ray.init(
                 address="local",
-                num_cpus=2,
+                num_cpus=0,  # actors are placed by the resources below; Ray keeps no idle workers for CPUs
                 resources={"cola_base_model": 1, "cola_device": max(1, self._settings.devices.count)},
                 include_dashboard=False,
                 configure_logging=False,
@@ -46,15 +47,15 @@ class Cluster:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for handle in self._handles:
-            ray.kill(handle)
+        if self._base_model is not None:
+            ray.kill(self._base_model)
         ray.shutdown()
 
     async def start_base_model(self, join_token: str) -> RemoteBaseModel:
         """Place the base model actor and wait until it answers. Raises Unavailable with what lacks."""
-        handle = base_model_handle(self._settings.base_model, self._settings.cache_dir, join_token)
-        self._handles.append(handle)
-        base = RemoteBaseModel(handle)
+        settings = self._settings
+        self._base_model = base_model_handle(settings.base_model, settings.cache_dir, join_token)
+        base = RemoteBaseModel(self._base_model)
         try:
             async with asyncio.timeout(BASE_MODEL_START_SECONDS):
                 await base.describe()
@@ -66,8 +67,9 @@ class Cluster:
             ) from error
         return base
 
-    def start_devices(self, *, coordinator: str, join_token: str) -> None:
-        """Place the trusted devices; each is run again whenever its actor comes back from a crash."""
+    @asynccontextmanager
+    async def running_devices(self, coordinator: str, *, join_token: str) -> AsyncIterator[None]:
+        """The trusted devices; each is run again whenever its actor comes back from a crash."""
         settings = self._settings.devices
         join = JoinSettings(
             coordinator=coordinator,
@@ -75,16 +77,20 @@ class Cluster:
             threads=settings.threads,
             credit_bytes=settings.credit_bytes,
         )
-        for index in range(settings.count):
-            device_id = f"device-{index}"
-            handle = device_handle(join, device_id)
-            self._handles.append(handle)
-            self._keepers.append(asyncio.create_task(_keep_running(handle, device_id), name=device_id))
-
-    async def stop_devices(self) -> None:
-        for keeper in self._keepers:
-            keeper.cancel()
-        await asyncio.gather(*self._keepers, return_exceptions=True)
+        names = [f"device-{index}" for index in range(settings.count)]
+        handles = [device_handle(join, name) for name in names]
+        keepers = [
+            asyncio.create_task(_keep_running(handle, name), name=name)
+            for handle, name in zip(handles, names, strict=True)
+        ]
+        try:
+            yield
+        finally:
+            for keeper in keepers:
+                keeper.cancel()
+            await asyncio.gather(*keepers, return_exceptions=True)
+            for handle in handles:
+                ray.kill(handle)
 
 
 async def _keep_running(handle: Any, device_id: str) -> None:

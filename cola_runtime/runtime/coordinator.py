@@ -1,7 +1,7 @@
 """Composition root: everything that `cola serve` runs, wired once, started and stopped in order.
 
 Start: store, Ray and base model, device pool and API on one port, devices, the jobs left from last time.
-Stop: the API first (no new work), then drivers and loops, devices, Ray, the store last.
+Stop: drivers and loops first (nothing more is asked of a device), then devices, API, store, Ray.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import secrets
 import signal
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,14 +68,11 @@ async def running_service(settings: ServiceSettings) -> AsyncIterator[RunningSer
     with Cluster(settings) as cluster:
         base = await cluster.start_base_model(join_token)
 
-        def place_devices(endpoint: str) -> None:
-            cluster.start_devices(coordinator=settings.advertise or endpoint, join_token=join_token)
+        def devices_at(endpoint: str) -> AbstractAsyncContextManager[None]:
+            return cluster.running_devices(settings.advertise or endpoint, join_token=join_token)
 
-        async with running_coordinator(settings, base, join_token, place_devices=place_devices) as service:
-            try:
-                yield service
-            finally:
-                await cluster.stop_devices()
+        async with running_coordinator(settings, base, join_token, devices_at=devices_at) as service:
+            yield service
 
 
 @asynccontextmanager
@@ -84,12 +81,12 @@ async def running_coordinator(
     base: BaseModelPort,
     join_token: str,
     *,
-    place_devices: Callable[[str], None],
+    devices_at: Callable[[str], AbstractAsyncContextManager[None]],
 ) -> AsyncIterator[RunningService]:
     """Everything of the coordinator process except Ray: also the composition that fast tests use.
 
-    `place_devices` gets the endpoint to dial. Jobs start when the placed devices are there (or late: then
-    without them), so that the first job does not find one device and fill it.
+    `devices_at(endpoint)` runs the devices that dial it, for as long as it lasts. Jobs start when they are
+    there (or late: then without them), so that the first job does not find one device and fill it.
     """
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     storage = ObjectStorage(f"file://{(settings.data_dir / 'objects').resolve()}")
@@ -102,20 +99,22 @@ async def running_coordinator(
         )
         server, port = await serve_jobs(service, settings.listen, streams={DEVICES: pool.on_stream})
         endpoint = f"{settings.listen.rpartition(':')[0]}:{port}"
-        place_devices(endpoint)
-        await pool.wait_joined(settings.devices.count, timeout_seconds=DEVICES_START_SECONDS)
-        await runner.open()
         try:
-            yield RunningService(
-                endpoint=endpoint,
-                join_token=join_token,
-                first_key=await _first_key(store),
-                base_model=description,
-                store=store,
-            )
+            async with devices_at(endpoint):
+                await pool.wait_joined(settings.devices.count, timeout_seconds=DEVICES_START_SECONDS)
+                await runner.open()
+                try:
+                    yield RunningService(
+                        endpoint=endpoint,
+                        join_token=join_token,
+                        first_key=await _first_key(store),
+                        base_model=description,
+                        store=store,
+                    )
+                finally:
+                    await runner.close()
         finally:
             await server.stop(STOP_GRACE_SECONDS)
-            await runner.close()
     finally:
         await store.close()
 

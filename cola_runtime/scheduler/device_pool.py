@@ -68,6 +68,7 @@ class DevicePool:
         self._devices: dict[str, _Device] = {}
         self._orders = itertools.count()
         self._joined = asyncio.Condition()
+        self.closing = False  # devices that leave from now on are not lost
         self._storing: set[asyncio.Task[None]] = set()
         self.on_checkpoint: CheckpointSink | None = None
 
@@ -260,5 +261,6 @@ class DevicePool:
         if self._devices.get(device_id) is not device:
             return
         del self._devices[device_id]
-        logger.warning("device %s lost: %s", device_id, why, extra={"event": "device.lost"})
+        level = logging.INFO if self.closing else logging.WARNING
+        logger.log(level, "device %s lost: %s", device_id, why, extra={"event": "device.lost"})
         self._book.lose_device(device_id, reason="DEVICE_LOST", message=f"device {device_id} was lost: {why}")

@@ -81,6 +81,8 @@ class JobRunner:
             await self.start(record.job_id)
 
     async def close(self) -> None:
+        """Stop driving: jobs stay as they are recorded and go on at the next `open`."""
+        self._pool.closing = True
         tasks = [*self._tasks.values(), *self._background]
         for task in tasks:
             task.cancel()

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from cola_runtime.base_model import attention, load
-from cola_runtime.base_model import model as model_module
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.testing.peft_reference import batch_loss, relative_difference
 from cola_runtime.types import TensorKey, TensorKind
@@ -51,7 +50,7 @@ def test_llama_by_hand_and_llama_patched_agree(
     model, tenants = loaded(path, "float64")
     assert model.describe("", "").details["body"] == "LlamaBody"
     by_hand = all_gradients(model, tenants)
-    monkeypatch.setattr(model_module, "is_plain_llama", lambda _model, _groups: False)
+    monkeypatch.setattr(load, "is_plain_llama", lambda _model, _groups: False)
     patched, tenants = loaded(path, "float64")
     assert patched.describe("", "").details["body"] == "PatchedBody"
     assert worst(by_hand, all_gradients(patched, tenants)) < 1e-6

@@ -16,6 +16,7 @@ from tests.base_model.conftest import TinyFolder
 from tests.base_model.mixed_samples import four_tenants, install_all, run_segments, tenant
 
 KINDS = ["llama", "gpt2"]
+SHAPE: dict[str, Any] = {"rank": 4, "lengths": (12, 9), "dtype": "float32"}
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addmm_", "baddbmm_"}
 
 
@@ -129,7 +130,7 @@ def test_x_travels_once_per_input_group_under_its_first_adapted_site(
 
 def products_of(model: TappedModel, sites: tuple[Site, ...]) -> tuple[int, int]:
     """Matrix products of a step with an adapter at `sites`: until the last tap, and in all."""
-    member = tenant(0, sites, rank=4, lengths=(12, 9), dtype="float32")
+    member = tenant(0, sites, **SHAPE)
     install_all(model, [member])
     until_last_tap = 0
     with CountedProducts() as products:
@@ -150,6 +151,17 @@ def test_nothing_is_computed_below_the_lowest_adapted_site(tiny_folder: TinyFold
     totals = [total for _, total in deepest_first]
     assert totals == sorted(totals)
     assert totals[0] < totals[-1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_at_the_last_site_costs_no_product_with_a_base_weight_in_backward(
+    tiny_folder: TinyFolder, kind: str
+) -> None:
+    model = loaded(tiny_folder, kind)
+    trained = products_of(model, model.sites[-1:])[1]
+    with CountedProducts() as forward_only:
+        run_segments(model, [tenant(0, model.sites[-1:], **SHAPE).segment()], train=False)
+    assert trained - forward_only.count == 1 + 3  # the head's, then g B, dA and dB
 
 
 @pytest.mark.parametrize("kind", KINDS)

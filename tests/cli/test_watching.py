@@ -69,7 +69,7 @@ def test_a_sparkline_spans_its_values_in_eight_heights() -> None:
     ("arguments", "advice"),
     [
         (("run", "-f", "job.yaml"), "cola jobs watch job-"),
-        (("jobs", "logs", "greeter", "--follow"), "cola jobs logs greeter --follow --after 2"),
+        (("jobs", "logs", "greeter", "--follow"), "cola jobs logs greeter --follow --after"),
     ],
 )
 def test_ctrl_c_leaves_the_job_running_and_says_how_to_come_back(
