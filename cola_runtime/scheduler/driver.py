@@ -61,6 +61,7 @@ class JobDriver:
         self._primitives, self._store = primitives, store
         self._stop: Stop | None = None
         self._stop_asked = asyncio.Event()
+        self._stopping = False
         self.phase = "waiting for a device"
 
     def ask(self, stop: Stop) -> None:
@@ -68,6 +69,14 @@ class JobDriver:
         if self._stop is not Stop.CANCEL:
             self._stop = stop
             self._stop_asked.set()
+
+    def withdraw_pause(self) -> bool:
+        """Go on although a pause was asked for; False when it is too late, or a cancel was asked for."""
+        if self._stop is Stop.CANCEL or self._stopping:
+            return False
+        self._stop = None
+        self._stop_asked.clear()
+        return True
 
     async def run(self) -> None:
         """Drive the job to a terminal state or to paused. Never raises but on cancellation of the task."""
@@ -151,22 +160,24 @@ class JobDriver:
 
     def _check_stop(self) -> None:
         if self._stop is not None:
+            self._stopping = True
             raise _Stopped(self._stop)
 
     async def _unless_stopped(self, opening: Coroutine[Any, Any, LeasedAdapter]) -> LeasedAdapter:
         """Await the opening of an adapter, but give up as soon as the tenant asks to stop."""
         task = asyncio.create_task(opening)
-        asked = asyncio.create_task(self._stop_asked.wait())
         try:
-            futures: set[asyncio.Task[Any]] = {task, asked}
-            await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                task.cancel()
-                await asyncio.wait({task})
-                self._check_stop()
+            while not task.done():
+                asked = asyncio.create_task(self._stop_asked.wait())
+                futures: set[asyncio.Task[Any]] = {task, asked}
+                await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+                asked.cancel()
+                if not task.done():
+                    self._check_stop()
             return task.result()
         finally:
-            asked.cancel()
+            if task.cancel():
+                await asyncio.wait({task})
 
     async def _note_loss(self, lost: LeaseLost | Unavailable, progress: _Progress) -> None:
         record = await self._store.job(self._job_id)

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 BASE_RETRY_SECONDS = 0.5
 RECORD_TIMEOUT_SECONDS = 60.0
+STOP_TIMEOUT_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +104,12 @@ class JobRunner:
         await self._stop(job_id, Stop.PAUSE)
 
     async def resume(self, job_id: str) -> None:
+        """Go on from the last checkpoint; a pause that has not taken effect yet is withdrawn."""
+        driver = self._drivers.get(job_id)
+        if driver is not None and driver.withdraw_pause():
+            return
+        if job_id in self._tasks:
+            await asyncio.wait({self._tasks[job_id]}, timeout=STOP_TIMEOUT_SECONDS)
         record = await self._store.job(job_id)
         if record.state in TERMINAL_STATES:
             raise Conflict("JOB_ENDED", f"the job is {record.state}; only a paused job can be resumed")

@@ -1,0 +1,84 @@
+"""A whole service in one event loop: real store, gRPC, base model and devices; no Ray, no processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from cola_runtime.base_model.model import TappedModel
+from cola_runtime.base_model.service import BaseModelService
+from cola_runtime.config import ServiceSettings
+from cola_runtime.device.agent import DeviceAgent
+from cola_runtime.device.config import DeviceConfig
+from cola_runtime.runtime.coordinator import RunningService, running_coordinator
+
+JOIN_TOKEN = "in-process"  # noqa: S105 (nothing outside this process joins)
+
+
+@dataclass(slots=True)
+class InProcessDevices:
+    """The devices of an in-process service; a test may stop one and start another."""
+
+    count: int
+    agents: dict[str, DeviceAgent] = field(default_factory=dict)
+    tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+
+    def start(self, device_id: str, coordinator: str) -> None:
+        config = DeviceConfig(
+            device_id=device_id,
+            coordinator_endpoint=coordinator,
+            join_token=JOIN_TOKEN,
+            first_retry_seconds=0.05,
+        )
+        self.agents[device_id] = DeviceAgent(config)
+        self.tasks[device_id] = asyncio.create_task(self.agents[device_id].run(), name=device_id)
+
+    async def kill(self, device_id: str) -> None:
+        """End a device without a goodbye."""
+        self.agents.pop(device_id)
+        task = self.tasks.pop(device_id)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    @asynccontextmanager
+    async def running(self, coordinator: str) -> AsyncIterator[None]:
+        for index in range(self.count):
+            self.start(f"device-{index}", coordinator)
+        try:
+            yield
+        finally:
+            for device_id in list(self.tasks):
+                await self.kill(device_id)
+
+
+@asynccontextmanager
+async def running_base_model(settings: ServiceSettings) -> AsyncIterator[BaseModelService]:
+    """The settings' base model (its `path` must be set), serving devices on a free port."""
+    chosen = settings.base_model
+    assert chosen.path is not None, "an in-process service looks no alias up"
+    model = TappedModel.load(
+        chosen.path, dtype=chosen.dtype, attention=chosen.attention, threads=chosen.threads
+    )
+    service = BaseModelService(model, name=chosen.name, join_token=JOIN_TOKEN)
+    await service.start(chosen.bind)
+    try:
+        yield service
+    finally:
+        await service.stop()
+
+
+@asynccontextmanager
+async def running_in_process(
+    settings: ServiceSettings,
+) -> AsyncIterator[tuple[RunningService, InProcessDevices]]:
+    """The service that `settings` describe, for as long as the context lasts."""
+    devices = InProcessDevices(settings.devices.count)
+    async with (
+        running_base_model(settings) as base,
+        running_coordinator(settings, base, JOIN_TOKEN, devices_at=devices.running) as service,
+    ):
+        yield service, devices
