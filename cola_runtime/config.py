@@ -120,9 +120,14 @@ def child_environment(**changes: str) -> dict[str, str]:
 
 
 def set_thread_environment(threads: int) -> None:
-    """Fix the thread count of numeric libraries before they are imported (Ray presets OMP_NUM_THREADS)."""
+    """Fix how numeric libraries use threads, before they are imported (Ray presets OMP_NUM_THREADS).
+
+    Threads that wait must sleep: where they spin, two threads beside one other busy process are ten times
+    slower than one (docs/performance.md).
+    """
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def _load(model: type[S], file: dict[str, Any], flags: dict[str, Any], *, source: str) -> S:

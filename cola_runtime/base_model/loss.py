@@ -15,7 +15,7 @@ from torch.nn import functional
 from cola_runtime.base_model.segments import Labels
 from cola_runtime.base_model.workspace import Workspace
 
-CHUNK_LABELS = 256  # of one product; the logits are 50 MB in float32 for a vocabulary of 49,152
+CHUNK_LABELS = 512  # of one product; 100 MB of float32 logits for a vocabulary of 49,152
 BLOCK_LABELS = 8  # of one softmax: what it reads twice stays in the cache
 
 

@@ -37,7 +37,7 @@ from cola_runtime.machine import machine, versions
 from cola_runtime.runtime.coordinator import RunningService, running_service
 
 BASE_MODEL = "smollm2-135m-instruct"
-DEFAULT_STEPS = 24
+DEFAULT_STEPS = 16
 NEW_TOKENS = 24
 CHECK_TIMEOUT_SECONDS = 300
 REFRESH_SECONDS = 0.5
@@ -111,7 +111,9 @@ def _settings(output: Path) -> ServiceSettings:
     """A fresh service beside the report; a free port, so that a running service is not in the way."""
     data_dir = output / "service"
     shutil.rmtree(data_dir, ignore_errors=True)
-    return service_settings(data_dir=data_dir, listen="127.0.0.1:0", scheduler={"token_budget": 768})
+    return service_settings(
+        data_dir=data_dir, listen="127.0.0.1:0", base_model={"threads": min(2, os.cpu_count() or 1)}
+    )
 
 
 async def _join(service: RunningService, tenant: DemoTenant, stack: AsyncExitStack) -> _Tenant:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+WORTH = 1.25  # beyond this, a base step of its own is cheaper than the padding
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waiting:
@@ -41,7 +43,8 @@ def choose(
 ) -> tuple[Waiting, ...]:
     """Pick the members of the next base step: the fairest first, then whoever fits beside it.
 
-    The first is always taken, even above the budget (it was split as far as rows allow). Only a job's
+    The first is always taken, even above the budget. Another joins only if
+    the padding that it brings, on both sides, costs less than WORTH times what it costs alone. Only a job's
     oldest entry is considered: its microbatches are a sequence, and the last one makes the device step.
     Returns () when nothing waits.
     """
@@ -54,7 +57,8 @@ def choose(
             continue
         considered_jobs.add(entry.job_id)
         grown_rows, grown_longest = rows + entry.rows, max(longest, entry.longest)
-        if chosen and grown_rows * grown_longest > token_budget:
+        grown_tokens = grown_rows * grown_longest
+        if chosen and (grown_tokens > token_budget or grown_tokens - rows * longest > WORTH * entry.tokens):
             continue
         chosen.append(entry)
         rows, longest = grown_rows, grown_longest

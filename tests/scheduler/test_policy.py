@@ -35,6 +35,20 @@ def test_many_tenants_share_a_base_step_up_to_the_padded_budget() -> None:
     assert [entry.tenant_id for entry in chosen] == ["a", "b"], "c would pad three rows to 30"
 
 
+def test_rows_of_very_different_lengths_do_not_pad_each_other() -> None:
+    entries = [
+        waiting(1, "a", rows=8, longest=20),
+        waiting(2, "b", rows=2, longest=100),
+        waiting(3, "c", longest=24),
+    ]
+    chosen = choose(entries, shares={}, token_budget=10_000)
+    assert [entry.tenant_id for entry in chosen] == ["a"], (
+        "b would pad a's rows, and 24 is a fifth more for nine rows"
+    )
+    chosen = choose([entries[0], waiting(4, "d", rows=8, longest=22)], shares={}, token_budget=10_000)
+    assert [entry.tenant_id for entry in chosen] == ["a", "d"]
+
+
 def test_an_entry_above_the_budget_still_goes_alone() -> None:
     chosen = choose([waiting(1, "a", longest=500), waiting(2, "b")], shares={}, token_budget=100)
     assert [entry.ticket for entry in chosen] == [1]
