@@ -111,8 +111,8 @@ class GroupStack:
 class StackCache:
     """Stacked factors of the cohorts of past steps; a step whose adapters did not change copies nothing.
 
-    One slot per (layout, segments, ordinal): a new version of any member refreshes its slot in place with one
-    copy. `limit` slots are kept, the least recently used goes first.
+    One slot per (layout, segments, ordinal): a member's new version replaces its old one in place. `limit`
+    slots are kept, the least recently used goes first.
     """
 
     def __init__(self, limit: int = 64) -> None:
@@ -138,17 +138,20 @@ class _Slot:
         members = len(cohort.members)
         self._sizes = first.layout.block_sizes()
         memory = first.flat.new_empty(members * first.layout.numel)
-        blocks = torch.split(memory, [members * size for size in self._sizes])
-        self._blocks = [block.view(members, -1) for block in blocks]
-        self._held: list[Tensor] = []
-        self.factors = first.layout.factors(self._blocks)
+        blocks = [
+            block.view(members, -1) for block in torch.split(memory, [members * size for size in self._sizes])
+        ]
+        self._rows = list(zip(*(block.split(1) for block in blocks), strict=True))  # type: ignore[no-untyped-call]
+        self._held: list[Tensor | None] = [None] * members
+        self.factors = first.layout.factors(blocks)
 
     def refresh(self, cohort: Cohort) -> None:
-        wanted = [member.adapter.flat for member in cohort.members]
-        if len(self._held) == len(wanted) and all(a is b for a, b in zip(self._held, wanted, strict=True)):
-            return
-        torch.split_with_sizes_copy(torch.stack(wanted), self._sizes, dim=1, out=self._blocks)
-        self._held = wanted
+        """Copy in the members whose version is another than the one held; no temporary, no more copies."""
+        for place, member in enumerate(cohort.members):
+            flat = member.adapter.flat
+            if self._held[place] is not flat:
+                torch.split_with_sizes_copy(flat[None], self._sizes, dim=1, out=self._rows[place])
+                self._held[place] = flat
 
 
 def group_stacks(

@@ -25,9 +25,11 @@ def demo(
 
     from cola_runtime.cli.output import print_json
     from cola_runtime.demo.run import DEFAULT_STEPS, run_demo
+    from cola_runtime.demo.summary import summary
 
     console = Console(highlight=False, stderr=as_json)  # with --json, stdout is the report's alone
     report = run_demo(output, steps=steps or DEFAULT_STEPS, kill_device=kill_device, console=console)
+    console.print(summary(report, output))
     if as_json:
         print_json(report)
     if not all(all(tenant.checks) for tenant in report.tenants):

@@ -88,7 +88,7 @@ async def _run(output: Path, steps: int, kill_device: bool, console: Console) ->
             await _generate_before(running)
             watched = await _train(running, console, kill_device=kill_device)
             results = [await _collect(entry, output) for entry in running]
-    console.print("checking each exported folder with peft, in a fresh process")
+    console.print("\nchecking each exported folder with peft, in a fresh process")
     checked = await _check(results, base_folder, output)
     report = DemoReport(
         started_at=started_at,
