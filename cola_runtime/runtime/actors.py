@@ -26,6 +26,7 @@ class BaseModelActor:
         from cola_runtime.base_model.pretrained import resolve_base_model
         from cola_runtime.base_model.service import BaseModelService
 
+        _quiet_transformers()
         path = settings.path or resolve_base_model(settings.name, cache_dir)
         model = TappedModel.load(
             path, dtype=settings.dtype, attention=settings.attention, threads=settings.threads
@@ -127,6 +128,14 @@ async def _answer(call: Awaitable[T]) -> T:
         raise Unavailable("BASE_MODEL_LOST", f"the base model actor is gone: {error}") from error
     except RayError as error:
         raise Unavailable("BASE_MODEL_LOST", f"Ray could not reach the base model actor: {error}") from error
+
+
+def _quiet_transformers() -> None:
+    """No progress bars or advice in the service's log; errors stay."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def base_model_handle(settings: BaseModelSettings, cache_dir: Path, join_token: str) -> Any:

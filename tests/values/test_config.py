@@ -1,0 +1,71 @@
+"""Settings: precedence, and errors that name the path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cola_runtime.config import client_settings, service_settings
+from cola_runtime.errors import InvalidInput
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("COLA_BASE_MODEL__DTYPE", "COLA_LISTEN", "COLA_API_KEY", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def settings_file(folder: Path, text: str) -> Path:
+    path = folder / "service.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_flag_beats_environment_beats_file_beats_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = settings_file(
+        tmp_path, "base_model: {dtype: bfloat16, threads: 3}\ndevices: {count: 5}\nlisten: 127.0.0.1:1\n"
+    )
+    monkeypatch.setenv("COLA_BASE_MODEL__DTYPE", "float64")
+    monkeypatch.setenv("COLA_LISTEN", "127.0.0.1:2")
+    settings = service_settings(file, listen="127.0.0.1:3", devices={"count": None})
+    assert settings.listen == "127.0.0.1:3"
+    assert settings.base_model.dtype == "float64"
+    assert settings.base_model.threads == 3
+    assert settings.devices.count == 5
+    assert settings.scheduler.base_steps_in_flight == 2
+
+
+def test_an_unknown_key_is_named_with_its_path_and_file(tmp_path: Path) -> None:
+    file = settings_file(tmp_path, "scheduler: {token_bugdet: 5}\n")
+    with pytest.raises(InvalidInput, match=r"scheduler\.token_bugdet") as failure:
+        service_settings(file)
+    assert failure.value.reason == "SETTING_INVALID"
+    assert failure.value.where == str(file)
+
+
+def test_a_value_out_of_range_is_named_with_its_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLA_BASE_MODEL__DTYPE", "float8")
+    with pytest.raises(InvalidInput, match=r"base_model\.dtype"):
+        service_settings()
+
+
+@pytest.mark.parametrize("text", ["- a list\n", "a: [unclosed\n"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(InvalidInput) as failure:
+        service_settings(settings_file(tmp_path, text))
+    assert failure.value.reason == "SETTING_FILE"
+
+
+def test_an_existing_cluster_is_taken_from_ray_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert service_settings().ray_address == "head:6379"
+
+
+def test_a_key_never_shows_in_the_settings_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLA_API_KEY", "tml-secret")
+    settings = client_settings()
+    assert settings.api_key.get_secret_value() == "tml-secret"
+    assert "tml-secret" not in repr(settings)
