@@ -98,11 +98,15 @@ def adapter_parameters(model: Any, spec: AdapterSpec) -> dict[TensorKey, Paramet
 
 
 def batch_loss(model: Any, rows: Sequence[Row]) -> Tensor:
-    """sum(w ce) / sum(w) over the rows' predicted tokens, in the dtype of the logits."""
+    """sum(w ce) / sum(w) over the rows' predicted tokens, in the dtype of the logits.
+
+    The vocabulary is the last, contiguous dimension: over a strided one torch adds a row's 49,152 exponentials
+    up one by one, which in float32 costs 3e-5 of the loss and up to 5e-3 of a gradient.
+    """
     tokens, weights, mask = _padded(rows)
     logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
-    loss = cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
-    weights = weights[:, 1:].to(loss.dtype)
+    loss = cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    weights = weights[:, 1:].flatten().to(loss.dtype)
     return (weights * loss).sum() / weights.sum()
 
 
