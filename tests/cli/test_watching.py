@@ -65,6 +65,11 @@ def test_a_sparkline_spans_its_values_in_eight_heights() -> None:
     assert len(sparkline([float(n) for n in range(1000)])) == 40
 
 
+def _heed_ctrl_c() -> None:
+    """In the child: a shell starts background commands, and so CI's tests, with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(
     ("arguments", "advice"),
     [
@@ -85,12 +90,16 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_come_back(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=_heed_ctrl_c,
     ) as command:
-        assert command.stdout is not None
-        while "encoding.chosen" not in command.stdout.readline():
-            assert command.poll() is None
-        command.send_signal(signal.SIGINT)
-        out, err = command.communicate(timeout=20)
+        try:
+            assert command.stdout is not None
+            while "encoding.chosen" not in command.stdout.readline():
+                assert command.poll() is None
+            command.send_signal(signal.SIGINT)
+            out, err = command.communicate(timeout=20)
+        finally:
+            command.kill()  # nothing to a process that has ended; otherwise leaving would wait for it
     assert command.returncode == 130
     assert advice in out + err
     assert "Traceback" not in err
