@@ -100,7 +100,7 @@ def adapter_parameters(model: Any, spec: AdapterSpec) -> dict[TensorKey, Paramet
 def batch_loss(model: Any, rows: Sequence[Row]) -> Tensor:
     """sum(w ce) / sum(w) over the rows' predicted tokens, in the dtype of the logits.
 
-    The vocabulary is the last, contiguous dimension: over a strided one torch adds a row's 49,152 exponentials
+    The vocabulary is the last, contiguous dimension: over a strided one torch adds 49,152 exponentials
     up one by one, which in float32 costs 3e-5 of the loss and up to 5e-3 of a gradient.
     """
     tokens, weights, mask = _padded(rows)

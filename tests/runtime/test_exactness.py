@@ -39,7 +39,8 @@ async def test_mixed_tenants_end_with_the_adapters_that_peft_gives_alone(
     jobs = [job for encoding in ENCODINGS for job in four_tenants(kind, steps=STEPS, encoding=encoding)]
     settings = service_for(tmp_path / "service", model=model, name=kind, dtype=dtype, token_budget=2048)
     mixed = await train_mixed(settings, jobs)
-    assert mixed.base_steps < 0.8 * STEPS * len(jobs), "the tenants shared base steps"
+    microbatches = sum(STEPS * job.spec.adaptation_interval for job in jobs)
+    assert mixed.base_steps < 0.9 * microbatches, "the tenants shared base steps"
     for job in jobs:
         alone = train_reference(job, mixed.base, model, attention="sdpa")
         difference = largest_difference(mixed.weights[job.spec.name], alone)
