@@ -11,7 +11,7 @@ turns, round by round, in one process:
   peft_sequential  peft tenant after tenant (set_adapter)
 The stock model and peft run with whichever attention implementation a trial finds faster for the bare model.
 Ratios are medians over rounds of the same round's thread CPU time, which other processes disturb least.
---quick: 8 x 64 instead of 8 x 128 tokens in float32, fewer rounds, no peft_sequential in bfloat16.
+--quick: 8 x 32 instead of 8 x 128 tokens in float32, fewer rounds, no peft_sequential in bfloat16.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ CASES = (
     Case(tenants=16, tokens=32, dtype="bfloat16", rounds=9, warmup=1),
 )
 QUICK_CASES = (
-    Case(tenants=8, tokens=64, dtype="float32", rounds=1, warmup=0),
-    Case(tenants=16, tokens=32, dtype="bfloat16", rounds=4, warmup=0, sides=SIDES[:2]),
+    Case(tenants=8, tokens=32, dtype="float32", rounds=1, warmup=0),
+    Case(tenants=16, tokens=32, dtype="bfloat16", rounds=2, warmup=0, sides=SIDES[:2]),
 )
 
 
