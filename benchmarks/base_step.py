@@ -64,7 +64,7 @@ CASES = (
 )
 QUICK_CASES = (
     Case(tenants=8, tokens=32, dtype="float32", rounds=1, warmup=0),
-    Case(tenants=16, tokens=32, dtype="bfloat16", rounds=2, warmup=0, sides=SIDES[:2]),
+    Case(tenants=16, tokens=32, dtype="bfloat16", rounds=2, warmup=1, sides=SIDES[:2]),
 )
 
 
