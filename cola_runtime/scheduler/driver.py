@@ -94,9 +94,7 @@ class JobDriver:
             logger.exception(
                 "job driver broke", extra={"event": "job.internal_error", "job_id": self._job_id}
             )
-            await self._fail(
-                "INTERNAL", "the service failed; its log has the cause. Resubmit, nothing is charged."
-            )
+            await self._fail("INTERNAL", "the service failed; its log has the cause. Submit the job again.")
 
     async def _run_leases(self) -> None:
         """Lease, train, and lease again from the last checkpoint whenever the lease is lost."""
