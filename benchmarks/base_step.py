@@ -31,12 +31,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from cola_runtime.adapters.lora import initial_weights
+from cola_runtime.adapter_spec import lora_spec
+from cola_runtime.adapters.adapter import initial_weights
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.base_model.pretrained import prepare_smollm2
 from cola_runtime.gradients.taps import Tap
 from cola_runtime.testing.record import argument_parser, compare, emit, interleaved, record
-from cola_runtime.types import AdapterSpec, BaseStep, Lease, Row, Segment, Site
+from cola_runtime.types import BaseStep, Lease, Row, Segment, Site
 
 CACHE = Path(".cache/models")
 RANK, ALPHA = 8, 16.0
@@ -151,7 +152,7 @@ class Ours:
 
     def _segment(self, job_id: str, row_T: NDArray[np.int32]) -> Segment:
         lease = Lease(job_id=job_id, epoch=1, device_id="device")
-        spec = AdapterSpec(rank=RANK, alpha=ALPHA, use_rslora=False, seed=0, sites=self.sites)
+        spec = lora_spec(self.sites, rank=RANK, alpha=ALPHA)
         weights = initial_weights(spec)
         started = time.thread_time()
         self._model.install(lease, spec, 0, weights)

@@ -6,37 +6,103 @@ Unknown fields are refused with the nearest known name; every number has a range
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
+from cola_runtime.adapter_spec import (
+    AdapterKind,
+    Frozen,
+    LinearizedLoraKind,
+    LinearKind,
+    LoraKind,
+    MlpKind,
+    ModuleKind,
+)
 from cola_runtime.errors import InvalidInput, Violation
 
-MAX_RANK = 256
 MAX_STEPS = 1_000_000
 MAX_ROWS_PER_STEP = 4096
+MAX_PARTS = 16
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 ModulePattern = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,200}$")]
 
 
-class _Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+class _Targeted(Frozen):
+    """Which sites an adapter kind is attached to."""
 
-
-class LoraSpec(_Spec):
-    """A LoRA adapter, in PEFT's words."""
-
-    kind: Literal["lora"] = "lora"
-    rank: Annotated[int, Field(ge=1, le=MAX_RANK, strict=True)] = 8
-    alpha: Annotated[float, Field(gt=0, le=65536)] = 16.0
-    use_rslora: bool = False
     target_modules: Literal["all-linear", "attention", "mlp"] | tuple[ModulePattern, ...] = "all-linear"
     """A preset, or module names as PEFT matches them: a full name, or its last parts (`q_proj`)."""
 
+    @property
+    def adapter_kind(self) -> AdapterKind:
+        return _KIND.validate_python(self.model_dump(exclude={"target_modules"}))
 
-class OptimizerSpec(_Spec):
+
+class LoraSpec(LoraKind, _Targeted):
+    """A LoRA adapter."""
+
+
+class LinearSpec(LinearKind, _Targeted):
+    """A full-rank adapter."""
+
+
+class MlpSpec(MlpKind, _Targeted):
+    """An MLP adapter."""
+
+
+class LinearizedLoraSpec(LinearizedLoraKind, _Targeted):
+    """A linearized LoRA adapter."""
+
+
+class ModuleSpec(ModuleKind, _Targeted):
+    """A registered module as adapter."""
+
+
+PartSpec = LoraSpec | LinearSpec | MlpSpec | LinearizedLoraSpec | ModuleSpec
+_PARTS = "parts"
+
+
+def _tag(value: Any) -> str:
+    """`lora` is what an adapter is unless it says otherwise; a list is an adapter of several kinds."""
+    if isinstance(value, list | tuple):
+        return _PARTS
+    kind = value.get("kind", "lora") if isinstance(value, Mapping) else getattr(value, "kind", "")
+    return str(kind)
+
+
+_TaggedPart = (
+    Annotated[LoraSpec, Tag("lora")]
+    | Annotated[LinearSpec, Tag("linear")]
+    | Annotated[MlpSpec, Tag("mlp")]
+    | Annotated[LinearizedLoraSpec, Tag("linearized_lora")]
+    | Annotated[ModuleSpec, Tag("module")]
+)
+_Parts = Annotated[
+    tuple[Annotated[_TaggedPart, Discriminator(_tag)], ...], Field(min_length=1, max_length=MAX_PARTS)
+]
+_KIND: TypeAdapter[AdapterKind] = TypeAdapter(Annotated[AdapterKind, Field(discriminator="kind")])
+_MODELS: dict[str, type[BaseModel]] = {
+    "lora": LoraSpec,
+    "linear": LinearSpec,
+    "mlp": MlpSpec,
+    "linearized_lora": LinearizedLoraSpec,
+    "module": ModuleSpec,
+}
+
+
+class OptimizerSpec(Frozen):
     """Hyper-parameters in `torch.optim`'s words."""
 
     kind: Literal["adamw", "sgd"] = "adamw"
@@ -55,19 +121,20 @@ class OptimizerSpec(_Spec):
         return self
 
 
-class ScheduleSpec(_Spec):
+class ScheduleSpec(Frozen):
     """Learning rate over the job's steps."""
 
     kind: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Annotated[int, Field(ge=0, le=MAX_STEPS, strict=True)] = 0
 
 
-class JobSpec(_Spec):
+class JobSpec(Frozen):
     """One adaptation job: which base model, which adapter, which data, how long."""
 
     name: Name
     base_model: Annotated[str, StringConstraints(min_length=1, max_length=200)]
-    adapter: LoraSpec = LoraSpec()
+    adapter: Annotated[_TaggedPart | Annotated[_Parts, Tag(_PARTS)], Discriminator(_tag)] = LoraSpec()
+    """One kind at its target modules, or a list of them: no site may be in two."""
     optimizer: OptimizerSpec = OptimizerSpec()
     schedule: ScheduleSpec = ScheduleSpec()
     steps: Annotated[int, Field(ge=1, le=MAX_STEPS, strict=True)] | None = None
@@ -85,9 +152,13 @@ class JobSpec(_Spec):
     """Which tokens are labels: the completion (or assistant turns) only, or all."""
     shuffle: bool = True
     seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
-    encoding: Literal["auto", "activations", "adapter_gradient"] = "auto"
+    encoding: Literal["auto", "activations", "weight_gradient", "adapter_gradient"] = "auto"
     checkpoint_every: Annotated[int, Field(ge=1, le=MAX_STEPS, strict=True)] = 10
     """Steps between two checkpoints; the last step always makes one."""
+
+    @property
+    def adapter_parts(self) -> tuple[PartSpec, ...]:
+        return self.adapter if isinstance(self.adapter, tuple) else (self.adapter,)
 
     @model_validator(mode="after")
     def _one_length(self) -> JobSpec:
@@ -117,9 +188,11 @@ def parse_job_spec(fields: dict[str, Any], *, source: str = "job") -> JobSpec:
 def _violations(error: ValidationError, source: str) -> Iterator[Violation]:
     for item in error.errors(include_url=False):
         path = [str(part) for part in item["loc"] if "[" not in str(part)]
-        where = ".".join([source, *path])
+        where = ".".join([source, *(part for part in path if part not in (*_MODELS, _PARTS))])
         if item["type"] == "extra_forbidden":
             yield Violation(where=where, message=_unknown_field(path))
+        elif item["type"] == "union_tag_invalid":
+            yield Violation(where=f"{where}.kind", message=_unknown_kind(item["ctx"]["tag"]))
         else:
             yield Violation(where=where, message=f"{item['msg']}, got {item['input']!r}"[:300])
 
@@ -127,7 +200,16 @@ def _violations(error: ValidationError, source: str) -> Iterator[Violation]:
 def _unknown_field(path: list[str]) -> str:
     model: Any = JobSpec
     for part in path[:-1]:
-        model = model.model_fields[part].annotation
+        if part in _MODELS:
+            model = _MODELS[part]
+        elif part in model.model_fields and part != "adapter":
+            model = model.model_fields[part].annotation
     near = difflib.get_close_matches(path[-1], model.model_fields, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(model.model_fields)}"
     return f"unknown field {path[-1]!r}; {hint}"
+
+
+def _unknown_kind(kind: str) -> str:
+    near = difflib.get_close_matches(kind, _MODELS, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known kinds: {', '.join(_MODELS)}"
+    return f"unknown adapter kind {kind[:60]!r}; {hint}"

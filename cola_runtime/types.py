@@ -36,22 +36,54 @@ class Site:
 
 
 class TensorKind(enum.IntEnum):
-    """What a tensor on the wire is. The value is the frame header's tensor id."""
+    """What a tensor on the wire is. The value is the frame header's tensor id.
+
+    A weight's gradient has its shape and its id plus 64.
+    """
 
     LORA_A = 1  # [rank, in_features]
     LORA_B = 2  # [out_features, rank]
-    GRAD_LORA_A = 3  # [rank, in_features]
-    GRAD_LORA_B = 4  # [out_features, rank]
-    INPUT = 5  # x, [rows, in_features]; its site is the first adapted site of the input group
-    OUTPUT_GRADIENT = 6  # g, [rows, out_features]
-    BLOB = 7  # opaque bytes (a checkpoint), uint8 [bytes]
+    WEIGHT = 3  # linear: [out_features, in_features]
+    BIAS = 4  # linear: [out_features]
+    MLP_IN = 5  # [hidden, in_features]
+    MLP_IN_BIAS = 6  # [hidden]
+    MLP_OUT = 7  # [out_features, hidden]
+    MLP_OUT_BIAS = 8  # [out_features]
+    DELTA_A = 9  # linearized LoRA: [rank, in_features]
+    DELTA_B = 10  # linearized LoRA: [out_features, rank]
+    MODULE = 11  # a registered module's parameter; its slot says which
+
+    GRAD_LORA_A = 65
+    GRAD_LORA_B = 66
+    GRAD_WEIGHT = 67
+    GRAD_BIAS = 68
+    GRAD_MLP_IN = 69
+    GRAD_MLP_IN_BIAS = 70
+    GRAD_MLP_OUT = 71
+    GRAD_MLP_OUT_BIAS = 72
+    GRAD_DELTA_A = 73
+    GRAD_DELTA_B = 74
+    GRAD_MODULE = 75
+
+    INPUT = 128  # x, [rows, in_features]; its site is the first one of those that share it
+    OUTPUT_GRADIENT = 129  # g, [rows, out_features]
+    WEIGHT_GRADIENT = 130  # g^T [x, 1], [out_features, in_features + 1]: G, and the sum of g for a bias
+    BLOB = 255  # opaque bytes (a checkpoint), uint8 [bytes]
+
+    @property
+    def gradient(self) -> TensorKind:
+        """The gradient of this weight. Raises ValueError for what is no weight."""
+        if self > TensorKind.MODULE:
+            raise ValueError(f"{self.name} is no weight")
+        return TensorKind(self + 64)
 
 
 class Encoding(enum.StrEnum):
     """How a tap travels from the base model to a device."""
 
-    ACTIVATIONS = "activations"
-    ADAPTER_GRADIENT = "adapter_gradient"
+    ACTIVATIONS = "activations"  # x and g: for every kind
+    WEIGHT_GRADIENT = "weight_gradient"  # G = g^T x: for kinds that are linear in x
+    ADAPTER_GRADIENT = "adapter_gradient"  # the weights' own gradients: for kinds that the bank can derive
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,23 +92,22 @@ class TensorKey:
 
     site: int
     kind: TensorKind
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterSpec:
-    """A LoRA adapter at a fixed set of sites: h = f(x) + scaling * B A x at each of them."""
-
-    rank: int
-    alpha: float
-    use_rslora: bool
-    seed: int
-    sites: tuple[Site, ...]  # in catalogue order
-    dtype: str = "float32"  # of the weights on the device and of their gradients on the wire
+    slot: int = 0  # which parameter of a registered module; 0 otherwise
 
     @property
-    def scaling(self) -> float:
-        """alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv:2312.03732)."""
-        return self.alpha / self.rank**0.5 if self.use_rslora else self.alpha / self.rank
+    def gradient(self) -> TensorKey:
+        return TensorKey(self.site, self.kind.gradient, self.slot)
+
+
+@dataclass(frozen=True, slots=True)
+class TapPlan:
+    """In which encoding the taps of an adapter travel; the sites of one part that share an x go alike."""
+
+    encoding: Encoding
+    exceptions: tuple[tuple[int, Encoding], ...] = ()  # (input group, encoding)
+
+    def encoding_of(self, input_group: int) -> Encoding:
+        return next((e for group, e in self.exceptions if group == input_group), self.encoding)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +162,7 @@ class Segment:
     version: int  # the adapter version that these rows must see; anything else in the bank is refused
     rows: tuple[Row, ...]
     loss_denominator: float  # sum of the weights over the whole step, so that gradients simply add up
-    encoding: Encoding = Encoding.ADAPTER_GRADIENT
+    taps: TapPlan = TapPlan(Encoding.ADAPTER_GRADIENT)
     microbatch: int = 0  # position within the step, 0-based
     last_microbatch: bool = True  # the device applies the optimizer step after this one
 

@@ -1,7 +1,7 @@
 """A checkpoint as one bytes object: safetensors with the adapter's definition as JSON metadata. Torch-free.
 
-Tensor names: `weights/<site name>/lora_A`, `optimizer/<site name>/lora_A/<state name>`, the same for lora_B;
-the state names are torch.optim's own (exp_avg, exp_avg_sq, step, momentum_buffer). Metadata "cola" holds
+Tensor names: `weights/<site name>/lora_a`, `optimizer/<site name>/lora_a/<state name>`, the same for every
+weight; the state names are torch.optim's own (exp_avg, exp_avg_sq, step, momentum_buffer). Metadata "cola" holds
 format, spec, optimizer, schedule and version. Reading checks everything against them before a tensor is used.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,21 +18,13 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
+from cola_runtime.adapter_spec import AdapterSpec, adapter_spec_from_fields
+from cola_runtime.adapters.shapes import weight_names, weight_shapes
 from cola_runtime.errors import InvalidInput
-from cola_runtime.types import (
-    AdapterSpec,
-    LearningRateSchedule,
-    OptimizerHyperparameters,
-    Site,
-    SiteKind,
-    TensorKey,
-    TensorKind,
-)
+from cola_runtime.types import LearningRateSchedule, OptimizerHyperparameters, TensorKey
 
-FORMAT = 1
+FORMAT = 2
 MAX_HEADER_BYTES = 16 << 20
-
-_SUFFIX = {TensorKind.LORA_A: "lora_A", TensorKind.LORA_B: "lora_B"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,24 +46,21 @@ class CheckpointContent:
     optimizer_state: dict[TensorKey, dict[str, NDArray[Any]]]
 
 
-def weight_keys(spec: AdapterSpec) -> Iterator[tuple[TensorKey, tuple[int, int], str]]:
-    """Key, shape and tensor name of every weight, in catalogue order, A before B."""
-    for site in spec.sites:
-        for kind, shape in (
-            (TensorKind.LORA_A, (spec.rank, site.in_features)),
-            (TensorKind.LORA_B, (site.out_features, spec.rank)),
-        ):
-            yield TensorKey(site.index, kind), shape, f"{site.name}/{_SUFFIX[kind]}"
-
-
 def encode_checkpoint(content: CheckpointContent) -> bytes:
     """The checkpoint's bytes; equal content gives equal bytes."""
     tensors: dict[str, NDArray[Any]] = {}
-    for key, _, name in weight_keys(content.definition.spec):
+    for key, name in weight_names(content.definition.spec).items():
         tensors[f"weights/{name}"] = np.ascontiguousarray(content.weights[key])
         for state, value in content.optimizer_state.get(key, {}).items():
             tensors[f"optimizer/{name}/{state}"] = np.array(value, order="C")
-    description = {"format": FORMAT, "version": content.version, **dataclasses.asdict(content.definition)}
+    definition = content.definition
+    description = {
+        "format": FORMAT,
+        "version": content.version,
+        "spec": definition.spec.model_dump(mode="json"),
+        "optimizer": dataclasses.asdict(definition.optimizer),
+        "schedule": dataclasses.asdict(definition.schedule),
+    }
     return safetensors.numpy.save(tensors, metadata={"cola": json.dumps(description, sort_keys=True)})
 
 
@@ -104,11 +92,10 @@ def _description(data: bytes) -> dict[str, Any]:
 
 
 def _definition(description: dict[str, Any]) -> TrainingDefinition:
-    spec, optimizer = dict(description["spec"]), dict(description["optimizer"])
-    sites = tuple(Site(**{**site, "kind": SiteKind(site["kind"])}) for site in spec.pop("sites"))
+    optimizer = dict(description["optimizer"])
     optimizer["betas"] = tuple(optimizer["betas"])
     return TrainingDefinition(
-        spec=AdapterSpec(**spec, sites=sites),
+        spec=adapter_spec_from_fields(description["spec"]),
         optimizer=OptimizerHyperparameters(**optimizer),
         schedule=LearningRateSchedule(**description["schedule"]),
     )
@@ -121,7 +108,9 @@ def _checked(
     states: dict[TensorKey, dict[str, NDArray[Any]]] = {}
     dtype = np.dtype(definition.spec.dtype)
     expected = _state_names(definition.optimizer, version)
-    for key, shape, name in weight_keys(definition.spec):
+    names = weight_names(definition.spec)
+    for key, shape in weight_shapes(definition.spec).items():
+        name = names[key]
         weights[key] = _take(tensors, f"weights/{name}", shape=shape, dtype=dtype)
         states[key] = {
             state: _take(

@@ -5,63 +5,48 @@ Shapes: N rows, I in_features, O out_features, R rank. Knows nothing of base mod
 
 from __future__ import annotations
 
-import hashlib
-
-import numpy as np
 import torch
 from torch import Tensor
 
-from cola_runtime.types import AdapterSpec, Site, TensorKey, TensorKind
-
-_DTYPES = {"float32": torch.float32, "float64": torch.float64}
-
-
-def torch_dtype(spec: AdapterSpec) -> torch.dtype:
-    """The dtype of the adapter's weights and gradients on the device: float32 or float64."""
-    return _DTYPES[spec.dtype]
+from cola_runtime.adapter_spec import LoraKind
+from cola_runtime.adapters.draws import uniform
+from cola_runtime.adapters.site_adapter import Gradients, Weights
+from cola_runtime.types import Site, TensorKey, TensorKind
 
 
-def weight_shapes(spec: AdapterSpec) -> dict[TensorKey, tuple[int, int]]:
-    """Shape of every weight, in catalogue order, A before B: LORA_A [R, I], LORA_B [O, R]."""
-    shapes: dict[TensorKey, tuple[int, int]] = {}
-    for site in spec.sites:
-        shapes[TensorKey(site.index, TensorKind.LORA_A)] = (spec.rank, site.in_features)
-        shapes[TensorKey(site.index, TensorKind.LORA_B)] = (site.out_features, spec.rank)
-    return shapes
+class SiteLora:
+    """`LinearSiteAdapter` of one LoRA: LORA_A [R, I], LORA_B [O, R]."""
 
+    def __init__(self, kind: LoraKind, site: Site) -> None:
+        self.site = site
+        self._kind = kind
+        self._a = TensorKey(site.index, TensorKind.LORA_A)
+        self._b = TensorKey(site.index, TensorKind.LORA_B)
 
-def initial_weights(spec: AdapterSpec) -> dict[TensorKey, Tensor]:
-    """A from U(-1/sqrt(I), 1/sqrt(I)), B zero: an adapter that changes nothing yet.
+    def initial_weights(self, seed: int) -> dict[TensorKey, Tensor]:
+        """A from U(-1/sqrt(I), 1/sqrt(I)), peft's kaiming_uniform(a=sqrt(5)); B zero."""
+        rank, site = self._kind.rank, self.site
+        a_RI = uniform(f"{seed}/{site.name}", (rank, site.in_features), bound=site.in_features**-0.5)
+        return {self._a: a_RI, self._b: torch.zeros(site.out_features, rank, dtype=torch.float64)}
 
-    LORA_A [R, I] is peft's kaiming_uniform(a=sqrt(5)); LORA_B [O, R]. A site's factors depend on (spec.seed,
-    rank, site name, site shape) alone, never on the other sites. The draw is in float64 and then rounded, so
-    that float32 and float64 adapters of one seed agree to rounding.
-    """
-    weights: dict[TensorKey, Tensor] = {}
-    for site in spec.sites:
-        weights[TensorKey(site.index, TensorKind.LORA_A)] = _initial_a(spec, site)
-        weights[TensorKey(site.index, TensorKind.LORA_B)] = torch.zeros(
-            site.out_features, spec.rank, dtype=torch_dtype(spec)
-        )
-    return weights
+    def forward(self, x_NI: Tensor, weights: Weights) -> Tensor:
+        return self._kind.scaling * (x_NI @ weights[self._a].T @ weights[self._b].T)
 
+    def gradient(self, x_NI: Tensor, grad_NO: Tensor, weights: Weights) -> Gradients:
+        """dA = s (g B)^T x, dB = s g^T (x A^T)."""
+        s = self._kind.scaling
+        return {
+            self._a: s * ((grad_NO @ weights[self._b]).T @ x_NI),
+            self._b: s * (grad_NO.T @ (x_NI @ weights[self._a].T)),
+        }
 
-def _initial_a(spec: AdapterSpec, site: Site) -> Tensor:
-    # numpy's PCG64 takes the whole 128 bit key; torch's CPU generator would keep 32 bits of it.
-    key = hashlib.sha256(f"{spec.seed}/{site.name}".encode()).digest()[:16]
-    uniform = np.random.Generator(np.random.PCG64(int.from_bytes(key, "little")))
-    bound = site.in_features**-0.5
-    draw_RI = (2.0 * uniform.random((spec.rank, site.in_features)) - 1.0) * bound
-    return torch.from_numpy(draw_RI).to(torch_dtype(spec))
+    def gradient_of_product(self, product_OI: Tensor, grad_sum_O: Tensor, weights: Weights) -> Gradients:
+        """dA = s B^T G, dB = s G A^T."""
+        s = self._kind.scaling
+        return {
+            self._a: s * (weights[self._b].T @ product_OI),
+            self._b: s * (product_OI @ weights[self._a].T),
+        }
 
-
-def lora_gradient(
-    x_NI: Tensor, grad_NO: Tensor, a_RI: Tensor, b_OR: Tensor, scaling: float
-) -> tuple[Tensor, Tensor]:
-    """dA = s (g B)^T x  [R, I]  and  dB = s g^T (x A^T)  [O, R], the vector-Jacobian product of s B A x.
-
-    Sums over rows: g = dL/dh already carries the loss's normalisation. All four tensors share one dtype.
-    """
-    grad_b_OR = scaling * (grad_NO.T @ (x_NI @ a_RI.T))
-    grad_a_RI = scaling * ((grad_NO @ b_OR).T @ x_NI)
-    return grad_a_RI, grad_b_OR
+    def delta_weight(self, weights: Weights) -> tuple[Tensor, Tensor | None]:
+        return self._kind.scaling * (weights[self._b] @ weights[self._a]), None

@@ -12,8 +12,9 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
+from cola_runtime.adapter_spec import AdapterSpec, LoraKind
 from cola_runtime.errors import InvalidInput
-from cola_runtime.types import AdapterSpec, Site, SiteKind, TensorKey, TensorKind
+from cola_runtime.types import Site, SiteKind, TensorKey, TensorKind
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -65,6 +66,8 @@ def _tensor_name(site: Site, kind: TensorKind) -> str:
 
 
 def _config(spec: AdapterSpec, base_model: str) -> dict[str, Any]:
+    kind = spec.parts[0].kind
+    assert isinstance(kind, LoraKind)
     return {
         "base_model_name_or_path": base_model,
         "bias": "none",
@@ -72,15 +75,15 @@ def _config(spec: AdapterSpec, base_model: str) -> dict[str, Any]:
         "fan_in_fan_out": any(site.kind is SiteKind.CONV1D for site in spec.sites),
         "inference_mode": True,
         "init_lora_weights": True,
-        "lora_alpha": int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,
+        "lora_alpha": int(kind.alpha) if kind.alpha.is_integer() else kind.alpha,
         "lora_dropout": 0.0,
         "modules_to_save": None,
         "peft_type": "LORA",
-        "r": spec.rank,
+        "r": kind.rank,
         "target_modules": [site.name for site in spec.sites],
         "task_type": "CAUSAL_LM",
         "use_dora": False,
-        "use_rslora": spec.use_rslora,
+        "use_rslora": kind.use_rslora,
     }
 
 

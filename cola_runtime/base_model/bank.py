@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cola_runtime.adapters.lora import weight_shapes
-from cola_runtime.base_model.layout import AdapterLayout
+from cola_runtime.adapter_spec import AdapterSpec
+from cola_runtime.adapters.shapes import weight_shapes
+from cola_runtime.base_model.layout import AdapterLayout, layout_key
 from cola_runtime.errors import Fenced, InvalidInput
-from cola_runtime.types import AdapterSpec, Lease, Segment, Site, TensorKey
+from cola_runtime.types import Lease, Segment, Site, TensorKey
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +33,7 @@ class AdapterBank:
         self._sites = tuple(sites)
         self._dtype = dtype
         self._adapters: dict[str, BankedAdapter] = {}
-        self._layouts: dict[tuple[int, tuple[int, ...]], AdapterLayout] = {}
+        self._layouts: dict[object, AdapterLayout] = {}
 
     def install(
         self, lease: Lease, spec: AdapterSpec, version: int, weights: Mapping[TensorKey, Tensor]
@@ -51,8 +52,8 @@ class AdapterBank:
                 actual=lease.epoch,
             )
         self._check(spec, weights)
-        layout = current.layout if current is not None and current.spec == spec else self._layout(spec)
-        flat = layout.flatten(weights, spec.scaling, self._dtype)
+        layout = current.layout if current is not None and current.spec is spec else self._layout(spec)
+        flat = layout.flatten(weights, spec, self._dtype)
         self._adapters[lease.job_id] = BankedAdapter(
             lease=lease, version=version, spec=spec, layout=layout, flat=flat
         )
@@ -78,15 +79,17 @@ class AdapterBank:
         return None if adapter.version == segment.version else "VERSION_STALE"
 
     def _layout(self, spec: AdapterSpec) -> AdapterLayout:
-        key = (spec.rank, tuple(site.index for site in spec.sites))
-        return self._layouts.setdefault(key, AdapterLayout.of(spec))
+        key = layout_key(spec)
+        if key not in self._layouts:
+            self._layouts[key] = AdapterLayout.of(spec)
+        return self._layouts[key]
 
     def _check(self, spec: AdapterSpec, weights: Mapping[TensorKey, Tensor]) -> None:
         for site in spec.sites:
             if not 0 <= site.index < len(self._sites) or self._sites[site.index] != site:
                 raise _invalid(site.name, "a site of this base model", f"site {site.index}")
         shapes = weight_shapes(spec)
-        if not shapes or shapes.keys() != weights.keys():
+        if shapes.keys() != weights.keys():
             odd = sorted(str(key) for key in shapes.keys() ^ weights.keys())
             raise _invalid("weights", "exactly the tensors of the adapter's sites", ", ".join(odd[:4]))
         for key, shape in shapes.items():

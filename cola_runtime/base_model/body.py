@@ -7,10 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cola_runtime.base_model.stacks import GroupStack
+from cola_runtime.base_model.stacks.cache import Stacks
 from cola_runtime.base_model.tapped import TappedModules
-
-Stacks = dict[int, list[GroupStack]]  # input group -> one stack per cohort
 
 
 class Body(Protocol):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from cola_runtime.adapter_spec import AdapterSpec
 from cola_runtime.base_model.device_link import DeviceLink
 from cola_runtime.base_model.updates import LeasedAdapter, LeaseTable, Update
 from cola_runtime.errors import ColaError, ProtocolError, Unavailable
@@ -25,7 +26,6 @@ from cola_runtime.transport.reader import FrameLimits, ReceivedTensor
 from cola_runtime.transport.stream import FrameStream, ReceivedControl
 from cola_runtime.transport.tensors import to_wire
 from cola_runtime.types import (
-    AdapterSpec,
     BaseEvent,
     DeviceLinkChanged,
     Lease,
@@ -118,6 +118,7 @@ class GradientServer:
                 microbatch=segment.microbatch,
                 site=key.site,
                 kind=key.kind,
+                slot=key.slot,
             )
             self._count_up(segment, link.put_tensor(address, tensor))
 

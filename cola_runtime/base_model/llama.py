@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from cola_runtime.base_model.attention import AttentionRecord, CausalAttention, Rotary
-from cola_runtime.base_model.body import Stacks
 from cola_runtime.base_model.frozen_ops import (
     add_projected,
     add_rms_norm_backward,
@@ -26,6 +25,8 @@ from cola_runtime.base_model.frozen_ops import (
     swiglu_backward,
 )
 from cola_runtime.base_model.llama_weights import LlamaLayer, Projection, llama_layers
+from cola_runtime.base_model.stacks.cache import Stacks
+from cola_runtime.base_model.stacks.protocol import Kept
 from cola_runtime.base_model.tapped import SiteGroup
 from cola_runtime.base_model.workspace import Workspace
 
@@ -45,7 +46,7 @@ class _LayerRecord:
     gate_NF: Tensor
     up_NF: Tensor
     silu_NF: Tensor  # of gate
-    products: dict[int, list[Tensor]]  # input group -> x A^T of every cohort
+    kept: dict[int, list[Kept]]  # input group -> what every stack's forward left
 
 
 @dataclass(slots=True, kw_only=True)
@@ -135,17 +136,17 @@ class LlamaBody:
     ) -> tuple[Tensor, _LayerRecord]:
         """The layer's output, and what its backward needs; `slot` names the buffers that must survive."""
         hidden = h_ND.shape[1]
-        products: dict[int, list[Tensor]] = {}
+        kept: dict[int, list[Kept]] = {}
         x_ND = self._buffer(f"{slot}.x", hidden, h_ND)
         inverse_N1 = rms_norm(h_ND, layer.attention_norm_D, self._eps, x_ND, self._space)
         qkv_NW = self._buffer("qkv", layer.qkv.products[0].width, h_ND)
-        products[layer.qkv.number] = _project(layer.qkv, x_ND, [qkv_NW], step)
+        kept[layer.qkv.number] = _project(layer.qkv, x_ND, [qkv_NW], step)
         mixed_ND = self._buffer(f"{slot}.mixed", layer.output.products[0].weight_OI.shape[1], h_ND)
         attention = self._attention.forward(
             qkv_NW.view(*step.shape, -1), step.rotary, self._by_head(mixed_ND, step), slot, self._space
         )
         middle_ND = self._buffer(f"{slot}.middle", hidden, h_ND)
-        products[layer.output.number] = _add_projected(layer.output, h_ND, mixed_ND, middle_ND, step)
+        kept[layer.output.number] = _add_projected(layer.output, h_ND, mixed_ND, middle_ND, step)
 
         middle_x_ND = self._buffer(f"{slot}.middle_x", hidden, h_ND)
         middle_inverse_N1 = rms_norm(middle_ND, layer.mlp_norm_D, self._eps, middle_x_ND, self._space)
@@ -153,11 +154,11 @@ class LlamaBody:
             self._buffer(f"{slot}.{name}", layer.gate_up.products[0].width, h_ND)
             for name in ("gate", "up", "silu")
         )
-        products[layer.gate_up.number] = _project(layer.gate_up, middle_x_ND, [gate_NF, up_NF], step)
+        kept[layer.gate_up.number] = _project(layer.gate_up, middle_x_ND, [gate_NF, up_NF], step)
         act_NF = self._buffer("act", gate_NF.shape[1], h_ND)
         swiglu(gate_NF, up_NF, silu_NF, act_NF)
         next_ND = self._buffer(f"{slot}.next", hidden, h_ND)
-        products[layer.down.number] = _add_projected(layer.down, middle_ND, act_NF, next_ND, step)
+        kept[layer.down.number] = _add_projected(layer.down, middle_ND, act_NF, next_ND, step)
         return next_ND, _LayerRecord(
             h_ND=h_ND,
             inverse_N1=inverse_N1,
@@ -170,7 +171,7 @@ class LlamaBody:
             gate_NF=gate_NF,
             up_NF=up_NF,
             silu_NF=silu_NF,
-            products=products,
+            kept=kept,
         )
 
     def _mlp_backward(self, layer: LlamaLayer, record: _LayerRecord, step: _Step, dh_ND: Tensor) -> bool:
@@ -222,7 +223,7 @@ class LlamaBody:
         step: _Step,
         out_NI: Tensor,
     ) -> bool:
-        """out = g W + (g s B) A, and hand out the taps. False, and no out, at the lowest adapted group."""
+        """out = g W + the adapters' share, and hand out the taps. False, and no out, at the lowest adapted group."""
         go_on = self._places[projection.number] > step.lowest
         if go_on:
             for number, (product, grad_NO) in enumerate(zip(projection.products, grads_NO, strict=True)):
@@ -231,16 +232,16 @@ class LlamaBody:
         grads_BTO = projection.sites(grads_NO, step.shape)
         dx_BTI = out_NI.view(*step.shape, -1) if go_on else None
         stacks = step.stacks.get(projection.number, [])
-        for stack, h_SMQ in zip(stacks, record.products[projection.number], strict=True):
-            stack.backward(x_BTI, h_SMQ, grads_BTO, dx_BTI)
+        for stack, kept in zip(stacks, record.kept[projection.number], strict=True):
+            stack.backward(x_BTI, kept, grads_BTO, dx_BTI)
         return go_on
 
     def _by_head(self, tensor_ND: Tensor, step: _Step) -> Tensor:
         return tensor_ND.view(*step.shape, self._attention.heads, self._attention.head_size)
 
 
-def _project(projection: Projection, x_NI: Tensor, outputs_NO: list[Tensor], step: _Step) -> list[Tensor]:
-    """outputs = x W^T + b + s B A x. Returns x A^T of every cohort."""
+def _project(projection: Projection, x_NI: Tensor, outputs_NO: list[Tensor], step: _Step) -> list[Kept]:
+    """outputs = x W^T + b + s a(x). Returns what every stack keeps."""
     for product, out_NO in zip(projection.products, outputs_NO, strict=True):
         project(x_NI, product.weight_OI, product.bias_O, out_NO)
     return _adapt(projection, x_NI, outputs_NO, step)
@@ -248,14 +249,14 @@ def _project(projection: Projection, x_NI: Tensor, outputs_NO: list[Tensor], ste
 
 def _add_projected(
     projection: Projection, base_NO: Tensor, x_NI: Tensor, out_NO: Tensor, step: _Step
-) -> list[Tensor]:
-    """out = base + x W^T + b + s B A x, for a group of one site. Returns x A^T of every cohort."""
+) -> list[Kept]:
+    """out = base + x W^T + b + s a(x), for a group of one site. Returns what every stack keeps."""
     product = projection.products[0]
     add_projected(base_NO, x_NI, product.weight_OI, product.bias_O, out_NO)
     return _adapt(projection, x_NI, [out_NO], step)
 
 
-def _adapt(projection: Projection, x_NI: Tensor, outputs_NO: list[Tensor], step: _Step) -> list[Tensor]:
+def _adapt(projection: Projection, x_NI: Tensor, outputs_NO: list[Tensor], step: _Step) -> list[Kept]:
     stacks = step.stacks.get(projection.number, [])
     if not stacks:
         return []

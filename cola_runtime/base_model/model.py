@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cola_runtime.adapter_spec import AdapterSpec
 from cola_runtime.base_model.bank import AdapterBank
 from cola_runtime.base_model.body import Body, PatchedBody
 from cola_runtime.base_model.generate import Sampling, generate_tokens
@@ -17,13 +18,12 @@ from cola_runtime.base_model.llama import LlamaBody
 from cola_runtime.base_model.load import LoadedModel, load_frozen_model
 from cola_runtime.base_model.loss import label_loss, segment_loss_sums
 from cola_runtime.base_model.segments import Cohort, Member, MixedBatch, mixed_batch, row_refusal
-from cola_runtime.base_model.stacks import StackCache, group_stacks
+from cola_runtime.base_model.stacks.cache import StackCache, group_stacks
 from cola_runtime.base_model.tapped import TappedModules
 from cola_runtime.base_model.workspace import Workspace
 from cola_runtime.errors import InvalidInput, NotFound
 from cola_runtime.gradients.taps import TapSink
 from cola_runtime.types import (
-    AdapterSpec,
     BaseModelDescription,
     BaseStep,
     BaseStepResult,

@@ -1,6 +1,6 @@
 """Composes one rectangular batch out of many tenants' rows.
 
-Segments of equal (adapter layout, rows, encoding) become neighbours, a *cohort*: their adapters run as one
+Segments of equal (adapter layout, rows, tap plan) become neighbours, a *cohort*: their adapters run as one
 batched product over views. Rows are padded on the right: under causal attention no real token sees padding.
 Shapes: B rows of the batch, T padded length, K label positions.
 """
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cola_runtime.base_model.bank import BankedAdapter
-from cola_runtime.types import Encoding, Row, Segment
+from cola_runtime.types import Row, Segment, TapPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +30,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cohort:
-    """Segments that stack: equal layout, rows, encoding and wire dtype; contiguous in the batch."""
+    """Segments that stack: equal layout, rows, tap plan and wire dtype; contiguous in the batch."""
 
     members: tuple[Member, ...]
     first_row: int
@@ -44,8 +44,8 @@ class Cohort:
         return self.first_row + len(self.members) * self.rows_per_segment
 
     @property
-    def encoding(self) -> Encoding:
-        return self.members[0].segment.encoding
+    def taps(self) -> TapPlan:
+        return self.members[0].segment.taps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +89,7 @@ def mixed_batch(members: Sequence[Member]) -> MixedBatch:
 
 def _stacking_key(member: Member) -> object:
     segment, adapter = member.segment, member.adapter
-    return adapter.layout, len(segment.rows), segment.encoding, adapter.spec.dtype
+    return adapter.layout, len(segment.rows), segment.taps, adapter.spec.dtype
 
 
 def _padded(rows: Sequence[Row]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cola_runtime.adapter_spec import AdapterSpec
 from cola_runtime.adapters.checkpoint_format import checkpoint_weights
 from cola_runtime.base_model.compute_lane import ComputeLane
 from cola_runtime.base_model.event_log import EventLog
@@ -22,7 +23,6 @@ from cola_runtime.base_model.updates import Update
 from cola_runtime.errors import ColaError
 from cola_runtime.gradients.taps import Tap
 from cola_runtime.types import (
-    AdapterSpec,
     BaseEvent,
     BaseModelDescription,
     BaseStep,

@@ -2,7 +2,7 @@
 
 The first sibling's call (q of q, k, v) computes the whole group, the others take what it left.
 Base weights never get gradients, and nothing below the lowest adapted site has a graph.
-Shapes: B rows, T tokens, I in_features, O out_features, Q ranks of all of a group's sites.
+Shapes: B rows, T tokens, I in_features, O out_features.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cola_runtime.base_model.stacks import GroupStack
+from cola_runtime.base_model.stacks.cache import Stacks
+from cola_runtime.base_model.stacks.protocol import Kept, SiteStack
 from cola_runtime.types import Site, SiteKind
 
 
@@ -76,11 +77,11 @@ class TappedModules:
     """Patches the sites' modules in place. Without an active step they compute exactly as before."""
 
     def __init__(self, groups: Sequence[SiteGroup]) -> None:
-        self._stacks: dict[int, list[GroupStack]] = {}
+        self._stacks: Stacks = {}
         self._training = False
         self._taps = [_GroupTap(self, group) for group in groups]
 
-    def stacks(self, group: int) -> list[GroupStack]:
+    def stacks(self, group: int) -> list[SiteStack]:
         return self._stacks.get(group, [])
 
     @property
@@ -88,7 +89,7 @@ class TappedModules:
         return self._training
 
     @contextmanager
-    def active(self, stacks: dict[int, list[GroupStack]], *, training: bool) -> Iterator[None]:
+    def active(self, stacks: Stacks, *, training: bool) -> Iterator[None]:
         """Within, the modules compute with these adapters; afterwards nothing of the step is referenced."""
         self._stacks, self._training = stacks, training
         try:
@@ -123,7 +124,7 @@ class _GroupTap:
 
         return forward
 
-    def _output(self, position: int, x_BTI: Tensor, stacks: list[GroupStack]) -> Tensor:
+    def _output(self, position: int, x_BTI: Tensor, stacks: list[SiteStack]) -> Tensor:
         if x_BTI is not self._x or position not in self._waiting:
             self._x, self._waiting = x_BTI, dict(enumerate(self._compute(x_BTI, stacks)))
         output = self._waiting.pop(position)
@@ -131,7 +132,7 @@ class _GroupTap:
             self.forget()
         return output
 
-    def _compute(self, x_BTI: Tensor, stacks: list[GroupStack]) -> Sequence[Tensor]:
+    def _compute(self, x_BTI: Tensor, stacks: list[SiteStack]) -> Sequence[Tensor]:
         if not self._owner.training:
             return _adapted_outputs(self._group, stacks, x_BTI.contiguous())[0]
         # Makes the outputs part of the graph even where x is not: at the lowest site.
@@ -141,31 +142,31 @@ class _GroupTap:
 
 
 def _adapted_outputs(
-    group: SiteGroup, stacks: Sequence[GroupStack], x_BTI: Tensor
-) -> tuple[list[Tensor], list[Tensor]]:
+    group: SiteGroup, stacks: Sequence[SiteStack], x_BTI: Tensor
+) -> tuple[list[Tensor], list[Kept]]:
     outputs = group.base_outputs(x_BTI)
     return outputs, [stack.add_to(outputs, x_BTI) for stack in stacks]
 
 
 class _GroupProduct(torch.autograd.Function):
-    """y_j = W_j x + b_j + s B_j A_j x for the sites j of one group; backward hands out the taps."""
+    """y_j = W_j x + b_j + s a_j(x) for the sites j of one group; backward hands out the taps."""
 
     @staticmethod
     def forward(
         ctx: Any, x_BTI: Tensor, _anchor: Tensor, group: SiteGroup, stacks: Any
     ) -> tuple[Tensor, ...]:
         x_BTI = x_BTI.contiguous()
-        outputs, products = _adapted_outputs(group, stacks, x_BTI)
-        ctx.group, ctx.stacks = group, stacks
-        ctx.save_for_backward(x_BTI, *products)
+        outputs, kept = _adapted_outputs(group, stacks, x_BTI)
+        ctx.group, ctx.stacks, ctx.kept = group, stacks, kept
+        ctx.save_for_backward(x_BTI)
         ctx.set_materialize_grads(True)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads_BTO: Tensor) -> tuple[Tensor | None, None, None, None]:
-        x_BTI, *products = ctx.saved_tensors
+        (x_BTI,) = ctx.saved_tensors
         grads = [grad.contiguous() for grad in grads_BTO]
         dx_BTI = ctx.group.input_gradient(grads) if ctx.needs_input_grad[0] else None
-        for stack, h_SMQ in zip(ctx.stacks, products, strict=True):
-            stack.backward(x_BTI, h_SMQ, grads, dx_BTI)
+        for stack, kept in zip(ctx.stacks, ctx.kept, strict=True):
+            stack.backward(x_BTI, kept, grads, dx_BTI)
         return dx_BTI, None, None, None

@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from cola_runtime.adapters.lora import torch_dtype, weight_shapes
+from cola_runtime.adapter_spec import AdapterSpec
+from cola_runtime.adapters.adapter import torch_dtype
+from cola_runtime.adapters.shapes import weight_shapes
 from cola_runtime.errors import Conflict, Fenced, ProtocolError
 from cola_runtime.proto import control_pb2
 from cola_runtime.transport.reader import ReceivedTensor
 from cola_runtime.transport.tensors import from_wire
-from cola_runtime.types import AdapterSpec, Lease, TensorKey
+from cola_runtime.types import Lease, TensorKey
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +63,7 @@ class LeasedAdapter:
         pending = self._pending
         pending.wire_bytes += received.wire_bytes
         try:
-            self._take(pending, TensorKey(address.site, address.kind), from_wire(received))
+            self._take(pending, TensorKey(address.site, address.kind, address.slot), from_wire(received))
         except ProtocolError as error:
             pending.failure = pending.failure or error
 

@@ -34,7 +34,7 @@ def list_adapters(url: UrlOption = None, as_json: JsonFlag = False) -> None:
             short_id(job.job_id),
             job.name,
             job.base_model,
-            job.spec.adapter.rank,
+            " ".join(part.kind for part in job.spec.adapter_parts),
             last.version,
             byte_size(last.bytes),
             state_text(job.state),
@@ -42,7 +42,7 @@ def list_adapters(url: UrlOption = None, as_json: JsonFlag = False) -> None:
         )
         for job, last in found
     ]
-    columns = ("JOB", "NAME", "BASE MODEL", ">RANK", ">VERSION", ">CHECKPOINT", "STATE", ">MADE")
+    columns = ("JOB", "NAME", "BASE MODEL", "KIND", ">VERSION", ">CHECKPOINT", "STATE", ">MADE")
     print_table(columns, rows, empty="No adapters yet: no job has made a checkpoint.")
 
 

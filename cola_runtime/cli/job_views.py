@@ -67,9 +67,6 @@ def print_jobs(jobs: Sequence[Job]) -> None:
 
 
 def print_job(job: Job) -> None:
-    spec = job.spec
-    adapter = spec.adapter
-    targets = adapter.target_modules
     print_fields(
         {
             "job": job.job_id,
@@ -78,8 +75,7 @@ def print_job(job: Job) -> None:
             "waiting for": job.waiting_reason,
             "failure": f"{job.failure_reason}: {job.failure_message}" if job.failure_reason else "",
             "base model": job.base_model,
-            "adapter": f"{adapter.kind}, rank {adapter.rank}, alpha {adapter.alpha:g}, "
-            + (targets if isinstance(targets, str) else ", ".join(targets)),
+            "adapter": "; ".join(map(_adapter_part, job.spec.adapter_parts)),
             "step": f"{job.version} of {job.total_steps}",
             "loss": number(job.last_loss),
             "held-out loss": held_out(job),
@@ -91,6 +87,20 @@ def print_job(job: Job) -> None:
             "finished": job.finished_at,
         }
     )
+
+
+def _adapter_part(part: PartSpec) -> str:
+    """`lora, rank 8, alpha 16, all-linear`: what differs from the kind's defaults, rank and alpha always."""
+    shown = {"rank", "alpha", "hidden"}
+    fields = part.model_dump(exclude={"kind", "target_modules"})
+    defaults = {name: field.default for name, field in type(part).model_fields.items()}
+    texts = [
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in fields.items()
+        if name in shown or value != defaults[name]
+    ]
+    targets = part.target_modules
+    return ", ".join([part.kind, *texts, targets if isinstance(targets, str) else " ".join(targets)])
 
 
 def held_out(job: Job) -> str:

@@ -185,7 +185,7 @@ async def _collect(entry: _Tenant, output: Path) -> TenantResult:
     return TenantResult(
         name=entry.tenant.name,
         description=data.description,
-        rank=spec.adapter.rank,
+        rank=entry.tenant.rank,
         encoding=job.encoding,
         rows_per_step=spec.rows_per_step,
         learning_rate=spec.optimizer.learning_rate,

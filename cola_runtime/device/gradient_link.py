@@ -93,6 +93,7 @@ class GradientLink:
                     version=update.version,
                     site=key.site,
                     kind=key.kind,
+                    slot=key.slot,
                 )
                 await self._stream.send_tensor(address, to_wire(tensor))
             await self._stream.send_control(control_pb2.GradientControl(update_end=_update_end(update)))

@@ -13,20 +13,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cola_runtime.adapters.adapter import initial_weights
 from cola_runtime.adapters.checkpoint_format import (
     CheckpointContent,
     TrainingDefinition,
     decode_checkpoint,
     encode_checkpoint,
 )
-from cola_runtime.adapters.lora import initial_weights, weight_shapes
 from cola_runtime.adapters.schedule import learning_rate
+from cola_runtime.adapters.shapes import weight_shapes
 from cola_runtime.device.optimizer import build_optimizer
 from cola_runtime.errors import Conflict
 from cola_runtime.gradients.accumulate import GradientAccumulator
-from cola_runtime.types import TensorKey, TensorKind
-
-_GRADIENT_OF = {TensorKind.LORA_A: TensorKind.GRAD_LORA_A, TensorKind.LORA_B: TensorKind.GRAD_LORA_B}
+from cola_runtime.types import TensorKey
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +135,7 @@ class AdapterSession:
         """Hand the summed gradients to the parameters, clipped; returns their global norm before that."""
         gradients = self._accumulator.gradients()
         for key, parameter in self._weights.items():
-            parameter.grad = gradients[TensorKey(key.site, _GRADIENT_OF[key.kind])]
+            parameter.grad = gradients[key.gradient]
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._weights.values() if p.grad is not None])
         if not torch.isfinite(norm):
             raise Conflict(

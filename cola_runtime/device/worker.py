@@ -149,7 +149,8 @@ class DeviceWorker:
         started = time.perf_counter()
         held.tensors += 1
         try:
-            held.session.add(TensorKey(address.site, address.kind), from_wire(item), version=address.version)
+            key = TensorKey(address.site, address.kind, address.slot)
+            held.session.add(key, from_wire(item), version=address.version)
         except ColaError as error:
             return _refuse(held, error)
         held.step_seconds += time.perf_counter() - started

@@ -1,6 +1,6 @@
 """Device side: sums the taps of one adapter, in whatever encoding and order they arrive, into its gradient.
 
-Shapes: N rows, I in_features, O out_features, R rank. Knows nothing of frames, leases or optimizers.
+Shapes: N rows, I in_features, O out_features. Knows nothing of frames, leases or optimizers.
 """
 
 from __future__ import annotations
@@ -11,19 +11,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cola_runtime.adapters.lora import lora_gradient, torch_dtype, weight_shapes
+from cola_runtime.adapter_spec import AdapterSpec
+from cola_runtime.adapters.adapter import site_adapters, torch_dtype
+from cola_runtime.adapters.shapes import weight_shapes
+from cola_runtime.adapters.site_adapter import Gradients, LinearSiteAdapter
 from cola_runtime.errors import ProtocolError
-from cola_runtime.types import AdapterSpec, Site, TensorKey, TensorKind
-
-_GRADIENT_OF = {
-    TensorKind.LORA_A: TensorKind.GRAD_LORA_A,
-    TensorKind.LORA_B: TensorKind.GRAD_LORA_B,
-}
+from cola_runtime.types import Site, TensorKey, TensorKind
 
 
 @dataclass(slots=True)
 class _InputGroup:
-    """The adapted sites that share one x, and what of the tap under way is still unpaired."""
+    """The sites of one part that share one x, and what of the tap under way is still unpaired."""
 
     sites: dict[int, Site]  # the first one's index keys INPUT
     input_NI: Tensor | None = None  # in spec.dtype; freed after the group's last gradient
@@ -42,23 +40,26 @@ class _InputGroup:
 class GradientAccumulator:
     """Gradient of one adapter, summed over microbatches in spec.dtype.
 
-    `adapter_gradient` taps are added as they come. Of `activations` taps, each pair (x, g) is turned into
-    dA = s (g B)^T x, dB = s g^T (x A^T) as soon as both are there, and freed: memory is the adapter's
-    gradient plus open pairs. One tap of an input group (x, a g per site) ends before its next one begins.
+    `adapter_gradient` taps are added as they come, `weight_gradient` taps go through the kind's mathematics.
+    Of `activations` taps, each pair (x, g) does so as soon as both are there, and is freed: memory is the
+    adapter's gradient plus open pairs. One tap of an input group (x, a g per site) ends before its next one
+    begins.
     """
 
     def __init__(self, spec: AdapterSpec) -> None:
-        self._scaling = spec.scaling
+        self._adapters = site_adapters(spec)
         self._dtype = torch_dtype(spec)
         self._sites = {site.index: site for site in spec.sites}
         self._gradients = {
-            TensorKey(key.site, _GRADIENT_OF[key.kind]): torch.zeros(shape, dtype=self._dtype)
-            for key, shape in weight_shapes(spec).items()
+            key.gradient: torch.zeros(shape, dtype=self._dtype) for key, shape in weight_shapes(spec).items()
         }
-        groups: dict[int, _InputGroup] = {}
-        for site in spec.sites:
-            groups.setdefault(site.input_group, _InputGroup(sites={})).sites[site.index] = site
-        self._groups = {site.index: groups[site.input_group] for site in spec.sites}
+        self._groups: dict[int, _InputGroup] = {}  # by site
+        for part in spec.parts:
+            groups: dict[int, _InputGroup] = {}
+            for site in sorted(part.sites, key=lambda site: site.index):
+                group = groups.setdefault(site.input_group, _InputGroup(sites={}))
+                group.sites[site.index] = site
+                self._groups[site.index] = group
 
     @property
     def complete(self) -> bool:
@@ -66,7 +67,7 @@ class GradientAccumulator:
         return not any(group.is_open for group in self._groups.values())
 
     def add(self, key: TensorKey, tensor: Tensor, weights: Mapping[TensorKey, Tensor]) -> None:
-        """Add one tensor of a tap; `weights` are the LORA_A and LORA_B that the tap was taken at.
+        """Add one tensor of a tap; `weights` are those that the tap was taken at.
 
         Keeps no reference to `tensor` beyond its pair. Raises ProtocolError `TENSOR_INVALID`, and changes
         nothing, for a site, kind, shape or dtype that this adapter does not have.
@@ -78,13 +79,15 @@ class GradientAccumulator:
             self._add_input(site, tensor, weights)
         elif key.kind is TensorKind.OUTPUT_GRADIENT:
             self._add_output_gradient(site, tensor, weights)
+        elif key.kind is TensorKind.WEIGHT_GRADIENT:
+            self._add_product(site, tensor, weights)
         elif key in self._gradients:
             self._add_gradient(site, key, tensor)
         else:
-            raise _invalid(site.name, "a gradient, an input or an output gradient", key.kind.name)
+            raise _invalid(site.name, "a tap or a gradient of its kind", key.kind.name)
 
     def gradients(self) -> dict[TensorKey, Tensor]:
-        """GRAD_LORA_A [R, I] and GRAD_LORA_B [O, R] of every site; zeros where no tap arrived.
+        """The gradient of every weight, in its shape; zeros where no tap arrived.
 
         The tensors are the accumulator's own, valid until `clear`. Raises ProtocolError `TAP_INCOMPLETE`
         while a pair is open.
@@ -109,6 +112,17 @@ class GradientAccumulator:
         if tensor.dtype != total.dtype:
             raise _invalid(site.name, str(total.dtype), str(tensor.dtype))
         total.add_(tensor)
+
+    def _add_product(self, site: Site, tensor: Tensor, weights: Mapping[TensorKey, Tensor]) -> None:
+        adapter = self._adapters[site.index]
+        if not isinstance(adapter, LinearSiteAdapter):
+            raise _invalid(site.name, "x and g, as it is not linear in x", "a weight gradient")
+        if not tensor.is_floating_point():
+            raise _invalid(site.name, "a floating point dtype", str(tensor.dtype))
+        _check_shape(site, tensor, (site.out_features, site.in_features + 1))
+        with torch.no_grad():
+            product = tensor.to(self._dtype)
+            self._add_all(adapter.gradient_of_product(product[:, :-1], product[:, -1], weights))
 
     def _add_input(self, site: Site, tensor: Tensor, weights: Mapping[TensorKey, Tensor]) -> None:
         group = self._groups[site.index]
@@ -137,15 +151,16 @@ class GradientAccumulator:
         self, group: _InputGroup, site: Site, grad_NO: Tensor, weights: Mapping[TensorKey, Tensor]
     ) -> None:
         assert group.input_NI is not None
-        a_RI = weights[TensorKey(site.index, TensorKind.LORA_A)]
-        b_OR = weights[TensorKey(site.index, TensorKind.LORA_B)]
         with torch.no_grad():
-            grads = lora_gradient(group.input_NI, grad_NO.to(self._dtype), a_RI, b_OR, self._scaling)
-            self._gradients[TensorKey(site.index, TensorKind.GRAD_LORA_A)].add_(grads[0])
-            self._gradients[TensorKey(site.index, TensorKind.GRAD_LORA_B)].add_(grads[1])
+            adapter = self._adapters[site.index]
+            self._add_all(adapter.gradient(group.input_NI, grad_NO.to(self._dtype), weights))
         group.paired.add(site.index)
         if len(group.paired) == len(group.sites):
             _close(group)
+
+    def _add_all(self, gradients: Gradients) -> None:
+        for key, gradient in gradients.items():
+            self._gradients[key.gradient].add_(gradient)
 
 
 def _close(group: _InputGroup) -> None:

@@ -1,6 +1,6 @@
-"""What a base step hands out while its backward pass runs, in the two exact encodings.
+"""What a base step hands out while its backward pass runs, in the encodings that know no adapter kind.
 
-Shapes: S segments, N rows, I in_features, O out_features, R rank.
+Shapes: N rows, I in_features, O out_features.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from cola_runtime.types import TensorKey, TensorKind
@@ -45,16 +46,16 @@ def _any_nonzero(grads: Sequence[Tensor]) -> Tensor:
     return used_N
 
 
-def gradient_keys(sites: Sequence[int]) -> tuple[TensorKey, ...]:
-    """Names of `split_gradients`' tensors: A of every site, then B of every site."""
-    return tuple(
-        TensorKey(site, kind) for kind in (TensorKind.GRAD_LORA_A, TensorKind.GRAD_LORA_B) for site in sites
-    )
+def product_tensors(x_NI: Tensor, grads: Mapping[int, Tensor], dtype: torch.dtype) -> dict[TensorKey, Tensor]:
+    """g^T [x, 1] of every site in `grads`, [O, I + 1]: all that a kind linear in x needs, whatever N."""
+    return {
+        TensorKey(site, TensorKind.WEIGHT_GRADIENT): _product(x_NI, grad_NO).to(dtype)
+        for site, grad_NO in grads.items()
+    }
 
 
-def split_gradients(
-    grads_a_SRI: Sequence[Tensor], grads_b_SOR: Sequence[Tensor], keys: Sequence[TensorKey]
-) -> list[dict[TensorKey, Tensor]]:
-    """One dict per segment out of the stacked gradients of one input group's sites; views, no copies."""
-    by_site = [grad.unbind(0) for grad in (*grads_a_SRI, *grads_b_SOR)]
-    return [dict(zip(keys, of_segment, strict=True)) for of_segment in zip(*by_site, strict=True)]
+def _product(x_NI: Tensor, grad_NO: Tensor) -> Tensor:
+    product = x_NI.new_empty(grad_NO.shape[1], x_NI.shape[1] + 1)
+    torch.mm(grad_NO.T, x_NI, out=product[:, :-1])
+    torch.sum(grad_NO, dim=0, out=product[:, -1])
+    return product

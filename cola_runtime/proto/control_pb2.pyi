@@ -1,7 +1,6 @@
-from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from collections.abc import Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -16,37 +15,11 @@ class LeaseRef(_message.Message):
     device_id: str
     def __init__(self, job_id: _Optional[str] = ..., epoch: _Optional[int] = ..., device_id: _Optional[str] = ...) -> None: ...
 
-class SiteShape(_message.Message):
-    __slots__ = ("index", "name", "kind", "in_features", "out_features", "input_group")
-    INDEX_FIELD_NUMBER: _ClassVar[int]
-    NAME_FIELD_NUMBER: _ClassVar[int]
-    KIND_FIELD_NUMBER: _ClassVar[int]
-    IN_FEATURES_FIELD_NUMBER: _ClassVar[int]
-    OUT_FEATURES_FIELD_NUMBER: _ClassVar[int]
-    INPUT_GROUP_FIELD_NUMBER: _ClassVar[int]
-    index: int
-    name: str
-    kind: str
-    in_features: int
-    out_features: int
-    input_group: int
-    def __init__(self, index: _Optional[int] = ..., name: _Optional[str] = ..., kind: _Optional[str] = ..., in_features: _Optional[int] = ..., out_features: _Optional[int] = ..., input_group: _Optional[int] = ...) -> None: ...
-
 class AdapterDefinition(_message.Message):
-    __slots__ = ("rank", "alpha", "use_rslora", "seed", "sites", "dtype")
-    RANK_FIELD_NUMBER: _ClassVar[int]
-    ALPHA_FIELD_NUMBER: _ClassVar[int]
-    USE_RSLORA_FIELD_NUMBER: _ClassVar[int]
-    SEED_FIELD_NUMBER: _ClassVar[int]
-    SITES_FIELD_NUMBER: _ClassVar[int]
-    DTYPE_FIELD_NUMBER: _ClassVar[int]
-    rank: int
-    alpha: float
-    use_rslora: bool
-    seed: int
-    sites: _containers.RepeatedCompositeFieldContainer[SiteShape]
-    dtype: str
-    def __init__(self, rank: _Optional[int] = ..., alpha: _Optional[float] = ..., use_rslora: _Optional[bool] = ..., seed: _Optional[int] = ..., sites: _Optional[_Iterable[_Union[SiteShape, _Mapping]]] = ..., dtype: _Optional[str] = ...) -> None: ...
+    __slots__ = ("spec_json",)
+    SPEC_JSON_FIELD_NUMBER: _ClassVar[int]
+    spec_json: str
+    def __init__(self, spec_json: _Optional[str] = ...) -> None: ...
 
 class OptimizerDefinition(_message.Message):
     __slots__ = ("kind", "learning_rate", "beta1", "beta2", "eps", "weight_decay", "momentum", "nesterov", "max_grad_norm")

@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from cola_runtime.adapter_spec import AdapterSpec
 from cola_runtime.config import BaseModelSettings, JoinSettings, set_thread_environment
 from cola_runtime.errors import Unavailable
-from cola_runtime.types import AdapterSpec, BaseEvent, BaseModelDescription, BaseStep, BaseStepResult, Lease
+from cola_runtime.types import BaseEvent, BaseModelDescription, BaseStep, BaseStepResult, Lease
 
 T = TypeVar("T")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from cola_runtime.types import AdapterSpec, BaseEvent, BaseModelDescription, BaseStep, BaseStepResult, Lease
+from cola_runtime.adapter_spec import AdapterSpec
+from cola_runtime.types import BaseEvent, BaseModelDescription, BaseStep, BaseStepResult, Lease
 
 
 class BaseModelPort(Protocol):

@@ -22,7 +22,7 @@ from cola_runtime.scheduler.loop import Computed, SchedulerLoop
 from cola_runtime.scheduler.packing import split_rows
 from cola_runtime.scheduler.ports import BaseModelPort
 from cola_runtime.storage.objects import ObjectStorage
-from cola_runtime.types import Encoding, Lease, Row, Segment, StepApplied
+from cola_runtime.types import Encoding, Lease, Row, Segment, StepApplied, TapPlan
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class LeasedAdapter:
     lease: Lease
     tenant_id: str
     plan: TrainingPlan
-    encoding: Encoding
+    taps: TapPlan
     version: int
 
 
@@ -94,7 +94,7 @@ class AdapterPrimitives:
             lease=lease,
             tenant_id=record.tenant_id,
             plan=plan,
-            encoding=Encoding(record.encoding),
+            taps=TapPlan(Encoding(record.encoding)),
             version=usable.version if usable else 0,
         )
         try:
@@ -185,7 +185,7 @@ class AdapterPrimitives:
             version=adapter.version,
             rows=rows,
             loss_denominator=denominator,
-            encoding=adapter.encoding,
+            taps=adapter.taps,
             microbatch=microbatch,
             last_microbatch=last,
         )

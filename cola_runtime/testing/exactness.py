@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cola_runtime.adapters.lora import initial_weights
+from cola_runtime.adapters.adapter import initial_weights
 from cola_runtime.adapters.peft_files import read_peft_folder
 from cola_runtime.client.asynchronous import AsyncClient
 from cola_runtime.config import BaseModelSettings, DeviceSettings, SchedulerSettings, ServiceSettings

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.functional import cross_entropy
 
+from cola_runtime.adapter_spec import AdapterSpec, LoraKind
 from cola_runtime.adapters.schedule import learning_rate
 from cola_runtime.types import (
-    AdapterSpec,
     LearningRateSchedule,
     OptimizerHyperparameters,
     Row,
@@ -73,10 +73,12 @@ def peft_model(model_path: Path, spec: AdapterSpec, *, dtype: str, attention: st
     base = AutoModelForCausalLM.from_pretrained(
         model_path, dtype=getattr(torch, dtype), attn_implementation=attention
     )
+    kind = spec.parts[0].kind
+    assert isinstance(kind, LoraKind)
     config = LoraConfig(
-        r=spec.rank,
-        lora_alpha=spec.alpha,
-        use_rslora=spec.use_rslora,
+        r=kind.rank,
+        lora_alpha=kind.alpha,
+        use_rslora=kind.use_rslora,
         target_modules=[site.name for site in spec.sites],
         fan_in_fan_out=any(site.kind == "conv1d" for site in spec.sites),
         task_type="CAUSAL_LM",

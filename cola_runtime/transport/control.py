@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from cola_runtime.errors import ProtocolError
+import json
+
+from cola_runtime.adapter_spec import AdapterSpec, adapter_spec_from_fields
+from cola_runtime.errors import InvalidInput, ProtocolError
 from cola_runtime.proto import control_pb2
-from cola_runtime.types import (
-    AdapterSpec,
-    LearningRateSchedule,
-    Lease,
-    OptimizerHyperparameters,
-    Site,
-    SiteKind,
-)
+from cola_runtime.types import LearningRateSchedule, Lease, OptimizerHyperparameters
 
 
 def lease_to_proto(lease: Lease) -> control_pb2.LeaseRef:
@@ -46,57 +42,15 @@ def lease_grant(
 
 
 def spec_to_proto(spec: AdapterSpec) -> control_pb2.AdapterDefinition:
-    sites = [
-        control_pb2.SiteShape(
-            index=site.index,
-            name=site.name,
-            kind=site.kind.value,
-            in_features=site.in_features,
-            out_features=site.out_features,
-            input_group=site.input_group,
-        )
-        for site in spec.sites
-    ]
-    return control_pb2.AdapterDefinition(
-        rank=spec.rank,
-        alpha=spec.alpha,
-        use_rslora=spec.use_rslora,
-        seed=spec.seed,
-        sites=sites,
-        dtype=spec.dtype,
-    )
+    return control_pb2.AdapterDefinition(spec_json=spec.model_dump_json())
 
 
 def spec_from_proto(message: control_pb2.AdapterDefinition) -> AdapterSpec:
     """Raises ProtocolError ADAPTER_INVALID for a definition that no adapter can have."""
-    if message.rank < 1 or message.dtype not in ("float32", "float64") or not message.sites:
-        raise ProtocolError(
-            "ADAPTER_INVALID",
-            f"rank {message.rank}, dtype {message.dtype!r}, {len(message.sites)} sites",
-        )
-    return AdapterSpec(
-        rank=message.rank,
-        alpha=message.alpha,
-        use_rslora=message.use_rslora,
-        seed=message.seed,
-        sites=tuple(_site_from_proto(site) for site in message.sites),
-        dtype=message.dtype,
-    )
-
-
-def _site_from_proto(message: control_pb2.SiteShape) -> Site:
     try:
-        kind = SiteKind(message.kind)
-    except ValueError as error:
-        raise ProtocolError("ADAPTER_INVALID", f"site kind {message.kind!r} is unknown") from error
-    return Site(
-        index=message.index,
-        name=message.name,
-        kind=kind,
-        in_features=message.in_features,
-        out_features=message.out_features,
-        input_group=message.input_group,
-    )
+        return adapter_spec_from_fields(json.loads(message.spec_json))
+    except (InvalidInput, ValueError, RecursionError) as error:
+        raise ProtocolError("ADAPTER_INVALID", str(error)) from error
 
 
 def optimizer_to_proto(optimizer: OptimizerHyperparameters) -> control_pb2.OptimizerDefinition:

@@ -6,7 +6,7 @@
         12    1 protocol version          13  1 kind (1 tensor chunk, 2 control message)
         14    1 dtype code                15  1 number of dimensions (0 to 4)
         16    2 flags (0)                 18  2 site
-        20    2 tensor id (TensorKind)    22  2 reserved (0)
+        20    2 tensor id (TensorKind)    22  2 slot (of a registered module's parameter)
         24   16 job id, without its prefix
         40    4 epoch      44  4 version      48  4 microbatch
         52    4 payload bytes
@@ -30,7 +30,7 @@ import xxhash
 from cola_runtime.errors import ProtocolError
 from cola_runtime.types import JOB_ID_PREFIX, TensorKind
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAGIC = b"COLA"
 HEADER_BYTES = 88
 MAX_PAYLOAD_BYTES = 1 << 20
@@ -78,6 +78,7 @@ class TensorAddress(NamedTuple):
     kind: TensorKind
     site: int = 0
     microbatch: int = 0
+    slot: int = 0
 
 
 class WireTensor(NamedTuple):
@@ -96,6 +97,7 @@ class Header(NamedTuple):
     shape: tuple[int, ...]
     site: int
     tensor: int
+    slot: int
     job: bytes
     epoch: int
     version: int
@@ -147,7 +149,7 @@ def decode_header(message: bytes, start: int) -> Header:
         raise ProtocolError("FRAME_TRUNCATED", f"{len(message) - start} bytes are no header")
     magic, checksum = struct.unpack_from(_PREFIX_FORMAT, message, start)
     fields = struct.unpack_from(_FIELDS_FORMAT, message, start + _CHECKED_FROM)
-    version, kind, dtype, dimensions, flags, site, tensor, reserved = fields[:8]
+    version, kind, dtype, dimensions, flags, site, tensor, slot = fields[:8]
     job, epoch, step, microbatch, payload = fields[8:13]
     if magic != MAGIC:
         raise ProtocolError("FRAME_MAGIC", f"a frame begins with {MAGIC!r}, got {magic!r}")
@@ -162,10 +164,10 @@ def decode_header(message: bytes, start: int) -> Header:
         raise ProtocolError("FRAME_CHECKSUM", "checksum mismatch: the frame was damaged on its way")
     if kind not in _FRAME_KINDS:
         raise ProtocolError("FRAME_KIND", f"unknown frame kind {kind}")
-    if flags or reserved or dimensions > MAX_DIMENSIONS or any(fields[13 + dimensions : 17]):
-        raise ProtocolError("FRAME_FIELDS", f"flags {flags}, reserved {reserved}, {dimensions} dimensions")
+    if flags or dimensions > MAX_DIMENSIONS or any(fields[13 + dimensions : 17]):
+        raise ProtocolError("FRAME_FIELDS", f"flags {flags}, {dimensions} dimensions")
     return Header(
-        kind, dtype, fields[13 : 13 + dimensions], site, tensor, job, epoch, step, microbatch, payload,
+        kind, dtype, fields[13 : 13 + dimensions], site, tensor, slot, job, epoch, step, microbatch, payload,
         fields[17], fields[18],
     )  # fmt: skip
 
@@ -191,14 +193,16 @@ def check_tensor_header(header: Header) -> None:
 def tensor_address(header: Header) -> TensorAddress:
     """The address in a checked tensor header."""
     job_id, kind = _job_id(header.job), _TENSOR_KINDS[header.tensor]
-    return TensorAddress(job_id, header.epoch, header.version, kind, header.site, header.microbatch)
+    return TensorAddress(
+        job_id, header.epoch, header.version, kind, header.site, header.microbatch, header.slot
+    )
 
 
 def _tensor_fields(address: TensorAddress, tensor: WireTensor, offset: int, payload_bytes: int) -> bytes:
     shape = (*tensor.shape, *(0,) * (MAX_DIMENSIONS - len(tensor.shape)))
     return struct.pack(
         _FIELDS_FORMAT, PROTOCOL_VERSION, FrameKind.TENSOR, tensor.dtype, len(tensor.shape), 0, address.site,
-        address.kind, 0, _job_bytes(address.job_id), address.epoch, address.version, address.microbatch,
+        address.kind, address.slot, _job_bytes(address.job_id), address.epoch, address.version, address.microbatch,
         payload_bytes, *shape, len(tensor.data), offset,
     )  # fmt: skip
 

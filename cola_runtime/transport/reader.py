@@ -89,7 +89,15 @@ class FrameReader:
         check_tensor_header(header)
         if header.payload_bytes == header.total_bytes and not self._open:
             return self._whole(header, payload)
-        name = (header.job, header.epoch, header.version, header.microbatch, header.site, header.tensor)
+        name = (
+            header.job,
+            header.epoch,
+            header.version,
+            header.microbatch,
+            header.site,
+            header.tensor,
+            header.slot,
+        )
         opened = self._open.get(name) or self._begin(name, header)
         _check_continues(opened, header)
         opened.data[opened.filled : opened.filled + len(payload)] = payload

@@ -3,9 +3,10 @@ import dataclasses
 import pytest
 import torch
 
-from cola_runtime.adapters.lora import initial_weights, lora_gradient
+from cola_runtime.adapter_spec import AdapterSpec
+from cola_runtime.adapters.adapter import initial_weights
 from cola_runtime.testing.tiny_models import tiny_sites
-from cola_runtime.types import AdapterSpec, TensorKey, TensorKind
+from cola_runtime.types import TensorKey, TensorKind
 
 torch.set_num_threads(1)
 

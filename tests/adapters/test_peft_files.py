@@ -8,11 +8,12 @@ import safetensors.numpy
 import torch
 from transformers import AutoModelForCausalLM
 
+from cola_runtime.adapter_spec import AdapterSpec
 from cola_runtime.adapters.peft_files import CONFIG_FILE, WEIGHTS_FILE, peft_folder, read_peft_folder
 from cola_runtime.adapters.targets import resolve_target_sites
 from cola_runtime.errors import InvalidInput
 from cola_runtime.testing.tiny_models import save_tiny_model, tiny_sites
-from cola_runtime.types import AdapterSpec, TensorKey, TensorKind
+from cola_runtime.types import TensorKey, TensorKind
 
 torch.set_num_threads(1)
 CATALOGUE = tiny_sites("llama")

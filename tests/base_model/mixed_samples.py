@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cola_runtime.adapters.lora import initial_weights
+from cola_runtime.adapter_spec import AdapterSpec
+from cola_runtime.adapters.adapter import initial_weights
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.gradients.accumulate import GradientAccumulator
 from cola_runtime.gradients.taps import Tap
 from cola_runtime.testing.peft_reference import adapter_parameters, batch_loss, peft_model
 from cola_runtime.types import (
-    AdapterSpec,
     BaseStep,
     BaseStepResult,
     Encoding,

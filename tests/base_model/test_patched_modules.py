@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cola_runtime.adapters.lora import initial_weights
+from cola_runtime.adapter_spec import AdapterSpec
+from cola_runtime.adapters.adapter import initial_weights
 from cola_runtime.base_model.bank import AdapterBank
 from cola_runtime.base_model.segments import Cohort, Member
 from cola_runtime.base_model.stacks import GroupStack, StackCache, group_stacks
 from cola_runtime.base_model.tapped import SiteGroup, TappedModules
-from cola_runtime.types import AdapterSpec, Lease, Segment, Site, SiteKind
+from cola_runtime.types import Lease, Segment, Site, SiteKind
 from tests.base_model.mixed_samples import random_row
 
 SITES = tuple(

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from cola_runtime.adapter_spec import AdapterSpec
+from cola_runtime.adapters.adapter import initial_weights
 from cola_runtime.adapters.checkpoint_format import TrainingDefinition
-from cola_runtime.adapters.lora import initial_weights
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.base_model.service import BaseModelService
 from cola_runtime.base_model.updates import Update
@@ -23,7 +24,6 @@ from cola_runtime.device.session import AdapterSession
 from cola_runtime.errors import Conflict, Fenced
 from cola_runtime.testing.tiny_models import save_tiny_model
 from cola_runtime.types import (
-    AdapterSpec,
     BaseEvent,
     BaseStep,
     DeviceLinkChanged,

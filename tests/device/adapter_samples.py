@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cola_runtime.adapter_spec import AdapterSpec
 from cola_runtime.adapters.checkpoint_format import TrainingDefinition
-from cola_runtime.adapters.lora import weight_shapes
+from cola_runtime.adapters.shapes import weight_shapes
 from cola_runtime.types import (
-    AdapterSpec,
     LearningRateSchedule,
     OptimizerHyperparameters,
     Site,

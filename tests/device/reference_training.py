@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cola_runtime.adapters.adapter import initial_weights
 from cola_runtime.adapters.checkpoint_format import TrainingDefinition
-from cola_runtime.adapters.lora import initial_weights
 from cola_runtime.adapters.schedule import learning_rate
 from cola_runtime.types import TensorKey
 from tests.device.adapter_samples import GRADIENT_OF

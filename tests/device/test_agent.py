@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from cola_runtime.adapters.adapter import initial_weights
 from cola_runtime.adapters.checkpoint_format import TrainingDefinition
-from cola_runtime.adapters.lora import initial_weights
 from cola_runtime.base_model.gradient_server import GradientServer
 from cola_runtime.base_model.updates import Update
 from cola_runtime.device.agent import DeviceAgent

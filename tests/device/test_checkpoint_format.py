@@ -11,7 +11,7 @@ import safetensors.numpy
 import torch
 
 from cola_runtime.adapters.checkpoint_format import checkpoint_weights, decode_checkpoint, weight_keys
-from cola_runtime.adapters.lora import weight_shapes
+from cola_runtime.adapters.shapes import weight_shapes
 from cola_runtime.device.session import AdapterSession
 from cola_runtime.errors import InvalidInput
 from tests.device.adapter_samples import definition, gradients

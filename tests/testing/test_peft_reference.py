@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cola_runtime.adapters.lora import initial_weights, lora_gradient
+from cola_runtime.adapter_spec import AdapterSpec
+from cola_runtime.adapters.adapter import initial_weights
 from cola_runtime.testing.peft_reference import (
     Recipe,
     adapter_parameters,
@@ -16,7 +17,6 @@ from cola_runtime.testing.peft_reference import (
 )
 from cola_runtime.testing.tiny_models import save_tiny_model, tiny_sites
 from cola_runtime.types import (
-    AdapterSpec,
     LearningRateSchedule,
     OptimizerHyperparameters,
     Row,

@@ -1,0 +1,75 @@
+"""Linearized LoRA at one site: h = f(x) + s * (dB A0 + B0 dA) x, the tangent of LoRA at (A0, B0).
+
+Partial linearization (ICLR 2024): linear in its weights too, so adapters of one base_seed add exactly and a
+gradient does not depend on the current deltas. Shapes: N rows, I in_features, O out_features, R rank.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from cola_runtime.adapter_spec import LinearizedLoraKind
+from cola_runtime.adapters.draws import uniform
+from cola_runtime.adapters.shapes import site_weight_shapes
+from cola_runtime.adapters.site_adapter import Gradients, Weights
+from cola_runtime.types import Site, TensorKey, TensorKind
+
+
+class SiteLinearizedLora:
+    """`LinearSiteAdapter` of one L-LoRA: DELTA_A [R, I], DELTA_B [O, R]."""
+
+    def __init__(self, kind: LinearizedLoraKind, site: Site) -> None:
+        self.site = site
+        self._kind = kind
+        self._delta_a = TensorKey(site.index, TensorKind.DELTA_A)
+        self._delta_b = TensorKey(site.index, TensorKind.DELTA_B)
+
+    @cached_property
+    def base_a_RI(self) -> Tensor:
+        """A0 in float64: U(-1/sqrt(I), 1/sqrt(I)) of (base_seed, site name)."""
+        shape = (self._kind.rank, self.site.in_features)
+        return uniform(f"{self._kind.base_seed}/{self.site.name}", shape, bound=shape[1] ** -0.5)
+
+    @cached_property
+    def base_b_OR(self) -> Tensor:
+        """B0 in float64: zero, or U(-1/sqrt(R), 1/sqrt(R)) of (base_seed, site name)."""
+        shape = (self.site.out_features, self._kind.rank)
+        if self._kind.initial_b == "zero":
+            return torch.zeros(shape, dtype=torch.float64)
+        return uniform(f"{self._kind.base_seed}/{self.site.name}/b", shape, bound=shape[1] ** -0.5)
+
+    def initial_weights(self, seed: int) -> dict[TensorKey, Tensor]:
+        """Deltas of zero, whatever the seed."""
+        shapes = site_weight_shapes(self._kind, self.site)
+        return {key: torch.zeros(shape, dtype=torch.float64) for key, shape in shapes.items()}
+
+    def forward(self, x_NI: Tensor, weights: Weights) -> Tensor:
+        delta_a_RI, delta_b_OR = weights[self._delta_a], weights[self._delta_b]
+        a_RI, b_OR = self._base(delta_a_RI.dtype)
+        return self._kind.scaling * (x_NI @ a_RI.T @ delta_b_OR.T + x_NI @ delta_a_RI.T @ b_OR.T)
+
+    def gradient(self, x_NI: Tensor, grad_NO: Tensor, weights: Weights) -> Gradients:
+        """d(delta A) = s (g B0)^T x, d(delta B) = s g^T (x A0^T)."""
+        a_RI, b_OR = self._base(x_NI.dtype)
+        s = self._kind.scaling
+        return {
+            self._delta_a: s * ((grad_NO @ b_OR).T @ x_NI),
+            self._delta_b: s * (grad_NO.T @ (x_NI @ a_RI.T)),
+        }
+
+    def gradient_of_product(self, product_OI: Tensor, grad_sum_O: Tensor, weights: Weights) -> Gradients:
+        """d(delta A) = s B0^T G, d(delta B) = s G A0^T."""
+        a_RI, b_OR = self._base(product_OI.dtype)
+        s = self._kind.scaling
+        return {self._delta_a: s * (b_OR.T @ product_OI), self._delta_b: s * (product_OI @ a_RI.T)}
+
+    def delta_weight(self, weights: Weights) -> tuple[Tensor, Tensor | None]:
+        delta_a_RI, delta_b_OR = weights[self._delta_a], weights[self._delta_b]
+        a_RI, b_OR = self._base(delta_a_RI.dtype)
+        return self._kind.scaling * (delta_b_OR @ a_RI + b_OR @ delta_a_RI), None
+
+    def _base(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self.base_a_RI.to(dtype), self.base_b_OR.to(dtype)

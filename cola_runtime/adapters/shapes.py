@@ -1,0 +1,65 @@
+"""Shape and name of every weight of an adapter, in catalogue order. Torch-free but for registered modules."""
+
+from __future__ import annotations
+
+from cola_runtime.adapter_spec import (
+    AdapterKind,
+    AdapterSpec,
+    LinearizedLoraKind,
+    LinearKind,
+    LoraKind,
+    MlpKind,
+)
+from cola_runtime.types import Site, TensorKey, TensorKind
+
+Shape = tuple[int, ...]
+
+
+def weight_shapes(spec: AdapterSpec) -> dict[TensorKey, Shape]:
+    """Shape of every weight, site by site in catalogue order, each kind's weights in a fixed order."""
+    return {
+        key: shape
+        for site in spec.sites
+        for key, shape in site_weight_shapes(spec.kinds[site.index], site).items()
+    }
+
+
+def site_weight_shapes(kind: AdapterKind, site: Site) -> dict[TensorKey, Shape]:
+    """Raises InvalidInput ADAPTER_MODULE_UNKNOWN for a module that is not registered here."""
+    inputs, outputs = site.in_features, site.out_features
+    shapes: dict[TensorKind, Shape]
+    match kind:
+        case LoraKind():
+            shapes = {TensorKind.LORA_A: (kind.rank, inputs), TensorKind.LORA_B: (outputs, kind.rank)}
+        case LinearizedLoraKind():
+            shapes = {TensorKind.DELTA_A: (kind.rank, inputs), TensorKind.DELTA_B: (outputs, kind.rank)}
+        case LinearKind():
+            shapes = {TensorKind.WEIGHT: (outputs, inputs)}
+            if kind.bias:
+                shapes[TensorKind.BIAS] = (outputs,)
+        case MlpKind():
+            shapes = {
+                TensorKind.MLP_IN: (kind.hidden, inputs),
+                TensorKind.MLP_IN_BIAS: (kind.hidden,),
+                TensorKind.MLP_OUT: (outputs, kind.hidden),
+                TensorKind.MLP_OUT_BIAS: (outputs,),
+            }
+        case _:
+            from cola_runtime.adapters.modules import module_shapes
+
+            return {
+                TensorKey(site.index, TensorKind.MODULE, slot): shape
+                for slot, shape in enumerate(module_shapes(kind, site))
+            }
+    return {TensorKey(site.index, tensor): shape for tensor, shape in shapes.items()}
+
+
+def weight_names(spec: AdapterSpec) -> dict[TensorKey, str]:
+    """`<site name>/lora_a`, `<site name>/module.0`: how files name the weights."""
+    names = {site.index: site.name for site in spec.sites}
+    return {key: f"{names[key.site]}/{_short_name(key)}" for key in weight_shapes(spec)}
+
+
+def _short_name(key: TensorKey) -> str:
+    name = key.kind.name.lower()
+    return f"{name}.{key.slot}" if key.kind is TensorKind.MODULE else name

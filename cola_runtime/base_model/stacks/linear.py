@@ -1,0 +1,83 @@
+"""Stacked full-rank adapters:  y += x W^T + b,  dx += g W,  dW = s G,  db = s sum(g); s is folded into W and b.
+
+Shapes: S segments of a cohort, M tokens of one segment, I in_features, O out_features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cola_runtime.adapter_spec import LinearKind
+from cola_runtime.adapters.shapes import site_weight_shapes
+from cola_runtime.base_model.stacks.protocol import CohortRows, Kept
+from cola_runtime.base_model.stacks.site_blocks import SiteBlocks, SiteViews
+from cola_runtime.base_model.stacks.taps import GroupTaps
+from cola_runtime.types import Site, TensorKey, TensorKind
+
+
+class LinearLayout:
+    """Every site's WEIGHT, then its BIAS if it has one."""
+
+    def __init__(self, kind: LinearKind, sites: Sequence[Site]) -> None:
+        self._blocks = SiteBlocks({site: site_weight_shapes(kind, site) for site in sites})
+        self.groups, self.block_sizes = self._blocks.groups, self._blocks.sizes
+
+    def flatten(self, weights: Mapping[TensorKey, Tensor], kind: LinearKind, dtype: torch.dtype) -> Tensor:
+        return self._blocks.flatten(weights, dtype, scaling=kind.scaling)
+
+    def views(self, blocks: Sequence[Tensor]) -> dict[int, Any]:
+        return self._blocks.views(blocks)
+
+    def stack(
+        self, views: SiteViews, rows: CohortRows, positions: tuple[int, ...], taps: GroupTaps | None
+    ) -> LinearStack:
+        return LinearStack(rows, positions, views, taps)
+
+
+@dataclass(frozen=True, slots=True)
+class LinearStack:
+    """`SiteStack` of one cohort's full-rank adapters at one input group."""
+
+    rows: CohortRows
+    positions: tuple[int, ...]
+    views: SiteViews
+    taps: GroupTaps | None
+
+    def add_to(self, outputs_BTO: Sequence[Tensor], x_BTI: Tensor) -> Kept:
+        x_SMI = self.rows.of(x_BTI)
+        for position, weights in zip(self.positions, self.views.values(), strict=True):
+            out_SMO = self.rows.of(outputs_BTO[position])
+            out_SMO.baddbmm_(x_SMI, weights[TensorKind.WEIGHT, 0].transpose(1, 2))
+            if (TensorKind.BIAS, 0) in weights:
+                out_SMO.add_(weights[TensorKind.BIAS, 0].unsqueeze(1))
+        return ()
+
+    def backward(self, x_BTI: Tensor, kept: Kept, grads_BTO: Sequence[Tensor], dx_BTI: Tensor | None) -> None:
+        grads_SMO = {
+            site.index: self.rows.of(grads_BTO[position])
+            for site, position in zip(self.views, self.positions, strict=True)
+        }
+        if dx_BTI is not None:
+            dx_SMI = self.rows.of(dx_BTI)
+            for site, weights in self.views.items():
+                dx_SMI.baddbmm_(grads_SMO[site.index], weights[TensorKind.WEIGHT, 0])
+        if self.taps is not None:
+            x_SMI = self.rows.of(x_BTI)
+            self.taps.emit(x_SMI, grads_SMO, lambda: self._gradients(x_SMI, grads_SMO))
+
+    def _gradients(self, x_SMI: Tensor, grads_SMO: Mapping[int, Tensor]) -> dict[TensorKey, Tensor]:
+        assert self.taps is not None
+        gradients: dict[TensorKey, Tensor] = {}
+        for site, weights in self.views.items():
+            grad_SMO = grads_SMO[site.index]
+            product_SOI = torch.bmm(grad_SMO.transpose(1, 2), x_SMI)
+            gradients[TensorKey(site.index, TensorKind.GRAD_WEIGHT)] = self.taps.scale(product_SOI)
+            if (TensorKind.BIAS, 0) in weights:
+                sum_SO = grad_SMO.sum(dim=1)
+                gradients[TensorKey(site.index, TensorKind.GRAD_BIAS)] = self.taps.scale(sum_SO)
+        return gradients

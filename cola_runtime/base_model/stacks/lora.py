@@ -1,0 +1,145 @@
+"""Stacked LoRA:  y += (x A^T)(s B)^T,  dx += (g s B) A,  dA = (g s B)^T x,  dB = s g^T (x A^T).
+
+The scaling s is folded into B once, at installation.
+Shapes: B rows, T tokens, S segments of a cohort, M tokens of one segment, I in_features, O out_features,
+R rank, J adapted sites of the input group, Q = J * R.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cola_runtime.adapter_spec import LoraKind
+from cola_runtime.base_model.stacks.protocol import CohortRows, Kept, by_input_group
+from cola_runtime.base_model.stacks.taps import GroupTaps
+from cola_runtime.types import Site, TensorKey, TensorKind
+
+
+@dataclass(frozen=True, slots=True)
+class LoraFactors:
+    """Factors of S adapters at one input group, as views of their blocks."""
+
+    sites: tuple[Site, ...]  # the adapted ones, in catalogue order
+    a_SQI: Tensor  # A of all sites, one above the other
+    b_SOR: tuple[Tensor, ...]  # s * B of each site
+
+
+class LoraLayout:
+    """[A of every site | s * B of every site], input group by input group.
+
+    The A factors of one group are neighbours, thus one matrix [Q, I].
+    """
+
+    def __init__(self, rank: int, sites: Sequence[Site]) -> None:
+        self.groups = by_input_group(sites)
+        self._rank = rank
+        self._sites = [site for group in self.groups.values() for site in group]
+        self._a_numel = sum(rank * site.in_features for site in self._sites)
+        self.block_sizes = (
+            *(len(group) * rank * group[0].in_features for group in self.groups.values()),
+            *(rank * site.out_features for site in self._sites),
+        )
+
+    def flatten(self, weights: Mapping[TensorKey, Tensor], kind: LoraKind, dtype: torch.dtype) -> Tensor:
+        return self.flatten_factors(
+            [weights[TensorKey(site.index, TensorKind.LORA_A)] for site in self._sites],
+            [weights[TensorKey(site.index, TensorKind.LORA_B)] for site in self._sites],
+            kind.scaling,
+            dtype,
+        )
+
+    def flatten_factors(
+        self, a_RI: Sequence[Tensor], b_OR: Sequence[Tensor], scaling: float, dtype: torch.dtype
+    ) -> Tensor:
+        """`flatten` of one A [R, I] and one B [O, R] per site."""
+        flat = torch.cat([factor.reshape(-1) for factor in (*a_RI, *b_OR)])
+        flat = flat.to(torch.promote_types(flat.dtype, dtype))
+        flat[self._a_numel :] *= scaling
+        return flat.to(dtype)
+
+    def views(self, blocks: Sequence[Tensor]) -> dict[int, LoraFactors]:
+        """Batched products clone what is not dense, hence blocks and not slices of one stacked vector."""
+        blocks_b = iter(blocks[len(self.groups) :])
+        return {
+            group: LoraFactors(
+                sites,
+                _matrices(block_a, sites[0].in_features),
+                tuple(_matrices(next(blocks_b), self._rank) for _ in sites),
+            )
+            for (group, sites), block_a in zip(self.groups.items(), blocks, strict=False)
+        }
+
+    def stack(
+        self, views: LoraFactors, rows: CohortRows, positions: tuple[int, ...], taps: GroupTaps | None
+    ) -> LoraStack:
+        return LoraStack(rows, self._rank, positions, views, taps)
+
+
+@dataclass(frozen=True, slots=True)
+class LoraStack:
+    """`SiteStack` of one cohort's LoRA at one input group."""
+
+    rows: CohortRows
+    rank: int
+    positions: tuple[int, ...]
+    factors: LoraFactors
+    taps: GroupTaps | None
+
+    def add_to(self, outputs_BTO: Sequence[Tensor], x_BTI: Tensor) -> Kept:
+        """Keeps x A^T, [S, M, Q]."""
+        h_SMQ = torch.bmm(self.rows.of(x_BTI), self.factors.a_SQI.transpose(1, 2))
+        h_parts = torch.split(h_SMQ, self.rank, dim=2)
+        for position, h_SMR, b_SOR in zip(self.positions, h_parts, self.factors.b_SOR, strict=True):
+            self.rows.of(outputs_BTO[position]).baddbmm_(h_SMR, b_SOR.transpose(1, 2))
+        return (h_SMQ,)
+
+    def backward(self, x_BTI: Tensor, kept: Kept, grads_BTO: Sequence[Tensor], dx_BTI: Tensor | None) -> None:
+        (h_SMQ,) = kept
+        grads_SMO = [self.rows.of(grads_BTO[position]) for position in self.positions]
+        gb_SMQ = self._grad_times_b(grads_SMO)
+        if dx_BTI is not None:
+            self.rows.of(dx_BTI).baddbmm_(gb_SMQ, self.factors.a_SQI)
+        if self.taps is None:
+            return
+        x_SMI = self.rows.of(x_BTI)
+        by_site = {site.index: grad for site, grad in zip(self.factors.sites, grads_SMO, strict=True)}
+        self.taps.emit(x_SMI, by_site, lambda: self._gradients(x_SMI, h_SMQ, gb_SMQ, grads_SMO))
+
+    def _gradients(
+        self, x_SMI: Tensor, h_SMQ: Tensor, gb_SMQ: Tensor, grads_SMO: Sequence[Tensor]
+    ) -> dict[TensorKey, Tensor]:
+        """A of every site, then B of every site."""
+        assert self.taps is not None
+        grad_a_SQI = torch.bmm(gb_SMQ.transpose(1, 2), x_SMI).to(self.taps.dtype)
+        gradients = {
+            TensorKey(site.index, TensorKind.GRAD_LORA_A): grad_a_SRI
+            for site, grad_a_SRI in zip(self.factors.sites, grad_a_SQI.split(self.rank, dim=1), strict=True)
+        }
+        h_parts = torch.split(h_SMQ, self.rank, dim=2)
+        scalings_S11 = torch.tensor(self.taps.scalings, dtype=self.taps.dtype)[:, None, None]
+        for site, grad_SMO, h_SMR in zip(self.factors.sites, grads_SMO, h_parts, strict=True):
+            grad_SRO = torch.bmm(h_SMR.transpose(1, 2), grad_SMO)
+            gradients[TensorKey(site.index, TensorKind.GRAD_LORA_B)] = _scaled_transpose(
+                grad_SRO, scalings_S11
+            )
+        return gradients
+
+    def _grad_times_b(self, grads_SMO: Sequence[Tensor]) -> Tensor:
+        parts = [
+            torch.bmm(grad_SMO, b_SOR) for grad_SMO, b_SOR in zip(grads_SMO, self.factors.b_SOR, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _scaled_transpose(grad_SRO: Tensor, scalings_S11: Tensor) -> Tensor:
+    segments, rank, columns = grad_SRO.shape
+    out_SOR = grad_SRO.new_empty((segments, columns, rank), dtype=scalings_S11.dtype)
+    return torch.mul(grad_SRO.transpose(1, 2), scalings_S11, out=out_SOR)
+
+
+def _matrices(block_SP: Tensor, columns: int) -> Tensor:
+    return block_SP.view(len(block_SP), -1, columns)

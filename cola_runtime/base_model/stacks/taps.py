@@ -1,0 +1,60 @@
+"""Where the taps of one cohort at one input group go, and in which encoding.
+
+Shapes: S segments, M tokens of one segment, I in_features, O out_features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from cola_runtime.gradients.taps import Tap, TapSink, activation_tensors, product_tensors
+from cola_runtime.types import Encoding, TensorKey
+
+OwnGradients = Callable[[], Mapping[TensorKey, Tensor]]
+"""The kind's own gradients, [S, ...] each, without the scaling s, keyed by gradient. Called when needed only."""
+
+
+class GroupTaps:
+    """Encodes and hands out what one stack's backward has at hand."""
+
+    def __init__(
+        self,
+        encoding: Encoding,
+        *,
+        segments: Sequence[int],
+        scalings: Sequence[float],
+        dtype: torch.dtype,
+        sink: TapSink,
+    ) -> None:
+        self.scalings = scalings  # s of each segment
+        self.dtype = dtype  # of gradients on the wire
+        self._encoding = encoding
+        self._segments = segments  # positions in BaseStep.segments
+        self._sink = sink
+
+    def emit(self, x_SMI: Tensor, grads_SMO: Mapping[int, Tensor], own: OwnGradients) -> None:
+        """`grads_SMO`: g by site index. `own`'s tensors are handed on as they are: give them away."""
+        if self._encoding is Encoding.ADAPTER_GRADIENT:
+            self._hand_out(own())
+            return
+        of_segment = activation_tensors if self._encoding is Encoding.ACTIVATIONS else self._products
+        for s, segment in enumerate(self._segments):
+            tensors = of_segment(x_SMI[s], {site: grad[s] for site, grad in grads_SMO.items()})
+            self._sink(Tap(segment, tensors))
+
+    def scale(self, grad: Tensor) -> Tensor:
+        """s times a gradient [S, ...], in the wire's dtype; a new tensor."""
+        scalings = torch.tensor(self.scalings, dtype=self.dtype)
+        return grad.to(self.dtype) * scalings.view(-1, *(1,) * (grad.ndim - 1))
+
+    def _products(self, x_MI: Tensor, grads: Mapping[int, Tensor]) -> dict[TensorKey, Tensor]:
+        return product_tensors(x_MI, grads, self.dtype)
+
+    def _hand_out(self, gradients: Mapping[TensorKey, Tensor]) -> None:
+        """One dict per segment out of the stacked gradients; views, no copies."""
+        by_key = [gradient.unbind(0) for gradient in gradients.values()]
+        for segment, tensors in zip(self._segments, zip(*by_key, strict=True), strict=True):
+            self._sink(Tap(segment, dict(zip(gradients, tensors, strict=True))))
