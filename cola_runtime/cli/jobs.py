@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Submit, watch and steer jobs.")
 
+Answer = TypeVar("Answer")
 AfterOption = Annotated[
     int, typer.Option("--after", min=0, metavar="ID", help="Only events behind this one.")
 ]
@@ -57,25 +58,27 @@ def list_jobs(
 @app.command()
 def get(job: JobArgument, url: UrlOption = None, as_json: JsonFlag = False) -> None:
     """One job in full."""
-    _show(job, lambda handle: handle.job, url=url, as_json=as_json)
+    from cola_runtime.cli.job_views import print_job
+
+    _ask(job, lambda handle: handle.job, print_job, url=url, as_json=as_json)
 
 
 @app.command()
 def cancel(job: JobArgument, url: UrlOption = None, as_json: JsonFlag = False) -> None:
     """End a job; its checkpoints stay."""
-    _steer(job, lambda handle: handle.cancel(), url=url, as_json=as_json)
+    _ask(job, lambda handle: handle.cancel(), _print_progress, url=url, as_json=as_json)
 
 
 @app.command()
 def pause(job: JobArgument, url: UrlOption = None, as_json: JsonFlag = False) -> None:
     """Stop a job after its current step, to be resumed."""
-    _steer(job, lambda handle: handle.pause(), url=url, as_json=as_json)
+    _ask(job, lambda handle: handle.pause(), _print_progress, url=url, as_json=as_json)
 
 
 @app.command()
 def resume(job: JobArgument, url: UrlOption = None, as_json: JsonFlag = False) -> None:
     """Go on with a paused job."""
-    _steer(job, lambda handle: handle.resume(), url=url, as_json=as_json)
+    _ask(job, lambda handle: handle.resume(), _print_progress, url=url, as_json=as_json)
 
 
 @app.command()
@@ -166,43 +169,37 @@ def metrics(
 @app.command()
 def checkpoints(job: JobArgument, url: UrlOption = None, as_json: JsonFlag = False) -> None:
     """The versions that can be exported."""
-    from cola_runtime.cli.connect import connected
     from cola_runtime.cli.job_views import print_checkpoints
+
+    _ask(job, lambda handle: handle.checkpoints(), print_checkpoints, url=url, as_json=as_json)
+
+
+def _ask(
+    ref: str,
+    question: Callable[[JobHandle], Answer],
+    show: Callable[[Answer], None],
+    *,
+    url: str | None,
+    as_json: bool,
+) -> None:
+    """Ask one thing of a job and print the answer: as JSON, or as `show` does."""
+    from cola_runtime.cli.connect import connected
     from cola_runtime.cli.output import print_json
 
     with connected(url) as client:
-        found = client.job(job).checkpoints()
+        answer = question(client.job(ref))
     if as_json:
-        print_json(found)
+        print_json(answer)
     else:
-        print_checkpoints(found)
+        show(answer)
 
 
-def _show(ref: str, ask: Callable[[JobHandle], Job], *, url: str | None, as_json: bool) -> None:
-    from cola_runtime.cli.connect import connected
-    from cola_runtime.cli.job_views import print_job
-    from cola_runtime.cli.output import print_json
+def _print_progress(job: Job) -> None:
+    from cola_runtime.cli.output import clean, state_text, stdout
 
-    with connected(url) as client:
-        job = ask(client.job(ref))
-    if as_json:
-        print_json(job)
-    else:
-        print_job(job)
-
-
-def _steer(ref: str, ask: Callable[[JobHandle], Job], *, url: str | None, as_json: bool) -> None:
-    from cola_runtime.cli.connect import connected
-    from cola_runtime.cli.output import clean, print_json, state_text, stdout
-
-    with connected(url) as client:
-        job = ask(client.job(ref))
-    if as_json:
-        print_json(job)
-    else:
-        line = state_text(job.state)
-        line.append(f"  {clean(job.name)}, step {job.version} of {job.total_steps}", style="default")
-        stdout().print(line)
+    line = state_text(job.state)
+    line.append(f"  {clean(job.name)}, step {job.version} of {job.total_steps}", style="default")
+    stdout().print(line)
 
 
 def _events_so_far(ref: str, *, after: int, url: str | None) -> list[Event]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from cola_runtime.demo.curves import loss_curve_svg
 from cola_runtime.demo.page_style import STYLE
 from cola_runtime.demo.picture import TENANT_COLOURS, write_loss_curves
-from cola_runtime.demo.result import ALONE_TOLERANCE, PEFT_LOSS_TOLERANCE, DemoReport, TenantResult
+from cola_runtime.demo.result import PEFT_LOSS_TOLERANCE, DemoReport, TenantResult
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _LEGEND = (
@@ -174,7 +174,6 @@ def _facts(tenant: TenantResult) -> str:
         ("Trained on", escape(" → ".join(tenant.devices))),
         ("PEFT folder", f"<code>{escape(tenant.adapter_folder)}</code>"),
         ("By peft, new process", _peft_check(tenant)),
-        ("Against training alone", _alone_check(tenant)),
     )
     return "<dl>" + "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts) + "</dl>"
 
@@ -190,18 +189,11 @@ def _wire(tenant: TenantResult) -> str:
 def _peft_check(tenant: TenantResult) -> str:
     if tenant.peft_loss is None or tenant.peft_difference is None:
         return _NOT_RUN
-    what = f"held-out loss {tenant.peft_loss:.6f}, difference"
-    return _compared(what, tenant.peft_difference, limit=PEFT_LOSS_TOLERANCE)
-
-
-def _alone_check(tenant: TenantResult) -> str:
-    if tenant.alone_difference is None:
-        return _NOT_RUN
-    return _compared("largest relative difference", tenant.alone_difference, limit=ALONE_TOLERANCE)
-
-
-def _compared(what: str, value: float, *, limit: float) -> str:
-    return f"{_badge(value <= limit, 'equal', 'differs')} {what} {value:.1e} (allowed {limit:.0e})"
+    badge = _badge(tenant.peft_difference <= PEFT_LOSS_TOLERANCE, "equal", "differs")
+    return (
+        f"{badge} held-out loss {tenant.peft_loss:.6f}, "
+        f"difference {tenant.peft_difference:.1e} (allowed {PEFT_LOSS_TOLERANCE:.0e})"
+    )
 
 
 def _footer(report: DemoReport) -> str:

@@ -30,9 +30,8 @@ FILM = TenantResult(
     devices=("device-0", "device-1"),
     adapter_folder="demo-output/adapters/film",
     peft_loss=3.125003,
-    alone_difference=1.5e-6,
 )
-SPAM = replace(FILM, name="spam", encoding="activations", peft_loss=3.2, alone_difference=None)
+SPAM = replace(FILM, name="spam", encoding="activations", peft_loss=3.2)
 
 REPORT = DemoReport(
     started_at="2026-11-22T10:00:00Z",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import op
 
@@ -12,6 +14,22 @@ depends_on = None
 
 
 def upgrade() -> None:
+    # A table before those that refer to it.
+    _create_tenants()
+    _create_api_keys()
+    _create_jobs()
+    _create_events()
+    _create_leases()
+    _create_checkpoints()
+    _create_steps()
+
+
+def downgrade() -> None:
+    for table in ("checkpoints", "events", "steps", "leases", "jobs", "api_keys", "tenants"):
+        op.drop_table(table)
+
+
+def _create_tenants() -> None:
     op.create_table(
         "tenants",
         sa.Column("tenant_id", sa.String(length=64), nullable=False),
@@ -21,6 +39,9 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("tenant_id", name=op.f("pk_tenants")),
         sa.UniqueConstraint("name", name=op.f("uq_tenants_name")),
     )
+
+
+def _create_api_keys() -> None:
     op.create_table(
         "api_keys",
         sa.Column("key_id", sa.String(length=64), nullable=False),
@@ -35,8 +56,21 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("key_id", name=op.f("pk_api_keys")),
         sa.UniqueConstraint("key_sha256", name=op.f("uq_api_keys_key_sha256")),
     )
-    op.create_table(
+
+
+def _create_jobs() -> None:
+    op.create_table("jobs", *_job_columns(), *_job_constraints())
+    op.create_index(op.f("ix_jobs_state"), "jobs", ["state"], unique=False)
+    op.create_index(
+        op.f("ix_jobs_tenant_id_created_at_job_id"),
         "jobs",
+        ["tenant_id", "created_at", "job_id"],
+        unique=False,
+    )
+
+
+def _job_columns() -> tuple[sa.Column[Any], ...]:
+    return (
         sa.Column("job_id", sa.String(length=64), nullable=False),
         sa.Column("tenant_id", sa.String(length=64), nullable=False),
         sa.Column("name", sa.String(length=63), nullable=False),
@@ -68,6 +102,11 @@ def upgrade() -> None:
         sa.Column("bytes_down", sa.BigInteger(), server_default="0", nullable=False),
         sa.Column("base_seconds", sa.Float(), server_default="0", nullable=False),
         sa.Column("device_seconds", sa.Float(), server_default="0", nullable=False),
+    )
+
+
+def _job_constraints() -> tuple[sa.Constraint, ...]:
+    return (
         sa.CheckConstraint(
             "(state = 'failed') = (failure_reason IS NOT NULL)", name=op.f("ck_jobs_failure_has_reason")
         ),
@@ -89,13 +128,9 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("job_id", name=op.f("pk_jobs")),
         sa.UniqueConstraint("tenant_id", "idempotency_key", name=op.f("uq_jobs_tenant_id_idempotency_key")),
     )
-    op.create_index(op.f("ix_jobs_state"), "jobs", ["state"], unique=False)
-    op.create_index(
-        op.f("ix_jobs_tenant_id_created_at_job_id"),
-        "jobs",
-        ["tenant_id", "created_at", "job_id"],
-        unique=False,
-    )
+
+
+def _create_events() -> None:
     op.create_table(
         "events",
         sa.Column(
@@ -113,6 +148,9 @@ def upgrade() -> None:
         sqlite_autoincrement=True,
     )
     op.create_index(op.f("ix_events_job_id_id"), "events", ["job_id", "id"], unique=False)
+
+
+def _create_leases() -> None:
     op.create_table(
         "leases",
         sa.Column("job_id", sa.String(length=64), nullable=False),
@@ -132,6 +170,9 @@ def upgrade() -> None:
         sqlite_where=sa.text("ended_at IS NULL"),
         postgresql_where=sa.text("ended_at IS NULL"),
     )
+
+
+def _create_checkpoints() -> None:
     op.create_table(
         "checkpoints",
         sa.Column("job_id", sa.String(length=64), nullable=False),
@@ -151,6 +192,9 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("job_id", "version", name=op.f("pk_checkpoints")),
         sa.UniqueConstraint("storage_key", name=op.f("uq_checkpoints_storage_key")),
     )
+
+
+def _create_steps() -> None:
     op.create_table(
         "steps",
         sa.Column("job_id", sa.String(length=64), nullable=False),
@@ -179,8 +223,3 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["job_id"], ["jobs.job_id"], name=op.f("fk_steps_job_id")),
         sa.PrimaryKeyConstraint("job_id", "step", name=op.f("pk_steps")),
     )
-
-
-def downgrade() -> None:
-    for table in ("checkpoints", "events", "steps", "leases", "jobs", "api_keys", "tenants"):
-        op.drop_table(table)
