@@ -147,9 +147,8 @@ class AdapterSpec(Frozen):
     @cached_property
     def sites(self) -> tuple[Site, ...]:
         """Every adapted site, in catalogue order."""
-        return tuple(
-            sorted((site for part in self.parts for site in part.sites), key=lambda site: site.index)
-        )
+        sites = (site for part in self.parts for site in part.sites)
+        return tuple(sorted(sites, key=lambda site: site.index))
 
     @cached_property
     def kinds(self) -> dict[int, AdapterKind]:

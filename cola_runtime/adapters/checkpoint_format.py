@@ -1,8 +1,9 @@
 """A checkpoint as one bytes object: safetensors with the adapter's definition as JSON metadata. Torch-free.
 
 Tensor names: `weights/<site name>/lora_a`, `optimizer/<site name>/lora_a/<state name>`, the same for every
-weight; the state names are torch.optim's own (exp_avg, exp_avg_sq, step, momentum_buffer). Metadata "cola" holds
-format, spec, optimizer, schedule and version. Reading checks everything against them before a tensor is used.
+weight; the state names are torch.optim's own (exp_avg, exp_avg_sq, step, momentum_buffer). Metadata "cola"
+holds format, spec, optimizer, schedule and version. Reading checks everything against them before a tensor is
+used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The full-rank adapter at one site: h = f(x) + s * (W x + b). Shapes: N rows, I in_features, O out_features."""
+"""The full-rank adapter at one site: h = f(x) + s * (W x + b).
+
+Shapes: N rows, I in_features, O out_features.
+"""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def activation_slope(activation: str, u_NF: Tensor) -> tuple[Tensor, Tensor]:
-    """act(u) and act'(u). The slope is autograd's, so that every activation has exactly torch's derivative."""
+    """act(u) and act'(u). The slope is autograd's: every activation has exactly torch's derivative."""
     with torch.enable_grad():
         leaf_NF = u_NF.detach().requires_grad_(True)
         h_NF = ACTIVATIONS[activation](leaf_NF)

@@ -1,4 +1,4 @@
-"""Shape and name of every weight of an adapter, in catalogue order. Torch-free but for registered modules."""
+"""Shape and name of every weight of an adapter, in catalogue order. Torch-free."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from cola_runtime.adapter_spec import (
     LoraKind,
     MlpKind,
 )
+from cola_runtime.adapters.module_registry import module_shapes
 from cola_runtime.types import Site, TensorKey, TensorKind
 
 Shape = tuple[int, ...]
@@ -45,8 +46,6 @@ def site_weight_shapes(kind: AdapterKind, site: Site) -> dict[TensorKey, Shape]:
                 TensorKind.MLP_OUT_BIAS: (outputs,),
             }
         case _:
-            from cola_runtime.adapters.modules import module_shapes
-
             return {
                 TensorKey(site.index, TensorKind.MODULE, slot): shape
                 for slot, shape in enumerate(module_shapes(kind, site))

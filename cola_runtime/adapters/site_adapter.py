@@ -23,7 +23,7 @@ class SiteAdapter(Protocol):
     site: Site
 
     def initial_weights(self, seed: int) -> dict[TensorKey, Tensor]:
-        """In float64. Depends on (seed, kind, site name, site shape) alone; the adapter changes nothing yet."""
+        """In float64, of (seed, kind, site name, site shape) alone; the adapter changes nothing yet."""
 
     def forward(self, x_NI: Tensor, weights: Weights) -> Tensor:
         """s * a(x), [N, O]; differentiable by autograd in x and the weights."""

@@ -223,7 +223,7 @@ class LlamaBody:
         step: _Step,
         out_NI: Tensor,
     ) -> bool:
-        """out = g W + the adapters' share, and hand out the taps. False, and no out, at the lowest adapted group."""
+        """out = g W + the adapters' share; hands out the taps. False, and no out, at the lowest group."""
         go_on = self._places[projection.number] > step.lowest
         if go_on:
             for number, (product, grad_NO) in enumerate(zip(projection.products, grads_NO, strict=True)):

@@ -23,6 +23,7 @@ from cola_runtime.cli.output import (
 
 if TYPE_CHECKING:
     from cola_runtime.client.sdk import Checkpoint, Event, Job, Step
+    from cola_runtime.spec import PartSpec
 
 SHORT_ID_CHARACTERS = 12
 LEVEL_STYLES = {"info": "", "warning": "yellow", "error": "red"}

@@ -202,8 +202,8 @@ def _tensor_fields(address: TensorAddress, tensor: WireTensor, offset: int, payl
     shape = (*tensor.shape, *(0,) * (MAX_DIMENSIONS - len(tensor.shape)))
     return struct.pack(
         _FIELDS_FORMAT, PROTOCOL_VERSION, FrameKind.TENSOR, tensor.dtype, len(tensor.shape), 0, address.site,
-        address.kind, address.slot, _job_bytes(address.job_id), address.epoch, address.version, address.microbatch,
-        payload_bytes, *shape, len(tensor.data), offset,
+        address.kind, address.slot, _job_bytes(address.job_id), address.epoch, address.version,
+        address.microbatch, payload_bytes, *shape, len(tensor.data), offset,
     )  # fmt: skip
 
 

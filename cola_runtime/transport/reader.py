@@ -58,7 +58,7 @@ class _OpenTensor:
     wire_bytes: int = 0
 
 
-_Name = tuple[bytes, int, int, int, int, int]
+_Name = tuple[bytes, int, int, int, int, int, int]
 
 
 class FrameReader:

@@ -3,23 +3,33 @@ import dataclasses
 import pytest
 import torch
 
-from cola_runtime.adapter_spec import AdapterSpec
+from cola_runtime.adapter_spec import AdapterSpec, LoraKind, lora_spec
 from cola_runtime.adapters.adapter import initial_weights
+from cola_runtime.adapters.lora import SiteLora
 from cola_runtime.testing.tiny_models import tiny_sites
-from cola_runtime.types import TensorKey, TensorKind
+from cola_runtime.types import Site, SiteKind, TensorKey, TensorKind
 
 torch.set_num_threads(1)
 
 
 def make_spec(**changes: object) -> AdapterSpec:
     fields = {"rank": 4, "alpha": 6.0, "use_rslora": False, "seed": 7, "sites": tiny_sites("llama")}
-    return AdapterSpec(**{**fields, **changes})
+    return lora_spec(**{**fields, **changes})
 
 
 def random_problem(rows: int = 5, rank: int = 3) -> tuple[torch.Tensor, ...]:
     draw = torch.Generator().manual_seed(rows * 10 + rank)
     shapes = ((rows, 6), (rows, 7), (rank, 6), (7, rank))
     return tuple(torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes)
+
+
+def lora_gradient(x, grad, a, b, scaling):
+    """`SiteLora.gradient` at a site of the factors' shapes."""
+    site = Site(index=0, name="q", kind=SiteKind.LINEAR, in_features=6, out_features=7, input_group=0)
+    kind = LoraKind(rank=len(a), alpha=scaling * len(a))
+    keys = TensorKey(0, TensorKind.LORA_A), TensorKey(0, TensorKind.LORA_B)
+    gradients = SiteLora(kind, site).gradient(x, grad, dict(zip(keys, (a, b), strict=True)))
+    return tuple(gradients[key] for key in keys)
 
 
 @pytest.mark.parametrize("rank", [1, 3])
@@ -32,7 +42,7 @@ def test_gradient_is_autograds_with_the_scaling_exactly_once(rows, rank, use_rsl
     a.requires_grad_()
     b.requires_grad_()
     (scaling * x @ a.T @ b.T).backward(grad)
-    ours = lora_gradient(x, grad, a.detach(), b.detach(), spec.scaling)
+    ours = lora_gradient(x, grad, a.detach(), b.detach(), spec.parts[0].kind.scaling)
     torch.testing.assert_close(ours, (a.grad, b.grad), rtol=1e-13, atol=1e-13)
 
 

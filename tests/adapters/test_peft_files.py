@@ -8,7 +8,7 @@ import safetensors.numpy
 import torch
 from transformers import AutoModelForCausalLM
 
-from cola_runtime.adapter_spec import AdapterSpec
+from cola_runtime.adapter_spec import lora_spec
 from cola_runtime.adapters.peft_files import CONFIG_FILE, WEIGHTS_FILE, peft_folder, read_peft_folder
 from cola_runtime.adapters.targets import resolve_target_sites
 from cola_runtime.errors import InvalidInput
@@ -22,14 +22,15 @@ CATALOGUE = tiny_sites("llama")
 def make_spec(kind="llama", targets="all-linear", **changes):
     sites = resolve_target_sites(tiny_sites(kind), targets)
     fields = {"rank": 3, "alpha": 5.0, "use_rslora": False, "seed": 1, "sites": sites, "dtype": "float64"}
-    return AdapterSpec(**{**fields, **changes})
+    return lora_spec(**{**fields, **changes})
 
 
 def random_weights(spec):
     draw = np.random.default_rng(3)
     weights = {}
     for site in spec.sites:
-        a, b = (spec.rank, site.in_features), (site.out_features, spec.rank)
+        rank = spec.parts[0].kind.rank
+        a, b = (rank, site.in_features), (site.out_features, rank)
         weights[TensorKey(site.index, TensorKind.LORA_A)] = draw.normal(size=a).astype(spec.dtype)
         weights[TensorKey(site.index, TensorKind.LORA_B)] = draw.normal(size=b).astype(spec.dtype)
     return weights
@@ -49,7 +50,7 @@ def add_adapter_by_hand(model, spec, weights):
         b = torch.from_numpy(weights[TensorKey(site.index, TensorKind.LORA_B)])
 
         def add(module, inputs, output, a=a, b=b):
-            return output + spec.scaling * (inputs[0] @ a.T @ b.T)
+            return output + spec.parts[0].kind.scaling * (inputs[0] @ a.T @ b.T)
 
         model.get_submodule(site.name).register_forward_hook(add)
 

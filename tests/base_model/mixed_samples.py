@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cola_runtime.adapter_spec import AdapterSpec
+from cola_runtime.adapter_spec import AdapterSpec, lora_spec
 from cola_runtime.adapters.adapter import initial_weights
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.gradients.accumulate import GradientAccumulator
@@ -23,6 +23,7 @@ from cola_runtime.types import (
     Row,
     Segment,
     Site,
+    TapPlan,
     TensorKey,
     TensorKind,
 )
@@ -49,7 +50,7 @@ class Tenant:
             version=0,
             rows=self.rows,
             loss_denominator=float(sum(row.weights.sum(dtype=np.float64) for row in self.rows)),
-            encoding=encoding,
+            taps=TapPlan(encoding),
         )
 
 
@@ -76,7 +77,7 @@ def tenant(
     dtype: str,
     use_rslora: bool = False,
 ) -> Tenant:
-    spec = AdapterSpec(
+    spec = lora_spec(
         rank=rank, alpha=6.0 + number, use_rslora=use_rslora, seed=number, sites=sites, dtype=dtype
     )
     return Tenant(
@@ -137,8 +138,7 @@ def peft_gradients(path: Path, member: Tenant, dtype: str) -> tuple[Weights, flo
             parameter.copy_(member.weights[key])
     loss = batch_loss(model, member.rows)
     loss.backward()
-    kinds = {TensorKind.LORA_A: TensorKind.GRAD_LORA_A, TensorKind.LORA_B: TensorKind.GRAD_LORA_B}
-    grads = {TensorKey(key.site, kinds[key.kind]): p.grad for key, p in factors.items()}
+    grads = {key.gradient: p.grad for key, p in factors.items()}
     return {key: grad for key, grad in grads.items() if grad is not None}, float(loss)
 
 

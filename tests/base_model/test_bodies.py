@@ -112,7 +112,7 @@ def hooked_gradients(model: Any, member: Tenant) -> Weights:
     for site in member.spec.sites:
         a = factors[TensorKey(site.index, TensorKind.LORA_A)]
         b = factors[TensorKey(site.index, TensorKind.LORA_B)]
-        model.get_submodule(site.name).register_forward_hook(_adding(a, b, member.spec.scaling))
+        model.get_submodule(site.name).register_forward_hook(_adding(a, b, member.spec.parts[0].kind.scaling))
     batch_loss(model, member.rows).backward()
     kinds = {TensorKind.LORA_A: TensorKind.GRAD_LORA_A, TensorKind.LORA_B: TensorKind.GRAD_LORA_B}
     return {TensorKey(k.site, kinds[k.kind]): f.grad for k, f in factors.items() if f.grad is not None}

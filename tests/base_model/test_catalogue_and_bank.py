@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from cola_runtime.adapter_spec import AdapterPart, AdapterSpec
 from cola_runtime.base_model.load import load_frozen_model
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.errors import Fenced, InvalidInput, NotFound
-from cola_runtime.types import SiteKind, TensorKey, TensorKind
+from cola_runtime.types import Site, SiteKind, TensorKey, TensorKind
 from tests.base_model.conftest import TinyFolder
 from tests.base_model.mixed_samples import four_tenants
 
@@ -101,8 +102,8 @@ def test_the_bank_refuses_old_epochs_and_wrong_tensors(tiny_folder: TinyFolder) 
     wrong = [
         (member.spec, {key: w for key, w in member.weights.items() if key != first}),
         (member.spec, {**member.weights, first: member.weights[first][:2]}),
-        (replace(member.spec, sites=(foreign, *member.spec.sites[1:])), member.weights),
-        (replace(member.spec, sites=(replace(foreign, index=21),)), member.weights),
+        (at_sites(member.spec, (foreign, *member.spec.sites[1:])), member.weights),
+        (at_sites(member.spec, (replace(foreign, index=21),)), member.weights),
     ]
     for spec, weights in wrong:
         with pytest.raises(InvalidInput):
@@ -120,3 +121,9 @@ def test_generating_with_an_unknown_adapter_or_beyond_the_context_is_refused(tin
         model.generate(None, [5] * 250, max_new_tokens=7)
     with pytest.raises(InvalidInput):
         model.generate(None, [], max_new_tokens=1)
+
+
+def at_sites(spec: AdapterSpec, sites: tuple[Site, ...]) -> AdapterSpec:
+    return AdapterSpec(
+        parts=(AdapterPart(kind=spec.parts[0].kind, sites=sites),), seed=spec.seed, dtype=spec.dtype
+    )

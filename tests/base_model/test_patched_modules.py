@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cola_runtime.adapter_spec import AdapterSpec
+from cola_runtime.adapter_spec import lora_spec
 from cola_runtime.adapters.adapter import initial_weights
 from cola_runtime.base_model.bank import AdapterBank
 from cola_runtime.base_model.segments import Cohort, Member
-from cola_runtime.base_model.stacks import GroupStack, StackCache, group_stacks
+from cola_runtime.base_model.stacks.cache import StackCache, group_stacks
+from cola_runtime.base_model.stacks.lora import LoraStack
 from cola_runtime.base_model.tapped import SiteGroup, TappedModules
 from cola_runtime.types import Lease, Segment, Site, SiteKind
 from tests.base_model.mixed_samples import random_row
@@ -24,7 +25,7 @@ SITES = tuple(
 )
 
 
-def two_siblings() -> tuple[list[nn.Linear], TappedModules, dict[int, list[GroupStack]]]:
+def two_siblings() -> tuple[list[nn.Linear], TappedModules, dict[int, list[LoraStack]]]:
     torch.manual_seed(0)
     modules = [nn.Linear(6, 4 + k).requires_grad_(False) for k in range(2)]
     group = SiteGroup(SITES, modules)
@@ -32,7 +33,7 @@ def two_siblings() -> tuple[list[nn.Linear], TappedModules, dict[int, list[Group
     tapped = TappedModules([group])
     bank = AdapterBank(SITES, torch.float32)
     lease = Lease(job_id="job-0", epoch=1, device_id="device")
-    spec = AdapterSpec(rank=2, alpha=4.0, use_rslora=False, seed=0, sites=SITES)
+    spec = lora_spec(rank=2, alpha=4.0, use_rslora=False, seed=0, sites=SITES)
     bank.install(lease, spec, 0, {key: torch.ones_like(w) for key, w in initial_weights(spec).items()})
     adapter = bank.adapter("job-0")
     assert adapter is not None

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.gradients.taps import Tap
-from cola_runtime.types import BaseStep, Encoding, Row, Segment, Site, TensorKind
+from cola_runtime.types import BaseStep, Encoding, Row, Segment, Site, TapPlan, TensorKind
 from tests.base_model.conftest import TinyFolder
 from tests.base_model.mixed_samples import four_tenants, install_all, run_segments, tenant
 
@@ -84,7 +84,7 @@ def test_rows_that_reach_no_loss_are_dropped(tiny_folder: TinyFolder, kind: str)
         version=0,
         rows=(early_label_row(), early_label_row()),
         loss_denominator=12.0,
-        encoding=Encoding.ACTIVATIONS,
+        taps=TapPlan(Encoding.ACTIVATIONS),
     )
     _, taps = run_segments(model, [segment])
     for tap in taps:
@@ -103,7 +103,7 @@ def test_a_segment_without_labels_sends_no_activation_rows(tiny_folder: TinyFold
         version=0,
         rows=(silent,),
         loss_denominator=1.0,
-        encoding=Encoding.ACTIVATIONS,
+        taps=TapPlan(Encoding.ACTIVATIONS),
     )
     result, taps = run_segments(model, [segment, members[1].segment()])
     assert result.losses[0].weight_sum == 0.0

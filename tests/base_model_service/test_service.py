@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cola_runtime.adapter_spec import AdapterSpec
+from cola_runtime.adapter_spec import lora_spec
 from cola_runtime.adapters.adapter import initial_weights
 from cola_runtime.adapters.checkpoint_format import TrainingDefinition
 from cola_runtime.base_model.model import TappedModel
@@ -35,6 +35,7 @@ from cola_runtime.types import (
     Segment,
     StepApplied,
     StepRefused,
+    TapPlan,
     TensorKey,
 )
 from tests.device.fake_coordinator import TOKEN, WAIT_SECONDS, FakeCoordinator
@@ -54,7 +55,7 @@ def load(path: Path) -> TappedModel:
 
 def training_of(model: TappedModel, rank: int) -> TrainingDefinition:
     return TrainingDefinition(
-        spec=AdapterSpec(
+        spec=lora_spec(
             rank=rank, alpha=2.0 * rank, use_rslora=False, seed=rank, sites=model.sites, dtype="float64"
         ),
         optimizer=OptimizerHyperparameters(kind="adamw", learning_rate=0.01, max_grad_norm=1.0),
@@ -87,7 +88,7 @@ def segments(lease: Lease, version: int, job: int) -> list[Segment]:
             version=version,
             rows=part,
             loss_denominator=denominator,
-            encoding=ENCODINGS[job],
+            taps=TapPlan(ENCODINGS[job]),
             microbatch=number,
             last_microbatch=number == 1,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cola_runtime.adapter_spec import AdapterSpec
+from cola_runtime.adapter_spec import lora_spec
 from cola_runtime.adapters.checkpoint_format import TrainingDefinition
 from cola_runtime.adapters.shapes import weight_shapes
 from cola_runtime.types import (
@@ -40,7 +40,7 @@ def definition(
     sites: tuple[Site, ...] = SITES,
 ) -> TrainingDefinition:
     return TrainingDefinition(
-        spec=AdapterSpec(rank=rank, alpha=6.0, use_rslora=False, seed=5, sites=sites, dtype=dtype),
+        spec=lora_spec(rank=rank, alpha=6.0, use_rslora=False, seed=5, sites=sites, dtype=dtype),
         optimizer=OptimizerHyperparameters(
             kind=kind,
             learning_rate=0.05,

@@ -10,8 +10,8 @@ import pytest
 import safetensors.numpy
 import torch
 
-from cola_runtime.adapters.checkpoint_format import checkpoint_weights, decode_checkpoint, weight_keys
-from cola_runtime.adapters.shapes import weight_shapes
+from cola_runtime.adapters.checkpoint_format import checkpoint_weights, decode_checkpoint
+from cola_runtime.adapters.shapes import weight_names, weight_shapes
 from cola_runtime.device.session import AdapterSession
 from cola_runtime.errors import InvalidInput
 from tests.device.adapter_samples import definition, gradients
@@ -45,10 +45,12 @@ def test_weights_are_read_back_without_torch(checkpoint: bytes) -> None:
         assert np.array_equal(weights[key], tensor.numpy())
 
 
-def test_the_torch_free_key_order_and_shapes_are_the_adapters(checkpoint: bytes) -> None:
+def test_a_checkpoint_has_every_weight_of_the_adapter_in_its_shape(checkpoint: bytes) -> None:
     spec = definition().spec
-    assert {key: shape for key, shape, _ in weight_keys(spec)} == weight_shapes(spec)
-    assert [key for key, _, _ in weight_keys(spec)] == list(weight_shapes(spec))
+    content = decode_checkpoint(checkpoint)
+    assert {key: weight.shape for key, weight in content.weights.items()} == weight_shapes(spec)
+    assert list(weight_names(spec)) == list(weight_shapes(spec))
+    assert len(set(weight_names(spec).values())) == len(weight_names(spec))
 
 
 def test_the_optimizer_state_is_torchs_own(checkpoint: bytes) -> None:

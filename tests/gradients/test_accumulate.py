@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 
-from cola_runtime.adapter_spec import AdapterSpec
+from cola_runtime.adapter_spec import lora_spec
 from cola_runtime.adapters.adapter import initial_weights
 from cola_runtime.errors import ProtocolError
 from cola_runtime.gradients.accumulate import GradientAccumulator
@@ -18,7 +18,7 @@ Q, K, V, O = tiny_sites("llama")[:4]  # noqa: E741
 
 
 def make_spec(sites=(Q, K, V, O), dtype="float64", rank=3):
-    return AdapterSpec(rank=rank, alpha=5.0, use_rslora=True, seed=2, sites=sites, dtype=dtype)
+    return lora_spec(rank=rank, alpha=5.0, use_rslora=True, seed=2, sites=sites, dtype=dtype)
 
 
 def random_weights(spec):
@@ -43,14 +43,15 @@ def one_tap(spec, rows=4, seed=0, dtype=torch.float64):
 
 
 def expected_gradients(spec, taps, weights):
-    """Straight from lora_gradient, all in float64."""
+    """Straight from LoRA's formula, all in float64."""
     totals = {}
     for tap in taps:
         for site in spec.sites:
             first = next(s for s in spec.sites if s.input_group == site.input_group)
             a, b = (weights[TensorKey(site.index, kind)] for kind in (TensorKind.LORA_A, TensorKind.LORA_B))
             x, g = tap[TensorKey(first.index, INPUT)], tap[TensorKey(site.index, GRADIENT)]
-            pair = lora_gradient(x.double(), g.double(), a.double(), b.double(), spec.scaling)
+            x, g, a, b, s = x.double(), g.double(), a.double(), b.double(), spec.parts[0].kind.scaling
+            pair = s * (g @ b).T @ x, s * g.T @ (x @ a.T)
             for kind, gradient in zip((TensorKind.GRAD_LORA_A, TensorKind.GRAD_LORA_B), pair, strict=True):
                 key = TensorKey(site.index, kind)
                 totals[key] = totals.get(key, 0) + gradient

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cola_runtime.adapter_spec import AdapterSpec
+from cola_runtime.adapter_spec import lora_spec
 from cola_runtime.adapters.adapter import initial_weights
 from cola_runtime.testing.peft_reference import (
     Recipe,
@@ -37,7 +37,7 @@ def make_row(length, seed, weight=1.0):
 
 def make_recipe(kind="llama", *, dtype="float64", steps=3, optimizer=None, schedule=None, **changes):
     fields = {"rank": 2, "alpha": 4.0, "use_rslora": False, "seed": 3, "dtype": dtype}
-    spec = AdapterSpec(sites=tiny_sites(kind), **{**fields, **changes})
+    spec = lora_spec(sites=tiny_sites(kind), **{**fields, **changes})
     return Recipe(
         spec=spec,
         initial_weights=initial_weights(spec),
@@ -90,7 +90,7 @@ def test_one_sgd_step_moves_by_the_gradient_of_our_own_formula(kind, models):
 
 
 def captured_gradient(path, recipe):
-    """Hooks take x and g at each site of peft's own model; lora_gradient does the rest."""
+    """Hooks take x and g at each site of peft's own model; LoRA's formula does the rest."""
     spec = recipe.spec
     model = peft_model(path, spec, dtype="float64")
     with torch.no_grad():
@@ -110,7 +110,9 @@ def captured_gradient(path, recipe):
         a, b = TensorKey(site.index, A), TensorKey(site.index, B)
         x, g = (tensor.flatten(0, 1) for tensor in taps[site.index])
         weights = recipe.initial_weights
-        gradient[a], gradient[b] = lora_gradient(x, g, weights[a], weights[b], spec.scaling)
+        s = spec.parts[0].kind.scaling
+        gradient[a] = s * (g @ weights[b]).T @ x
+        gradient[b] = s * g.T @ (x @ weights[a].T)
     return gradient
 
 

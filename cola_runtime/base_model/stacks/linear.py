@@ -1,5 +1,6 @@
-"""Stacked full-rank adapters:  y += x W^T + b,  dx += g W,  dW = s G,  db = s sum(g); s is folded into W and b.
+"""Stacked full-rank adapters:  y += x W^T + b,  dx += g W,  dW = s G,  db = s sum(g).
 
+The scaling s is folded into W and b.
 Shapes: S segments of a cohort, M tokens of one segment, I in_features, O out_features.
 """
 

@@ -117,7 +117,9 @@ class LoraStack:
         grad_a_SQI = torch.bmm(gb_SMQ.transpose(1, 2), x_SMI).to(self.taps.dtype)
         gradients = {
             TensorKey(site.index, TensorKind.GRAD_LORA_A): grad_a_SRI
-            for site, grad_a_SRI in zip(self.factors.sites, grad_a_SQI.split(self.rank, dim=1), strict=True)
+            for site, grad_a_SRI in zip(
+                self.factors.sites, torch.split(grad_a_SQI, self.rank, dim=1), strict=True
+            )
         }
         h_parts = torch.split(h_SMQ, self.rank, dim=2)
         scalings_S11 = torch.tensor(self.taps.scalings, dtype=self.taps.dtype)[:, None, None]

@@ -57,7 +57,7 @@ class PartLayout(Protocol):
     into the blocks by `flatten`.
     """
 
-    groups: Mapping[int, tuple[Site, ...]]  # input group -> the part's sites there, in catalogue order
+    groups: dict[int, tuple[Site, ...]]  # input group -> the part's sites there, in catalogue order
     block_sizes: tuple[int, ...]
 
     def flatten(self, weights: Mapping[TensorKey, Tensor], kind: Any, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,7 @@ from cola_runtime.gradients.taps import Tap, TapSink, activation_tensors, produc
 from cola_runtime.types import Encoding, TensorKey
 
 OwnGradients = Callable[[], Mapping[TensorKey, Tensor]]
-"""The kind's own gradients, [S, ...] each, without the scaling s, keyed by gradient. Called when needed only."""
+"""The kind's own gradients, [S, ...] each, scaled, in the wire's dtype. Called only when needed."""
 
 
 class GroupTaps:

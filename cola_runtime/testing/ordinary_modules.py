@@ -1,0 +1,126 @@
+"""Adapters as ordinary `nn.Module`s in a stock model: what the runtime's gradients are compared with.
+
+Written from the kinds' definitions with torch's own layers; shares only L-LoRA's draw with the runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cola_runtime.adapter_spec import (
+    AdapterKind,
+    AdapterSpec,
+    LinearizedLoraKind,
+    LinearKind,
+    LoraKind,
+    MlpKind,
+)
+from cola_runtime.types import Site, TensorKey, TensorKind
+
+_ACTIVATIONS: dict[str, type[nn.Module] | Any] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+}
+
+
+class OrdinaryAdapter(nn.Module):
+    """s * a(x) of one site; `named` are its trainable parameters by the runtime's keys."""
+
+    def __init__(self, kind: AdapterKind, site: Site, weights: Mapping[TensorKey, Tensor]) -> None:
+        super().__init__()
+        self.scaling = kind.scaling
+        self.named: dict[TensorKey, Tensor] = {}
+        self._own = {key.kind: weight for key, weight in weights.items() if key.site == site.index}
+        self._site = site
+        self.body = self._body(kind)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.scaling * self.body(x)
+        return output
+
+    def _body(self, kind: AdapterKind) -> nn.Module:
+        match kind:
+            case LoraKind():
+                return nn.Sequential(self._linear(TensorKind.LORA_A), self._linear(TensorKind.LORA_B))
+            case LinearKind():
+                return self._linear(TensorKind.WEIGHT, TensorKind.BIAS if kind.bias else None)
+            case MlpKind():
+                return nn.Sequential(
+                    self._linear(TensorKind.MLP_IN, TensorKind.MLP_IN_BIAS),
+                    _ACTIVATIONS[kind.activation](),
+                    self._linear(TensorKind.MLP_OUT, TensorKind.MLP_OUT_BIAS),
+                )
+            case LinearizedLoraKind():
+                return _Tangent(
+                    kind, self._site, self._linear(TensorKind.DELTA_A), self._linear(TensorKind.DELTA_B)
+                )
+            case _:
+                raise ValueError(f"no ordinary module for {kind.kind}")
+
+    def _linear(self, weight: TensorKind, bias: TensorKind | None = None) -> nn.Linear:
+        value = self._own[weight]
+        layer = nn.Linear(value.shape[1], value.shape[0], bias=bias is not None, dtype=value.dtype)
+        layer.weight.data.copy_(value)
+        self.named[TensorKey(self._site.index, weight)] = layer.weight
+        if bias is not None:
+            layer.bias.data.copy_(self._own[bias])
+            self.named[TensorKey(self._site.index, bias)] = layer.bias
+        return layer
+
+
+class _Tangent(nn.Module):
+    """LoRA's forward-mode derivative at (A0, B0) in the direction of the deltas, by torch.func.jvp."""
+
+    def __init__(self, kind: LinearizedLoraKind, site: Site, delta_a: nn.Linear, delta_b: nn.Linear) -> None:
+        super().__init__()
+        from cola_runtime.adapters.linearized_lora import SiteLinearizedLora
+
+        base = SiteLinearizedLora(kind, site)  # the draw of (A0, B0) only
+        self.a0, self.b0 = base.base_a_RI.to(delta_a.weight), base.base_b_OR.to(delta_b.weight)
+        self.delta_a, self.delta_b = delta_a, delta_b
+
+    def forward(self, x: Tensor) -> Tensor:
+        def lora(a: Tensor, b: Tensor) -> Tensor:
+            return x @ a.T @ b.T
+
+        deltas = (self.delta_a.weight, self.delta_b.weight)
+        tangent: Tensor = torch.func.jvp(lora, (self.a0, self.b0), deltas)[1]
+        return tangent
+
+
+def add_adapter(
+    model: nn.Module, spec: AdapterSpec, weights: Mapping[TensorKey, Tensor]
+) -> dict[TensorKey, Tensor]:
+    """Forward hooks that add every site's adapter to its output. Returns the trainable parameters."""
+    parameters: dict[TensorKey, Tensor] = {}
+    for site in spec.sites:
+        adapter = OrdinaryAdapter(spec.kinds[site.index], site, weights)
+        model.get_submodule(site.name).register_forward_hook(_adding(adapter))
+        parameters.update(adapter.named)
+    return parameters
+
+
+def _adding(adapter: OrdinaryAdapter) -> Any:
+    return lambda _module, args, output: output + adapter(args[0])
+
+
+def wide_norms(model: nn.Module) -> None:
+    """Let every RMSNorm compute in the model's own dtype: transformers' are in float32 even in float64."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = partial(_rms_norm, module)
+
+
+def _rms_norm(module: Any, hidden: Tensor) -> Tensor:
+    inverse = torch.rsqrt(hidden.square().mean(-1, keepdim=True) + module.variance_epsilon)
+    normed: Tensor = module.weight * (hidden * inverse)
+    return normed
