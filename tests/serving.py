@@ -19,8 +19,8 @@ from cola_runtime.adapters.checkpoint_format import (
     CheckpointContent,
     TrainingDefinition,
     encode_checkpoint,
-    weight_keys,
 )
+from cola_runtime.adapters.shapes import weight_shapes
 from cola_runtime.jobs.plan import training_plan
 from cola_runtime.jobs.records import CheckpointRecord, StepRecord, Tenant
 from cola_runtime.jobs.state import TERMINAL_STATES, JobState
@@ -182,7 +182,8 @@ class Served:
         definition = TrainingDefinition(spec=plan.adapter, optimizer=plan.optimizer, schedule=plan.schedule)
         draw = np.random.default_rng(job.version)
         weights = {
-            key: draw.standard_normal(shape).astype(np.float32) for key, shape, _ in weight_keys(plan.adapter)
+            key: draw.standard_normal(shape).astype(np.float32)
+            for key, shape in weight_shapes(plan.adapter).items()
         }
         adamw = {
             key: {"exp_avg": weight, "exp_avg_sq": weight**2, "step": np.float32(job.version)}
