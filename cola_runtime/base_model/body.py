@@ -33,7 +33,7 @@ class PatchedBody:
         self._hidden_ND: Tensor | None = None
 
     def forward(self, tokens_BT: Tensor, stacks: Stacks, *, train: bool) -> Tensor:
-        with self._modules.active(stacks, training=train), torch.set_grad_enabled(train):
+        with self._modules.active(stacks, rows=len(tokens_BT), training=train), torch.set_grad_enabled(train):
             # Padding is on the right, where causal attention never looks: every position counts as real.
             output = self._model.base_model(
                 input_ids=tokens_BT, attention_mask=torch.ones_like(tokens_BT), use_cache=False

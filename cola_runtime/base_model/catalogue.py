@@ -10,19 +10,22 @@ from torch import Tensor, nn
 
 from cola_runtime.types import Site, SiteKind
 
+TRACED_TOKENS = torch.tensor([[0, 1], [1, 0], [0, 0]])
+
 
 def site_catalogue(model: Any) -> tuple[Site, ...]:
     """All sites in `named_modules()` order, numbered from 0; sites that get the very same x share a group.
 
-    Traces one forward pass over two tokens. A module that this pass never calls is no site. A module called
-    more than once belongs to the group of its first call.
+    Traces one forward pass over rows of two tokens. A module that this pass never calls is no site, nor is
+    one that does not see every token of every row (an expert's), for tenants could not be told apart there.
+    A module called more than once belongs to the group of its first call.
     """
     modules = dict(_candidates(model))
     inputs = _first_inputs(model, modules)
     group_of: dict[int, int] = {}
     sites: list[Site] = []
     for name, module in modules.items():
-        if name not in inputs:
+        if name not in inputs or inputs[name].numel() != TRACED_TOKENS.numel() * inputs[name].shape[-1]:
             continue
         group = group_of.setdefault(id(inputs[name]), len(group_of))
         out_features, in_features = _shape(module)
@@ -58,7 +61,7 @@ def _first_inputs(model: Any, modules: dict[str, nn.Module]) -> dict[str, Tensor
     ]
     try:
         with torch.no_grad():
-            model(input_ids=torch.tensor([[0, 1]]), use_cache=False)
+            model(input_ids=TRACED_TOKENS, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

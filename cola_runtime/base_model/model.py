@@ -154,7 +154,7 @@ class TappedModel:
         )
         cohorts = [] if job_id is None else [self._lone_cohort(job_id)]
         stacks = group_stacks(cohorts, self._positions, self._cache, None)
-        with self._modules.active(stacks, training=False):
+        with self._modules.active(stacks, rows=1, training=False):
             return generate_tokens(self._loaded.model, token_ids, sampling)
 
     def _compute(self, batch: MixedBatch, sink: TapSink | None) -> list[tuple[float, float]]:

@@ -78,6 +78,7 @@ class TappedModules:
 
     def __init__(self, groups: Sequence[SiteGroup]) -> None:
         self._stacks: Stacks = {}
+        self._rows = 0
         self._training = False
         self._taps = [_GroupTap(self, group) for group in groups]
 
@@ -85,13 +86,19 @@ class TappedModules:
         return self._stacks.get(group, [])
 
     @property
+    def rows(self) -> int:
+        return self._rows
+
+    @property
     def training(self) -> bool:
         return self._training
 
     @contextmanager
-    def active(self, stacks: Stacks, *, training: bool) -> Iterator[None]:
-        """Within, the modules compute with these adapters; afterwards nothing of the step is referenced."""
-        self._stacks, self._training = stacks, training
+    def active(self, stacks: Stacks, *, rows: int, training: bool) -> Iterator[None]:
+        """Within, the modules compute a batch of `rows` with these adapters; afterwards nothing of the step
+        is referenced.
+        """
+        self._stacks, self._rows, self._training = stacks, rows, training
         try:
             yield
         finally:
@@ -124,13 +131,15 @@ class _GroupTap:
 
         return forward
 
-    def _output(self, position: int, x_BTI: Tensor, stacks: list[SiteStack]) -> Tensor:
-        if x_BTI is not self._x or position not in self._waiting:
-            self._x, self._waiting = x_BTI, dict(enumerate(self._compute(x_BTI, stacks)))
-        output = self._waiting.pop(position)
+    def _output(self, position: int, x: Tensor, stacks: list[SiteStack]) -> Tensor:
+        if x is not self._x or position not in self._waiting:
+            # Some models flatten rows and tokens into one dimension: adapters are slices of rows.
+            x_BTI = x.reshape(self._owner.rows, -1, x.shape[-1])
+            self._x, self._waiting = x, dict(enumerate(self._compute(x_BTI, stacks)))
+        output_BTO = self._waiting.pop(position)
         if not self._waiting:
             self.forget()
-        return output
+        return output_BTO.view(*x.shape[:-1], -1)
 
     def _compute(self, x_BTI: Tensor, stacks: list[SiteStack]) -> Sequence[Tensor]:
         if not self._owner.training:

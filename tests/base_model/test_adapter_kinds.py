@@ -9,45 +9,15 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from cola_runtime.adapter_spec import (
-    AdapterKind,
-    AdapterPart,
-    AdapterSpec,
-    LinearizedLoraKind,
-    LinearKind,
-    LoraKind,
-    MlpKind,
-    ModuleKind,
-)
+from cola_runtime.adapter_spec import AdapterPart, ModuleKind
 from cola_runtime.adapters import module_registry
-from cola_runtime.adapters.adapter import initial_weights
 from cola_runtime.adapters.module_registry import register_adapter_module
 from cola_runtime.base_model.model import TappedModel
-from cola_runtime.testing.ordinary_modules import add_adapter, wide_norms
 from cola_runtime.testing.peft_reference import batch_loss, relative_difference
-from cola_runtime.types import Encoding, Site, TensorKey, TensorKind
+from cola_runtime.types import Encoding, TensorKey, TensorKind
 from tests.base_model.conftest import TinyFolder
-from tests.base_model.mixed_samples import (
-    Tenant,
-    Weights,
-    gradients_of,
-    install_all,
-    random_row,
-    run_segments,
-)
-
-KINDS: dict[str, AdapterKind] = {
-    "lora": LoraKind(rank=3, alpha=6.0),
-    "rslora": LoraKind(rank=4, alpha=3.0, use_rslora=True),
-    "linear": LinearKind(scaling=0.5),
-    "linear-bias": LinearKind(bias=True, scaling=2.0),
-    "mlp-relu": MlpKind(hidden=7, activation="relu", scaling=1.5),
-    "mlp-gelu": MlpKind(hidden=5, activation="gelu"),
-    "linearized-zero": LinearizedLoraKind(rank=3, alpha=6.0, initial_b="zero"),
-    "linearized-random": LinearizedLoraKind(rank=2, alpha=5.0),
-}
-NONLINEAR = {"mlp-relu", "mlp-gelu"}
-BOUNDS = {"float64": 1e-10, "float32": 1e-5}
+from tests.base_model.kind_samples import BOUNDS, KINDS, assert_exact, everywhere, mixed_kinds, tenant
+from tests.base_model.mixed_samples import gradients_of, install_all, run_segments
 
 
 class Gated(nn.Module):
@@ -72,53 +42,6 @@ def gated(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleKind]:
     module_registry.module_shapes.cache_clear()
 
 
-def random_weights(spec: AdapterSpec) -> Weights:
-    draw = torch.Generator().manual_seed(spec.seed)
-    return {
-        key: weight + 0.1 * torch.randn(weight.shape, generator=draw, dtype=torch.float64).to(weight.dtype)
-        for key, weight in initial_weights(spec).items()
-    }
-
-
-def tenant(number: int, parts: tuple[AdapterPart, ...], dtype: str) -> Tenant:
-    spec = AdapterSpec(parts=parts, seed=number, dtype=dtype)
-    lengths = [(17, 9), (29,), (5, 21), (12,)][number % 4]
-    rows = tuple(random_row(length, seed=100 * number + k) for k, length in enumerate(lengths))
-    return Tenant(job_id=f"job-{number}", spec=spec, weights=random_weights(spec), rows=rows)
-
-
-def everywhere(number: int, kind: AdapterKind, sites: tuple[Site, ...], dtype: str) -> Tenant:
-    return tenant(number, (AdapterPart(kind=kind, sites=sites),), dtype)
-
-
-def autograd_gradients(path, member: Tenant, dtype: str) -> Weights:
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=getattr(torch, dtype), attn_implementation="sdpa"
-    )
-    wide_norms(model)
-    parameters = add_adapter(model.requires_grad_(False).eval(), member.spec, member.weights)
-    batch_loss(model, member.rows).backward()
-    return {
-        key.gradient: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        for key, parameter in parameters.items()
-    }
-
-
-def assert_exact(
-    path, tapped: TappedModel, tenants: list[Tenant], encodings: list[Encoding], dtype: str
-) -> None:
-    install_all(tapped, tenants)
-    segments = [member.segment(encoding) for member, encoding in zip(tenants, encodings, strict=True)]
-    result, taps = run_segments(tapped, segments)
-    assert [loss.reason for loss in result.losses] == [None] * len(tenants)
-    bound = BOUNDS[dtype]
-    for position, member in enumerate(tenants):
-        found = gradients_of(taps, position, member)
-        differences = relative_difference(found, autograd_gradients(path, member, dtype))
-        worst = max(differences, key=lambda key: differences[key])
-        assert differences[worst] < bound, (member.spec.parts[0].kind, worst, differences[worst])
-
-
 @pytest.mark.parametrize("encoding", list(Encoding))
 @pytest.mark.parametrize(
     ("model", "dtype"), [("llama", "float64"), ("llama", "float32"), ("gpt2", "float64")]
@@ -128,12 +51,8 @@ def test_all_kinds_mixed_in_one_batch_are_autograds(
 ) -> None:
     path = tiny_folder(model, dtype)
     tapped = TappedModel.load(path, dtype=dtype, attention="eager")
-    tenants = [everywhere(n, kind, tapped.sites, dtype) for n, kind in enumerate(KINDS.values())]
-    encodings = [
-        Encoding.ACTIVATIONS if encoding is Encoding.WEIGHT_GRADIENT and name in NONLINEAR else encoding
-        for name in KINDS
-    ]
-    assert_exact(path, tapped, tenants, encodings, dtype)
+    tenants, encodings = mixed_kinds(tapped.sites, encoding, dtype)
+    assert_exact(path, tapped, tenants, encodings, BOUNDS[dtype])
 
 
 @pytest.mark.parametrize("model", ["llama", "gpt2"])
@@ -158,7 +77,7 @@ def test_kinds_mixed_within_one_job_by_site_are_autograds(
         Encoding.ADAPTER_GRADIENT,
         Encoding.WEIGHT_GRADIENT,
     ]
-    assert_exact(path, tapped, [*mixed, plain], plan, "float64")
+    assert_exact(path, tapped, [*mixed, plain], plan, BOUNDS["float64"])
 
 
 @pytest.mark.parametrize("encoding", [Encoding.ACTIVATIONS, Encoding.ADAPTER_GRADIENT])

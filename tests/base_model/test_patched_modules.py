@@ -51,7 +51,7 @@ def adapted(module: nn.Linear, x: Tensor) -> Tensor:
 def test_a_sibling_called_with_another_input_is_computed_anew(training: bool) -> None:
     modules, tapped, stacks = two_siblings()
     first, second = torch.randn(1, 3, 6), torch.randn(1, 3, 6)
-    with tapped.active(stacks, training=training):
+    with tapped.active(stacks, rows=1, training=training):
         query, key = modules[0](first), modules[1](second)
         again = modules[1](second)
     torch.testing.assert_close(query, adapted(modules[0], first))
@@ -63,7 +63,7 @@ def test_a_sibling_called_with_another_input_is_computed_anew(training: bool) ->
 def test_after_the_step_the_modules_are_plain_and_hold_nothing() -> None:
     modules, tapped, stacks = two_siblings()
     x = torch.randn(1, 3, 6)
-    with tapped.active(stacks, training=False):
+    with tapped.active(stacks, rows=1, training=False):
         modules[0](x)  # the sibling's output is never asked for
     plain = modules[1](x)
     torch.testing.assert_close(plain, nn.functional.linear(x, modules[1].weight, modules[1].bias))
