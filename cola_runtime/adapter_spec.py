@@ -6,7 +6,7 @@ h = f(x) + s * a_w(x) at every site. A kind's fields are its hyper-parameters; i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -21,11 +21,13 @@ from pydantic import (
 )
 
 from cola_runtime.errors import InvalidInput
-from cola_runtime.types import Site
+from cola_runtime.types import Site, SiteKind
 
 MAX_RANK = 256
 MAX_HIDDEN = 8192
 MAX_OPTIONS = 32
+MAX_LABELS = 1024
+HEAD_NAME = "score"
 
 
 class Frozen(BaseModel):
@@ -119,7 +121,22 @@ class ModuleKind(Frozen):
         return self
 
 
-AdapterKind = LoraKind | LinearKind | MlpKind | LinearizedLoraKind | ModuleKind
+class HeadKind(Frozen):
+    """A task's head: logits = W p + b over the pooled hidden state p, W [labels, hidden] and b [labels].
+
+    Trained, clipped, stepped and stored with the other parts; no module of the base model is adapted by it.
+    """
+
+    kind: Literal["head"] = "head"
+    labels: Annotated[int, Field(ge=1, le=MAX_LABELS, strict=True)]
+    problem: Literal["classification", "regression"] = "classification"
+
+    @property
+    def scaling(self) -> float:
+        return 1.0
+
+
+AdapterKind = LoraKind | LinearKind | MlpKind | LinearizedLoraKind | ModuleKind | HeadKind
 
 
 class AdapterPart(Frozen):
@@ -127,6 +144,13 @@ class AdapterPart(Frozen):
 
     kind: Annotated[AdapterKind, Field(discriminator="kind")]
     sites: Annotated[tuple[Site, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _head_at_its_site(self) -> AdapterPart:
+        labels = [site.out_features for site in self.sites if site.kind is SiteKind.HEAD]
+        if labels != ([self.kind.labels] if isinstance(self.kind, HeadKind) else []):
+            raise ValueError("a head has one site of its own, with an output per label")
+        return self
 
 
 class AdapterSpec(Frozen):
@@ -151,6 +175,12 @@ class AdapterSpec(Frozen):
         return tuple(sorted(sites, key=lambda site: site.index))
 
     @cached_property
+    def head(self) -> tuple[HeadKind, Site] | None:
+        """The task's head and its site; None where the adapter has no head."""
+        heads = ((part.kind, part.sites[0]) for part in self.parts if isinstance(part.kind, HeadKind))
+        return next(heads, None)
+
+    @cached_property
     def kinds(self) -> dict[int, AdapterKind]:
         """Site index -> kind, in catalogue order."""
         kinds = {site.index: part.kind for part in self.parts for site in part.sites}
@@ -169,6 +199,19 @@ def lora_spec(
     """The plain case: one LoRA at all of `sites`."""
     kind = LoraKind(rank=rank, alpha=alpha, use_rslora=use_rslora)
     return AdapterSpec(parts=(AdapterPart(kind=kind, sites=sites),), seed=seed, dtype=dtype)
+
+
+def head_part(kind: HeadKind, catalogue: Sequence[Site], *, hidden_size: int) -> AdapterPart:
+    """The head at its virtual site, behind all sites of the base model."""
+    site = Site(
+        index=len(catalogue),
+        name=HEAD_NAME,
+        kind=SiteKind.HEAD,
+        in_features=hidden_size,
+        out_features=kind.labels,
+        input_group=1 + max((site.input_group for site in catalogue), default=-1),
+    )
+    return AdapterPart(kind=kind, sites=(site,))
 
 
 def adapter_spec_from_fields(fields: Any) -> AdapterSpec:

@@ -16,11 +16,23 @@ from numpy.typing import NDArray
 JOB_ID_PREFIX = "job-"
 
 
+class Task(enum.StrEnum):
+    """What a job trains for; the value is `task.kind` in its spec."""
+
+    CAUSAL_LM = "causal_lm"
+    SEQUENCE_CLASSIFICATION = "sequence_classification"
+    REGRESSION = "regression"
+
+
 class SiteKind(enum.StrEnum):
-    """How a site stores its weight: `linear` is [out, in], `conv1d` (GPT-2) is [in, out]."""
+    """How a site stores its weight: `linear` is [out, in], `conv1d` (GPT-2) is [in, out].
+
+    `head` is no module of the base model: a task's own head over the pooled hidden state.
+    """
 
     LINEAR = "linear"
     CONV1D = "conv1d"
+    HEAD = "head"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,14 +156,24 @@ class Lease:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One tokenised training row. `weights[t]` weighs the loss of predicting `tokens[t]` (0: not a label)."""
+    """One tokenised training row. `weights[t]` weighs the loss of predicting `tokens[t]` (0: not a label).
+
+    A row with a `label` is judged as a whole, by the adapter's head, with weight 1.
+    """
 
     tokens: NDArray[np.int32]  # [length]
     weights: NDArray[np.float32]  # [length]; weights[0] is always 0, nothing predicts the first token
+    label: int | float | None = None  # a class from 0, or a value; `weights` is empty then
+    token_types: NDArray[np.int8] | None = None  # [length], of a pair of texts; None is 0 throughout
 
     @property
     def label_tokens(self) -> int:
-        return int(np.count_nonzero(self.weights))
+        return int(np.count_nonzero(self.weights)) if self.label is None else 1
+
+    @property
+    def loss_weight(self) -> float:
+        """What the row adds to the loss denominator of its step."""
+        return float(self.weights.sum()) if self.label is None else 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +183,7 @@ class Segment:
     lease: Lease
     version: int  # the adapter version that these rows must see; anything else in the bank is refused
     rows: tuple[Row, ...]
-    loss_denominator: float  # sum of the weights over the whole step, so that gradients simply add up
+    loss_denominator: float  # sum of the rows' loss weights over the whole step: gradients simply add up
     taps: TapPlan = TapPlan(Encoding.ADAPTER_GRADIENT)
     microbatch: int = 0  # position within the step, 0-based
     last_microbatch: bool = True  # the device applies the optimizer step after this one
@@ -185,9 +207,10 @@ class SegmentLoss:
     """Outcome of one segment; `reason` is None, or the stable error reason for which it was not computed."""
 
     job_id: str
-    loss_sum: float = 0.0  # sum over label tokens of weight * cross-entropy
+    loss_sum: float = 0.0  # sum over label tokens of weight * cross-entropy, or over labelled rows
     weight_sum: float = 0.0
     reason: str | None = None
+    predictions: tuple[float, ...] = ()  # of labelled rows in a forward-only step: classes, or values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,4 +270,6 @@ class BaseModelDescription:
     gradient_endpoint: str  # host:port of the gradient stream server
     tokenizer_path: str
     parameters: int
+    hidden_size: int = 0
+    tasks: tuple[Task, ...] = (Task.CAUSAL_LM,)
     details: dict[str, str] = field(default_factory=dict)  # attention implementation, threads, device

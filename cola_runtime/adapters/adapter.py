@@ -10,12 +10,14 @@ from torch import Tensor
 from cola_runtime.adapter_spec import (
     AdapterKind,
     AdapterSpec,
+    HeadKind,
     LinearizedLoraKind,
     LinearKind,
     LoraKind,
     MlpKind,
     ModuleKind,
 )
+from cola_runtime.adapters.head import SiteHead
 from cola_runtime.adapters.linear import SiteLinear
 from cola_runtime.adapters.linearized_lora import SiteLinearizedLora
 from cola_runtime.adapters.lora import SiteLora
@@ -45,6 +47,8 @@ def site_adapter(kind: AdapterKind, site: Site) -> SiteAdapter:
             return SiteMlp(kind, site)
         case ModuleKind():
             return SiteModule(kind, site)
+        case HeadKind():
+            return SiteHead(kind, site)
         case _:
             assert_never(kind)
 

@@ -18,6 +18,12 @@ def uniform(key: str, shape: tuple[int, ...], *, bound: float) -> Tensor:
     return torch.from_numpy((2.0 * generator.random(shape) - 1.0) * bound)
 
 
+def normal(key: str, shape: tuple[int, ...], *, deviation: float) -> Tensor:
+    """N(0, deviation^2) in float64; as `uniform` in all else."""
+    generator = np.random.Generator(np.random.PCG64(_hash(key)))
+    return torch.from_numpy(generator.standard_normal(shape) * deviation)
+
+
 def torch_seed(key: str) -> int:
     """A seed for torch.manual_seed, for what only torch can draw."""
     return _hash(key) % 2**63

@@ -5,6 +5,7 @@ from __future__ import annotations
 from cola_runtime.adapter_spec import (
     AdapterKind,
     AdapterSpec,
+    HeadKind,
     LinearizedLoraKind,
     LinearKind,
     LoraKind,
@@ -45,6 +46,8 @@ def site_weight_shapes(kind: AdapterKind, site: Site) -> dict[TensorKey, Shape]:
                 TensorKind.MLP_OUT: (outputs, kind.hidden),
                 TensorKind.MLP_OUT_BIAS: (outputs,),
             }
+        case HeadKind():
+            shapes = {TensorKind.WEIGHT: (outputs, inputs), TensorKind.BIAS: (outputs,)}
         case _:
             return {
                 TensorKey(site.index, TensorKind.MODULE, slot): shape

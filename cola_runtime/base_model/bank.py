@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cola_runtime.adapter_spec import AdapterSpec
+from cola_runtime.adapter_spec import AdapterSpec, head_part
 from cola_runtime.adapters.shapes import weight_shapes
+from cola_runtime.base_model.heads import BankedHead
 from cola_runtime.base_model.layout import AdapterLayout, layout_key
 from cola_runtime.errors import Fenced, InvalidInput
 from cola_runtime.types import Lease, Segment, Site, TensorKey
@@ -24,13 +25,15 @@ class BankedAdapter:
     spec: AdapterSpec
     layout: AdapterLayout
     flat: Tensor  # [P] in the base model's dtype
+    head: BankedHead | None = None
 
 
 class AdapterBank:
     """The current version of every leased adapter. Not thread-safe: owned by the compute thread."""
 
-    def __init__(self, sites: Sequence[Site], dtype: torch.dtype) -> None:
+    def __init__(self, sites: Sequence[Site], dtype: torch.dtype, *, hidden_size: int = 0) -> None:
         self._sites = tuple(sites)
+        self._hidden_size = hidden_size
         self._dtype = dtype
         self._adapters: dict[str, BankedAdapter] = {}
         self._layouts: dict[object, AdapterLayout] = {}
@@ -55,7 +58,12 @@ class AdapterBank:
         layout = current.layout if current is not None and current.spec is spec else self._layout(spec)
         flat = layout.flatten(weights, spec, self._dtype)
         self._adapters[lease.job_id] = BankedAdapter(
-            lease=lease, version=version, spec=spec, layout=layout, flat=flat
+            lease=lease,
+            version=version,
+            spec=spec,
+            layout=layout,
+            flat=flat,
+            head=BankedHead.of(spec, weights),
         )
 
     def evict(self, job_id: str) -> None:
@@ -86,7 +94,7 @@ class AdapterBank:
 
     def _check(self, spec: AdapterSpec, weights: Mapping[TensorKey, Tensor]) -> None:
         for site in spec.sites:
-            if not 0 <= site.index < len(self._sites) or self._sites[site.index] != site:
+            if not self._has(site, spec):
                 raise _invalid(site.name, "a site of this base model", f"site {site.index}")
         shapes = weight_shapes(spec)
         if shapes.keys() != weights.keys():
@@ -94,8 +102,14 @@ class AdapterBank:
             raise _invalid("weights", "exactly the tensors of the adapter's sites", ", ".join(odd[:4]))
         for key, shape in shapes.items():
             if tuple(weights[key].shape) != shape:
-                name = self._sites[key.site].name
+                name = next(site.name for site in spec.sites if site.index == key.site)
                 raise _invalid(f"{name} {key.kind.name}", f"shape {shape}", str(tuple(weights[key].shape)))
+
+    def _has(self, site: Site, spec: AdapterSpec) -> bool:
+        if spec.head is not None and site == spec.head[1]:
+            expected = head_part(spec.head[0], self._sites, hidden_size=self._hidden_size)
+            return site == expected.sites[0]
+        return 0 <= site.index < len(self._sites) and self._sites[site.index] == site
 
 
 def _invalid(where: str, expected: str, got: str) -> InvalidInput:

@@ -1,4 +1,4 @@
-"""Finds the sites of a causal language model: every Linear and Conv1D below its vocabulary projection."""
+"""Finds the sites of a transformer: every Linear and Conv1D that its last hidden state depends on."""
 
 from __future__ import annotations
 
@@ -45,9 +45,10 @@ def site_catalogue(model: Any) -> tuple[Site, ...]:
 def _candidates(model: Any) -> Iterator[tuple[str, nn.Module]]:
     from transformers.pytorch_utils import Conv1D
 
-    head = model.get_output_embeddings()
+    pooler = getattr(model.base_model, "pooler", None)  # behind the last hidden state
+    pooling = set(pooler.modules()) if pooler is not None else set()
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head:
+        if isinstance(module, (nn.Linear, Conv1D)) and module not in pooling:
             yield name, module
 
 
@@ -61,7 +62,7 @@ def _first_inputs(model: Any, modules: dict[str, nn.Module]) -> dict[str, Tensor
     ]
     try:
         with torch.no_grad():
-            model(input_ids=TRACED_TOKENS, use_cache=False)
+            model.base_model(input_ids=TRACED_TOKENS, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

@@ -14,12 +14,14 @@ from cola_runtime.adapter_spec import (
     AdapterKind,
     AdapterPart,
     AdapterSpec,
+    HeadKind,
     LinearizedLoraKind,
     LinearKind,
     LoraKind,
     MlpKind,
     ModuleKind,
 )
+from cola_runtime.base_model.stacks.head import HeadLayout
 from cola_runtime.base_model.stacks.linear import LinearLayout
 from cola_runtime.base_model.stacks.linearized_lora import LinearizedLoraLayout
 from cola_runtime.base_model.stacks.lora import LoraLayout
@@ -77,6 +79,8 @@ def _shape_key(kind: AdapterKind) -> object:
             return "mlp", kind.hidden, kind.activation
         case ModuleKind():
             return "module", kind.name, kind.options
+        case HeadKind():
+            return "head"  # of any number of labels: nothing of it is stacked
         case _:
             assert_never(kind)
 
@@ -94,5 +98,7 @@ def _part_layout(part: AdapterPart) -> PartLayout:
             return MlpLayout(kind, part.sites)
         case ModuleKind():
             return ModuleLayout(kind, part.sites)
+        case HeadKind():
+            return HeadLayout()
         case _:
             assert_never(kind)

@@ -25,6 +25,7 @@ from cola_runtime.base_model.frozen_ops import (
     swiglu_backward,
 )
 from cola_runtime.base_model.llama_weights import LlamaLayer, Projection, llama_layers
+from cola_runtime.base_model.segments import MixedBatch
 from cola_runtime.base_model.stacks.cache import Stacks
 from cola_runtime.base_model.stacks.protocol import Kept
 from cola_runtime.base_model.tapped import SiteGroup
@@ -85,7 +86,8 @@ class LlamaBody:
         self._step: _Step | None = None
 
     @torch.no_grad()
-    def forward(self, tokens_BT: Tensor, stacks: Stacks, *, train: bool) -> Tensor:
+    def forward(self, batch: MixedBatch, stacks: Stacks, *, train: bool) -> Tensor:
+        tokens_BT = batch.tokens_BT
         embedded_BTD = self._model.embed_tokens(tokens_BT)
         step = _Step(
             shape=(tokens_BT.shape[0], tokens_BT.shape[1]),

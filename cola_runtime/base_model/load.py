@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from cola_runtime.base_model.catalogue import site_catalogue
+from cola_runtime.base_model.encoders import is_encoder, read_encoder
+from cola_runtime.base_model.heads import Pooling
 from cola_runtime.base_model.llama_weights import is_plain_llama
 from cola_runtime.base_model.loss import VocabularyProjection
 from cola_runtime.base_model.tapped import SiteGroup
 from cola_runtime.errors import InvalidInput
-from cola_runtime.types import Site
+from cola_runtime.types import Site, Task
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 ATTENTIONS = ("eager", "sdpa")
@@ -29,13 +31,39 @@ class LoadedModel:
     model: Any
     sites: tuple[Site, ...]
     groups: tuple[SiteGroup, ...]
-    head: VocabularyProjection
+    head: VocabularyProjection | None  # None: an encoder, which predicts no tokens
+    pooling: Pooling
     attention: str  # of transformers' own forward: generation, and training too unless `by_hand`
     by_hand: bool  # LlamaBody can compute it
 
+    @property
+    def bidirectional(self) -> bool:
+        return self.head is None
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """What it can be trained for."""
+        heads = (Task.SEQUENCE_CLASSIFICATION, Task.REGRESSION)
+        return heads if self.bidirectional else (Task.CAUSAL_LM, *heads)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.model.get_input_embeddings().embedding_dim)
+
+    @property
+    def context_length(self) -> int:
+        """RoBERTa counts positions from behind its padding token's, so that many rows of its table are lost."""
+        embeddings = getattr(self.model.base_model, "embeddings", None)
+        lost = getattr(embeddings, "padding_idx", None)
+        return int(self.model.config.max_position_embeddings) - (0 if lost is None else lost + 1)
+
+    @property
+    def token_types(self) -> int:
+        return int(getattr(self.model.config, "type_vocab_size", 0)) if self.bidirectional else 0
+
 
 def load_frozen_model(path: Path, *, dtype: str, attention: str) -> LoadedModel:
-    """Load, freeze, find the sites, and check that head(last hidden state) is what the model calls logits.
+    """Load, freeze, find the sites; of a causal model check that head(last hidden state) is its logits.
 
     Reads safetensors only. Sites of one group get one weight buffer. Raises InvalidInput for an unknown dtype
     or attention, and `BASE_MODEL_UNSUPPORTED` where the logits are not a plain projection.
@@ -44,17 +72,33 @@ def load_frozen_model(path: Path, *, dtype: str, attention: str) -> LoadedModel:
         raise _unknown("dtype", dtype, tuple(DTYPES))
     if attention not in ("auto", *ATTENTIONS):
         raise _unknown("attention", attention, ("auto", *ATTENTIONS))
-    model = _read(path, DTYPES[dtype], None if attention == "auto" else attention)
+    model, head, pooling = _opened(path, DTYPES[dtype], None if attention == "auto" else attention)
     sites = site_catalogue(model)
-    head = VocabularyProjection.of(model)
-    _check_plain_projection(model, head)
     groups = _site_groups(model, sites)
     by_hand = is_plain_llama(model, groups)
     if attention == "auto":
         attention = "sdpa" if by_hand else _faster_attention(model)
     return LoadedModel(
-        model=model, sites=sites, groups=groups, head=head, attention=attention, by_hand=by_hand
+        model=model,
+        sites=sites,
+        groups=groups,
+        head=head,
+        pooling=pooling,
+        attention=attention,
+        by_hand=by_hand,
     )
+
+
+def _opened(
+    path: Path, dtype: torch.dtype, attention: str | None
+) -> tuple[Any, VocabularyProjection | None, Pooling]:
+    if is_encoder(path):
+        model, pooling = read_encoder(path, dtype, attention)
+        return model, None, pooling
+    model = _read(path, dtype, attention)
+    head = VocabularyProjection.of(model)
+    _check_plain_projection(model, head)
+    return model, head, Pooling(first_token=False)
 
 
 def _read(path: Path, dtype: torch.dtype, attention: str | None) -> Any:

@@ -34,16 +34,18 @@ class VocabularyProjection:
 
 
 def label_loss(
-    hidden_ND: Tensor, head: VocabularyProjection, labels: Labels, space: Workspace, *, train: bool
+    hidden_ND: Tensor, head: VocabularyProjection | None, labels: Labels, space: Workspace, *, train: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Cross-entropy of every label [K] in at least float32, and d(sum scale * ce)/d hidden [N, D] if `train`.
 
+    A base model without a vocabulary projection has no labels, and gets zeros.
     Never holds the logits of more than CHUNK_LABELS labels. Every row's result depends on that row alone.
     """
     wide = torch.promote_types(hidden_ND.dtype, torch.float32)
     losses_K = hidden_ND.new_empty(len(labels.targets_K), dtype=wide)
     grad_ND = space.tensor("loss.grad", tuple(hidden_ND.shape), hidden_ND.dtype).zero_() if train else None
     for start in range(0, len(losses_K), CHUNK_LABELS):
+        assert head is not None  # `row_refusal` has looked
         chunk = slice(start, start + CHUNK_LABELS)
         positions_C = labels.positions_K[chunk]
         logits_CV = _logits(hidden_ND.index_select(0, positions_C), head, space)

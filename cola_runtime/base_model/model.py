@@ -14,10 +14,18 @@ from cola_runtime.adapter_spec import AdapterSpec
 from cola_runtime.base_model.bank import AdapterBank
 from cola_runtime.base_model.body import Body, PatchedBody
 from cola_runtime.base_model.generate import Sampling, generate_tokens
+from cola_runtime.base_model.head_loss import HeadOutcome, head_losses
 from cola_runtime.base_model.llama import LlamaBody
-from cola_runtime.base_model.load import LoadedModel, load_frozen_model
+from cola_runtime.base_model.load import DTYPES, LoadedModel, load_frozen_model
 from cola_runtime.base_model.loss import label_loss, segment_loss_sums
-from cola_runtime.base_model.segments import Cohort, Member, MixedBatch, mixed_batch, row_refusal
+from cola_runtime.base_model.segments import (
+    Cohort,
+    Member,
+    MixedBatch,
+    RowLimits,
+    mixed_batch,
+    row_refusal,
+)
 from cola_runtime.base_model.stacks.cache import StackCache, group_stacks
 from cola_runtime.base_model.tapped import TappedModules
 from cola_runtime.base_model.workspace import Workspace
@@ -44,10 +52,16 @@ class TappedModel:
         self._path = path
         self._dtype = dtype
         self._threads = threads
-        self._bank = AdapterBank(loaded.sites, loaded.head.weight_VD.dtype)
+        self._bank = AdapterBank(loaded.sites, DTYPES[dtype], hidden_size=loaded.hidden_size)
         self._modules = TappedModules(loaded.groups)
         self._space = Workspace()
         self._body = self._fastest_body()
+        self._limits = RowLimits(
+            vocabulary_size=self._vocabulary_size,
+            context_length=loaded.context_length,
+            token_types=loaded.token_types,
+            causal=not loaded.bidirectional,
+        )
         self._cache = StackCache()
         self._positions = {
             site.index: place for group in loaded.groups for place, site in enumerate(group.sites)
@@ -73,14 +87,17 @@ class TappedModel:
         return BaseModelDescription(
             name=name,
             architecture=type(model).__name__,
-            context_length=self._context_length,
-            vocabulary_size=self._vocabulary_size,
+            context_length=self._limits.context_length,
+            vocabulary_size=self._limits.vocabulary_size,
             dtype=self._dtype,
             sites=self.sites,
             gradient_endpoint=gradient_endpoint,
             tokenizer_path=str(self._path),
             parameters=sum(parameter.numel() for parameter in model.parameters()),
+            hidden_size=self._loaded.hidden_size,
+            tasks=self._loaded.tasks,
             details={
+                "tasks": ", ".join(self._loaded.tasks),
                 "attention": self._attention,
                 "body": type(self._body).__name__,
                 "threads": str(self._threads),
@@ -114,17 +131,16 @@ class TappedModel:
             for position, segment in enumerate(step.segments)
             if refusals[position] is None
         ]
-        outcomes: dict[int, tuple[float, float]] = {}
+        outcomes: dict[int, SegmentLoss] = {}
         computed_tokens = 0
         if members:
             batch = mixed_batch(members)
             computed_tokens = batch.tokens_BT.numel()
-            sums = self._compute(batch, sink if step.train else None)
-            outcomes = {member.position: pair for member, pair in zip(batch.members, sums, strict=True)}
+            outcomes = self._compute(batch, sink if step.train else None)
         return BaseStepResult(
             number=step.number,
             losses=tuple(
-                _segment_loss(segment, refusals[position], outcomes.get(position, (0.0, 0.0)))
+                outcomes.get(position) or _refused(segment, refusals[position])
                 for position, segment in enumerate(step.segments)
             ),
             started=started,
@@ -146,7 +162,7 @@ class TappedModel:
         """Continue `token_ids` with the job's current adapter, or with the bare base model for None.
 
         Stops before the first of `stop_ids`, which is not returned. Temperature 0 is greedy. Raises NotFound
-        `ADAPTER_UNKNOWN`, InvalidInput `SEQUENCE_TOO_LONG`.
+        `ADAPTER_UNKNOWN`, InvalidInput `SEQUENCE_TOO_LONG`, `TASK_UNSUPPORTED`.
         """
         self._check_generation(len(token_ids), max_new_tokens)
         sampling = Sampling(
@@ -157,30 +173,36 @@ class TappedModel:
         with self._modules.active(stacks, rows=1, training=False):
             return generate_tokens(self._loaded.model, token_ids, sampling)
 
-    def _compute(self, batch: MixedBatch, sink: TapSink | None) -> list[tuple[float, float]]:
-        train = sink is not None
+    def _compute(self, batch: MixedBatch, sink: TapSink | None) -> dict[int, SegmentLoss]:
+        """Position in BaseStep.segments -> loss."""
         stacks = group_stacks(batch.cohorts, self._positions, self._cache, sink)
+        train = sink is not None and bool(stacks)  # heads alone need no backward pass through the body
         try:
-            hidden_ND = self._body.forward(batch.tokens_BT, stacks, train=train)
+            hidden_ND = self._body.forward(batch, stacks, train=train)
             with torch.no_grad():
                 losses_K, grad_ND = label_loss(
                     hidden_ND, self._loaded.head, batch.labels, self._space, train=train
                 )
+            heads = head_losses(hidden_ND, batch, self._loaded.pooling, grad_ND=grad_ND, sink=sink)
             if grad_ND is not None:
                 self._body.backward(grad_ND)
         finally:
             self._body.finish()
-        return segment_loss_sums(losses_K, batch.labels)
+        sums = segment_loss_sums(losses_K, batch.labels)
+        return {
+            member.position: _segment_loss(member.segment, of_labels, heads.get(member.position))
+            for member, of_labels in zip(batch.members, sums, strict=True)
+        }
 
     def _fastest_body(self) -> Body:
         if self._loaded.by_hand:
             return LlamaBody(self._loaded.model, self._loaded.groups, self._space)
-        return PatchedBody(self._loaded.model, self._modules)
+        return PatchedBody(self._loaded.model, self._modules, bidirectional=self._loaded.bidirectional)
 
     def _refusal(self, segment: Segment) -> str | None:
-        return self._bank.refusal(segment) or row_refusal(
-            segment.rows, vocabulary_size=self._vocabulary_size, context_length=self._context_length
-        )
+        adapter = self._bank.adapter(segment.lease.job_id)
+        head = None if adapter is None or adapter.head is None else adapter.head.kind
+        return self._bank.refusal(segment) or row_refusal(segment.rows, self._limits, head)
 
     def _member(self, position: int, segment: Segment) -> Member:
         adapter = self._bank.adapter(segment.lease.job_id)
@@ -196,15 +218,22 @@ class TappedModel:
         return Cohort(members=(Member(position=0, segment=segment, adapter=adapter),), first_row=0)
 
     def _check_generation(self, prompt_tokens: int, max_new_tokens: int) -> None:
+        if self._loaded.bidirectional:
+            raise InvalidInput(
+                "TASK_UNSUPPORTED",
+                f"{type(self._loaded.model).__name__} is an encoder, which generates nothing",
+                where="base_model",
+                remedy="Ask a causal language model.",
+            )
         if prompt_tokens == 0:
             raise InvalidInput("PROMPT_EMPTY", "the prompt has no tokens", where="prompt")
         total = prompt_tokens + max_new_tokens
-        if total > self._context_length:
+        if total > self._limits.context_length:
             raise InvalidInput(
                 "SEQUENCE_TOO_LONG",
                 f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones do not fit the context",
                 where="prompt",
-                limit=self._context_length,
+                limit=self._limits.context_length,
                 actual=total,
                 remedy="Shorten the prompt or ask for fewer tokens.",
             )
@@ -218,11 +247,20 @@ class TappedModel:
     def _vocabulary_size(self) -> int:
         return int(self._loaded.model.get_input_embeddings().num_embeddings)
 
-    @property
-    def _context_length(self) -> int:
-        return int(self._loaded.model.config.max_position_embeddings)
+
+def _refused(segment: Segment, reason: str | None) -> SegmentLoss:
+    return SegmentLoss(job_id=segment.lease.job_id, reason=reason)
 
 
-def _segment_loss(segment: Segment, reason: str | None, sums: tuple[float, float]) -> SegmentLoss:
-    loss_sum, weight_sum = sums
-    return SegmentLoss(job_id=segment.lease.job_id, loss_sum=loss_sum, weight_sum=weight_sum, reason=reason)
+def _segment_loss(
+    segment: Segment, of_labels: tuple[float, float], of_head: HeadOutcome | None
+) -> SegmentLoss:
+    job_id = segment.lease.job_id
+    if of_head is None:
+        return SegmentLoss(job_id=job_id, loss_sum=of_labels[0], weight_sum=of_labels[1])
+    return SegmentLoss(
+        job_id=job_id,
+        loss_sum=of_head.loss_sum,
+        weight_sum=float(len(segment.rows)),
+        predictions=of_head.predictions,
+    )

@@ -1,13 +1,15 @@
 """Composes one rectangular batch out of many tenants' rows.
 
 Segments of equal (adapter layout, rows, tap plan) become neighbours, a *cohort*: their adapters run as one
-batched product over views. Rows are padded on the right: under causal attention no real token sees padding.
+batched product over views. Rows are padded on the right: under causal attention no real token sees padding,
+bidirectional attention masks it by the rows' lengths.
 Shapes: B rows of the batch, T padded length, K label positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cola_runtime.adapter_spec import HeadKind
 from cola_runtime.base_model.bank import BankedAdapter
 from cola_runtime.types import Row, Segment, TapPlan
 
@@ -62,12 +65,21 @@ class Labels:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixedBatch:
     tokens_BT: Tensor  # int64, padded with 0
+    lengths_B: Tensor  # int64
+    token_types_BT: Tensor | None  # int64, padded with 0; None: all 0
     cohorts: tuple[Cohort, ...]
     labels: Labels
 
     @property
     def members(self) -> tuple[Member, ...]:
         return tuple(member for cohort in self.cohorts for member in cohort.members)
+
+    @property
+    def placed_members(self) -> Iterator[tuple[Member, int]]:
+        """Every member and its first row, in batch order."""
+        for cohort in self.cohorts:
+            for number, member in enumerate(cohort.members):
+                yield member, cohort.first_row + number * cohort.rows_per_segment
 
 
 def mixed_batch(members: Sequence[Member]) -> MixedBatch:
@@ -83,7 +95,11 @@ def mixed_batch(members: Sequence[Member]) -> MixedBatch:
     rows = [row for member in ordered for row in member.segment.rows]
     tokens, weights = _padded(rows)
     return MixedBatch(
-        tokens_BT=torch.from_numpy(tokens), cohorts=tuple(cohorts), labels=_labels(ordered, tokens, weights)
+        tokens_BT=torch.from_numpy(tokens),
+        lengths_B=torch.tensor([len(row.tokens) for row in rows]),
+        token_types_BT=_token_types(rows, tokens.shape),
+        cohorts=tuple(cohorts),
+        labels=_labels(ordered, tokens, weights),
     )
 
 
@@ -98,8 +114,19 @@ def _padded(rows: Sequence[Row]) -> tuple[NDArray[np.int64], NDArray[np.float64]
     weights = np.zeros((len(rows), longest), np.float64)
     for number, row in enumerate(rows):
         tokens[number, : len(row.tokens)] = row.tokens
-        weights[number, 1 : len(row.tokens)] = row.weights[1:]
+        if row.label is None:
+            weights[number, 1 : len(row.tokens)] = row.weights[1:]
     return tokens, weights
+
+
+def _token_types(rows: Sequence[Row], shape: tuple[int, ...]) -> Tensor | None:
+    if all(row.token_types is None for row in rows):
+        return None
+    types_BT = torch.zeros(shape, dtype=torch.int64)
+    for number, row in enumerate(rows):
+        if row.token_types is not None:
+            types_BT[number, : len(row.token_types)] = torch.from_numpy(row.token_types)
+    return types_BT
 
 
 def _labels(members: Sequence[Member], tokens: NDArray[np.int64], weights: NDArray[np.float64]) -> Labels:
@@ -120,14 +147,38 @@ def _labels(members: Sequence[Member], tokens: NDArray[np.int64], weights: NDArr
     )
 
 
-def row_refusal(rows: Sequence[Row], *, vocabulary_size: int, context_length: int) -> str | None:
-    """`ROW_INVALID` if a row is empty, too long or holds a token that the base model has no embedding for."""
-    if not rows:
-        return "ROW_INVALID"
-    for row in rows:
-        tokens = row.tokens
-        if not 0 < len(tokens) <= context_length or len(row.weights) != len(tokens):
-            return "ROW_INVALID"
-        if tokens.min() < 0 or tokens.max() >= vocabulary_size:
-            return "ROW_INVALID"
-    return None
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowLimits:
+    """What a base model can embed and predict."""
+
+    vocabulary_size: int
+    context_length: int
+    token_types: int  # how many it has an embedding for; 0 where it has none
+    causal: bool  # it predicts tokens
+
+
+def row_refusal(rows: Sequence[Row], limits: RowLimits, head: HeadKind | None) -> str | None:
+    """`ROW_INVALID` if a row is empty, too long, holds what the base model has no embedding for, or has no
+    label that the adapter's head, or else the vocabulary, could be judged by.
+    """
+    valid = rows and all(_embeddable(row, limits) and _judged(row, limits, head) for row in rows)
+    return None if valid else "ROW_INVALID"
+
+
+def _embeddable(row: Row, limits: RowLimits) -> bool:
+    tokens, types = row.tokens, row.token_types
+    if not 0 < len(tokens) <= limits.context_length:
+        return False
+    if tokens.min() < 0 or tokens.max() >= limits.vocabulary_size:
+        return False
+    return types is None or (
+        len(types) == len(tokens) and 0 <= types.min() <= types.max() < limits.token_types
+    )
+
+
+def _judged(row: Row, limits: RowLimits, head: HeadKind | None) -> bool:
+    if head is None or row.label is None:
+        return limits.causal and head is None and row.label is None and len(row.weights) == len(row.tokens)
+    if head.problem == "regression":
+        return math.isfinite(row.label)
+    return isinstance(row.label, int) and 0 <= row.label < head.labels

@@ -1,4 +1,4 @@
-"""Tiny random causal models with a byte-level tokenizer, written as a pretrained folder; no network."""
+"""Tiny random causal models and encoders with a byte-level tokenizer, written as a pretrained folder; no network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cola_runtime.types import Site, SiteKind
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-ModelKind = Literal["llama", "gpt2"]
+ModelKind = Literal["llama", "gpt2", "bert", "roberta"]
 
 CONTEXT_LENGTH = 256
 LAYERS = 3
@@ -27,7 +27,17 @@ BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (PAD, BOS, EOS, TURN_START, TURN_END)
 
+ROBERTA_PADDING = 3  # a token that no text has: RoBERTa's positions begin behind it
+
 _KEY_VALUE = HIDDEN // HEADS * KEY_VALUE_HEADS
+_ENCODER_SITES = (
+    ("{prefix}.encoder.layer.{layer}.attention.self.query", HIDDEN, HIDDEN, 0),
+    ("{prefix}.encoder.layer.{layer}.attention.self.key", HIDDEN, HIDDEN, 0),
+    ("{prefix}.encoder.layer.{layer}.attention.self.value", HIDDEN, HIDDEN, 0),
+    ("{prefix}.encoder.layer.{layer}.attention.output.dense", HIDDEN, HIDDEN, 1),
+    ("{prefix}.encoder.layer.{layer}.intermediate.dense", HIDDEN, INTERMEDIATE, 2),
+    ("{prefix}.encoder.layer.{layer}.output.dense", INTERMEDIATE, HIDDEN, 3),
+)
 # name, in_features, out_features, input group within the layer
 _LAYER_SITES: dict[str, tuple[tuple[str, int, int, int], ...]] = {
     "llama": (
@@ -45,6 +55,8 @@ _LAYER_SITES: dict[str, tuple[tuple[str, int, int, int], ...]] = {
         ("transformer.h.{layer}.mlp.c_fc", HIDDEN, INTERMEDIATE, 2),
         ("transformer.h.{layer}.mlp.c_proj", INTERMEDIATE, HIDDEN, 3),
     ),
+    "bert": _ENCODER_SITES,
+    "roberta": _ENCODER_SITES,
 }
 
 CHAT_TEMPLATE = (
@@ -58,10 +70,10 @@ CHAT_TEMPLATE = (
 def save_tiny_model(kind: ModelKind, folder: Path, *, dtype: str = "float32", seed: int = 0) -> Path:
     """Write a random model and its tokenizer to `folder`, for transformers' Auto classes; returns `folder`.
 
-    `llama`: grouped-query attention, untied head. `gpt2`: Conv1D, fused c_attn, tied head, no dropout. All
-    parameters, biases and norms too, are drawn in float32, then cast: models of one seed agree across dtypes.
+    `llama`: grouped-query attention, untied head. `gpt2`: Conv1D, fused c_attn, tied head, no dropout. `bert`:
+    token types and a pooler. `roberta`: as pretrained, with a vocabulary head and no pooler. All parameters, biases and norms too, are drawn in float32, then cast: models of one seed agree across dtypes.
     """
-    tokenizer = byte_tokenizer()
+    tokenizer = byte_tokenizer(kind)
     with torch.random.fork_rng(devices=[]):
         model = _build(kind, tokenizer)
     _randomise(model, seed)
@@ -79,7 +91,7 @@ def tiny_sites(kind: ModelKind) -> tuple[Site, ...]:
             sites.append(
                 Site(
                     index=len(sites),
-                    name=name.format(layer=layer),
+                    name=name.format(layer=layer, prefix=kind),
                     kind=SiteKind.CONV1D if kind == "gpt2" else SiteKind.LINEAR,
                     in_features=in_features,
                     out_features=out_features,
@@ -89,15 +101,25 @@ def tiny_sites(kind: ModelKind) -> tuple[Site, ...]:
     return tuple(sites)
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte (261 in all with the special ones) and a ChatML template; adds no tokens by itself."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def byte_tokenizer(kind: ModelKind = "llama") -> PreTrainedTokenizerFast:
+    """One token a byte (261 in all with the special ones) and a ChatML template.
+
+    Adds no tokens by itself, but an encoder's `<s> a </s> b </s>` (`bert`) or `<s> a </s></s> b </s>`.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     words = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={word: number for number, word in enumerate(words)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
+    if kind in ("bert", "roberta"):
+        second = f"{EOS} {EOS} $B {EOS}" if kind == "roberta" else f"{EOS}:0 $B:1 {EOS}:1"
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{BOS} $A {EOS}",
+            pair=f"{BOS} $A {second}",
+            special_tokens=[(BOS, words.index(BOS)), (EOS, words.index(EOS))],
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BOS,
@@ -110,7 +132,16 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _build(kind: ModelKind, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+    from transformers import (
+        BertConfig,
+        BertModel,
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        RobertaConfig,
+        RobertaForMaskedLM,
+    )
 
     shared: dict[str, Any] = {
         "vocab_size": len(tokenizer),
@@ -120,7 +151,12 @@ def _build(kind: ModelKind, tokenizer: PreTrainedTokenizerFast) -> PreTrainedMod
     }
     if kind == "llama":
         return LlamaForCausalLM(_llama_config(LlamaConfig, shared))
-    return GPT2LMHeadModel(_gpt2_config(GPT2Config, shared))
+    if kind == "gpt2":
+        return GPT2LMHeadModel(_gpt2_config(GPT2Config, shared))
+    if kind == "bert":
+        return BertModel(_encoder_config(BertConfig, shared, type_vocab_size=2))
+    shared["pad_token_id"] = ROBERTA_PADDING
+    return RobertaForMaskedLM(_encoder_config(RobertaConfig, shared, type_vocab_size=1))
 
 
 def _llama_config(config: Any, shared: dict[str, Any]) -> Any:
@@ -146,6 +182,18 @@ def _gpt2_config(config: Any, shared: dict[str, Any]) -> Any:
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
+        **shared,
+    )
+
+
+def _encoder_config(config: Any, shared: dict[str, Any], *, type_vocab_size: int) -> Any:
+    return config(
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        max_position_embeddings=CONTEXT_LENGTH,
+        type_vocab_size=type_vocab_size,
         **shared,
     )
 

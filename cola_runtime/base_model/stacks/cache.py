@@ -73,6 +73,8 @@ def group_stacks(
     counts: dict[tuple[AdapterLayout, int], int] = {}
     for cohort in cohorts:
         adapter = cohort.members[0].adapter
+        if not adapter.layout.block_sizes:
+            continue  # a head alone
         shape = (adapter.layout, len(cohort.members))
         ordinal = counts[shape] = counts.get(shape, -1) + 1
         views = cache.views(cohort, ordinal)

@@ -1,0 +1,65 @@
+"""The losses of a mixed batch's labelled rows, tenant by tenant, and the taps of their heads.
+
+Shapes: N = rows x tokens, n rows of one segment, D hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cola_runtime.base_model.heads import BankedHead, HeadGradients, Pooling
+from cola_runtime.base_model.segments import Member, MixedBatch
+from cola_runtime.gradients.taps import Tap, TapSink
+from cola_runtime.types import TensorKey, TensorKind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadOutcome:
+    """Of one segment. A training step predicts nothing."""
+
+    loss_sum: float
+    predictions: tuple[float, ...] = ()
+
+
+def head_losses(
+    hidden_ND: Tensor, batch: MixedBatch, pooling: Pooling, *, grad_ND: Tensor | None, sink: TapSink | None
+) -> dict[int, HeadOutcome]:
+    """Position in BaseStep.segments -> outcome, of every segment that a head judges.
+
+    With a sink, each head's gradient leaves as a tap, always in its own encoding: it is tiny. Where `grad_ND`
+    is given, d loss / d hidden is written to the pooled rows, in place.
+    """
+    positions_B = pooling.positions(batch.lengths_B, batch.tokens_BT.shape[1])
+    outcomes: dict[int, HeadOutcome] = {}
+    for member, first_row in batch.placed_members:
+        head = member.adapter.head
+        if head is None:
+            continue
+        positions_n = positions_B[first_row : first_row + len(member.segment.rows)]
+        hidden_nD = hidden_ND.index_select(0, positions_n)
+        if sink is None:
+            losses_n, predictions = head.losses(hidden_nD, _labels(member), pooling)
+        else:
+            denominator = member.segment.loss_denominator
+            losses_n, gradients = head.gradients(hidden_nD, _labels(member), pooling, denominator)
+            sink(Tap(member.position, _tensors(head, gradients)))
+            predictions = ()
+            if grad_ND is not None:
+                grad_ND.index_copy_(0, positions_n, gradients.hidden_nD)
+        outcomes[member.position] = HeadOutcome(
+            loss_sum=float(losses_n.double().sum()), predictions=predictions
+        )
+    return outcomes
+
+
+def _labels(member: Member) -> list[float]:
+    return [row.label for row in member.segment.rows if row.label is not None]
+
+
+def _tensors(head: BankedHead, gradients: HeadGradients) -> dict[TensorKey, Tensor]:
+    return {
+        TensorKey(head.site, TensorKind.GRAD_WEIGHT): gradients.weight_CD,
+        TensorKey(head.site, TensorKind.GRAD_BIAS): gradients.bias_C,
+    }
