@@ -20,6 +20,7 @@ class Task(enum.StrEnum):
     """What a job trains for; the value is `task.kind` in its spec."""
 
     CAUSAL_LM = "causal_lm"
+    SEQUENCE_TO_SEQUENCE = "sequence_to_sequence"
     SEQUENCE_CLASSIFICATION = "sequence_classification"
     REGRESSION = "regression"
 
@@ -165,6 +166,12 @@ class Row:
     weights: NDArray[np.float32]  # [length]; weights[0] is always 0, nothing predicts the first token
     label: int | float | None = None  # a class from 0, or a value; `weights` is empty then
     token_types: NDArray[np.int8] | None = None  # [length], of a pair of texts; None is 0 throughout
+    source: NDArray[np.int32] | None = None  # an encoder-decoder's input; `tokens` are its decoder's
+
+    @property
+    def length(self) -> int:
+        """Tokens that the base model computes for the row."""
+        return len(self.tokens) + (0 if self.source is None else len(self.source))
 
     @property
     def label_tokens(self) -> int:
@@ -190,7 +197,7 @@ class Segment:
 
     @property
     def tokens(self) -> int:
-        return sum(len(row.tokens) for row in self.rows)
+        return sum(row.length for row in self.rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

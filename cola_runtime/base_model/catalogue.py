@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cola_runtime.base_model.encoder_decoders import decode
 from cola_runtime.types import Site, SiteKind
 
 TRACED_TOKENS = torch.tensor([[0, 1], [1, 0], [0, 0]])
@@ -62,7 +63,10 @@ def _first_inputs(model: Any, modules: dict[str, nn.Module]) -> dict[str, Tensor
     ]
     try:
         with torch.no_grad():
-            model.base_model(input_ids=TRACED_TOKENS, use_cache=False)
+            if model.config.is_encoder_decoder:
+                decode(model, TRACED_TOKENS, torch.ones_like(TRACED_TOKENS), TRACED_TOKENS)
+            else:
+                model.base_model(input_ids=TRACED_TOKENS, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

@@ -22,18 +22,40 @@ class Sampling:
 
 @torch.no_grad()
 def generate_tokens(model: Any, token_ids: Sequence[int], sampling: Sampling) -> list[int]:
-    """The new tokens, without the stop token that ended them."""
+    """The new tokens, without the stop token that ended them.
+
+    A decoder continues `token_ids`; an encoder-decoder reads them as its source.
+    """
     generator = torch.Generator().manual_seed(sampling.seed)
     tokens: list[int] = []
-    step_input, cache = torch.tensor([list(token_ids)]), None
+    step, step_input = _first_step(model, torch.tensor([list(token_ids)]))
+    cache = None
     for _ in range(sampling.max_new_tokens):
-        output = model(input_ids=step_input, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = step(step_input, cache)
         token = _choose(output.logits[0, -1], sampling.temperature, generator)
         if token in sampling.stop_ids:
             break
         tokens.append(token)
         step_input, cache = torch.tensor([[token]]), output.past_key_values
     return tokens
+
+
+def _first_step(model: Any, tokens_1T: Tensor) -> tuple[Any, Tensor]:
+    """(step, its first input); a step maps tokens and cache to the model's output."""
+    if not model.config.is_encoder_decoder:
+        return (
+            lambda tokens, cache: model(
+                input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1
+            ),
+            tokens_1T,
+        )
+    encoded = model.get_encoder()(input_ids=tokens_1T)
+    return (
+        lambda tokens, cache: model(
+            encoder_outputs=encoded, decoder_input_ids=tokens, past_key_values=cache, use_cache=True
+        ),
+        torch.tensor([[model.config.decoder_start_token_id]]),
+    )
 
 
 def _choose(logits_V: Tensor, temperature: float, generator: torch.Generator) -> int:

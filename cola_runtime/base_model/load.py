@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from cola_runtime.base_model.catalogue import site_catalogue
+from cola_runtime.base_model.encoder_decoders import is_encoder_decoder, read_encoder_decoder
 from cola_runtime.base_model.encoders import is_encoder, read_encoder
 from cola_runtime.base_model.heads import Pooling
 from cola_runtime.base_model.llama_weights import is_plain_llama
@@ -21,6 +22,7 @@ from cola_runtime.types import Site, Task
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 ATTENTIONS = ("eager", "sdpa")
+UNBOUNDED_CONTEXT = 4096  # of T5's relative positions, which set no limit: what memory should allow
 _TRIAL_SHAPE = (4, 64)
 
 
@@ -41,8 +43,14 @@ class LoadedModel:
         return self.head is None
 
     @property
+    def encoder_decoder(self) -> bool:
+        return bool(self.model.config.is_encoder_decoder)
+
+    @property
     def tasks(self) -> tuple[Task, ...]:
         """What it can be trained for."""
+        if self.encoder_decoder:
+            return (Task.SEQUENCE_TO_SEQUENCE,)
         heads = (Task.SEQUENCE_CLASSIFICATION, Task.REGRESSION)
         return heads if self.bidirectional else (Task.CAUSAL_LM, *heads)
 
@@ -52,10 +60,11 @@ class LoadedModel:
 
     @property
     def context_length(self) -> int:
-        """RoBERTa counts positions from behind its padding token's, so that many rows of its table are lost."""
+        """RoBERTa counts positions from behind its padding token's: that many rows of its table are lost."""
         embeddings = getattr(self.model.base_model, "embeddings", None)
         lost = getattr(embeddings, "padding_idx", None)
-        return int(self.model.config.max_position_embeddings) - (0 if lost is None else lost + 1)
+        positions = getattr(self.model.config, "max_position_embeddings", UNBOUNDED_CONTEXT)
+        return int(positions) - (0 if lost is None else lost + 1)
 
     @property
     def token_types(self) -> int:
@@ -92,6 +101,8 @@ def load_frozen_model(path: Path, *, dtype: str, attention: str) -> LoadedModel:
 def _opened(
     path: Path, dtype: torch.dtype, attention: str | None
 ) -> tuple[Any, VocabularyProjection | None, Pooling]:
+    if is_encoder_decoder(path):
+        return *read_encoder_decoder(path, dtype, attention), Pooling(first_token=False)
     if is_encoder(path):
         model, pooling = read_encoder(path, dtype, attention)
         return model, None, pooling
@@ -156,7 +167,12 @@ def _shared_storages(model: Any) -> set[int]:
 
 
 def _faster_attention(model: Any) -> str:
-    """Set and return the implementation whose forward and backward take less time on this machine."""
+    """Set and return the implementation whose forward and backward take less time on this machine.
+
+    An encoder-decoder keeps what transformers chose.
+    """
+    if model.config.is_encoder_decoder:
+        return str(model.config._attn_implementation)
     seconds = {name: _trial_seconds(model, name) for name in ATTENTIONS}
     best = min(seconds, key=lambda name: seconds[name])
     model.set_attn_implementation(best)

@@ -21,16 +21,18 @@ BLOCK_LABELS = 8  # of one softmax: what it reads twice stays in the cache
 
 @dataclass(frozen=True, slots=True)
 class VocabularyProjection:
-    """logits = h W^T + b, the frozen head of the base model."""
+    """logits = scale h W^T + b, the frozen head of the base model."""
 
     weight_VD: Tensor
     bias_V: Tensor | None
+    hidden_scale: float = 1.0
 
     @staticmethod
-    def of(model: Any) -> VocabularyProjection:
+    def of(model: Any, *, hidden_scale: float = 1.0) -> VocabularyProjection:
         head = model.get_output_embeddings()
-        bias = getattr(head, "bias", None)
-        return VocabularyProjection(head.weight.detach(), None if bias is None else bias.detach())
+        biases = [getattr(head, "bias", None), getattr(model, "final_logits_bias", None)]
+        given = [bias.detach().reshape(-1) for bias in biases if bias is not None]
+        return VocabularyProjection(head.weight.detach(), sum(given) if given else None, hidden_scale)
 
 
 def label_loss(
@@ -48,11 +50,11 @@ def label_loss(
         assert head is not None  # `row_refusal` has looked
         chunk = slice(start, start + CHUNK_LABELS)
         positions_C = labels.positions_K[chunk]
-        logits_CV = _logits(hidden_ND.index_select(0, positions_C), head, space)
+        logits_CV = _logits(_scaled(hidden_ND.index_select(0, positions_C), head), head, space)
         _losses_and_slopes(logits_CV, labels.targets_K[chunk], losses_K[chunk], space)
         if grad_ND is not None:
             grad_CD = torch.mm(logits_CV, head.weight_VD)
-            scales_C1 = labels.scales_K[chunk].to(wide)[:, None]
+            scales_C1 = labels.scales_K[chunk].to(wide)[:, None] * head.hidden_scale
             grad_ND.index_copy_(0, positions_C, (grad_CD * scales_C1).to(hidden_ND.dtype))
     return losses_K, grad_ND
 
@@ -63,6 +65,10 @@ def segment_loss_sums(losses_K: Tensor, labels: Labels) -> list[tuple[float, flo
     sums = [float(part.sum()) for part in torch.split(weighted_K, list(labels.counts))]
     weights = [float(part.sum()) for part in torch.split(labels.weights_K, list(labels.counts))]
     return list(zip(sums, weights, strict=True))
+
+
+def _scaled(hidden_CD: Tensor, head: VocabularyProjection) -> Tensor:
+    return hidden_CD if head.hidden_scale == 1.0 else hidden_CD.mul_(head.hidden_scale)
 
 
 def _logits(hidden_CD: Tensor, head: VocabularyProjection, space: Workspace) -> Tensor:

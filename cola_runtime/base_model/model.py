@@ -13,6 +13,7 @@ from torch import Tensor
 from cola_runtime.adapter_spec import AdapterSpec
 from cola_runtime.base_model.bank import AdapterBank
 from cola_runtime.base_model.body import Body, PatchedBody
+from cola_runtime.base_model.encoder_decoders import EncoderDecoderBody
 from cola_runtime.base_model.generate import Sampling, generate_tokens
 from cola_runtime.base_model.head_loss import HeadOutcome, head_losses
 from cola_runtime.base_model.llama import LlamaBody
@@ -61,6 +62,7 @@ class TappedModel:
             context_length=loaded.context_length,
             token_types=loaded.token_types,
             causal=not loaded.bidirectional,
+            encoder_decoder=loaded.encoder_decoder,
         )
         self._cache = StackCache()
         self._positions = {
@@ -135,7 +137,7 @@ class TappedModel:
         computed_tokens = 0
         if members:
             batch = mixed_batch(members)
-            computed_tokens = batch.tokens_BT.numel()
+            computed_tokens = batch.computed_tokens
             outcomes = self._compute(batch, sink if step.train else None)
         return BaseStepResult(
             number=step.number,
@@ -197,6 +199,8 @@ class TappedModel:
     def _fastest_body(self) -> Body:
         if self._loaded.by_hand:
             return LlamaBody(self._loaded.model, self._loaded.groups, self._space)
+        if self._loaded.encoder_decoder:
+            return EncoderDecoderBody(self._loaded.model, self._modules)
         return PatchedBody(self._loaded.model, self._modules, bidirectional=self._loaded.bidirectional)
 
     def _refusal(self, segment: Segment) -> str | None:

@@ -63,12 +63,27 @@ class Labels:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """What the encoder of an encoder-decoder reads; S is the longest source."""
+
+    tokens_BS: Tensor  # int64, padded with 0
+    real_BS: Tensor  # int64: 1, and 0 at the padding
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MixedBatch:
     tokens_BT: Tensor  # int64, padded with 0
     lengths_B: Tensor  # int64
     token_types_BT: Tensor | None  # int64, padded with 0; None: all 0
+    sources: Sources | None  # of an encoder-decoder
     cohorts: tuple[Cohort, ...]
     labels: Labels
+
+    @property
+    def computed_tokens(self) -> int:
+        """Rows times padded length."""
+        sources = 0 if self.sources is None else self.sources.tokens_BS.numel()
+        return self.tokens_BT.numel() + sources
 
     @property
     def members(self) -> tuple[Member, ...]:
@@ -98,6 +113,7 @@ def mixed_batch(members: Sequence[Member]) -> MixedBatch:
         tokens_BT=torch.from_numpy(tokens),
         lengths_B=torch.tensor([len(row.tokens) for row in rows]),
         token_types_BT=_token_types(rows, tokens.shape),
+        sources=_sources([row.source for row in rows if row.source is not None]),
         cohorts=tuple(cohorts),
         labels=_labels(ordered, tokens, weights),
     )
@@ -117,6 +133,17 @@ def _padded(rows: Sequence[Row]) -> tuple[NDArray[np.int64], NDArray[np.float64]
         if row.label is None:
             weights[number, 1 : len(row.tokens)] = row.weights[1:]
     return tokens, weights
+
+
+def _sources(sources: Sequence[NDArray[np.int32]]) -> Sources | None:
+    if not sources:
+        return None
+    shape = len(sources), max(map(len, sources))
+    tokens_BS, real_BS = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+    for number, source in enumerate(sources):
+        tokens_BS[number, : len(source)] = torch.from_numpy(source)
+        real_BS[number, : len(source)] = 1
+    return Sources(tokens_BS=tokens_BS, real_BS=real_BS)
 
 
 def _token_types(rows: Sequence[Row], shape: tuple[int, ...]) -> Tensor | None:
@@ -155,6 +182,7 @@ class RowLimits:
     context_length: int
     token_types: int  # how many it has an embedding for; 0 where it has none
     causal: bool  # it predicts tokens
+    encoder_decoder: bool  # its rows have a source
 
 
 def row_refusal(rows: Sequence[Row], limits: RowLimits, head: HeadKind | None) -> str | None:
@@ -167,9 +195,12 @@ def row_refusal(rows: Sequence[Row], limits: RowLimits, head: HeadKind | None) -
 
 def _embeddable(row: Row, limits: RowLimits) -> bool:
     tokens, types = row.tokens, row.token_types
-    if not 0 < len(tokens) <= limits.context_length:
+    if (row.source is not None) != limits.encoder_decoder:
         return False
-    if tokens.min() < 0 or tokens.max() >= limits.vocabulary_size:
+    texts = [tokens] if row.source is None else [tokens, row.source]
+    if not all(0 < len(text) <= limits.context_length for text in texts):
+        return False
+    if not all(0 <= text.min() <= text.max() < limits.vocabulary_size for text in texts):
         return False
     return types is None or (
         len(types) == len(tokens) and 0 <= types.min() <= types.max() < limits.token_types

@@ -40,14 +40,47 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "stablelm": {"num_key_value_heads": 4},
 }
 
+_RELATIVE = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+_ENCODER_DECODER = {
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96,
+    "dropout": 0.0,
+    "decoder_start_token_id": 1,
+    "forced_eos_token_id": None,
+}
+SEQUENCE_TO_SEQUENCE: dict[str, dict[str, Any]] = {
+    "bart": _ENCODER_DECODER,  # a bias behind the vocabulary projection
+    "marian": _ENCODER_DECODER,
+    "t5": {**_RELATIVE, "decoder_start_token_id": 0},  # relative positions, a scaled and tied head
+    "mt5": {**_RELATIVE, "decoder_start_token_id": 0, "tie_word_embeddings": False},  # a gated MLP
+}
+
 
 def save_causal_model(model_type: str, folder: Path, *, dtype: str, **changes: Any) -> Path:
     """A random causal LM of `model_type` (a key of CAUSAL, or any with `changes`), drawn in float32."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(model_type, **{**_SHARED, **CAUSAL.get(model_type, {}), **changes})
+    return _save(AutoModelForCausalLM, config, folder, dtype)
+
+
+def save_encoder_decoder(model_type: str, folder: Path, *, dtype: str) -> Path:
+    """A random encoder-decoder of `model_type`, a key of SEQUENCE_TO_SEQUENCE, drawn in float32."""
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+    shared = {key: _SHARED[key] for key in ("vocab_size", "pad_token_id")}
+    config = AutoConfig.for_model(model_type, **{**shared, **SEQUENCE_TO_SEQUENCE[model_type]})
+    return _save(AutoModelForSeq2SeqLM, config, folder, dtype)
+
+
+def _save(auto_class: Any, config: Any, folder: Path, dtype: str) -> Path:
     with torch.random.fork_rng(devices=[]):
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto_class.from_config(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

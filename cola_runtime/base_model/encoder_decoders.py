@@ -1,0 +1,101 @@
+"""Encoder-decoders (T5's and BART's families): opening them, and their mixed forward and backward.
+
+Shapes: B rows, S tokens of the source, T tokens of the target, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cola_runtime.base_model.loss import VocabularyProjection
+from cola_runtime.base_model.segments import MixedBatch
+from cola_runtime.base_model.stacks.cache import Stacks
+from cola_runtime.base_model.tapped import TappedModules
+from cola_runtime.errors import InvalidInput
+
+
+def is_encoder_decoder(path: Path) -> bool:
+    from transformers import AutoConfig
+
+    return bool(AutoConfig.from_pretrained(path, local_files_only=True).is_encoder_decoder)
+
+
+def read_encoder_decoder(
+    path: Path, dtype: torch.dtype, attention: str | None
+) -> tuple[Any, VocabularyProjection]:
+    """The frozen model and its vocabulary projection. Raises InvalidInput `BASE_MODEL_UNSUPPORTED`."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    try:
+        model = AutoModelForSeq2SeqLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attention, use_safetensors=True, local_files_only=True
+        )
+    except ValueError as error:
+        raise InvalidInput("BASE_MODEL_UNSUPPORTED", str(error), where="base_model") from error
+    return model.eval().requires_grad_(False), _vocabulary_projection(model)
+
+
+def decode(model: Any, source_BS: Tensor, real_BS: Tensor, tokens_BT: Tensor) -> Tensor:
+    """The decoder's last hidden state [B, T, D]; `real_BS` is 0 where the source is padded.
+
+    The target is padded on the right, where the causal decoder never looks: every position counts as real.
+    """
+    encoded = model.get_encoder()(input_ids=source_BS, attention_mask=real_BS)
+    decoded = model.get_decoder()(
+        input_ids=tokens_BT,
+        attention_mask=torch.ones_like(tokens_BT),
+        encoder_hidden_states=encoded.last_hidden_state,
+        encoder_attention_mask=real_BS,
+        use_cache=False,
+    )
+    hidden_BTD: Tensor = decoded.last_hidden_state
+    return hidden_BTD
+
+
+class EncoderDecoderBody:
+    """`Body` of any transformers encoder-decoder, its sites' modules patched, by autograd."""
+
+    def __init__(self, model: Any, modules: TappedModules) -> None:
+        self._model = model
+        self._modules = modules
+        self._hidden_ND: Tensor | None = None
+
+    def forward(self, batch: MixedBatch, stacks: Stacks, *, train: bool) -> Tensor:
+        assert batch.sources is not None  # rows without a source are refused
+        active = self._modules.active(stacks, rows=len(batch.tokens_BT), training=train)
+        with active, torch.set_grad_enabled(train):
+            sources = batch.sources
+            hidden_BTD = decode(self._model, sources.tokens_BS, sources.real_BS, batch.tokens_BT)
+        self._hidden_ND = hidden_BTD.flatten(0, 1)
+        return self._hidden_ND.detach()
+
+    def backward(self, grad_ND: Tensor) -> None:
+        assert self._hidden_ND is not None
+        torch.autograd.backward(self._hidden_ND, grad_ND)
+
+    def finish(self) -> None:
+        self._hidden_ND = None
+
+
+@torch.no_grad()
+def _vocabulary_projection(model: Any) -> VocabularyProjection:
+    """What the model makes of its decoder's hidden state: T5 may scale it, BART adds a bias of its own."""
+    tokens = torch.tensor([[0, 1]])
+    hidden_BTD = decode(model, tokens, torch.ones_like(tokens), tokens)
+    found_BTV = model(input_ids=tokens, decoder_input_ids=tokens, use_cache=False).logits
+    tolerance = 32 * torch.finfo(found_BTV.dtype).eps * float(found_BTV.abs().max())
+    for scale in (1.0, hidden_BTD.shape[-1] ** -0.5):
+        head = VocabularyProjection.of(model, hidden_scale=scale)
+        logits_BTV = torch.nn.functional.linear(hidden_BTD * scale, head.weight_VD, head.bias_V)
+        if torch.allclose(logits_BTV, found_BTV, rtol=0.0, atol=tolerance):
+            return head
+    raise InvalidInput(
+        "BASE_MODEL_UNSUPPORTED",
+        f"{type(model).__name__} transforms its logits after the vocabulary projection",
+        where="base_model",
+        remedy="Use a base model without logit soft-capping.",
+    )
