@@ -32,6 +32,7 @@ class LoadedModel:
     head: VocabularyProjection
     attention: str  # of transformers' own forward: generation, and training too unless `by_hand`
     by_hand: bool  # LlamaBody can compute it
+    tied_sites: tuple[int, ...]  # sites whose parameters another module uses too
 
 
 def load_frozen_model(path: Path, *, dtype: str, attention: str) -> LoadedModel:
@@ -53,7 +54,13 @@ def load_frozen_model(path: Path, *, dtype: str, attention: str) -> LoadedModel:
     if attention == "auto":
         attention = "sdpa" if by_hand else _faster_attention(model)
     return LoadedModel(
-        model=model, sites=sites, groups=groups, head=head, attention=attention, by_hand=by_hand
+        model=model,
+        sites=sites,
+        groups=groups,
+        head=head,
+        attention=attention,
+        by_hand=by_hand,
+        tied_sites=_tied_sites(model, sites),
     )
 
 
@@ -93,6 +100,14 @@ def _site_groups(model: Any, sites: Sequence[Site]) -> tuple[SiteGroup, ...]:
         if not any(p.data_ptr() in shared for module in group.modules for p in module.parameters()):
             group.fuse()
     return tuple(groups)
+
+
+def _tied_sites(model: Any, sites: Sequence[Site]) -> tuple[int, ...]:
+    shared = _shared_storages(model)
+    modules = {site.index: model.get_submodule(site.name) for site in sites}
+    return tuple(
+        index for index, module in modules.items() if any(p.data_ptr() in shared for p in module.parameters())
+    )
 
 
 def _shared_storages(model: Any) -> set[int]:
