@@ -22,7 +22,6 @@ class Update:
 
     lease: Lease
     spec: AdapterSpec
-    membership: Membership | None
     version: int
     weights: dict[TensorKey, Tensor]
     learning_rate: float
@@ -30,6 +29,7 @@ class Update:
     device_seconds: float
     bytes_up: int
     bytes_down: int
+    membership: Membership | None = None  # of an adapter that is merged
 
 
 @dataclass(slots=True)
