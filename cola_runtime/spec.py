@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -128,6 +129,19 @@ class ScheduleSpec(Frozen):
     warmup_steps: Annotated[int, Field(ge=0, le=MAX_STEPS, strict=True)] = 0
 
 
+class CollaborationSpec(Frozen):
+    """Merge this job's adapter with those of all jobs that name the same group (docs/modes.md).
+
+    Whoever knows the name can join, so it is as long as a secret. The same name with another `combine` is
+    another group.
+    """
+
+    group: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{16,128}$")]
+    weight: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    combine: Literal["mean", "sum"] = "mean"
+    """p_k is weight_k over the sum of the present members' weights, or weight_k itself."""
+
+
 class JobSpec(Frozen):
     """One adaptation job: which base model, which adapter, which data, how long."""
 
@@ -155,6 +169,17 @@ class JobSpec(Frozen):
     encoding: Literal["auto", "activations", "weight_gradient", "adapter_gradient"] = "auto"
     checkpoint_every: Annotated[int, Field(ge=1, le=MAX_STEPS, strict=True)] = 10
     """Steps between two checkpoints; the last step always makes one."""
+    mode: Literal["unmerged", "merged"] = "unmerged"
+    """Compute the adapter beside the base weights, or merge it into them."""
+    collaboration: CollaborationSpec | None = None
+    """Makes the mode merged."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _collaboration_is_merged(cls, fields: Any) -> Any:
+        if isinstance(fields, Mapping) and fields.get("collaboration") is not None:
+            return {"mode": "merged", **fields}
+        return fields
 
     @property
     def adapter_parts(self) -> tuple[PartSpec, ...]:
@@ -166,6 +191,12 @@ class JobSpec(Frozen):
             raise ValueError("give steps or passes, not both")
         if self.adaptation_interval > self.rows_per_step:
             raise ValueError("adaptation_interval is more than rows_per_step: a microbatch needs a row")
+        return self
+
+    @model_validator(mode="after")
+    def _no_unmerged_collaboration(self) -> JobSpec:
+        if self.collaboration is not None and self.mode != "merged":
+            raise ValueError("a collaboration is always merged: leave mode out")
         return self
 
 
@@ -203,7 +234,8 @@ def _unknown_field(path: list[str]) -> str:
         if part in _MODELS:
             model = _MODELS[part]
         elif part in model.model_fields and part != "adapter":
-            model = model.model_fields[part].annotation
+            annotation = model.model_fields[part].annotation
+            model = next((each for each in get_args(annotation) if each is not NoneType), annotation)
     near = difflib.get_close_matches(path[-1], model.model_fields, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(model.model_fields)}"
     return f"unknown field {path[-1]!r}; {hint}"

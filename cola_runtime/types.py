@@ -156,6 +156,25 @@ class Lease:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Gang:
+    """Adapters that are merged into the base weights together: W = W0 + sum_k p_k delta_k.
+
+    Jobs with equal gangs are in one. A base step belongs to one gang, or to none.
+    """
+
+    name: str  # "job/<job id>" of a merged job alone, "group/<name>" of a collaboration
+    combine: str  # "mean": p_k = weight_k / sum of the present members' weights; "sum": p_k = weight_k
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Membership:
+    """One adapter's place in its gang."""
+
+    gang: Gang
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One tokenised training row. `weights[t]` weighs the loss of predicting `tokens[t]` (0: not a label).
 
@@ -194,6 +213,7 @@ class Segment:
     taps: TapPlan = TapPlan(Encoding.ADAPTER_GRADIENT)
     microbatch: int = 0  # position within the step, 0-based
     last_microbatch: bool = True  # the device applies the optimizer step after this one
+    gang: Gang | None = None  # whose merged weights these rows must see; None: adapters beside the base
 
     @property
     def tokens(self) -> int:
@@ -280,3 +300,4 @@ class BaseModelDescription:
     hidden_size: int = 0
     tasks: tuple[Task, ...] = (Task.CAUSAL_LM,)
     details: dict[str, str] = field(default_factory=dict)  # attention implementation, threads, device
+    tied_sites: tuple[int, ...] = ()  # their weights are other modules' too, so nothing may be merged there

@@ -42,6 +42,11 @@ class SiteLinear:
             gradients[self._bias] = self._kind.scaling * grad_sum_O
         return gradients
 
+    def add_delta_weight(self, weight_OI: Tensor, weights: Weights, factor: float) -> None:
+        weight_OI.add_(weights[self._weight], alpha=factor * self._kind.scaling)
+
+    def delta_bias(self, weights: Weights) -> Tensor | None:
+        return self._kind.scaling * weights[self._bias] if self._kind.bias else None
+
     def delta_weight(self, weights: Weights) -> tuple[Tensor, Tensor | None]:
-        bias_O = self._kind.scaling * weights[self._bias] if self._kind.bias else None
-        return self._kind.scaling * weights[self._weight], bias_O
+        return self._kind.scaling * weights[self._weight], self.delta_bias(weights)

@@ -66,6 +66,15 @@ class SiteLinearizedLora:
         s = self._kind.scaling
         return {self._delta_a: s * (b_OR.T @ product_OI), self._delta_b: s * (product_OI @ a_RI.T)}
 
+    def add_delta_weight(self, weight_OI: Tensor, weights: Weights, factor: float) -> None:
+        a_RI, b_OR = self._base(weight_OI.dtype)
+        alpha = factor * self._kind.scaling
+        weight_OI.addmm_(weights[self._delta_b], a_RI, alpha=alpha)
+        weight_OI.addmm_(b_OR, weights[self._delta_a], alpha=alpha)
+
+    def delta_bias(self, weights: Weights) -> Tensor | None:
+        return None
+
     def delta_weight(self, weights: Weights) -> tuple[Tensor, Tensor | None]:
         delta_a_RI, delta_b_OR = weights[self._delta_a], weights[self._delta_b]
         a_RI, b_OR = self._base(delta_a_RI.dtype)

@@ -48,5 +48,11 @@ class SiteLora:
             self._b: s * (product_OI @ weights[self._a].T),
         }
 
+    def add_delta_weight(self, weight_OI: Tensor, weights: Weights, factor: float) -> None:
+        weight_OI.addmm_(weights[self._b], weights[self._a], alpha=factor * self._kind.scaling)
+
+    def delta_bias(self, weights: Weights) -> Tensor | None:
+        return None
+
     def delta_weight(self, weights: Weights) -> tuple[Tensor, Tensor | None]:
         return self._kind.scaling * (weights[self._b] @ weights[self._a]), None

@@ -39,5 +39,11 @@ class LinearSiteAdapter(SiteAdapter, Protocol):
     def gradient_of_product(self, product_OI: Tensor, grad_sum_O: Tensor, weights: Weights) -> Gradients:
         """As `gradient`, from G = g^T x and the sum of g over rows."""
 
+    def add_delta_weight(self, weight_OI: Tensor, weights: Weights, factor: float) -> None:
+        """In place, without a temporary: weight += factor * s * delta. The bias is `delta_bias`."""
+
+    def delta_bias(self, weights: Weights) -> Tensor | None:
+        """s * bias [O], for a kind that has one."""
+
     def delta_weight(self, weights: Weights) -> tuple[Tensor, Tensor | None]:
         """s * (weight [O, I], bias [O] or None): what is added to the site's own weight and bias."""

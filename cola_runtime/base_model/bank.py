@@ -1,19 +1,39 @@
-"""The bank: adapters' weights resident beside the base model, in its dtype, for the forward pass only."""
+"""The bank: adapters' weights resident beside the base model, in its dtype, for the forward pass only.
+
+Of an adapter that is merged into the base weights the bank keeps the numbers as received, in host memory: the
+model's device holds one set of merged weights, however many adapters are in it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from cola_runtime.adapter_spec import AdapterSpec, head_part
+from cola_runtime.adapters.adapter import site_adapters
+from cola_runtime.adapters.mergeable import check_mergeable
 from cola_runtime.adapters.shapes import weight_shapes
+from cola_runtime.adapters.site_adapter import LinearSiteAdapter
 from cola_runtime.base_model.heads import BankedHead
 from cola_runtime.base_model.layout import AdapterLayout, layout_key
 from cola_runtime.errors import Fenced, InvalidInput
-from cola_runtime.types import Lease, Segment, Site, TensorKey
+from cola_runtime.types import Gang, Lease, Membership, Segment, Site, TensorKey
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MergedAdapter:
+    """What one version of a merged adapter has instead of stacked blocks; identity is equality."""
+
+    membership: Membership
+    sites: dict[int, LinearSiteAdapter]
+    weights: dict[int, dict[TensorKey, Tensor]]  # by site, as received, in host memory, all finite
+
+    @property
+    def nbytes(self) -> int:
+        return sum(weight.nbytes for of_site in self.weights.values() for weight in of_site.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,27 +44,56 @@ class BankedAdapter:
     version: int
     spec: AdapterSpec
     layout: AdapterLayout
-    flat: Tensor  # [P] in the base model's dtype
+    flat: Tensor  # [P] in the base model's dtype; empty for a merged adapter
+    merged: MergedAdapter | None = None
     head: BankedHead | None = None
+
+    @property
+    def gang(self) -> Gang | None:
+        return None if self.merged is None else self.merged.membership.gang
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BankBytes:
+    """Where the adapters' weights take memory."""
+
+    model_device: int
+    host: int
 
 
 class AdapterBank:
     """The current version of every leased adapter. Not thread-safe: owned by the compute thread."""
 
-    def __init__(self, sites: Sequence[Site], dtype: torch.dtype, *, hidden_size: int = 0) -> None:
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        dtype: torch.dtype,
+        *,
+        hidden_size: int = 0,
+        tied_sites: Collection[int] = (),
+    ) -> None:
         self._sites = tuple(sites)
         self._hidden_size = hidden_size
         self._dtype = dtype
+        self._tied_sites = frozenset(tied_sites)
         self._adapters: dict[str, BankedAdapter] = {}
         self._layouts: dict[object, AdapterLayout] = {}
 
     def install(
-        self, lease: Lease, spec: AdapterSpec, version: int, weights: Mapping[TensorKey, Tensor]
+        self,
+        lease: Lease,
+        spec: AdapterSpec,
+        version: int,
+        weights: Mapping[TensorKey, Tensor],
+        *,
+        membership: Membership | None = None,
     ) -> None:
         """Replace the job's adapter by a copy of this version; non-finite weights reach its own rows only.
 
         Raises Fenced `FENCED` for an older epoch, InvalidInput `TENSOR_INVALID` for a site that this base
-        model does not have, or a missing, superfluous or misshapen tensor; the adapter before stays in place.
+        model does not have, or a missing, superfluous or misshapen tensor, and those of `check_mergeable` for
+        a member of a gang; the adapter before stays in place. A member with non-finite weights would reach
+        everybody in its gang: it leaves the bank, with InvalidInput `NON_FINITE_ADAPTER`.
         """
         current = self._adapters.get(lease.job_id)
         if current is not None and lease.epoch < current.lease.epoch:
@@ -56,13 +105,18 @@ class AdapterBank:
             )
         self._check(spec, weights)
         layout = current.layout if current is not None and current.spec is spec else self._layout(spec)
-        flat = layout.flatten(weights, spec, self._dtype)
+        if membership is None:
+            merged, flat = None, layout.flatten(weights, spec, self._dtype)
+        else:
+            merged = self._merged(lease.job_id, spec, weights, membership)
+            flat = torch.empty(0, dtype=self._dtype)
         self._adapters[lease.job_id] = BankedAdapter(
             lease=lease,
             version=version,
             spec=spec,
             layout=layout,
             flat=flat,
+            merged=merged,
             head=BankedHead.of(spec, weights),
         )
 
@@ -77,6 +131,25 @@ class AdapterBank:
     def adapter(self, job_id: str) -> BankedAdapter | None:
         return self._adapters.get(job_id)
 
+    def gang(self, gang: Gang | None) -> tuple[MergedAdapter, ...]:
+        """Every resident member of the gang, by job id; nobody for None."""
+        by_job = [self._adapters[job_id] for job_id in sorted(self._adapters)]
+        return tuple(a.merged for a in by_job if a.merged is not None and a.gang == gang)
+
+    @property
+    def merged_sites(self) -> set[int]:
+        """Sites of all merged adapters, whatever their gangs."""
+        merged = (adapter.merged for adapter in self._adapters.values() if adapter.merged is not None)
+        return {index for adapter in merged for index in adapter.sites}
+
+    @property
+    def nbytes(self) -> BankBytes:
+        adapters = self._adapters.values()
+        return BankBytes(
+            model_device=sum(adapter.flat.nbytes for adapter in adapters),
+            host=sum(adapter.merged.nbytes for adapter in adapters if adapter.merged is not None),
+        )
+
     def refusal(self, segment: Segment) -> str | None:
         """Why these rows may not be computed with what is in the bank: a stable reason, or None."""
         adapter = self._adapters.get(segment.lease.job_id)
@@ -84,7 +157,37 @@ class AdapterBank:
             return "ADAPTER_UNKNOWN"
         if adapter.lease.epoch > segment.lease.epoch:
             return "FENCED"
+        if adapter.gang != segment.gang:
+            return "GANG_MISMATCH"
         return None if adapter.version == segment.version else "VERSION_STALE"
+
+    def _merged(
+        self, job_id: str, spec: AdapterSpec, weights: Mapping[TensorKey, Tensor], membership: Membership
+    ) -> MergedAdapter:
+        check_mergeable(spec, dtype=str(self._dtype).removeprefix("torch."), tied_sites=self._tied_sites)
+        if not all(bool(weight.isfinite().all()) for weight in weights.values()):
+            self.evict(job_id)
+            raise InvalidInput(
+                "NON_FINITE_ADAPTER",
+                f"weights of {job_id} are not finite and cannot be merged into the base weights",
+                where=job_id,
+            )
+        current = self._adapters.get(job_id)
+        if current is not None and current.merged is not None and current.spec is spec:
+            sites = current.merged.sites
+        else:
+            adapters = site_adapters(spec)
+            head = None if spec.head is None else spec.head[1].index  # computed beside the body, never merged
+            sites = {
+                index: site
+                for index, site in adapters.items()
+                if isinstance(site, LinearSiteAdapter) and index != head
+            }
+        copies: dict[int, dict[TensorKey, Tensor]] = {index: {} for index in sites}
+        for key, weight in weights.items():
+            if key.site in sites:
+                copies[key.site][key] = weight.detach().to("cpu", copy=True)
+        return MergedAdapter(membership=membership, sites=sites, weights=copies)
 
     def _layout(self, spec: AdapterSpec) -> AdapterLayout:
         key = layout_key(spec)

@@ -29,6 +29,7 @@ from cola_runtime.types import (
     BaseEvent,
     DeviceLinkChanged,
     Lease,
+    Membership,
     Segment,
     StepRefused,
     TensorKey,
@@ -68,9 +69,9 @@ class GradientServer:
         if self._server is not None:
             await self._server.stop(STOP_GRACE_SECONDS)
 
-    def lease(self, lease: Lease, spec: AdapterSpec) -> None:
+    def lease(self, lease: Lease, spec: AdapterSpec, membership: Membership | None = None) -> None:
         """Honour this lease from now on. Raises Fenced for an older epoch."""
-        self._leases.open(lease, spec)
+        self._leases.open(lease, spec, membership)
 
     def end_lease(self, job_id: str, epoch: int) -> bool:
         return self._leases.end(job_id, epoch)

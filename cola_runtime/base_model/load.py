@@ -37,6 +37,7 @@ class LoadedModel:
     pooling: Pooling
     attention: str  # of transformers' own forward: generation, and training too unless `by_hand`
     by_hand: bool  # LlamaBody can compute it
+    tied_sites: tuple[int, ...]  # sites whose parameters another module uses too
 
     @property
     def bidirectional(self) -> bool:
@@ -95,6 +96,7 @@ def load_frozen_model(path: Path, *, dtype: str, attention: str) -> LoadedModel:
         pooling=pooling,
         attention=attention,
         by_hand=by_hand,
+        tied_sites=_tied_sites(model, sites),
     )
 
 
@@ -155,6 +157,14 @@ def _site_groups(model: Any, sites: Sequence[Site]) -> tuple[SiteGroup, ...]:
         if not any(p.data_ptr() in shared for module in group.modules for p in module.parameters()):
             group.fuse()
     return tuple(groups)
+
+
+def _tied_sites(model: Any, sites: Sequence[Site]) -> tuple[int, ...]:
+    shared = _shared_storages(model)
+    modules = {site.index: model.get_submodule(site.name) for site in sites}
+    return tuple(
+        index for index, module in modules.items() if any(p.data_ptr() in shared for p in module.parameters())
+    )
 
 
 def _shared_storages(model: Any) -> set[int]:

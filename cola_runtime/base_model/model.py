@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cola_runtime.adapter_spec import AdapterSpec
-from cola_runtime.base_model.bank import AdapterBank
+from cola_runtime.base_model.bank import AdapterBank, BankBytes
 from cola_runtime.base_model.body import Body, PatchedBody
 from cola_runtime.base_model.encoder_decoders import EncoderDecoderBody
 from cola_runtime.base_model.generate import Sampling, generate_tokens
@@ -19,6 +19,7 @@ from cola_runtime.base_model.head_loss import HeadOutcome, head_losses
 from cola_runtime.base_model.llama import LlamaBody
 from cola_runtime.base_model.load import DTYPES, LoadedModel, load_frozen_model
 from cola_runtime.base_model.loss import label_loss, segment_loss_sums
+from cola_runtime.base_model.merge import MergedWeights
 from cola_runtime.base_model.segments import (
     Cohort,
     Member,
@@ -27,7 +28,8 @@ from cola_runtime.base_model.segments import (
     mixed_batch,
     row_refusal,
 )
-from cola_runtime.base_model.stacks.cache import StackCache, group_stacks
+from cola_runtime.base_model.stacks.cache import StackCache, Stacks, group_stacks
+from cola_runtime.base_model.stacks.merged import bias_stacks, tap_stacks
 from cola_runtime.base_model.tapped import TappedModules
 from cola_runtime.base_model.workspace import Workspace
 from cola_runtime.errors import InvalidInput, NotFound
@@ -37,6 +39,7 @@ from cola_runtime.types import (
     BaseStep,
     BaseStepResult,
     Lease,
+    Membership,
     Row,
     Segment,
     SegmentLoss,
@@ -53,7 +56,10 @@ class TappedModel:
         self._path = path
         self._dtype = dtype
         self._threads = threads
-        self._bank = AdapterBank(loaded.sites, DTYPES[dtype], hidden_size=loaded.hidden_size)
+        self._bank = AdapterBank(
+            loaded.sites, DTYPES[dtype], hidden_size=loaded.hidden_size, tied_sites=loaded.tied_sites
+        )
+        self._merged = MergedWeights(loaded.groups)
         self._modules = TappedModules(loaded.groups)
         self._space = Workspace()
         self._body = self._fastest_body()
@@ -105,16 +111,29 @@ class TappedModel:
                 "threads": str(self._threads),
                 "device": "cpu",
             },
+            tied_sites=self._loaded.tied_sites,
         )
 
     def install(
-        self, lease: Lease, spec: AdapterSpec, version: int, weights: Mapping[TensorKey, Tensor]
+        self,
+        lease: Lease,
+        spec: AdapterSpec,
+        version: int,
+        weights: Mapping[TensorKey, Tensor],
+        *,
+        membership: Membership | None = None,
     ) -> None:
         """Make this version the job's current one. Raises Fenced, InvalidInput: see AdapterBank.install."""
-        self._bank.install(lease, spec, version, weights)
+        self._bank.install(lease, spec, version, weights, membership=membership)
 
     def evict(self, job_id: str) -> None:
+        """Forget the job's adapter; sites that no merged adapter is left at become pristine at once."""
         self._bank.evict(job_id)
+        self._merged.release(self._bank.merged_sites)
+
+    @property
+    def bank_bytes(self) -> BankBytes:
+        return self._bank.nbytes
 
     def version(self, job_id: str) -> tuple[int, int] | None:
         """(lease epoch, version) of the job's adapter in the bank."""
@@ -124,10 +143,12 @@ class TappedModel:
         """Compute one mixed batch; its taps go to `sink` while the backward pass runs.
 
         A segment that the bank or the base model cannot serve gets a reason (`ADAPTER_UNKNOWN`, `FENCED`,
-        `VERSION_STALE`, `ROW_INVALID`) and is left out; the others are computed as if it were not there.
+        `GANG_MISMATCH`, `VERSION_STALE`, `ROW_INVALID`) and is left out; the others are computed as if it
+        were not there. The first one that can be served decides whose merged weights are put in place: those
+        of another gang get `GANG_MIXED`.
         """
         started = time.monotonic()
-        refusals = [self._refusal(segment) for segment in step.segments]
+        refusals = _one_gang(step.segments, [self._refusal(segment) for segment in step.segments])
         members = [
             self._member(position, segment)
             for position, segment in enumerate(step.segments)
@@ -163,21 +184,21 @@ class TappedModel:
     ) -> list[int]:
         """Continue `token_ids` with the job's current adapter, or with the bare base model for None.
 
-        Stops before the first of `stop_ids`, which is not returned. Temperature 0 is greedy. Raises NotFound
-        `ADAPTER_UNKNOWN`, InvalidInput `SEQUENCE_TOO_LONG`, `TASK_UNSUPPORTED`.
+        A merged adapter answers with its whole gang as it is now. Stops before the first of `stop_ids`, which
+        is not returned. Temperature 0 is greedy. Raises NotFound `ADAPTER_UNKNOWN`, InvalidInput
+        `SEQUENCE_TOO_LONG`, `TASK_UNSUPPORTED`.
         """
         self._check_generation(len(token_ids), max_new_tokens)
         sampling = Sampling(
             max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop_ids=frozenset(stop_ids)
         )
-        cohorts = [] if job_id is None else [self._lone_cohort(job_id)]
-        stacks = group_stacks(cohorts, self._positions, self._cache, None)
+        stacks = self._stacks([] if job_id is None else [self._lone_cohort(job_id)], None)
         with self._modules.active(stacks, rows=1, training=False):
             return generate_tokens(self._loaded.model, token_ids, sampling)
 
     def _compute(self, batch: MixedBatch, sink: TapSink | None) -> dict[int, SegmentLoss]:
         """Position in BaseStep.segments -> loss."""
-        stacks = group_stacks(batch.cohorts, self._positions, self._cache, sink)
+        stacks = self._stacks(batch.cohorts, sink)
         train = sink is not None and bool(stacks)  # heads alone need no backward pass through the body
         try:
             hidden_ND = self._body.forward(batch, stacks, train=train)
@@ -195,6 +216,15 @@ class TappedModel:
             member.position: _segment_loss(member.segment, of_labels, heads.get(member.position))
             for member, of_labels in zip(batch.members, sums, strict=True)
         }
+
+    def _stacks(self, cohorts: Sequence[Cohort], sink: TapSink | None) -> Stacks:
+        """What is computed beside the base weights, which become those that these cohorts must see."""
+        gang = cohorts[0].members[0].adapter.gang if cohorts else None
+        self._merged.put(self._bank.gang(gang))
+        if gang is None:
+            return group_stacks(cohorts, self._positions, self._cache, sink)
+        stacks = bias_stacks(self._merged.biases, self._loaded.groups)
+        return stacks if sink is None else tap_stacks(stacks, cohorts, self._positions, sink)
 
     def _fastest_body(self) -> Body:
         if self._loaded.by_hand:
@@ -218,7 +248,13 @@ class TappedModel:
         if adapter is None:
             raise NotFound("ADAPTER_UNKNOWN", f"no adapter of {job_id} is resident", where=job_id)
         row = Row(tokens=np.zeros(1, np.int32), weights=np.zeros(1, np.float32))
-        segment = Segment(lease=adapter.lease, version=adapter.version, rows=(row,), loss_denominator=1.0)
+        segment = Segment(
+            lease=adapter.lease,
+            version=adapter.version,
+            rows=(row,),
+            loss_denominator=1.0,
+            gang=adapter.gang,
+        )
         return Cohort(members=(Member(position=0, segment=segment, adapter=adapter),), first_row=0)
 
     def _check_generation(self, prompt_tokens: int, max_new_tokens: int) -> None:
@@ -254,6 +290,15 @@ class TappedModel:
 
 def _refused(segment: Segment, reason: str | None) -> SegmentLoss:
     return SegmentLoss(job_id=segment.lease.job_id, reason=reason)
+
+
+def _one_gang(segments: Sequence[Segment], refusals: Sequence[str | None]) -> list[str | None]:
+    """The refusals, and `GANG_MIXED` for what is of another gang than the first segment without one."""
+    served = [segment.gang for segment, refusal in zip(segments, refusals, strict=True) if refusal is None]
+    return [
+        "GANG_MIXED" if refusal is None and segment.gang != served[0] else refusal
+        for segment, refusal in zip(segments, refusals, strict=True)
+    ]
 
 
 def _segment_loss(

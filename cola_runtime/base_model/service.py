@@ -28,6 +28,7 @@ from cola_runtime.types import (
     BaseStep,
     BaseStepResult,
     Lease,
+    Membership,
     StepApplied,
     StepRefused,
 )
@@ -84,9 +85,9 @@ class BaseModelService:
     async def describe(self) -> BaseModelDescription:
         return self._model.describe(self._name, self._endpoint)
 
-    async def lease(self, lease: Lease, spec: AdapterSpec) -> None:
+    async def lease(self, lease: Lease, spec: AdapterSpec, membership: Membership | None = None) -> None:
         """Accept the lease's device and epoch from now on. Raises Fenced for an older epoch."""
-        self._server.lease(lease, spec)
+        self._server.lease(lease, spec, membership)
 
     async def end_lease(self, job_id: str, epoch: int) -> None:
         """Forget the lease and its adapter, unless a newer lease holds the job."""
@@ -173,7 +174,9 @@ class BaseModelService:
 
     async def _install(self, update: Update) -> None:
         def install() -> None:
-            self._model.install(update.lease, update.spec, update.version, update.weights)
+            self._model.install(
+                update.lease, update.spec, update.version, update.weights, membership=update.membership
+            )
 
         if not self._server.honours(update.lease):
             return  # ended since: behind the eviction, an install would stay in the bank for good

@@ -13,7 +13,7 @@ from cola_runtime.errors import Conflict, Fenced, ProtocolError
 from cola_runtime.proto import control_pb2
 from cola_runtime.transport.reader import ReceivedTensor
 from cola_runtime.transport.tensors import from_wire
-from cola_runtime.types import Lease, TensorKey
+from cola_runtime.types import Lease, Membership, TensorKey
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +29,7 @@ class Update:
     device_seconds: float
     bytes_up: int
     bytes_down: int
+    membership: Membership | None = None  # of an adapter that is merged
 
 
 @dataclass(slots=True)
@@ -42,9 +43,10 @@ class _Pending:
 class LeasedAdapter:
     """What the base model knows of one lease: who may update, to which shapes, from which version."""
 
-    def __init__(self, lease: Lease, spec: AdapterSpec) -> None:
+    def __init__(self, lease: Lease, spec: AdapterSpec, membership: Membership | None) -> None:
         self.lease = lease
         self.spec = spec
+        self.membership = membership
         self.version: int | None = None  # of the last complete update
         self._shapes = weight_shapes(spec)
         self._dtype = torch_dtype(spec)
@@ -79,6 +81,7 @@ class LeasedAdapter:
         return Update(
             lease=self.lease,
             spec=self.spec,
+            membership=self.membership,
             version=end.version,
             weights=pending.weights,
             learning_rate=end.learning_rate,
@@ -122,14 +125,15 @@ class LeaseTable:
     def __init__(self) -> None:
         self._adapters: dict[str, LeasedAdapter] = {}
 
-    def open(self, lease: Lease, spec: AdapterSpec) -> None:
+    def open(self, lease: Lease, spec: AdapterSpec, membership: Membership | None) -> None:
         """Honour `lease` instead of any older one. Raises Fenced for an older epoch; again is no change."""
         current = self._adapters.get(lease.job_id)
-        if current is not None and current.lease == lease and current.spec == spec:
+        asked = lease, spec, membership
+        if current is not None and (current.lease, current.spec, current.membership) == asked:
             return
         if current is not None and lease.epoch <= current.lease.epoch:
             raise Fenced("FENCED", "an older lease", limit=current.lease.epoch, actual=lease.epoch)
-        self._adapters[lease.job_id] = LeasedAdapter(lease, spec)
+        self._adapters[lease.job_id] = LeasedAdapter(lease, spec, membership)
 
     def end(self, job_id: str, epoch: int) -> bool:
         """Stop honouring the lease, unless a newer one has come; True if it was honoured."""

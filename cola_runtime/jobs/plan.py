@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cola_runtime.adapter_spec import AdapterPart, AdapterSpec
+from cola_runtime.adapters.mergeable import check_mergeable
 from cola_runtime.adapters.targets import resolve_target_sites
 from cola_runtime.errors import InvalidInput
-from cola_runtime.spec import JobSpec
+from cola_runtime.spec import CollaborationSpec, JobSpec
 from cola_runtime.types import (
     BaseModelDescription,
+    Gang,
     LearningRateSchedule,
+    Membership,
     OptimizerHyperparameters,
 )
 
@@ -24,23 +27,41 @@ class TrainingPlan:
     optimizer: OptimizerHyperparameters
     schedule: LearningRateSchedule
     checkpoint_every: int
+    merged: bool = False
+    collaboration: CollaborationSpec | None = None
+
+    def membership(self, job_id: str) -> Membership | None:
+        """The gang that the job's adapter is merged with; None if it is computed beside the base."""
+        if not self.merged:
+            return None
+        if self.collaboration is None:
+            return Membership(gang=Gang(name=f"job/{job_id}", combine="sum"))
+        gang = Gang(name=f"group/{self.collaboration.group}", combine=self.collaboration.combine)
+        return Membership(gang=gang, weight=self.collaboration.weight)
 
 
 def training_plan(spec: JobSpec, base: BaseModelDescription, *, total_steps: int) -> TrainingPlan:
     """Raises InvalidInput: `NO_MODULE_MATCHED` when target modules name no site of the base model,
-    `SITE_TWICE` when two parts of the adapter name the same one.
+    `SITE_TWICE` when two parts of the adapter name the same one, and those of `check_mergeable`.
     """
     adapter = AdapterSpec(
         parts=tuple(_parts(spec, base)),
         seed=spec.seed,
         dtype="float64" if base.dtype == "float64" else "float32",
     )
+    if spec.mode == "merged":
+        check_mergeable(adapter, dtype=base.dtype, tied_sites=base.tied_sites)
     optimizer = OptimizerHyperparameters(**spec.optimizer.model_dump())
     schedule = LearningRateSchedule(
         kind=spec.schedule.kind, warmup_steps=spec.schedule.warmup_steps, total_steps=total_steps
     )
     return TrainingPlan(
-        adapter=adapter, optimizer=optimizer, schedule=schedule, checkpoint_every=spec.checkpoint_every
+        adapter=adapter,
+        optimizer=optimizer,
+        schedule=schedule,
+        checkpoint_every=spec.checkpoint_every,
+        merged=spec.mode == "merged",
+        collaboration=spec.collaboration,
     )
 
 

@@ -13,7 +13,14 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from cola_runtime.adapter_spec import AdapterSpec
 from cola_runtime.config import BaseModelSettings, JoinSettings, set_thread_environment
 from cola_runtime.errors import Unavailable
-from cola_runtime.types import BaseEvent, BaseModelDescription, BaseStep, BaseStepResult, Lease
+from cola_runtime.types import (
+    BaseEvent,
+    BaseModelDescription,
+    BaseStep,
+    BaseStepResult,
+    Lease,
+    Membership,
+)
 
 T = TypeVar("T")
 
@@ -43,8 +50,8 @@ class BaseModelActor:
         description = await self._service.describe()
         return replace(description, gradient_endpoint=self._advertise or self._endpoint)
 
-    async def lease(self, lease: Lease, spec: AdapterSpec) -> None:
-        await self._service.lease(lease, spec)
+    async def lease(self, lease: Lease, spec: AdapterSpec, membership: Membership | None = None) -> None:
+        await self._service.lease(lease, spec, membership)
 
     async def end_lease(self, job_id: str, epoch: int) -> None:
         await self._service.end_lease(job_id, epoch)
@@ -90,8 +97,8 @@ class RemoteBaseModel:
     async def describe(self) -> BaseModelDescription:
         return await _answer(self._handle.describe.remote())
 
-    async def lease(self, lease: Lease, spec: AdapterSpec) -> None:
-        await _answer(self._handle.lease.remote(lease, spec))
+    async def lease(self, lease: Lease, spec: AdapterSpec, membership: Membership | None = None) -> None:
+        await _answer(self._handle.lease.remote(lease, spec, membership))
 
     async def end_lease(self, job_id: str, epoch: int) -> None:
         await _answer(self._handle.end_lease.remote(job_id, epoch))

@@ -86,6 +86,7 @@ class SchedulerLoop:
                 rows=len(segment.rows),
                 longest=longest_row(segment.rows),
                 train=train,
+                gang=segment.gang,
             ),
             segment=segment,
             done=asyncio.get_running_loop().create_future(),

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from cola_runtime.types import Gang
+
 WORTH = 1.25  # beyond this, a base step of its own is cheaper than the padding
 
 
@@ -23,6 +25,7 @@ class Waiting:
     rows: int
     longest: int  # tokens of the longest row
     train: bool  # forward and backward, or forward only: the two never share a base step
+    gang: Gang | None = None  # merged weights belong to one gang: a base step has one, or none
 
     @property
     def tokens(self) -> int:
@@ -44,7 +47,8 @@ def choose(
     """Pick the members of the next base step: the fairest first, then whoever fits beside it.
 
     The first is always taken, even above the budget. Another joins only if
-    the padding that it brings, on both sides, costs less than WORTH times what it costs alone. Only a job's
+    the padding that it brings, on both sides, costs less than WORTH times what it costs alone, and only if it
+    is of the first one's gang; the others' turn comes since their counters stay behind. Only a job's
     oldest entry is considered: its microbatches are a sequence, and the last one makes the device step.
     Returns () when nothing waits.
     """
@@ -53,7 +57,7 @@ def choose(
     considered_jobs: set[str] = set()
     rows = longest = 0
     for entry in in_fair_order:
-        if entry.job_id in considered_jobs or (chosen and entry.train != chosen[0].train):
+        if entry.job_id in considered_jobs or (chosen and not _together(entry, chosen[0])):
             continue
         considered_jobs.add(entry.job_id)
         grown_rows, grown_longest = rows + entry.rows, max(longest, entry.longest)
@@ -80,6 +84,10 @@ def admit(shares: Mapping[str, Share], tenant_id: str, *, active: Iterable[str])
     others = [shares[other].served for other in active if other in shares and other != tenant_id]
     floor = min(others, default=share.served)
     return {**shares, tenant_id: Share(weight=share.weight, served=max(share.served, floor))}
+
+
+def _together(entry: Waiting, first: Waiting) -> bool:
+    return (entry.train, entry.gang) == (first.train, first.gang)
 
 
 def _served(shares: Mapping[str, Share], entry: Waiting) -> float:

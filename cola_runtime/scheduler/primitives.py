@@ -22,7 +22,7 @@ from cola_runtime.scheduler.loop import Computed, SchedulerLoop
 from cola_runtime.scheduler.packing import split_rows
 from cola_runtime.scheduler.ports import BaseModelPort
 from cola_runtime.storage.objects import ObjectStorage
-from cola_runtime.types import Encoding, Lease, Row, Segment, StepApplied, TapPlan
+from cola_runtime.types import Encoding, Gang, Lease, Row, Segment, StepApplied, TapPlan
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ class LeasedAdapter:
     tenant_id: str
     plan: TrainingPlan
     taps: TapPlan
+    gang: Gang | None
     version: int
 
 
@@ -90,18 +91,20 @@ class AdapterPrimitives:
         )
         blob = await asyncio.to_thread(self._storage.get, usable.storage_key) if usable else None
         lease = await self._take_lease(record.job_id)
+        membership = plan.membership(record.job_id)
         adapter = LeasedAdapter(
             lease=lease,
             tenant_id=record.tenant_id,
             plan=plan,
             taps=TapPlan(Encoding(record.encoding)),
+            gang=membership.gang if membership else None,
             version=usable.version if usable else 0,
         )
         try:
             if adapter.version < record.version:
                 await self._store.rewind(lease, adapter.version)
             self.recorded(adapter)
-            await self._base.lease(lease, plan.adapter)
+            await self._base.lease(lease, plan.adapter, membership)
             await self._pool.grant(lease, plan, checkpoint=blob)
             await self._book.wait_version(lease, adapter.version, timeout_seconds=OPEN_TIMEOUT_SECONDS)
         except BaseException:
@@ -188,6 +191,7 @@ class AdapterPrimitives:
             taps=adapter.taps,
             microbatch=microbatch,
             last_microbatch=last,
+            gang=adapter.gang,
         )
 
     async def _compute(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +28,10 @@ from cola_runtime.types import (
     BaseStep,
     DeviceLinkChanged,
     Encoding,
+    Gang,
     LearningRateSchedule,
     Lease,
+    Membership,
     OptimizerHyperparameters,
     Row,
     Segment,
@@ -118,9 +120,9 @@ class Bench:
                 self.seen, events = await self.service.next_events(self.seen)
                 self.events += events
 
-    async def grant(self, job: int, *, epoch: int = 1) -> None:
+    async def grant(self, job: int, *, epoch: int = 1, membership: Membership | None = None) -> None:
         lease = lease_of(job, epoch=epoch)
-        await self.service.lease(lease, self.trainings[job].spec)
+        await self.service.lease(lease, self.trainings[job].spec, membership)
         await self.coordinator.grant(lease, self.trainings[job], every=2)
         await self.until(StepApplied, lease=lease, version=0)
 
@@ -243,6 +245,34 @@ async def test_an_update_that_is_overtaken_by_the_leases_end_stays_out_of_the_ba
     segment = segments(lease_of(0), 1, 0)[0]
     result = await bench.service.run(BaseStep(number=1, segments=(segment,), train=False))
     assert result.losses[0].reason == "ADAPTER_UNKNOWN"
+
+
+async def test_a_gangs_member_with_nan_weights_is_told_to_the_coordinator_and_its_mates_go_on(
+    bench: Bench,
+) -> None:
+    gang = Gang(name="group/a-name-that-nobody-guesses", combine="mean")
+    for job in (0, 1):
+        await bench.grant(job, membership=Membership(gang=gang))
+    spec = bench.trainings[0].spec
+    poisoned = {key: torch.full_like(w, torch.nan) for key, w in initial_weights(spec).items()}
+    sick = Update(
+        lease=lease_of(0),
+        spec=spec,
+        version=1,
+        weights=poisoned,
+        learning_rate=0.0,
+        gradient_norm=0.0,
+        device_seconds=0.0,
+        bytes_up=0,
+        bytes_down=0,
+        membership=Membership(gang=gang),
+    )
+    bench.service._install_soon(sick)
+    await bench.until(StepRefused, lease=lease_of(0), reason="NON_FINITE_ADAPTER")
+    for segment in segments(lease_of(1), 0, 1):
+        result = await bench.service.run(BaseStep(number=1, segments=(replace(segment, gang=gang),)))
+        assert np.isfinite(result.losses[0].loss_sum)
+    await bench.until(StepApplied, lease=lease_of(1), version=1)
 
 
 async def test_generation_uses_the_compute_thread_and_the_bare_model(bench: Bench) -> None:

@@ -13,7 +13,7 @@ import pytest
 from cola_runtime.config import SchedulerSettings
 from cola_runtime.errors import Unavailable
 from cola_runtime.scheduler.loop import Computed, SchedulerLoop
-from cola_runtime.types import BaseStep, BaseStepResult, Lease, Row, Segment, SegmentLoss
+from cola_runtime.types import BaseStep, BaseStepResult, Gang, Lease, Row, Segment, SegmentLoss
 
 
 class SteppedBase:
@@ -57,10 +57,10 @@ class SteppedBase:
         self.running.pop(0)[1].set_exception(RuntimeError("out of memory"))
 
 
-def segment(job: str, *, length: int = 10, device: str = "d0") -> Segment:
+def segment(job: str, *, length: int = 10, device: str = "d0", gang: Gang | None = None) -> Segment:
     row = Row(tokens=np.zeros(length, np.int32), weights=np.ones(length, np.float32))
     lease = Lease(job_id=job, epoch=1, device_id=device)
-    return Segment(lease=lease, version=0, rows=(row,), loss_denominator=1.0)
+    return Segment(lease=lease, version=0, rows=(row,), loss_denominator=1.0, gang=gang)
 
 
 @contextlib.asynccontextmanager
@@ -92,6 +92,20 @@ async def test_waiting_tenants_go_into_one_mixed_base_step() -> None:
         results = await asyncio.gather(*tasks)
         assert [r.base_seconds for r in results] == pytest.approx([1.0, 1.0, 1.0])
         assert loop.busy_seconds == 3.0
+
+
+async def test_gangs_and_unmerged_tenants_never_share_a_base_step_and_all_get_theirs() -> None:
+    base, gang = SteppedBase(), Gang(name="group/one", combine="mean")
+    async with running_loop(base, token_budget=100, base_steps_in_flight=1) as (loop, _):
+        gangs = {"a": gang, "b": None, "c": gang, "d": Gang(name="job/d", combine="sum")}
+        tasks = [submit(loop, job, gang=of_job) for job, of_job in gangs.items()]
+        composed = []
+        for _ in range(3):
+            step = await base.next_step()
+            composed.append([s.lease.job_id for s in step.segments])
+            base.finish()
+        await asyncio.gather(*tasks)
+    assert composed == [["a", "c"], ["b"], ["d"]]
 
 
 async def test_a_filled_second_step_is_sent_while_the_first_runs_and_a_third_is_not() -> None:

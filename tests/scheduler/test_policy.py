@@ -8,14 +8,29 @@ from hypothesis import strategies as st
 
 from cola_runtime.scheduler.packing import split_rows
 from cola_runtime.scheduler.policy import Share, Waiting, admit, charge, choose
-from cola_runtime.types import Row
+from cola_runtime.types import Gang, Row
+
+GANGS = [None, Gang(name="group/one", combine="mean"), Gang(name="group/two", combine="mean")]
 
 
 def waiting(
-    ticket: int, tenant: str, *, rows: int = 1, longest: int = 10, job: str = "", train: bool = True
+    ticket: int,
+    tenant: str,
+    *,
+    rows: int = 1,
+    longest: int = 10,
+    job: str = "",
+    train: bool = True,
+    gang: Gang | None = None,
 ) -> Waiting:
     return Waiting(
-        ticket=ticket, tenant_id=tenant, job_id=job or tenant, rows=rows, longest=longest, train=train
+        ticket=ticket,
+        tenant_id=tenant,
+        job_id=job or tenant,
+        rows=rows,
+        longest=longest,
+        train=train,
+        gang=gang,
     )
 
 
@@ -68,6 +83,44 @@ def test_later_microbatches_of_a_job_never_overtake_its_first() -> None:
 def test_forward_only_work_never_shares_a_step_with_training() -> None:
     entries = [waiting(1, "a", train=False), waiting(2, "b", train=True), waiting(3, "c", train=False)]
     assert [entry.ticket for entry in choose(entries, shares={}, token_budget=100)] == [1, 3]
+
+
+def test_a_base_step_has_one_gang_or_none_and_the_fairest_ones_decides() -> None:
+    entries = [waiting(n, f"t{n}", gang=GANGS[n % 3]) for n in range(9)]
+    for least_served in range(9):
+        shares = {f"t{n}": Share(served=float(n != least_served)) for n in range(9)}
+        chosen = choose(entries, shares=shares, token_budget=1000)
+        expected = sorted(n for n in range(9) if n % 3 == least_served % 3)
+        assert sorted(entry.ticket for entry in chosen) == expected
+    same_name = [waiting(1, "a", gang=GANGS[1]), waiting(2, "b", gang=Gang(name="group/one", combine="sum"))]
+    assert len(choose(same_name, shares={}, token_budget=1000)) == 1
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 3)), min_size=2, max_size=8))
+def test_neither_a_gang_nor_the_unmerged_starve(tenants: list[tuple[int, int]]) -> None:
+    """Everybody always waits: before a tenant's turn comes, each other one is first at most 4 times."""
+    entries = [
+        waiting(n, f"t{n}", rows=rows, longest=10, gang=GANGS[gang]) for n, (gang, rows) in enumerate(tenants)
+    ]
+    shares: dict[str, Share] = {}
+    last_turn = {entry.tenant_id: 0 for entry in entries}
+    for turn in range(1, 200):
+        chosen = choose(entries, shares=shares, token_budget=60)
+        shares = charge(shares, {entry.tenant_id: entry.tokens for entry in chosen})
+        last_turn |= {entry.tenant_id: turn for entry in chosen}
+        assert turn - min(last_turn.values()) <= 4 * len(entries)
+
+
+def test_a_lone_member_is_served_as_often_as_each_of_a_large_gang() -> None:
+    entries = [waiting(n, f"t{n}", gang=GANGS[1]) for n in range(8)] + [waiting(8, "lone", gang=GANGS[2])]
+    shares = {entry.tenant_id: Share() for entry in entries}
+    turns = {"lone": 0, "t0": 0}
+    for _ in range(100):
+        chosen = choose(entries, shares=shares, token_budget=1000)
+        shares = charge(shares, {entry.tenant_id: entry.tokens for entry in chosen})
+        for tenant in turns:
+            turns[tenant] += tenant in {entry.tenant_id for entry in chosen}
+    assert turns == {"lone": 50, "t0": 50}
 
 
 def test_weight_two_is_served_twice_the_tokens() -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import BASE_MODEL, ROWS, Served, serving
+from serving import BASE_MODEL, ROWS, Served, description, serving
 
 from cola_runtime.client.sdk import Client
 from cola_runtime.errors import Conflict, InvalidInput, QuotaExceeded, Unavailable
+from cola_runtime.jobs.plan import training_plan
 from cola_runtime.server.admission import Submission, choose_encoding
 from cola_runtime.server.limits import Limits
 from cola_runtime.spec import JobSpec
@@ -30,6 +31,10 @@ def submit(served: Served, sent: Submission, tenant: str = "alice") -> Any:
     return served.run(served.service.submit(served.tenants[tenant], sent))
 
 
+COLLABORATION = {"group": "a-name-that-nobody-guesses"}
+MODULE = {"kind": "module", "name": "mine", "target_modules": "attention"}
+
+
 @pytest.mark.parametrize(
     ("sent", "reason", "parts"),
     [
@@ -45,6 +50,23 @@ def submit(served: Served, sent: Submission, tenant: str = "alice") -> Any:
         (submission(base_model="../etc"), "BASE_MODEL_UNKNOWN", ("job.base_model", BASE_MODEL)),
         (submission(base_model="tiny-lama"), "BASE_MODEL_UNKNOWN", ("did you mean 'tiny-llama'",)),
         (submission(adapter={"target_modules": ["k_proj"]}), "NO_MODULE_MATCHED", ("k_proj", "q_proj")),
+        (
+            submission(mode="merged", adapter={"kind": "mlp"}),
+            "MERGED_NEEDS_LINEAR",
+            ("job.adapter", "mlp", "lora, linearized_lora, linear", "unmerged"),
+        ),
+        (
+            submission(collaboration=COLLABORATION, adapter=[{"target_modules": "mlp"}, MODULE]),
+            "MERGED_NEEDS_LINEAR",
+            ("module", "no matrix"),
+        ),
+        (submission(collaboration={"group": "too-short"}), "SPEC_INVALID", ("job.collaboration.group",)),
+        (
+            submission(collaboration=COLLABORATION | {"wieght": 2}),
+            "UNKNOWN_FIELD",
+            ("job.collaboration.wieght", "did you mean 'weight'"),
+        ),
+        (submission(collaboration=COLLABORATION, mode="unmerged"), "SPEC_INVALID", ("always merged",)),
         (submission(passes=1000, rows_per_step=1, name="x/y"), "SPEC_INVALID", ("job.name",)),
         (replace(submission(), spec_json="{"), "SPEC_INVALID", ("JSON",)),
         (replace(submission(), spec_json="[" * 10_000), "SPEC_INVALID", ("JSON",)),
@@ -176,6 +198,48 @@ def test_auto_takes_the_encoding_that_sends_least_and_says_why() -> None:
     assert "rank * (d_in + d_out)" in reason
     forced = spec.model_copy(update={"encoding": "activations"})
     assert choose_encoding(forced) == (Encoding.ACTIVATIONS, "activations: the job asks for it")
+
+
+@pytest.mark.parametrize("encoding", ["auto", *Encoding])
+def test_merged_jobs_are_taken_in_every_encoding_and_stay_merged_in_the_record(
+    served: Served, encoding: str
+) -> None:
+    for fields in ({"mode": "merged"}, {"collaboration": COLLABORATION}):
+        job = submit(served, submission(encoding=encoding, **fields))
+        assert JobSpec.model_validate_json(job.spec_json).mode == "merged"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"dtype": "bfloat16"}, "MERGED_DTYPE"), ({"tied_sites": (1,)}, "MERGED_TIED_WEIGHT")],
+)
+def test_a_base_model_that_nothing_can_be_merged_into_is_named(
+    tokenizer_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    base = replace(description(tokenizer_path), **changes)
+    spec = JobSpec(name="a", base_model=BASE_MODEL, mode="merged")
+    with pytest.raises(InvalidInput) as caught:
+        training_plan(spec, base, total_steps=1)
+    assert caught.value.reason == reason
+    training_plan(spec.model_copy(update={"mode": "unmerged"}), base, total_steps=1)
+
+
+def test_a_group_and_its_combine_name_a_gang_and_a_lone_job_is_its_own(tokenizer_path: Path) -> None:
+    def gang(job_id: str, **fields: Any) -> Any:
+        spec = JobSpec.model_validate({"name": "a", "base_model": BASE_MODEL, **fields})
+        return training_plan(spec, description(tokenizer_path), total_steps=1).membership(job_id)
+
+    mean = gang("job-1", collaboration=COLLABORATION)
+    assert mean == gang("job-2", collaboration=COLLABORATION)
+    assert gang("job-2", collaboration=COLLABORATION | {"weight": 3}).gang == mean.gang
+    others = [
+        gang("job-3", collaboration=COLLABORATION | {"combine": "sum"}),
+        gang("job-4", mode="merged"),
+        gang("job-5", mode="merged"),
+        gang("job-6", collaboration={"group": "job-4-and-its-own-very-secret-name"}),
+    ]
+    assert len({membership.gang for membership in [mean, *others]}) == 5
+    assert gang("job-7") is None
 
 
 def test_truncation_is_counted(client: Client, spec: JobSpec) -> None:

@@ -82,13 +82,14 @@ def group_stacks(
             scalings = tuple(member.adapter.spec.parts[number].kind.scaling for member in cohort.members)
             rows = CohortRows(cohort.first_row, cohort.stop_row, scalings)
             for group, of_group in of_part.items():
-                taps = None if sink is None else _taps(cohort, group, scalings, sink)
+                taps = None if sink is None else cohort_taps(cohort, group, scalings, sink)
                 places = tuple(positions[site.index] for site in part.groups[group])
                 stacks.setdefault(group, []).append(part.stack(of_group, rows, places, taps))
     return stacks
 
 
-def _taps(cohort: Cohort, group: int, scalings: tuple[float, ...], sink: TapSink) -> GroupTaps:
+def cohort_taps(cohort: Cohort, group: int, scalings: tuple[float, ...], sink: TapSink) -> GroupTaps:
+    """Where the taps of one cohort's part at an input group go."""
     return GroupTaps(
         cohort.taps.encoding_of(group),
         segments=[member.position for member in cohort.members],

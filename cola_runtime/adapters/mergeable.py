@@ -1,0 +1,52 @@
+"""Which adapters may be merged into base weights. Torch-free: admission and the base model ask the same."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from cola_runtime.adapter_spec import AdapterSpec, HeadKind, LinearizedLoraKind, LinearKind, LoraKind
+from cola_runtime.errors import InvalidInput
+
+LINEAR_KINDS = (LoraKind, LinearizedLoraKind, LinearKind)
+"""s * a(x) = delta x + b: the merged base weight gives the same function."""
+WIDE_DTYPES = ("float32", "float64")
+
+
+def check_mergeable(spec: AdapterSpec, *, dtype: str, tied_sites: Collection[int]) -> None:
+    """Raises InvalidInput for an adapter that W0 + delta, in the base model's `dtype`, would not be.
+
+    `MERGED_NEEDS_LINEAR`: a kind that is not linear in x. `MERGED_DTYPE`: a base model in half precision.
+    `MERGED_TIED_WEIGHT`: a site whose weight is another module's too.
+    """
+    _check_dtype(dtype)
+    for part in spec.parts:
+        if not isinstance(part.kind, (*LINEAR_KINDS, HeadKind)):
+            raise InvalidInput(
+                "MERGED_NEEDS_LINEAR",
+                f"an adapter of kind {part.kind.kind} is no matrix that could be added to a base weight",
+                where="job.adapter",
+                limit=", ".join(kind.model_fields["kind"].default for kind in LINEAR_KINDS),
+                actual=part.kind.kind,
+                remedy="Train it with mode unmerged, or take a kind that is linear in x.",
+            )
+    for site in spec.sites:
+        if site.index in tied_sites:
+            raise InvalidInput(
+                "MERGED_TIED_WEIGHT",
+                f"the weight of {site.name} is shared with another module, which merging would change too",
+                where="job.adapter.target_modules",
+                remedy="Leave the module out, or train with mode unmerged.",
+            )
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in WIDE_DTYPES:
+        raise InvalidInput(
+            "MERGED_DTYPE",
+            f"the base model is in {dtype}, which would round most of a merged delta away: of one that is "
+            "5e-4 of the weight, bfloat16 loses 90 %",
+            where="job.mode",
+            limit=" or ".join(WIDE_DTYPES),
+            actual=dtype,
+            remedy="Train with mode unmerged, or serve the base model in float32.",
+        )
