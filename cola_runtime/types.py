@@ -273,3 +273,8 @@ class BaseModelDescription:
     hidden_size: int = 0
     tasks: tuple[Task, ...] = (Task.CAUSAL_LM,)
     details: dict[str, str] = field(default_factory=dict)  # attention implementation, threads, device
+
+    @property
+    def bidirectional(self) -> bool:
+        """An encoder: it predicts no tokens."""
+        return Task.CAUSAL_LM not in self.tasks

@@ -52,7 +52,7 @@ class LoadedModel:
 
     @property
     def context_length(self) -> int:
-        """RoBERTa counts positions from behind its padding token's, so that many rows of its table are lost."""
+        """Tokens. RoBERTa counts positions from behind its padding token's id, so those before are lost."""
         embeddings = getattr(self.model.base_model, "embeddings", None)
         lost = getattr(embeddings, "padding_idx", None)
         return int(self.model.config.max_position_embeddings) - (0 if lost is None else lost + 1)
@@ -89,7 +89,9 @@ def load_frozen_model(path: Path, *, dtype: str, attention: str) -> LoadedModel:
     )
 
 
-def _opened(path: Path, dtype: torch.dtype, attention: str) -> tuple[Any, VocabularyProjection | None, Pooling]:
+def _opened(
+    path: Path, dtype: torch.dtype, attention: str
+) -> tuple[Any, VocabularyProjection | None, Pooling]:
     if is_encoder(path):
         model, pooling = read_encoder(path, dtype, attention)
         return model, None, pooling

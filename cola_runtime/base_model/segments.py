@@ -171,7 +171,9 @@ def _embeddable(row: Row, limits: RowLimits) -> bool:
         return False
     if tokens.min() < 0 or tokens.max() >= limits.vocabulary_size:
         return False
-    return types is None or (len(types) == len(tokens) and 0 <= types.min() <= types.max() < limits.token_types)
+    return types is None or (
+        len(types) == len(tokens) and 0 <= types.min() <= types.max() < limits.token_types
+    )
 
 
 def _judged(row: Row, limits: RowLimits, head: HeadKind | None) -> bool:
