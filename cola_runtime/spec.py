@@ -22,8 +22,10 @@ from pydantic import (
 )
 
 from cola_runtime.adapter_spec import (
+    MAX_LABELS,
     AdapterKind,
     Frozen,
+    HeadKind,
     LinearizedLoraKind,
     LinearKind,
     LoraKind,
@@ -36,6 +38,11 @@ MAX_STEPS = 1_000_000
 MAX_ROWS_PER_STEP = 4096
 MAX_PARTS = 16
 
+LabelCount = Annotated[int, Field(ge=2, le=MAX_LABELS, strict=True)]
+LabelNames = Annotated[
+    tuple[Annotated[str, StringConstraints(min_length=1, max_length=200)], ...],
+    Field(min_length=2, max_length=MAX_LABELS),
+]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 ModulePattern = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,200}$")]
 
@@ -90,9 +97,7 @@ _TaggedPart = (
     | Annotated[LinearizedLoraSpec, Tag("linearized_lora")]
     | Annotated[ModuleSpec, Tag("module")]
 )
-_Parts = Annotated[
-    tuple[Annotated[_TaggedPart, Discriminator(_tag)], ...], Field(min_length=1, max_length=MAX_PARTS)
-]
+_Parts = Annotated[tuple[Annotated[_TaggedPart, Discriminator(_tag)], ...], Field(max_length=MAX_PARTS)]
 _KIND: TypeAdapter[AdapterKind] = TypeAdapter(Annotated[AdapterKind, Field(discriminator="kind")])
 _MODELS: dict[str, type[BaseModel]] = {
     "lora": LoraSpec,
@@ -142,13 +147,67 @@ class CollaborationSpec(Frozen):
     """p_k is weight_k over the sum of the present members' weights, or weight_k itself."""
 
 
+class CausalLmTask(Frozen):
+    """Learn to continue a text."""
+
+    kind: Literal["causal_lm"] = "causal_lm"
+
+    @property
+    def head(self) -> None:
+        """The vocabulary is the base model's own."""
+
+
+class ClassificationTask(Frozen):
+    """Learn which of a few labels a text, or a pair of texts, has."""
+
+    kind: Literal["sequence_classification"] = "sequence_classification"
+    labels: LabelCount | LabelNames
+    """How many, or their names in the order of the classes."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> ClassificationTask:
+        if len(set(self.label_names)) < len(self.label_names):
+            raise ValueError("two labels have the same name")
+        return self
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Empty where the job only counts its labels."""
+        return self.labels if isinstance(self.labels, tuple) else ()
+
+    @property
+    def head(self) -> HeadKind:
+        count = len(self.labels) if isinstance(self.labels, tuple) else self.labels
+        return HeadKind(labels=count, problem="classification")
+
+
+class RegressionTask(Frozen):
+    """Learn a number for a text, or a pair of texts."""
+
+    kind: Literal["regression"] = "regression"
+
+    @property
+    def head(self) -> HeadKind:
+        return HeadKind(labels=1, problem="regression")
+
+
+TaskSpec = Annotated[CausalLmTask | ClassificationTask | RegressionTask, Field(discriminator="kind")]
+_TASKS: dict[str, type[BaseModel]] = {
+    "causal_lm": CausalLmTask,
+    "sequence_classification": ClassificationTask,
+    "regression": RegressionTask,
+}
+
+
 class JobSpec(Frozen):
     """One adaptation job: which base model, which adapter, which data, how long."""
 
     name: Name
     base_model: Annotated[str, StringConstraints(min_length=1, max_length=200)]
     adapter: Annotated[_TaggedPart | Annotated[_Parts, Tag(_PARTS)], Discriminator(_tag)] = LoraSpec()
-    """One kind at its target modules, or a list of them: no site may be in two."""
+    """One kind at its target modules, or a list of them: no site may be in two. `[]` trains a head alone."""
+    task: TaskSpec = CausalLmTask()
+    """Without one a job trains a causal language model; the others train a head of their own as well."""
     optimizer: OptimizerSpec = OptimizerSpec()
     schedule: ScheduleSpec = ScheduleSpec()
     steps: Annotated[int, Field(ge=1, le=MAX_STEPS, strict=True)] | None = None
@@ -199,6 +258,12 @@ class JobSpec(Frozen):
             raise ValueError("a collaboration is always merged: leave mode out")
         return self
 
+    @model_validator(mode="after")
+    def _something_to_train(self) -> JobSpec:
+        if not self.adapter_parts and self.task.head is None:
+            raise ValueError("an adapter without parts trains nothing, as this task has no head")
+        return self
+
 
 def parse_job_spec(fields: dict[str, Any], *, source: str = "job") -> JobSpec:
     """Check outside input. Raises InvalidInput with one violation per wrong field, at `source.field`."""
@@ -219,11 +284,12 @@ def parse_job_spec(fields: dict[str, Any], *, source: str = "job") -> JobSpec:
 def _violations(error: ValidationError, source: str) -> Iterator[Violation]:
     for item in error.errors(include_url=False):
         path = [str(part) for part in item["loc"] if "[" not in str(part)]
-        where = ".".join([source, *(part for part in path if part not in (*_MODELS, _PARTS))])
+        where = ".".join([source, *(part for part in path if part not in (*_MODELS, *_TASKS, _PARTS))])
         if item["type"] == "extra_forbidden":
             yield Violation(where=where, message=_unknown_field(path))
         elif item["type"] == "union_tag_invalid":
-            yield Violation(where=f"{where}.kind", message=_unknown_kind(item["ctx"]["tag"]))
+            known = _TASKS if path[:1] == ["task"] else _MODELS
+            yield Violation(where=f"{where}.kind", message=_unknown_kind(item["ctx"]["tag"], known))
         else:
             yield Violation(where=where, message=f"{item['msg']}, got {item['input']!r}"[:300])
 
@@ -231,9 +297,9 @@ def _violations(error: ValidationError, source: str) -> Iterator[Violation]:
 def _unknown_field(path: list[str]) -> str:
     model: Any = JobSpec
     for part in path[:-1]:
-        if part in _MODELS:
-            model = _MODELS[part]
-        elif part in model.model_fields and part != "adapter":
+        if part in _MODELS or part in _TASKS:
+            model = (_MODELS | _TASKS)[part]
+        elif part in model.model_fields and part not in ("adapter", "task"):
             annotation = model.model_fields[part].annotation
             model = next((each for each in get_args(annotation) if each is not NoneType), annotation)
     near = difflib.get_close_matches(path[-1], model.model_fields, n=1)
@@ -241,7 +307,8 @@ def _unknown_field(path: list[str]) -> str:
     return f"unknown field {path[-1]!r}; {hint}"
 
 
-def _unknown_kind(kind: str) -> str:
-    near = difflib.get_close_matches(kind, _MODELS, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known kinds: {', '.join(_MODELS)}"
-    return f"unknown adapter kind {kind[:60]!r}; {hint}"
+def _unknown_kind(kind: str, known: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(kind, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known kinds: {', '.join(known)}"
+    noun = "task" if known is _TASKS else "adapter"
+    return f"unknown {noun} kind {kind[:60]!r}; {hint}"

@@ -301,3 +301,8 @@ class BaseModelDescription:
     tasks: tuple[Task, ...] = (Task.CAUSAL_LM,)
     details: dict[str, str] = field(default_factory=dict)  # attention implementation, threads, device
     tied_sites: tuple[int, ...] = ()  # their weights are other modules' too, so nothing may be merged there
+
+    @property
+    def bidirectional(self) -> bool:
+        """An encoder: it predicts no tokens."""
+        return not {Task.CAUSAL_LM, Task.SEQUENCE_TO_SEQUENCE} & set(self.tasks)

@@ -1,6 +1,6 @@
-"""A task's head: logits = W p + b. The linear kind's mathematics over the pooled hidden state, with its own draw.
+"""A task's head: logits = W p + b, the linear kind's mathematics with a draw of its own.
 
-Shapes: N rows, I hidden size, O labels.
+Shapes: N pooled rows, I hidden size, O labels.
 """
 
 from __future__ import annotations

@@ -13,11 +13,13 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from cola_runtime.adapter_spec import AdapterSpec, LoraKind
+from cola_runtime.adapters.shapes import weight_names
 from cola_runtime.errors import InvalidInput
 from cola_runtime.types import Site, SiteKind, TensorKey, TensorKind
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+HEAD_FILE = "head.safetensors"  # not PEFT's: a task's head, tensors `score/weight` and `score/bias`
 
 _PREFIX = "base_model.model."
 _SUFFIXES = {TensorKind.LORA_A: ".lora_A.weight", TensorKind.LORA_B: ".lora_B.weight"}
@@ -48,31 +50,38 @@ def peft_folder(
 ) -> dict[str, bytes]:
     """File name -> content of a folder that `peft.PeftModel.from_pretrained` loads unchanged.
 
-    `target_modules` are the sites' full names, so that an adapter on some layers only lands on just those.
+    `target_modules` are the sites' full names, so that an adapter on some layers only lands on just those. A
+    task's head has a file of its own; the rest loads onto transformers' classification model of the base.
     """
-    tensors = {
-        _tensor_name(site, kind): np.ascontiguousarray(weights[TensorKey(site.index, kind)])
-        for site in spec.sites
-        for kind in _SUFFIXES
-    }
-    return {
-        CONFIG_FILE: (json.dumps(_config(spec, base_model), indent=2) + "\n").encode(),
-        WEIGHTS_FILE: safetensors.numpy.save(tensors, metadata={"format": "pt"}),
-    }
+    files: dict[str, bytes] = {}
+    if spec.head is not None:
+        named = weight_names(spec).items()
+        head = {name: weights[key] for key, name in named if key.site == spec.head[1].index}
+        files[HEAD_FILE] = safetensors.numpy.save(head, metadata={"format": "pt"})
+    sites = [site for site in spec.sites if site.kind is not SiteKind.HEAD]
+    if sites:
+        tensors = {
+            _tensor_name(site, kind): np.ascontiguousarray(weights[TensorKey(site.index, kind)])
+            for site in sites
+            for kind in _SUFFIXES
+        }
+        files[CONFIG_FILE] = (json.dumps(_config(spec, sites, base_model), indent=2) + "\n").encode()
+        files[WEIGHTS_FILE] = safetensors.numpy.save(tensors, metadata={"format": "pt"})
+    return files
 
 
 def _tensor_name(site: Site, kind: TensorKind) -> str:
     return f"{_PREFIX}{site.name}{_SUFFIXES[kind]}"
 
 
-def _config(spec: AdapterSpec, base_model: str) -> dict[str, Any]:
-    kind = spec.parts[0].kind
+def _config(spec: AdapterSpec, sites: Sequence[Site], base_model: str) -> dict[str, Any]:
+    kind = spec.kinds[sites[0].index]
     assert isinstance(kind, LoraKind)
     return {
         "base_model_name_or_path": base_model,
         "bias": "none",
         # One flag for all modules: peft turns it off again for each Linear, and warns if a Conv1D lacks it.
-        "fan_in_fan_out": any(site.kind is SiteKind.CONV1D for site in spec.sites),
+        "fan_in_fan_out": any(site.kind is SiteKind.CONV1D for site in sites),
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": int(kind.alpha) if kind.alpha.is_integer() else kind.alpha,
@@ -80,8 +89,8 @@ def _config(spec: AdapterSpec, base_model: str) -> dict[str, Any]:
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": kind.rank,
-        "target_modules": [site.name for site in spec.sites],
-        "task_type": "CAUSAL_LM",
+        "target_modules": [site.name for site in sites],
+        "task_type": "CAUSAL_LM" if spec.head is None else None,
         "use_dora": False,
         "use_rslora": kind.use_rslora,
     }

@@ -9,11 +9,18 @@ from cola_runtime.errors import InvalidInput, Violation
 from cola_runtime.types import Site
 
 ALL_LINEAR = "all-linear"
-# Names of Llama's family (q_proj ...; Phi's fused qkv_proj, gate_up_proj) and of GPT-2's (c_attn ...).
-# `c_proj` alone would name both of GPT-2's projections, hence the two parts.
+# Names of Llama's family (q_proj ...; Phi's fused qkv_proj, gate_up_proj), GPT-2's (c_attn ...) and BERT's.
+# `c_proj` alone would name both of GPT-2's projections, hence the two parts; `output.dense` does name both of
+# BERT's, hence a site belongs to the first preset that names it.
 PRESETS: dict[str, tuple[str, ...]] = {
-    "attention": ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "c_attn", "attn.c_proj"),
-    "mlp": ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "mlp.c_fc", "mlp.c_proj"),
+    "attention": (
+        *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "c_attn", "attn.c_proj"),
+        *("self.query", "self.key", "self.value", "attention.output.dense"),
+    ),
+    "mlp": (
+        *("gate_proj", "up_proj", "down_proj", "gate_up_proj", "mlp.c_fc", "mlp.c_proj"),
+        *("intermediate.dense", "output.dense"),
+    ),
 }
 _LISTED_NAMES = 12
 
@@ -39,8 +46,11 @@ def resolve_target_sites(catalogue: Sequence[Site], target_modules: str | Sequen
 def _preset_sites(catalogue: Sequence[Site], preset: str) -> tuple[Site, ...]:
     if preset == ALL_LINEAR:
         return tuple(catalogue)
-    names = PRESETS.get(preset, ())
-    return tuple(site for site in catalogue if any(_matches(site, name) for name in names))
+    return tuple(site for site in catalogue if _preset_of(site) == preset)
+
+
+def _preset_of(site: Site) -> str | None:
+    return next((key for key, names in PRESETS.items() if any(_matches(site, name) for name in names)), None)
 
 
 def _matches(site: Site, name: str) -> bool:

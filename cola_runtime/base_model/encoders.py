@@ -27,8 +27,8 @@ def is_encoder(path: Path) -> bool:
 def read_encoder(path: Path, dtype: torch.dtype, attention: str | None) -> tuple[Any, Pooling]:
     """The frozen encoder as its architecture's classification model, without that model's own classifier.
 
-    So modules have the names that PEFT gives them there. A BERT checkpoint without pooler pools the bare first
-    token. Raises InvalidInput `BASE_MODEL_UNSUPPORTED` where other weights are missing.
+    So modules have the names that PEFT gives them there. A BERT checkpoint without pooler pools the bare
+    first token. Raises InvalidInput `BASE_MODEL_UNSUPPORTED` where other weights are missing.
     """
     from transformers import AutoModelForSequenceClassification
 

@@ -61,7 +61,7 @@ class LoadedModel:
 
     @property
     def context_length(self) -> int:
-        """RoBERTa counts positions from behind its padding token's: that many rows of its table are lost."""
+        """Tokens. RoBERTa counts positions from behind its padding token's id, so those before are lost."""
         embeddings = getattr(self.model.base_model, "embeddings", None)
         lost = getattr(embeddings, "padding_idx", None)
         positions = getattr(self.model.config, "max_position_embeddings", UNBOUNDED_CONTEXT)

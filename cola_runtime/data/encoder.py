@@ -27,9 +27,11 @@ class Encoder:
 
     def __init__(self, folder: Path) -> None:
         """Raises InvalidInput `TOKENIZER_UNSUPPORTED`."""
-        self._tokenizer = _load(folder)
-        self._markup = _backend(self._tokenizer, text_only=False)
-        self._text = _backend(self._tokenizer, text_only=True)
+        self._tokenizer = load_tokenizer(folder)
+        if self._tokenizer.eos_token_id is None:
+            raise unsupported(folder, "it has no end-of-text token")
+        self._markup = backend_of(self._tokenizer, text_only=False)
+        self._text = backend_of(self._tokenizer, text_only=True)
         self._check_pieces_add_up(folder)
         self._markup_ids = functools.lru_cache(_CACHED_MARKUP)(self._encode_markup)
         special = {number: str(t) for number, t in self._tokenizer.added_tokens_decoder.items() if t.special}
@@ -101,21 +103,20 @@ class Encoder:
             token for probe in _PROBES for token in self._text.encode(probe, add_special_tokens=False).ids
         ]
         if self._text.encode("".join(_PROBES), add_special_tokens=False).ids != apart:
-            raise _unsupported(folder, "it changes the start of a text")
+            raise unsupported(folder, "it changes the start of a text")
 
 
-def _load(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """transformers' fast tokenizer. Raises InvalidInput `TOKENIZER_UNSUPPORTED`."""
     from transformers import PreTrainedTokenizerFast  # heavy, and not needed to import this module
 
     if not (folder / "tokenizer.json").is_file():
-        raise _unsupported(folder, "there is no tokenizer.json")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    if tokenizer.eos_token_id is None:
-        raise _unsupported(folder, "it has no end-of-text token")
-    return tokenizer
+        raise unsupported(folder, "there is no tokenizer.json")
+    return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
 
 
-def _backend(tokenizer: Any, *, text_only: bool) -> Backend:
+def backend_of(tokenizer: Any, *, text_only: bool) -> Backend:
+    """A copy that neither cuts nor pads; with `text_only` the spelling of a special token is plain text."""
     backend = Backend.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
@@ -132,7 +133,7 @@ def _generation_stops(folder: Path) -> set[int]:
     return set(ids) if isinstance(ids, list) else {ids}
 
 
-def _unsupported(folder: Path, cause: str) -> InvalidInput:
+def unsupported(folder: Path, cause: str) -> InvalidInput:
     return InvalidInput(
         "TOKENIZER_UNSUPPORTED",
         f"the tokenizer of base model {folder.name!r} can't be used: {cause}",

@@ -5,6 +5,7 @@ One object per line, all of one format:
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
     {"prompt": "...", "completion": "..."}
     {"text": "..."}
+    {"text": "...", "label": "name" or a number}, maybe with a "text_pair": "..."
 
 A byte-order mark, CRLF, blank lines and a missing final newline are accepted. Blank lines count as lines.
 """
@@ -16,7 +17,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cola_runtime.data.json_lines import parse_line
-from cola_runtime.data.records import ChatRecord, CompletionRecord, Record, TextRecord, read_record
+from cola_runtime.data.records import (
+    ChatRecord,
+    CompletionRecord,
+    LabelledRecord,
+    Record,
+    TextRecord,
+    read_record,
+)
 from cola_runtime.data.violations import Problem, Problems
 from cola_runtime.errors import InvalidInput
 
@@ -48,12 +56,14 @@ class DatasetFormat(enum.StrEnum):
     CHAT = "chat"
     PROMPT_COMPLETION = "prompt_completion"
     TEXT = "text"
+    LABELLED = "labelled"
 
 
 _FORMATS: dict[type, DatasetFormat] = {
     ChatRecord: DatasetFormat.CHAT,
     CompletionRecord: DatasetFormat.PROMPT_COMPLETION,
     TextRecord: DatasetFormat.TEXT,
+    LabelledRecord: DatasetFormat.LABELLED,
 }
 
 

@@ -1,8 +1,9 @@
-"""The three kinds of records, and the check of one parsed line against them."""
+"""The kinds of records, and the check of one parsed line against them."""
 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,10 @@ from cola_runtime.errors import InvalidInput
 MAX_MESSAGES = 1024
 ROLES = ("system", "user", "assistant")
 
-_SHAPES = '{"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}'
-_KNOWN_FIELDS = ("messages", "prompt", "completion", "text")
+_SHAPES = (
+    '{"messages": [...]}, {"prompt": ..., "completion": ...}, {"text": ...} or {"text": ..., "label": ...}'
+)
+_KNOWN_FIELDS = ("messages", "prompt", "completion", "text", "text_pair", "label")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +53,21 @@ class TextRecord:
     text: str
 
 
-Record = ChatRecord | CompletionRecord | TextRecord
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelledRecord:
+    """A text, or a pair of texts, and what is to be told of it."""
+
+    line: int
+    text: str
+    text_pair: str | None
+    label: str | int | float  # as written; finite
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return (self.text,) if self.text_pair is None else (self.text, self.text_pair)
+
+
+Record = ChatRecord | CompletionRecord | TextRecord | LabelledRecord
 
 
 def read_record(value: Any, *, line: int) -> Record:
@@ -67,8 +84,23 @@ def read_record(value: Any, *, line: int) -> Record:
         _check_fields(value, ("prompt", "completion"), path="")
         prompt, completion = (_text(value, field, path="") for field in ("prompt", "completion"))
         return CompletionRecord(line=line, prompt=prompt, completion=completion)
+    if "label" in value or "text_pair" in value:
+        return _labelled(value, line)
     _check_fields(value, ("text",), path="", known=_KNOWN_FIELDS)
     return TextRecord(line=line, text=_text(value, "text", path=""))
+
+
+def _labelled(value: Mapping[str, Any], line: int) -> LabelledRecord:
+    texts = ("text", "text_pair") if "text_pair" in value else ("text",)
+    _check_fields(value, (*texts, "label"), path="", known=_KNOWN_FIELDS)
+    text, pair = (_text(value, field, path="") if field in texts else None for field in ("text", "text_pair"))
+    label = value["label"]
+    if isinstance(label, bool) or not isinstance(label, str | int | float):
+        raise _wrong(f"label: expected a string or a number, got {_kind(label)}")
+    if isinstance(label, float) and not math.isfinite(label):
+        raise _wrong("label: the number is too large")
+    assert text is not None
+    return LabelledRecord(line=line, text=text, text_pair=pair, label=label)
 
 
 def read_prompt_messages(value: Any) -> tuple[Message, ...]:

@@ -13,16 +13,25 @@ from pathlib import Path
 import numpy as np
 
 from cola_runtime.data.encoder import Encoder
-from cola_runtime.data.formats import Dataset
-from cola_runtime.data.records import ChatRecord, CompletionRecord, Message, Record
+from cola_runtime.data.formats import Dataset, DatasetFormat
+from cola_runtime.data.records import ChatRecord, CompletionRecord, LabelledRecord, Message, Record
+from cola_runtime.data.sequences import (
+    FramedSequences,
+    PlainSequences,
+    RowShape,
+    SequenceEncoder,
+    check_length,
+    labelled_rows,
+)
 from cola_runtime.data.template import Piece
 from cola_runtime.data.violations import Problem, Problems
 from cola_runtime.errors import InvalidInput
-from cola_runtime.spec import JobSpec
+from cola_runtime.spec import CausalLmTask, ClassificationTask, JobSpec, RegressionTask
 from cola_runtime.types import Row
 
 BATCH_RECORDS = 512  # encoded at a time; bounds the memory that the encoder's own results take
 
+_CAUSAL = CausalLmTask()
 _REMEDY = "Shorten or correct these rows, or change max_length or truncate; nothing was created."
 
 
@@ -59,9 +68,12 @@ class _Draft:
 class Tokenizer:
     """The tokenizer and chat template of the base model in a folder. Safe to use from several threads."""
 
-    def __init__(self, path: Path | str) -> None:
-        """Raises InvalidInput `TOKENIZER_UNSUPPORTED`."""
-        self._encoder = Encoder(Path(path))
+    def __init__(self, path: Path | str, *, bidirectional: bool = False) -> None:
+        """`bidirectional`: the base model is an encoder. Raises InvalidInput `TOKENIZER_UNSUPPORTED`."""
+        self._causal = None if bidirectional else Encoder(Path(path))
+        self._sequences: SequenceEncoder = (
+            FramedSequences(Path(path)) if self._causal is None else PlainSequences(self._causal)
+        )
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -69,27 +81,46 @@ class Tokenizer:
         return self._encoder.stop_ids
 
     def tokenize(
-        self, dataset: Dataset, *, max_length: int, loss: str = "completion", truncate: bool = False
+        self,
+        dataset: Dataset,
+        *,
+        max_length: int,
+        loss: str = "completion",
+        truncate: bool = False,
+        task: CausalLmTask | ClassificationTask | RegressionTask = _CAUSAL,
     ) -> TokenizedDataset:
         """One row per record. Labels are the answers and their ends (`completion`), or all tokens (`full`).
 
-        Of prompt and completion the completion is the answer, of plain text all of it. Raises InvalidInput
-        with the first 20 wrong rows and the number of all: ROW_TOO_LONG, ROW_WITHOUT_LABELS,
-        ROW_NOT_RENDERED; or TEMPLATE_MISSING.
+        Of prompt and completion the completion is the answer, of plain text all of it; another task's rows
+        are labelled as a whole. Raises InvalidInput with the first 20 wrong rows and the number of all:
+        ROW_TOO_LONG, ROW_WITHOUT_LABELS, ROW_NOT_RENDERED, LABEL_INVALID, _UNKNOWN, _OUT_OF_RANGE; or
+        TASK_FORMAT, TEMPLATE_MISSING.
         """
+        _check_format(dataset, task)
         problems = Problems(dataset.file_name, remedy=_REMEDY)
+        if isinstance(task, CausalLmTask):
+            rows, truncated = self._causal_rows(dataset, RowShape(max_length, truncate), loss, problems)
+        else:
+            records = [record for record in dataset.records if isinstance(record, LabelledRecord)]
+            shape = RowShape(max_length, truncate)
+            rows, truncated = labelled_rows(records, self._sequences, task, shape, problems)
+        problems.raise_if_any()
+        literal = sum(self._spells_markup(record) for record in dataset.records)
+        return TokenizedDataset(rows=tuple(rows), truncated_rows=truncated, literal_markup_rows=literal)
+
+    def _causal_rows(
+        self, dataset: Dataset, shape: RowShape, loss: str, problems: Problems
+    ) -> tuple[list[Row], int]:
         rows: list[Row] = []
         truncated = 0
         for record, draft in self._drafts(dataset, problems):
             try:
-                _check_length(draft, max_length, truncate=truncate)
-                rows.append(_labelled(draft.row(max_length=max_length, loss=loss)))
-                truncated += len(draft.tokens) > max_length
+                check_length(len(draft.tokens), shape)
+                rows.append(_labelled(draft.row(max_length=shape.longest, loss=loss)))
+                truncated += len(draft.tokens) > shape.longest
             except Problem as problem:
                 problems.add(problem, line=record.line)
-        problems.raise_if_any()
-        literal = sum(self._spells_markup(record) for record in dataset.records)
-        return TokenizedDataset(rows=tuple(rows), truncated_rows=truncated, literal_markup_rows=literal)
+        return rows, truncated
 
     def encode_prompt(self, prompt: str | Sequence[Message]) -> list[int]:
         """What to continue: plain text, or messages followed by the head of an answer.
@@ -142,7 +173,18 @@ class Tokenizer:
             raise InvalidInput(problem.reason, problem.message, where="messages") from problem
 
     def _spells_markup(self, record: Record) -> bool:
-        return any(map(self._encoder.spells_markup, _texts(record)))
+        return any(map(self._sequences.spells_markup, _texts(record)))
+
+    @property
+    def _encoder(self) -> Encoder:
+        if self._causal is None:
+            raise InvalidInput(
+                "TASK_UNSUPPORTED",
+                "the base model is an encoder, which continues no text",
+                where="prompt",
+                remedy="Ask a causal language model.",
+            )
+        return self._causal
 
 
 def longest_row(spec: JobSpec, *, context_length: int) -> int:
@@ -159,11 +201,18 @@ def longest_row(spec: JobSpec, *, context_length: int) -> int:
     return spec.max_length or context_length
 
 
-def _check_length(draft: _Draft, max_length: int, *, truncate: bool) -> None:
-    length = len(draft.tokens)
-    if length > max_length and not truncate:
-        limit, actual = f"{max_length} tokens", f"{length} tokens"
-        raise Problem("ROW_TOO_LONG", f"the row has {actual}, {limit} fit", limit=limit, actual=actual)
+def _check_format(dataset: Dataset, task: CausalLmTask | ClassificationTask | RegressionTask) -> None:
+    labelled = not isinstance(task, CausalLmTask)
+    if labelled is not (dataset.format is DatasetFormat.LABELLED):
+        raise InvalidInput(
+            "TASK_FORMAT",
+            f"{task.kind} takes {'labelled' if labelled else 'no labelled'} records, "
+            f"these are {dataset.format} records",
+            where=dataset.file_name,
+            remedy='Label every record, {"text": ..., "label": ...}, or name another task.'
+            if labelled
+            else "Name the job's task: sequence_classification or regression.",
+        )
 
 
 def _labelled(row: Row) -> Row:
@@ -177,4 +226,4 @@ def _texts(record: Record) -> list[str]:
         return [message.content for message in record.messages]
     if isinstance(record, CompletionRecord):
         return [record.prompt, record.completion]
-    return [record.text]
+    return list(record.texts) if isinstance(record, LabelledRecord) else [record.text]

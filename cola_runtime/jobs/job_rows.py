@@ -105,7 +105,12 @@ def move_job(
 
 
 def note_evaluation(
-    connection: Connection, job_id: str, *, losses: Mapping[str, float], at: str
+    connection: Connection,
+    job_id: str,
+    *,
+    losses: Mapping[str, float],
+    measures: Mapping[str, float],
+    at: str,
 ) -> JobRecord:
     """Set held-out losses by column name, with an event. Raises InvalidInput `LOSS_NOT_FINITE`."""
     read_job(connection, job_id)
@@ -113,7 +118,9 @@ def note_evaluation(
         raise InvalidInput("LOSS_NOT_FINITE", f"a held-out loss is a finite number, got {dict(losses)}")
     update_job(connection, job_id, **losses)
     message = ", ".join(f"{name.replace('_', ' ')} {loss:.4f}" for name, loss in losses.items())
-    append_event(connection, job_id, at=at, kind="job.evaluated", message=message, data=losses)
+    append_event(
+        connection, job_id, at=at, kind="job.evaluated", message=message, data={**losses, **measures}
+    )
     return read_job(connection, job_id)
 
 

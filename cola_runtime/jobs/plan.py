@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cola_runtime.adapter_spec import AdapterPart, AdapterSpec
+from cola_runtime.adapter_spec import AdapterPart, AdapterSpec, head_part
 from cola_runtime.adapters.mergeable import check_mergeable
 from cola_runtime.adapters.targets import resolve_target_sites
 from cola_runtime.errors import InvalidInput
@@ -42,8 +42,10 @@ class TrainingPlan:
 
 def training_plan(spec: JobSpec, base: BaseModelDescription, *, total_steps: int) -> TrainingPlan:
     """Raises InvalidInput: `NO_MODULE_MATCHED` when target modules name no site of the base model,
-    `SITE_TWICE` when two parts of the adapter name the same one, and those of `check_mergeable`.
+    `SITE_TWICE` when two parts of the adapter name the same one, `TASK_UNSUPPORTED` when the base model does
+    not serve the job's task, and those of `check_mergeable`.
     """
+    _check_task(spec, base)
     adapter = AdapterSpec(
         parts=tuple(_parts(spec, base)),
         seed=spec.seed,
@@ -79,3 +81,17 @@ def _parts(spec: JobSpec, base: BaseModelDescription) -> Iterator[AdapterPart]:
                     remedy="Name each module in one part only; nothing was created.",
                 )
         yield AdapterPart(kind=part.adapter_kind, sites=sites)
+    if spec.task.head is not None:
+        yield head_part(spec.task.head, base.sites, hidden_size=base.hidden_size)
+
+
+def _check_task(spec: JobSpec, base: BaseModelDescription) -> None:
+    if spec.task.kind not in base.tasks:
+        raise InvalidInput(
+            "TASK_UNSUPPORTED",
+            f"base model {base.name} ({base.architecture}) is not trained for {spec.task.kind}",
+            where="job.task",
+            limit=", ".join(base.tasks),
+            actual=spec.task.kind,
+            remedy="Name one of its tasks, or another base model; nothing was created.",
+        )

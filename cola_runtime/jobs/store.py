@@ -146,13 +146,24 @@ class JobStore:
         )
 
     async def set_evaluation(
-        self, job_id: str, *, before: float | None = None, after: float | None = None
+        self,
+        job_id: str,
+        *,
+        before: float | None = None,
+        after: float | None = None,
+        measures: Mapping[str, float] | None = None,
     ) -> JobRecord:
-        """Note the held-out loss of the bare base model (`before`) or with the adapter (`after`)."""
+        """Note the held-out loss of the bare base model (`before`) or with the adapter (`after`).
+
+        The event also holds `measures`: the task's own, by name.
+        """
         given = {"evaluation_loss_before": before, "evaluation_loss_after": after}
         losses = {name: value for name, value in given.items() if value is not None}
         return await self._write(
-            job_id, lambda c: job_rows.note_evaluation(c, job_id, losses=losses, at=self._at())
+            job_id,
+            lambda c: job_rows.note_evaluation(
+                c, job_id, losses=losses, measures=measures or {}, at=self._at()
+            ),
         )
 
     # Leases, steps, checkpoints

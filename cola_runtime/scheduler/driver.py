@@ -144,10 +144,11 @@ class JobDriver:
             return
         self.phase = "evaluating"
         loss = await self._primitives.forward(adapter, self._data.evaluation)
+        measures = self._data.measures(loss.mean, loss.predictions)
         if before:
-            await self._store.set_evaluation(self._job_id, before=loss.mean)
+            await self._store.set_evaluation(self._job_id, before=loss.mean, measures=measures)
         else:
-            await self._store.set_evaluation(self._job_id, after=loss.mean)
+            await self._store.set_evaluation(self._job_id, after=loss.mean, measures=measures)
 
     async def _stop_at_boundary(self, adapter: LeasedAdapter) -> None:
         if self._stop is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from cola_runtime.data.cursor import step_rows
 from cola_runtime.data.formats import parse_dataset
+from cola_runtime.data.metrics import evaluate
 from cola_runtime.data.tokenize import Tokenizer, longest_row
 from cola_runtime.jobs.records import JobRecord
 from cola_runtime.spec import JobSpec
@@ -27,6 +28,11 @@ class JobData:
         """The rows of the step that makes `version` into `version + 1`."""
         return step_rows(self.training, self.spec, version)
 
+    def measures(self, mean_loss: float, predictions: Sequence[float]) -> dict[str, float]:
+        """What the held-out rows say of the adapter that made these predictions: data/metrics.py."""
+        labels = [row.label for row in self.evaluation if row.label is not None]
+        return evaluate(self.spec.task, mean_loss=mean_loss, labels=labels, predictions=predictions)
+
 
 async def load_job_data(
     record: JobRecord, spec: JobSpec, base: BaseModelDescription, storage: ObjectStorage
@@ -36,14 +42,16 @@ async def load_job_data(
 
 
 def _load(record: JobRecord, spec: JobSpec, base: BaseModelDescription, storage: ObjectStorage) -> JobData:
-    tokenizer = Tokenizer(base.tokenizer_path)
+    tokenizer = Tokenizer(base.tokenizer_path, bidirectional=base.bidirectional)
 
     def rows(key: str | None, name: str) -> Sequence[Row]:
         if key is None:
             return ()
         dataset = parse_dataset(storage.get(key), file_name=name)
         limit = longest_row(spec, context_length=base.context_length)
-        tokenized = tokenizer.tokenize(dataset, max_length=limit, loss=spec.loss, truncate=spec.truncate)
+        tokenized = tokenizer.tokenize(
+            dataset, max_length=limit, loss=spec.loss, truncate=spec.truncate, task=spec.task
+        )
         return tokenized.rows
 
     return JobData(

@@ -49,6 +49,7 @@ class LeasedAdapter:
 class Loss:
     loss_sum: float
     weight_sum: float
+    predictions: tuple[float, ...] = ()  # of labelled rows that were not trained on
 
     @property
     def mean(self) -> float:
@@ -135,7 +136,7 @@ class AdapterPrimitives:
             for microbatch in microbatches
             for part in split_rows(microbatch, token_budget=self._loop.token_budget)
         ]
-        denominator = float(sum(float(row.weights.sum()) for part in parts for row in part))
+        denominator = sum(row.loss_weight for part in parts for row in part)
         segments = [
             self._segment(adapter, part, denominator=denominator, microbatch=i, last=i == len(parts) - 1)
             for i, part in enumerate(parts)
@@ -226,5 +227,7 @@ class AdapterPrimitives:
 
 def _total(computed: Sequence[Computed]) -> Loss:
     return Loss(
-        loss_sum=sum(c.loss.loss_sum for c in computed), weight_sum=sum(c.loss.weight_sum for c in computed)
+        loss_sum=sum(c.loss.loss_sum for c in computed),
+        weight_sum=sum(c.loss.weight_sum for c in computed),
+        predictions=tuple(value for c in computed for value in c.loss.predictions),
     )

@@ -75,7 +75,7 @@ def _check_data(
     def rows(content: bytes, name: str) -> tuple[Dataset, TokenizedDataset]:
         dataset = parse_dataset(content, file_name=name)
         return dataset, tokenizer.tokenize(
-            dataset, max_length=most_tokens, loss=spec.loss, truncate=spec.truncate
+            dataset, max_length=most_tokens, loss=spec.loss, truncate=spec.truncate, task=spec.task
         )
 
     dataset, tokenized = rows(submission.training, submission.training_name)

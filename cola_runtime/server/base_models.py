@@ -42,7 +42,8 @@ class BaseModels:
 
     async def tokenizer(self, name: str) -> Tokenizer:
         """Raises InvalidInput `BASE_MODEL_UNKNOWN`, `TOKENIZER_UNSUPPORTED`."""
-        path = self.find(name).tokenizer_path
+        base = self.find(name)
         if name not in self._tokenizers:
-            self._tokenizers[name] = asyncio.create_task(asyncio.to_thread(Tokenizer, path))
+            loading = asyncio.to_thread(Tokenizer, base.tokenizer_path, bidirectional=base.bidirectional)
+            self._tokenizers[name] = asyncio.create_task(loading)
         return await asyncio.shield(self._tokenizers[name])

@@ -97,7 +97,10 @@ async def train_mixed(settings: ServiceSettings, jobs: Sequence[MixedJob]) -> Mi
 def train_reference(job: MixedJob, base: BaseModelDescription, model: Path, *, attention: str) -> Weights:
     """The same job by stock peft and torch.optim, alone."""
     dataset = parse_dataset(job.training, file_name="training.jsonl")
-    rows = Tokenizer(model).tokenize(dataset, max_length=base.context_length, loss=job.spec.loss).rows
+    tokenizer = Tokenizer(model, bidirectional=base.bidirectional)
+    rows = tokenizer.tokenize(
+        dataset, max_length=base.context_length, loss=job.spec.loss, task=job.spec.task
+    ).rows
     steps = total_steps(len(rows), job.spec)
     plan = training_plan(job.spec, base, total_steps=steps)
     batches = [[row for part in step_rows(rows, job.spec, step) for row in part] for step in range(steps)]

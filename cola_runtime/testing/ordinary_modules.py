@@ -20,7 +20,7 @@ from cola_runtime.adapter_spec import (
     LoraKind,
     MlpKind,
 )
-from cola_runtime.types import Site, TensorKey, TensorKind
+from cola_runtime.types import Site, SiteKind, TensorKey, TensorKind
 
 _ACTIVATIONS: dict[str, type[nn.Module] | Any] = {
     "relu": nn.ReLU,
@@ -100,9 +100,14 @@ class _Tangent(nn.Module):
 def add_adapter(
     model: nn.Module, spec: AdapterSpec, weights: Mapping[TensorKey, Tensor]
 ) -> dict[TensorKey, Tensor]:
-    """Forward hooks that add every site's adapter to its output. Returns the trainable parameters."""
+    """Forward hooks that add every site's adapter to its output; a head is at no module, and left out.
+
+    Returns the trainable parameters.
+    """
     parameters: dict[TensorKey, Tensor] = {}
     for site in spec.sites:
+        if site.kind is SiteKind.HEAD:
+            continue
         adapter = OrdinaryAdapter(spec.kinds[site.index], site, weights)
         model.get_submodule(site.name).register_forward_hook(_adding(adapter))
         parameters.update(adapter.named)

@@ -1,4 +1,4 @@
-"""Tiny random causal models and encoders with a byte-level tokenizer, written as a pretrained folder; no network."""
+"""Tiny random causal models and encoders with a byte-level tokenizer, as pretrained folders; no network."""
 
 from __future__ import annotations
 
@@ -70,8 +70,9 @@ CHAT_TEMPLATE = (
 def save_tiny_model(kind: ModelKind, folder: Path, *, dtype: str = "float32", seed: int = 0) -> Path:
     """Write a random model and its tokenizer to `folder`, for transformers' Auto classes; returns `folder`.
 
-    `llama`: grouped-query attention, untied head. `gpt2`: Conv1D, fused c_attn, tied head, no dropout. `bert`:
-    token types and a pooler. `roberta`: as pretrained, with a vocabulary head and no pooler. All parameters, biases and norms too, are drawn in float32, then cast: models of one seed agree across dtypes.
+    `llama`: grouped-query attention, untied head. `gpt2`: Conv1D, fused c_attn, tied head, no dropout.
+    `bert`: token types and a pooler. `roberta`: as pretrained, with a vocabulary head and no pooler. All
+    parameters, biases and norms too, are drawn in float32, then cast: models of one seed agree across dtypes.
     """
     tokenizer = byte_tokenizer(kind)
     with torch.random.fork_rng(devices=[]):

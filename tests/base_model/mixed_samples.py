@@ -49,7 +49,7 @@ class Tenant:
             lease=self.lease,
             version=0,
             rows=self.rows,
-            loss_denominator=float(sum(row.weights.sum(dtype=np.float64) for row in self.rows)),
+            loss_denominator=float(sum(row.loss_weight for row in self.rows)),
             taps=TapPlan(encoding),
         )
 

@@ -1,0 +1,97 @@
+"""What a held-out set says of an adapter: the usual measures of each task, in plain numpy.
+
+Shapes: N rows. Classes are whole numbers from 0. A measure that is undefined (no spread, no class) is 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cola_runtime.spec import CausalLmTask, ClassificationTask, RegressionTask
+
+Floats = NDArray[np.float64]
+
+PRIMARY = {"causal_lm": "loss", "sequence_classification": "accuracy", "regression": "pearson"}
+"""Task -> the measure that decides which of two adapters is better."""
+LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
+
+_MOST_NATS = 700.0  # exp of more is no float64
+
+
+def evaluate(
+    task: CausalLmTask | ClassificationTask | RegressionTask,
+    *,
+    mean_loss: float,
+    labels: Sequence[float] = (),
+    predictions: Sequence[float] = (),
+) -> dict[str, float]:
+    """Name -> value; always `loss`, and for `causal_lm` `perplexity`.
+
+    For classes `accuracy`, `f1_macro` over the classes that occur as label or prediction, `matthews`, and of
+    two classes also `f1`, that of class 1. For values, whose loss is the mean squared error, `pearson` and
+    `spearman`.
+    """
+    measures = {"loss": mean_loss}
+    if isinstance(task, CausalLmTask):
+        return measures | {"perplexity": math.exp(min(mean_loss, _MOST_NATS))}
+    labels_N, predictions_N = np.asarray(labels, np.float64), np.asarray(predictions, np.float64)
+    if isinstance(task, RegressionTask):
+        measures["pearson"] = pearson(labels_N, predictions_N)
+        measures["spearman"] = spearman(labels_N, predictions_N)
+        return measures
+    measures["accuracy"] = float(np.mean(labels_N == predictions_N))
+    measures["f1_macro"] = f1_macro(labels_N, predictions_N)
+    measures["matthews"] = matthews(labels_N, predictions_N)
+    if task.head.labels == 2:
+        measures["f1"] = f1(labels_N, predictions_N, of_class=1)
+    return measures
+
+
+def f1(labels_N: Floats, predictions_N: Floats, *, of_class: float) -> float:
+    """2 TP / (2 TP + FP + FN)."""
+    actual_N, predicted_N = labels_N == of_class, predictions_N == of_class
+    found = int(np.sum(actual_N & predicted_N))
+    return _ratio(2.0 * found, float(actual_N.sum() + predicted_N.sum()))
+
+
+def f1_macro(labels_N: Floats, predictions_N: Floats) -> float:
+    classes = np.union1d(labels_N, predictions_N)
+    return float(np.mean([f1(labels_N, predictions_N, of_class=float(each)) for each in classes]))
+
+
+def matthews(labels_N: Floats, predictions_N: Floats) -> float:
+    """Correlation of two partitions, for any number of classes (Gorodkin 2004)."""
+    classes_K = np.union1d(labels_N, predictions_N)
+    actual_NK, predicted_NK = labels_N[:, None] == classes_K, predictions_N[:, None] == classes_K
+    return _correlation(actual_NK.astype(np.float64), predicted_NK.astype(np.float64))
+
+
+def pearson(labels_N: Floats, predictions_N: Floats) -> float:
+    return _correlation(labels_N[:, None], predictions_N[:, None])
+
+
+def spearman(labels_N: Floats, predictions_N: Floats) -> float:
+    """Pearson's correlation of the ranks, ties sharing their mean rank."""
+    return pearson(_ranks(labels_N), _ranks(predictions_N))
+
+
+def _ranks(values_N: Floats) -> Floats:
+    _, places_N, counts = np.unique(values_N, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    ranks: Floats = ((2 * last - counts + 1) / 2)[places_N]
+    return ranks
+
+
+def _correlation(left_NK: Floats, right_NK: Floats) -> float:
+    """Sum of the columns' covariances over the root of both sums of variances."""
+    left_NK, right_NK = (each - each.mean(axis=0) for each in (left_NK, right_NK))
+    spread = math.sqrt(float((left_NK**2).sum()) * float((right_NK**2).sum()))
+    return _ratio(float((left_NK * right_NK).sum()), spread)
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0

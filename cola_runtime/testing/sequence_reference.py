@@ -1,0 +1,77 @@
+"""Transformers' own classification model with one tenant's adapter and head as ordinary modules.
+
+What classification and regression in mixed batches are compared with: the model pools and computes its loss
+itself, autograd differentiates it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from cola_runtime.adapter_spec import AdapterSpec
+from cola_runtime.testing.ordinary_modules import add_adapter, wide_norms
+from cola_runtime.types import Row, TensorKey, TensorKind
+
+
+class _FirstToken(nn.Module):
+    """RoBERTa's place of classification without its own dense layers."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.linear(hidden[:, 0])
+        return logits
+
+
+def sequence_model(
+    path: Path, spec: AdapterSpec, weights: Mapping[TensorKey, Tensor], *, dtype: str, attention: str = "sdpa"
+) -> tuple[Any, dict[TensorKey, Tensor]]:
+    """The frozen model in evaluation mode with the adapter and the head; their parameters, by our names."""
+    from transformers import AutoModelForSequenceClassification
+
+    assert spec.head is not None
+    kind, site = spec.head
+    model = AutoModelForSequenceClassification.from_pretrained(
+        path,
+        dtype=getattr(torch, dtype),
+        attn_implementation=attention,
+        num_labels=kind.labels,
+        problem_type="regression" if kind.problem == "regression" else "single_label_classification",
+    )
+    model.requires_grad_(False).eval()
+    wide_norms(model)
+    parameters = add_adapter(model, spec, weights)
+    head = nn.Linear(site.in_features, kind.labels, dtype=getattr(torch, spec.dtype))
+    for tensor, parameter in ((TensorKind.WEIGHT, head.weight), (TensorKind.BIAS, head.bias)):
+        parameter.data.copy_(weights[TensorKey(site.index, tensor)])
+        parameters[TensorKey(site.index, tensor)] = parameter
+    if hasattr(model, "score"):
+        model.score = head
+    else:
+        model.classifier = head if isinstance(model.classifier, nn.Linear) else _FirstToken(head)
+    return model, parameters
+
+
+def sequence_output(model: Any, rows: Sequence[Row]) -> Any:
+    """The model's own output, with its own mean loss, for right-padded rows."""
+    tokens = [torch.from_numpy(row.tokens).long() for row in rows]
+    inputs = {
+        "input_ids": pad_sequence(tokens, batch_first=True, padding_value=model.config.pad_token_id),
+        "attention_mask": pad_sequence([torch.ones_like(each) for each in tokens], batch_first=True),
+    }
+    if getattr(model.config, "type_vocab_size", 0) > 1:
+        types = [torch.zeros(len(row.tokens)) if row.token_types is None else row.token_types for row in rows]
+        inputs["token_type_ids"] = pad_sequence(
+            [torch.as_tensor(each).long() for each in types], batch_first=True
+        )
+    regression = model.config.problem_type == "regression"
+    labels = torch.tensor([row.label for row in rows], dtype=model.dtype if regression else torch.int64)
+    return model(**inputs, labels=labels)
