@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -21,6 +22,9 @@ ModuleFactory = Callable[[int, int, Mapping[str, OptionValue]], Any]
 MAX_PARAMETERS = 64
 
 _factories: dict[str, ModuleFactory] = {}
+
+DRAWING = threading.RLock()
+"""Held while a module is made: initialisations draw from torch's one generator, which all threads share."""
 
 
 def register_adapter_module(name: str, factory: ModuleFactory) -> None:
@@ -63,7 +67,8 @@ def build_module(kind: ModuleKind, in_features: int, out_features: int) -> Any:
             remedy=f"Registered: {', '.join(sorted(_factories)) or 'none'} (docs/adapter_kinds.md).",
         )
     try:
-        module = factory(in_features, out_features, dict(kind.options)).double().eval()
+        with DRAWING:
+            module = factory(in_features, out_features, dict(kind.options)).double().eval()
     except Exception as error:  # the factory is the operator's, its options are the tenant's
         raise _invalid(kind, f"cannot be made: {type(error).__name__}: {error}") from error
     parameters = len(list(module.parameters()))

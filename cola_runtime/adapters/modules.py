@@ -8,7 +8,7 @@ from torch.func import functional_call
 
 from cola_runtime.adapter_spec import ModuleKind
 from cola_runtime.adapters.draws import torch_seed
-from cola_runtime.adapters.module_registry import build_module
+from cola_runtime.adapters.module_registry import DRAWING, build_module
 from cola_runtime.adapters.site_adapter import Gradients, Weights
 from cola_runtime.types import Site, TensorKey, TensorKind
 
@@ -28,7 +28,7 @@ class SiteModule:
     def initial_weights(self, seed: int) -> dict[TensorKey, Tensor]:
         """The module's own initialisation under torch.manual_seed of (seed, site name)."""
         site = self.site
-        with torch.random.fork_rng(devices=[]):
+        with DRAWING, torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch_seed(f"{seed}/{site.name}"))
             module = build_module(self._kind, site.in_features, site.out_features)
         return {self._keys[name]: parameter.detach() for name, parameter in module.named_parameters()}
