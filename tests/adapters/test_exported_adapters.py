@@ -174,7 +174,7 @@ def test_patterns_of_others_are_read_as_peft_reads_them(models: dict[str, Path])
         lora_alpha=3,
         target_modules="all-linear",
         rank_pattern={"self_attn.q_proj": 4, r"layers\.1\.self_attn\.o_proj": 5, "q_proj": 7},
-        alpha_pattern={"^model.layers.2.mlp.up_proj": 8, "up_proj": 9, "^up_proj": 10},
+        alpha_pattern={"^model.layers.2.mlp.up_proj": 8, "^up_proj": 10, "up_proj": 9},
     )
     theirs = peft.get_peft_model(stock_model(models["llama"]), config)
     tensors = peft.get_peft_model_state_dict(theirs)
