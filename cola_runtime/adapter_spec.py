@@ -181,6 +181,12 @@ class AdapterSpec(Frozen):
         return next(heads, None)
 
     @cached_property
+    def body(self) -> AdapterSpec | None:
+        """The same without its head; None where it is a head alone."""
+        parts = tuple(part for part in self.parts if not isinstance(part.kind, HeadKind))
+        return AdapterSpec(parts=parts, seed=self.seed, dtype=self.dtype) if parts else None
+
+    @cached_property
     def kinds(self) -> dict[int, AdapterKind]:
         """Site index -> kind, in catalogue order."""
         kinds = {site.index: part.kind for part in self.parts for site in part.sites}

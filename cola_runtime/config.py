@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    StringConstraints,
+    ValidationError,
+)
 
 from cola_runtime.errors import InvalidInput, Violation
 
@@ -21,6 +29,19 @@ MIB = 1 << 20
 
 Seconds = Annotated[float, Field(gt=0, le=3600)]
 S = TypeVar("S", bound="_Settings")
+
+
+def _split(value: Any) -> Any:
+    """The environment writes a list as `one,two`."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+PythonModules = Annotated[
+    tuple[
+        Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*$")], ...
+    ],
+    BeforeValidator(_split),
+]
 
 
 class _Settings(BaseModel):
@@ -84,6 +105,8 @@ class ServiceSettings(_Settings):
     """An existing cluster; None starts one on this machine."""
     cache_dir: Path = Path(".cache/models")
     """Converted base models."""
+    adapter_modules: PythonModules = ()
+    """Python modules of the operator that register adapter modules (docs/adapter_kinds.md)."""
 
 
 class JoinSettings(_Settings):
@@ -94,6 +117,8 @@ class JoinSettings(_Settings):
     device_id: str | None = None
     threads: Annotated[int, Field(ge=1, le=256)] = 1
     credit_bytes: Annotated[int, Field(ge=MIB, le=64 << 30)] = 64 * MIB
+    adapter_modules: PythonModules = ()
+    """As the service's: a device trains only what is registered in its own process."""
 
 
 def client_settings(**flags: Any) -> ClientSettings:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cola_runtime.adapter_spec import LinearizedLoraKind
-from cola_runtime.adapters.draws import uniform
+from cola_runtime.adapters.linearized_base import base_a, base_b
 from cola_runtime.adapters.shapes import site_weight_shapes
 from cola_runtime.adapters.site_adapter import Gradients, Weights
 from cola_runtime.types import Site, TensorKey, TensorKind
@@ -29,17 +29,13 @@ class SiteLinearizedLora:
 
     @cached_property
     def base_a_RI(self) -> Tensor:
-        """A0 in float64: U(-1/sqrt(I), 1/sqrt(I)) of (base_seed, site name)."""
-        shape = (self._kind.rank, self.site.in_features)
-        return uniform(f"{self._kind.base_seed}/{self.site.name}", shape, bound=shape[1] ** -0.5)
+        """A0 in float64."""
+        return torch.from_numpy(base_a(self._kind, self.site))
 
     @cached_property
     def base_b_OR(self) -> Tensor:
-        """B0 in float64: zero, or U(-1/sqrt(R), 1/sqrt(R)) of (base_seed, site name)."""
-        shape = (self.site.out_features, self._kind.rank)
-        if self._kind.initial_b == "zero":
-            return torch.zeros(shape, dtype=torch.float64)
-        return uniform(f"{self._kind.base_seed}/{self.site.name}/b", shape, bound=shape[1] ** -0.5)
+        """B0 in float64."""
+        return torch.from_numpy(base_b(self._kind, self.site))
 
     def initial_weights(self, seed: int) -> dict[TensorKey, Tensor]:
         """Deltas of zero, whatever the seed."""
@@ -48,12 +44,12 @@ class SiteLinearizedLora:
 
     def forward(self, x_NI: Tensor, weights: Weights) -> Tensor:
         delta_a_RI, delta_b_OR = weights[self._delta_a], weights[self._delta_b]
-        a_RI, b_OR = self._base(delta_a_RI.dtype)
+        a_RI, b_OR = self._base(delta_a_RI)
         return self._kind.scaling * (x_NI @ a_RI.T @ delta_b_OR.T + x_NI @ delta_a_RI.T @ b_OR.T)
 
     def gradient(self, x_NI: Tensor, grad_NO: Tensor, weights: Weights) -> Gradients:
         """d(delta A) = s (g B0)^T x, d(delta B) = s g^T (x A0^T)."""
-        a_RI, b_OR = self._base(x_NI.dtype)
+        a_RI, b_OR = self._base(x_NI)
         s = self._kind.scaling
         return {
             self._delta_a: s * ((grad_NO @ b_OR).T @ x_NI),
@@ -62,12 +58,12 @@ class SiteLinearizedLora:
 
     def gradient_of_product(self, product_OI: Tensor, grad_sum_O: Tensor, weights: Weights) -> Gradients:
         """d(delta A) = s B0^T G, d(delta B) = s G A0^T."""
-        a_RI, b_OR = self._base(product_OI.dtype)
+        a_RI, b_OR = self._base(product_OI)
         s = self._kind.scaling
         return {self._delta_a: s * (b_OR.T @ product_OI), self._delta_b: s * (product_OI @ a_RI.T)}
 
     def add_delta_weight(self, weight_OI: Tensor, weights: Weights, factor: float) -> None:
-        a_RI, b_OR = self._base(weight_OI.dtype)
+        a_RI, b_OR = self._base(weight_OI)
         alpha = factor * self._kind.scaling
         weight_OI.addmm_(weights[self._delta_b], a_RI, alpha=alpha)
         weight_OI.addmm_(b_OR, weights[self._delta_a], alpha=alpha)
@@ -77,8 +73,9 @@ class SiteLinearizedLora:
 
     def delta_weight(self, weights: Weights) -> tuple[Tensor, Tensor | None]:
         delta_a_RI, delta_b_OR = weights[self._delta_a], weights[self._delta_b]
-        a_RI, b_OR = self._base(delta_a_RI.dtype)
+        a_RI, b_OR = self._base(delta_a_RI)
         return self._kind.scaling * (delta_b_OR @ a_RI + b_OR @ delta_a_RI), None
 
-    def _base(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return self.base_a_RI.to(dtype), self.base_b_OR.to(dtype)
+    def _base(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(A0, B0) in the dtype and on the device of `like`."""
+        return self.base_a_RI.to(like), self.base_b_OR.to(like)

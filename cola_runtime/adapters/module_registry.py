@@ -8,19 +8,23 @@ Torch-free: only the factories know torch.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import importlib
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from cola_runtime.adapter_spec import ModuleKind, OptionValue
 from cola_runtime.errors import InvalidInput
-from cola_runtime.types import Site
 
 ModuleFactory = Callable[[int, int, Mapping[str, OptionValue]], Any]
-"""(in_features, out_features, the job's options) -> nn.Module without buffers and dropout."""
+"""(in_features, out_features, the job's options) -> nn.Module without buffers; raises for wrong options."""
 
 MAX_PARAMETERS = 64
 
 _factories: dict[str, ModuleFactory] = {}
+
+DRAWING = threading.RLock()
+"""Held while a module is made: initialisations draw from torch's one generator, which all threads share."""
 
 
 def register_adapter_module(name: str, factory: ModuleFactory) -> None:
@@ -30,11 +34,29 @@ def register_adapter_module(name: str, factory: ModuleFactory) -> None:
     _factories[name] = factory
 
 
-def build_module(kind: ModuleKind, site: Site) -> Any:
-    """The module in float64, its parameters as its own initialisation left them.
+def import_adapter_modules(names: Iterable[str]) -> None:
+    """Import the Python modules that register adapter modules; importing one again does nothing.
 
-    Raises InvalidInput ADAPTER_MODULE_UNKNOWN, or ADAPTER_MODULE_INVALID for one that keeps state between
-    calls or has too many parameters.
+    They are the operator's: their names come from the settings, never from a job. Raises InvalidInput
+    ADAPTER_MODULE_IMPORT.
+    """
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # whatever the operator's own code raises
+            raise InvalidInput(
+                "ADAPTER_MODULE_IMPORT",
+                f"Python module {name!r} cannot be imported: {type(error).__name__}: {error}",
+                where="adapter_modules",
+                remedy="Install it, or put its folder into PYTHONPATH, for every process of the service.",
+            ) from error
+
+
+def build_module(kind: ModuleKind, in_features: int, out_features: int) -> Any:
+    """The module in float64 and in evaluation mode, its parameters as its own initialisation left them.
+
+    Raises InvalidInput ADAPTER_MODULE_UNKNOWN; ADAPTER_MODULE_INVALID for options that the factory refused,
+    or for a module that keeps state between calls or has too many parameters.
     """
     factory = _factories.get(kind.name)
     if factory is None:
@@ -44,20 +66,41 @@ def build_module(kind: ModuleKind, site: Site) -> Any:
             where="job.adapter.name",
             remedy=f"Registered: {', '.join(sorted(_factories)) or 'none'} (docs/adapter_kinds.md).",
         )
-    module = factory(site.in_features, site.out_features, dict(kind.options)).double()
+    try:
+        with DRAWING:
+            module = factory(in_features, out_features, dict(kind.options)).double().eval()
+    except Exception as error:  # the factory is the operator's, its options are the tenant's
+        raise _invalid(kind, f"cannot be made: {type(error).__name__}: {error}") from error
     parameters = len(list(module.parameters()))
     if any(True for _ in module.buffers()) or not 1 <= parameters <= MAX_PARAMETERS:
-        raise InvalidInput(
-            "ADAPTER_MODULE_INVALID",
-            f"adapter module {kind.name!r} has buffers, or {parameters} parameters",
-            limit=MAX_PARAMETERS,
-            actual=parameters,
-            remedy="An adapter module has parameters only: what it computes depends on nothing else.",
+        raise _invalid(
+            kind, f"has {parameters} parameters, or buffers; it may have 1 to {MAX_PARAMETERS} and no buffers"
         )
     return module
 
 
 @functools.lru_cache(maxsize=4096)
-def module_shapes(kind: ModuleKind, site: Site) -> tuple[tuple[int, ...], ...]:
-    """Shapes of the module's parameters, in `named_parameters()` order; a parameter's place is its slot."""
-    return tuple(tuple(parameter.shape) for parameter in build_module(kind, site).parameters())
+def module_shapes(kind: ModuleKind, in_features: int, out_features: int) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the module's parameters, in `named_parameters()` order; a parameter's place is its slot.
+
+    Also tries the module once. Raises as `build_module`, and ADAPTER_MODULE_INVALID where it does not map
+    [N, in_features] to [N, out_features].
+    """
+    module = build_module(kind, in_features, out_features)
+    parameters = list(module.parameters())
+    try:
+        found = tuple(module(parameters[0].new_zeros((2, in_features))).shape)
+    except Exception as error:  # the operator's module may raise anything
+        raise _invalid(kind, f"cannot be computed: {type(error).__name__}: {error}") from error
+    if found != (2, out_features):
+        raise _invalid(kind, f"gives shape {found} for an input of shape {(2, in_features)}")
+    return tuple(tuple(parameter.shape) for parameter in parameters)
+
+
+def _invalid(kind: ModuleKind, problem: str) -> InvalidInput:
+    return InvalidInput(
+        "ADAPTER_MODULE_INVALID",
+        f"adapter module {kind.name!r} {problem}",
+        where="job.adapter.options",
+        remedy="Correct the options; docs/adapter_kinds.md says what a module must be.",
+    )

@@ -8,7 +8,7 @@ from torch.func import functional_call
 
 from cola_runtime.adapter_spec import ModuleKind
 from cola_runtime.adapters.draws import torch_seed
-from cola_runtime.adapters.module_registry import build_module
+from cola_runtime.adapters.module_registry import DRAWING, build_module
 from cola_runtime.adapters.site_adapter import Gradients, Weights
 from cola_runtime.types import Site, TensorKey, TensorKind
 
@@ -19,7 +19,7 @@ class SiteModule:
     def __init__(self, kind: ModuleKind, site: Site) -> None:
         self.site = site
         self._kind = kind
-        self._module = build_module(kind, site).requires_grad_(False)
+        self._module = build_module(kind, site.in_features, site.out_features).requires_grad_(False)
         self._keys = {
             name: TensorKey(site.index, TensorKind.MODULE, slot)
             for slot, (name, _) in enumerate(self._module.named_parameters())
@@ -28,9 +28,9 @@ class SiteModule:
     def initial_weights(self, seed: int) -> dict[TensorKey, Tensor]:
         """The module's own initialisation under torch.manual_seed of (seed, site name)."""
         site = self.site
-        with torch.random.fork_rng(devices=[]):
+        with DRAWING, torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch_seed(f"{seed}/{site.name}"))
-            module = build_module(self._kind, site)
+            module = build_module(self._kind, site.in_features, site.out_features)
         return {self._keys[name]: parameter.detach() for name, parameter in module.named_parameters()}
 
     def forward(self, x_NI: Tensor, weights: Weights) -> Tensor:

@@ -1,25 +1,40 @@
-"""An adapter as the two files of a PEFT folder, and back. Torch-free: numpy and safetensors only."""
+"""LoRA and linearized LoRA as the two files of a PEFT folder, and back. Torch-free.
+
+One folder holds several ranks and scalings (peft's rank_pattern and alpha_pattern). Shapes: I in_features,
+O out_features, R rank.
+"""
 
 from __future__ import annotations
 
-import json
 import math
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
-from cola_runtime.adapter_spec import AdapterSpec, LoraKind
-from cola_runtime.adapters.shapes import weight_names
-from cola_runtime.errors import InvalidInput
+from cola_runtime.adapter_spec import (
+    AdapterKind,
+    AdapterPart,
+    AdapterSpec,
+    LinearizedLoraKind,
+    LoraKind,
+)
+from cola_runtime.adapters.folder_files import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    AdapterFolder,
+    TensorFile,
+    base_model_name,
+    folder_files,
+    invalid,
+    read_config,
+)
+from cola_runtime.adapters.linearized_base import base_a, base_b
 from cola_runtime.types import Site, SiteKind, TensorKey, TensorKind
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-HEAD_FILE = "head.safetensors"  # not PEFT's: a task's head, tensors `score/weight` and `score/bias`
 
 _PREFIX = "base_model.model."
 _SUFFIXES = {TensorKind.LORA_A: ".lora_A.weight", TensorKind.LORA_B: ".lora_B.weight"}
@@ -27,172 +42,226 @@ _SUFFIXES = {TensorKind.LORA_A: ".lora_A.weight", TensorKind.LORA_B: ".lora_B.we
 _UNSUPPORTED = (
     "use_dora",
     "lora_bias",
-    "rank_pattern",
-    "alpha_pattern",
     "modules_to_save",
     "layer_replication",
     "trainable_token_indices",
     "target_parameters",
 )
+# A pattern that is a name: peft's patterns are regular expressions, those of a stranger's file are not run.
+_NAME_PATTERN = re.compile(r"(\^?)((?:[A-Za-z0-9_.-]|\\[.-])+)")
 
 
-class PeftAdapter(NamedTuple):
-    """What a PEFT folder holds. `weights` has LORA_A [R, I] and LORA_B [O, R] of each adapted site."""
+class _Lora(NamedTuple):
+    """What peft computes at one site: s = alpha / rank, or alpha / sqrt(rank) with use_rslora."""
 
     rank: int
     alpha: float
     use_rslora: bool
-    weights: dict[TensorKey, NDArray[Any]]
+
+    @property
+    def plain(self) -> _Lora:
+        """The same s (to its rounding) without rsLoRA."""
+        return _Lora(self.rank, self.alpha * self.rank**0.5, False) if self.use_rslora else self
+
+
+Factors = tuple[NDArray[Any], NDArray[Any]]
+"""A [R, I] and B [O, R]."""
+
+
+def fits_peft(spec: AdapterSpec) -> bool:
+    """Whether PEFT has a kind for every part of the adapter."""
+    return all(isinstance(part.kind, LoraKind | LinearizedLoraKind) for part in spec.parts)
 
 
 def peft_folder(
-    spec: AdapterSpec, weights: Mapping[TensorKey, NDArray[Any]], base_model: str
+    spec: AdapterSpec,
+    weights: Mapping[TensorKey, NDArray[Any]],
+    base_model: str,
+    *,
+    task_type: str | None = "CAUSAL_LM",
 ) -> dict[str, bytes]:
     """File name -> content of a folder that `peft.PeftModel.from_pretrained` loads unchanged.
 
-    `target_modules` are the sites' full names, so that an adapter on some layers only lands on just those. A
-    task's head has a file of its own; the rest loads onto transformers' classification model of the base.
+    `target_modules` are the sites' full names, so that an adapter on some layers only lands on just those.
+    A linearized LoRA becomes the LoRA that it equals: [dB, B0] [A0; dA] of rank 2 R, or dB A0 of rank R where
+    B0 is zero. Needs `fits_peft(spec)`.
     """
-    files: dict[str, bytes] = {}
-    if spec.head is not None:
-        named = weight_names(spec).items()
-        head = {name: weights[key] for key, name in named if key.site == spec.head[1].index}
-        files[HEAD_FILE] = safetensors.numpy.save(head, metadata={"format": "pt"})
-    sites = [site for site in spec.sites if site.kind is not SiteKind.HEAD]
-    if sites:
-        tensors = {
-            _tensor_name(site, kind): np.ascontiguousarray(weights[TensorKey(site.index, kind)])
-            for site in sites
-            for kind in _SUFFIXES
-        }
-        files[CONFIG_FILE] = (json.dumps(_config(spec, sites, base_model), indent=2) + "\n").encode()
-        files[WEIGHTS_FILE] = safetensors.numpy.save(tensors, metadata={"format": "pt"})
-    return files
+    loras: dict[Site, _Lora] = {}
+    tensors: dict[str, NDArray[Any]] = {}
+    for site in spec.sites:
+        loras[site], factors = _lora_at(spec.kinds[site.index], site, weights)
+        for kind, factor in zip(_SUFFIXES, factors, strict=True):
+            tensors[_tensor_name(site, kind)] = factor
+    return folder_files({**_config(loras, base_model), "task_type": task_type}, tensors)
+
+
+def _lora_at(
+    kind: AdapterKind, site: Site, weights: Mapping[TensorKey, NDArray[Any]]
+) -> tuple[_Lora, Factors]:
+    def of(tensor: TensorKind) -> NDArray[Any]:
+        return weights[TensorKey(site.index, tensor)]
+
+    assert isinstance(kind, LoraKind | LinearizedLoraKind), "the caller asked fits_peft"
+    lora = _Lora(kind.rank, kind.alpha, kind.use_rslora)
+    if isinstance(kind, LoraKind):
+        return lora, (of(TensorKind.LORA_A), of(TensorKind.LORA_B))
+    delta_a_RI, delta_b_OR = of(TensorKind.DELTA_A), of(TensorKind.DELTA_B)
+    a_RI = base_a(kind, site).astype(delta_a_RI.dtype)
+    if kind.initial_b == "zero":
+        return lora, (a_RI, delta_b_OR)
+    b_OR = base_b(kind, site).astype(delta_b_OR.dtype)
+    doubled = _Lora(2 * lora.rank, 2 * lora.plain.alpha, False)
+    return doubled, (np.concatenate([a_RI, delta_a_RI]), np.concatenate([delta_b_OR, b_OR], axis=1))
 
 
 def _tensor_name(site: Site, kind: TensorKind) -> str:
     return f"{_PREFIX}{site.name}{_SUFFIXES[kind]}"
 
 
-def _config(spec: AdapterSpec, sites: Sequence[Site], base_model: str) -> dict[str, Any]:
-    kind = spec.kinds[sites[0].index]
-    assert isinstance(kind, LoraKind)
+def _config(loras: Mapping[Site, _Lora], base_model: str) -> dict[str, Any]:
+    """One LoRA everywhere is written as it is. Where they differ each is plain, for peft has one flag of
+    rsLoRA for all: the most frequent rank and alpha are the folder's, the others are patterns.
+    """
+    if len(set(loras.values())) > 1:
+        loras = {site: lora.plain for site, lora in loras.items()}
+    [(rank, _)] = Counter(lora.rank for lora in loras.values()).most_common(1)
+    [(alpha, _)] = Counter(lora.alpha for lora in loras.values()).most_common(1)
+    ranks = {site: lora.rank for site, lora in loras.items() if lora.rank != rank}
+    alphas = {site: _shortest(lora.alpha) for site, lora in loras.items() if lora.alpha != alpha}
     return {
+        "alpha_pattern": {_pattern(site): value for site, value in alphas.items()},
         "base_model_name_or_path": base_model,
         "bias": "none",
         # One flag for all modules: peft turns it off again for each Linear, and warns if a Conv1D lacks it.
-        "fan_in_fan_out": any(site.kind is SiteKind.CONV1D for site in sites),
+        "fan_in_fan_out": any(site.kind is SiteKind.CONV1D for site in loras),
         "inference_mode": True,
         "init_lora_weights": True,
-        "lora_alpha": int(kind.alpha) if kind.alpha.is_integer() else kind.alpha,
+        "lora_alpha": _shortest(alpha),
         "lora_dropout": 0.0,
         "modules_to_save": None,
         "peft_type": "LORA",
-        "r": kind.rank,
-        "target_modules": [site.name for site in sites],
-        "task_type": "CAUSAL_LM" if spec.head is None else None,
+        "r": rank,
+        "rank_pattern": {_pattern(site): value for site, value in ranks.items()},
+        "target_modules": [site.name for site in loras],
         "use_dora": False,
-        "use_rslora": kind.use_rslora,
+        "use_rslora": any(lora.use_rslora for lora in loras.values()),
     }
 
 
-def read_peft_folder(files: Mapping[str, bytes], catalogue: Sequence[Site]) -> PeftAdapter:
-    """The adapter in a PEFT folder, checked against the base model's sites.
+def _shortest(alpha: float) -> float:
+    return int(alpha) if float(alpha).is_integer() else alpha
 
-    Half-precision weights are widened to float32. Raises InvalidInput `ADAPTER_FILE_INVALID`, with file and
-    tensor, for anything that is not a plain LoRA at these sites: names, shapes, pairs, non-finite values.
+
+def _pattern(site: Site) -> str:
+    """peft matches `(.*\\.)?(pattern)$` from the start of a module's name: this is the one site only."""
+    return f"^{re.escape(site.name)}"
+
+
+def read_peft_folder(files: Mapping[str, bytes], catalogue: Sequence[Site]) -> AdapterFolder:
+    """The LoRA in a PEFT folder, checked against the base model's sites.
+
+    Half-precision weights are widened to float32; the seed, which the folder does not know, is 0. Raises
+    InvalidInput `ADAPTER_FILE_INVALID`, with file and tensor, for anything that is not a plain LoRA at these
+    sites: names, shapes, pairs, non-finite values, patterns that are no names.
     """
     config = _read_config(files)
-    rank = _number(config, "r", whole=True)
-    weights = dict(_read_weights(files, catalogue, int(rank)))
-    _check_pairs(weights, catalogue)
-    return PeftAdapter(int(rank), _number(config, "lora_alpha"), config.get("use_rslora") is True, weights)
+    tensors = TensorFile(files)
+    kinds = _Kinds(config)
+    dtype: Literal["float32", "float64"] = "float64" if tensors.is_double else "float32"
+    parts: dict[LoraKind, list[Site]] = {}
+    weights: dict[TensorKey, NDArray[Any]] = {}
+    for site in _adapted_sites(tensors, catalogue):
+        kind = kinds.at(site)
+        parts.setdefault(kind, []).append(site)
+        for tensor, shape in (
+            (TensorKind.LORA_A, (kind.rank, site.in_features)),
+            (TensorKind.LORA_B, (site.out_features, kind.rank)),
+        ):
+            weights[TensorKey(site.index, tensor)] = tensors.array(_tensor_name(site, tensor), shape, dtype)
+    spec = AdapterSpec(
+        parts=tuple(AdapterPart(kind=kind, sites=tuple(sites)) for kind, sites in parts.items()),
+        seed=0,
+        dtype=dtype,
+    )
+    return AdapterFolder(spec=spec, weights=weights, base_model=base_model_name(config))
 
 
 def _read_config(files: Mapping[str, bytes]) -> dict[str, Any]:
-    try:
-        config = json.loads(_file(files, CONFIG_FILE))
-    except ValueError as error:
-        raise _invalid(CONFIG_FILE, f"is not JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise _invalid(CONFIG_FILE, "does not say peft_type LORA")
+    config = read_config(files)
+    if config.get("peft_type") != "LORA":
+        raise invalid(CONFIG_FILE, "does not say peft_type LORA")
     used = [name for name in _UNSUPPORTED if config.get(name)]
     if config.get("bias", "none") != "none":
         used.append("bias")
     if used:
-        raise _invalid(CONFIG_FILE, f"uses {', '.join(used)}, which a plain LoRA does not have")
+        raise invalid(CONFIG_FILE, f"uses {', '.join(used)}, which a plain LoRA does not have")
     return config
 
 
-def _number(config: Mapping[str, Any], name: str, *, whole: bool = False) -> float:
-    value = config.get(name)
+class _Kinds:
+    """The LoRA of each site, as peft reads the config: the first pattern that matches, else the default."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._rank = _number("r", config.get("r"), whole=True)
+        self._alpha = _number("lora_alpha", config.get("lora_alpha"))
+        self._ranks = list(_patterns(config, "rank_pattern", whole=True))
+        self._alphas = list(_patterns(config, "alpha_pattern"))
+        self._use_rslora = config.get("use_rslora") is True
+
+    def at(self, site: Site) -> LoraKind:
+        rank = next((value for name, value in self._ranks if _matches(name, site)), self._rank)
+        alpha = next((value for name, value in self._alphas if _matches(name, site)), self._alpha)
+        try:
+            return LoraKind(rank=int(rank), alpha=alpha, use_rslora=self._use_rslora)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise invalid(
+                CONFIG_FILE, f"has {first['loc'][-1]} {first['input']} at {site.name}: {first['msg']}"
+            ) from error
+
+
+def _patterns(
+    config: Mapping[str, Any], name: str, *, whole: bool = False
+) -> Iterator[tuple[tuple[bool, str], float]]:
+    """(anchored, module name) and its value, in the file's order."""
+    patterns = config.get(name) or {}
+    if not isinstance(patterns, dict):
+        raise invalid(CONFIG_FILE, f"{name} must be an object, got {patterns!r:.60}")
+    for pattern, value in patterns.items():
+        match = _NAME_PATTERN.fullmatch(pattern)
+        if match is None:
+            raise invalid(CONFIG_FILE, f"{name} holds {pattern!r:.100}, which is not a module's name")
+        anchor, module = match.groups()
+        yield (bool(anchor), module.replace("\\", "")), _number(f"{name} {pattern!r}", value, whole=whole)
+
+
+def _matches(pattern: tuple[bool, str], site: Site) -> bool:
+    anchored, name = pattern
+    return site.name == name or (not anchored and site.name.endswith(f".{name}"))
+
+
+def _number(name: str, value: object, *, whole: bool = False) -> float:
     fits = (
         isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
     )
     if not fits or (whole and not isinstance(value, int)):
-        raise _invalid(
+        raise invalid(
             CONFIG_FILE, f"{name} must be a {'whole ' if whole else ''}number above 0, got {value!r}"
         )
     assert isinstance(value, int | float)
     return value if whole else float(value)
 
 
-def _read_weights(
-    files: Mapping[str, bytes], catalogue: Sequence[Site], rank: int
-) -> Iterator[tuple[TensorKey, NDArray[Any]]]:
+def _adapted_sites(tensors: TensorFile, catalogue: Sequence[Site]) -> list[Site]:
+    """The sites that have both factors, in catalogue order."""
     places = {_tensor_name(site, kind): (site, kind) for site in catalogue for kind in _SUFFIXES}
-    try:
-        tensors = safetensors.deserialize(_file(files, WEIGHTS_FILE))  # type: ignore[no-untyped-call]
-    except safetensors.SafetensorError as error:
-        raise _invalid(WEIGHTS_FILE, f"is not safetensors: {error}") from error
-    for name, tensor in sorted(tensors):  # the first wrong tensor that is named is always the same one
+    found: dict[Site, list[TensorKind]] = {}
+    for name in tensors.names:
         if name not in places:
-            raise _invalid(WEIGHTS_FILE, f"tensor {name!r} belongs to no site of the base model")
+            raise invalid(WEIGHTS_FILE, f"tensor {name!r} belongs to no site of the base model")
         site, kind = places[name]
-        expected = (rank, site.in_features) if kind is TensorKind.LORA_A else (site.out_features, rank)
-        yield TensorKey(site.index, kind), _array(name, tensor, expected)
-
-
-def _array(name: str, tensor: Mapping[str, Any], expected: tuple[int, int]) -> NDArray[Any]:
-    if tuple(tensor["shape"]) != expected:
-        raise _invalid(
-            WEIGHTS_FILE, f"tensor {name!r} expects shape {expected}, got {tuple(tensor['shape'])}"
-        )
-    values = _decode(name, tensor["dtype"], tensor["data"]).reshape(expected)
-    if not np.isfinite(values).all():
-        raise _invalid(WEIGHTS_FILE, f"tensor {name!r} holds values that are not finite")
-    return values
-
-
-def _decode(name: str, dtype: str, data: bytes) -> NDArray[Any]:
-    if dtype == "BF16":  # the upper half of a float32
-        return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
-    if dtype == "F16":
-        return np.frombuffer(data, "<f2").astype(np.float32)
-    if dtype in ("F32", "F64"):
-        return np.frombuffer(data, "<f4" if dtype == "F32" else "<f8").copy()
-    raise _invalid(WEIGHTS_FILE, f"tensor {name!r} expects a float type, got {dtype}")
-
-
-def _check_pairs(weights: Mapping[TensorKey, NDArray[Any]], catalogue: Sequence[Site]) -> None:
-    if not weights:
-        raise _invalid(WEIGHTS_FILE, "holds no tensors")
-    for site in catalogue:
-        present = [kind.name for kind in _SUFFIXES if TensorKey(site.index, kind) in weights]
-        if len(present) == 1:
-            raise _invalid(WEIGHTS_FILE, f"site {site.name!r} has {present[0]} only, it needs both factors")
-
-
-def _file(files: Mapping[str, bytes], name: str) -> bytes:
-    if name not in files:
-        raise _invalid(name, f"is missing; the folder holds: {', '.join(sorted(files)) or 'nothing'}")
-    return files[name]
-
-
-def _invalid(file: str, message: str) -> InvalidInput:
-    return InvalidInput(
-        "ADAPTER_FILE_INVALID",
-        f"{file} {message}",
-        where=file,
-        remedy="Give a PEFT folder of a plain LoRA adapter made for this base model.",
-    )
+        found.setdefault(site, []).append(kind)
+    for site, kinds in found.items():
+        if len(kinds) == 1:
+            raise invalid(WEIGHTS_FILE, f"site {site.name!r} has {kinds[0].name} only, it needs both factors")
+    return sorted(found, key=lambda site: site.index)

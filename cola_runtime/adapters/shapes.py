@@ -27,7 +27,7 @@ def weight_shapes(spec: AdapterSpec) -> dict[TensorKey, Shape]:
 
 
 def site_weight_shapes(kind: AdapterKind, site: Site) -> dict[TensorKey, Shape]:
-    """Raises InvalidInput ADAPTER_MODULE_UNKNOWN for a module that is not registered here."""
+    """Raises InvalidInput ADAPTER_MODULE_UNKNOWN for a module that is not registered here, _INVALID."""
     inputs, outputs = site.in_features, site.out_features
     shapes: dict[TensorKind, Shape]
     match kind:
@@ -51,7 +51,7 @@ def site_weight_shapes(kind: AdapterKind, site: Site) -> dict[TensorKey, Shape]:
         case _:
             return {
                 TensorKey(site.index, TensorKind.MODULE, slot): shape
-                for slot, shape in enumerate(module_shapes(kind, site))
+                for slot, shape in enumerate(module_shapes(kind, inputs, outputs))
             }
     return {TensorKey(site.index, tensor): shape for tensor, shape in shapes.items()}
 

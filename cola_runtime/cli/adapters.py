@@ -57,7 +57,12 @@ def export(
     url: UrlOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Write an adapter as a PEFT folder, for `peft.PeftModel.from_pretrained`."""
+    """Write an adapter as a folder that other programs load.
+
+    LoRA and linearized LoRA make a PEFT folder, for `peft.PeftModel.from_pretrained`. PEFT has no other
+    kinds: an adapter with linear, mlp or module parts makes a cola folder, for
+    `cola_runtime.adapters.attach` (docs/adapter_kinds.md).
+    """
     from cola_runtime.cli.connect import connected
     from cola_runtime.cli.output import byte_size, clean, print_json, print_text
 

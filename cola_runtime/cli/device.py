@@ -25,17 +25,26 @@ def device(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads to compute with.")] = None,
     credit_bytes: Annotated[int | None, typer.Option(help="Gradient bytes that may be in flight.")] = None,
+    adapter_module: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PYTHON.MODULE", help="Registers adapter modules; repeatable."),
+    ] = None,
 ) -> None:
     """Join a service as a device, until Ctrl-C. The join token is read from COLA_JOIN_TOKEN."""
+    from cola_runtime.adapters.module_registry import import_adapter_modules
     from cola_runtime.cli.output import clean, print_text
     from cola_runtime.config import join_settings, set_thread_environment
 
-    config = device_config(
-        join_settings(
-            coordinator=coordinator, device_id=device_id, threads=threads, credit_bytes=credit_bytes
-        )
+    settings = join_settings(
+        coordinator=coordinator,
+        device_id=device_id,
+        threads=threads,
+        credit_bytes=credit_bytes,
+        adapter_modules=adapter_module,
     )
+    config = device_config(settings)
     set_thread_environment(config.threads)  # before torch is imported
+    import_adapter_modules(settings.adapter_modules)
     print_text(
         ("Device ", "green"),
         (clean(config.device_id), "bold"),

@@ -37,6 +37,10 @@ def serve(
     ray_address: Annotated[
         str | None, typer.Option(help="An existing Ray cluster. Default: RAY_ADDRESS.")
     ] = None,
+    adapter_module: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PYTHON.MODULE", help="Registers adapter modules; repeatable."),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Run the service until Ctrl-C. At first start it prints a key for a first tenant, once."""
@@ -50,6 +54,7 @@ def serve(
         base_model={"name": base_model, "path": model_path, "dtype": dtype, "threads": threads},
         devices={"count": devices},
         ray_address=ray_address,
+        adapter_modules=adapter_module,
     )
     from cola_runtime.runtime import coordinator
 

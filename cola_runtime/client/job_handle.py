@@ -108,7 +108,10 @@ class AsyncJobHandle:
     async def download_adapter(
         self, path: str | Path, *, version: int | None = None, overwrite: bool = False
     ) -> Path:
-        """Write the newest checkpoint, or `version`'s, as a PEFT folder: complete or not at all."""
+        """Write the newest checkpoint, or `version`'s, as a folder: complete or not at all.
+
+        A PEFT folder of LoRA and linearized LoRA, a cola folder of other kinds (docs/adapter_kinds.md).
+        """
         request = jobs_pb2.ExportAdapterRequest(job_id=self.job_id, version=version)
         with new_folder(Path(path), overwrite=overwrite) as folder:
             async for chunk in self._connection.stream(

@@ -11,7 +11,8 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from cola_runtime.adapter_spec import AdapterSpec
-from cola_runtime.config import BaseModelSettings, JoinSettings, set_thread_environment
+from cola_runtime.adapters.module_registry import import_adapter_modules
+from cola_runtime.config import BaseModelSettings, JoinSettings, ServiceSettings, set_thread_environment
 from cola_runtime.errors import Unavailable
 from cola_runtime.types import (
     BaseEvent,
@@ -28,13 +29,20 @@ T = TypeVar("T")
 class BaseModelActor:
     """One replica of the base model. Holds nothing that cannot be rebuilt: Ray restarts it at will."""
 
-    def __init__(self, settings: BaseModelSettings, cache_dir: Path, join_token: str) -> None:
+    def __init__(
+        self,
+        settings: BaseModelSettings,
+        cache_dir: Path,
+        join_token: str,
+        adapter_modules: Sequence[str],
+    ) -> None:
         set_thread_environment(settings.threads)
         from cola_runtime.base_model.model import TappedModel
         from cola_runtime.base_model.pretrained import resolve_base_model
         from cola_runtime.base_model.service import BaseModelService
 
         _quiet_transformers()
+        import_adapter_modules(adapter_modules)
         path = settings.path or resolve_base_model(settings.name, cache_dir)
         model = TappedModel.load(
             path, dtype=settings.dtype, attention=settings.attention, threads=settings.threads
@@ -71,6 +79,7 @@ class DeviceActor:
 
     def __init__(self, settings: JoinSettings, device_id: str) -> None:
         set_thread_environment(settings.threads)
+        import_adapter_modules(settings.adapter_modules)
         self._settings, self._device_id = settings, device_id
 
     async def run(self) -> None:
@@ -146,7 +155,7 @@ def _quiet_transformers() -> None:
     logging.set_verbosity_error()
 
 
-def base_model_handle(settings: BaseModelSettings, cache_dir: Path, join_token: str) -> Any:
+def base_model_handle(settings: ServiceSettings, join_token: str) -> Any:
     """Place the base model actor on a node that offers the resource `cola_base_model`."""
     options = {
         "num_cpus": 0,
@@ -154,7 +163,11 @@ def base_model_handle(settings: BaseModelSettings, cache_dir: Path, join_token: 
         "max_restarts": -1,
         "max_concurrency": 64,
     }
-    return ray.remote(BaseModelActor).options(**options).remote(settings, cache_dir.resolve(), join_token)
+    return (
+        ray.remote(BaseModelActor)
+        .options(**options)
+        .remote(settings.base_model, settings.cache_dir.resolve(), join_token, settings.adapter_modules)
+    )
 
 
 def device_handle(settings: JoinSettings, device_id: str) -> Any:

@@ -53,8 +53,7 @@ class Cluster:
 
     async def start_base_model(self, join_token: str) -> RemoteBaseModel:
         """Place the base model actor and wait until it answers. Raises Unavailable with what lacks."""
-        settings = self._settings
-        self._base_model = base_model_handle(settings.base_model, settings.cache_dir, join_token)
+        self._base_model = base_model_handle(self._settings, join_token)
         base = RemoteBaseModel(self._base_model)
         try:
             async with asyncio.timeout(BASE_MODEL_START_SECONDS):
@@ -76,6 +75,7 @@ class Cluster:
             join_token=SecretStr(join_token),
             threads=settings.threads,
             credit_bytes=settings.credit_bytes,
+            adapter_modules=self._settings.adapter_modules,
         )
         names = [f"device-{index}" for index in range(settings.count)]
         handles = [device_handle(join, name) for name in names]

@@ -15,6 +15,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from cola_runtime.adapters.module_registry import import_adapter_modules
 from cola_runtime.config import ServiceSettings
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.runtime.cluster import Cluster
@@ -64,6 +65,7 @@ async def _serve(settings: ServiceSettings, on_ready: Callable[[RunningService],
 @asynccontextmanager
 async def running_service(settings: ServiceSettings) -> AsyncIterator[RunningService]:
     """The whole service on Ray, for as long as the context lasts."""
+    import_adapter_modules(settings.adapter_modules)  # what is wrong with them is said before Ray starts
     join_token = _join_token(settings.data_dir)
     with Cluster(settings) as cluster:
         base = await cluster.start_base_model(join_token)

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from cola_runtime.adapters.shapes import weight_shapes
 from cola_runtime.data.cursor import total_steps
 from cola_runtime.data.formats import Dataset, parse_dataset
 from cola_runtime.data.report import DatasetReport, dataset_report
@@ -51,7 +52,8 @@ class Admission:
         spec = parse_job_spec(_fields(submission.spec_json))
         base = self._base_models.find(spec.base_model)
         most_tokens = longest_row(spec, context_length=base.context_length)
-        training_plan(spec, base, total_steps=spec.steps or 1)  # the target modules exist
+        plan = training_plan(spec, base, total_steps=spec.steps or 1)  # the target modules exist
+        await asyncio.to_thread(weight_shapes, plan.adapter)  # and registered modules can be made for them
         tokenizer = await self._base_models.tokenizer(spec.base_model)
         report = await asyncio.to_thread(_check_data, submission, spec, tokenizer, most_tokens)
         encoding, reason = choose_encoding(spec)

@@ -12,8 +12,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cola_runtime.adapters.adapter_files import adapter_folder
 from cola_runtime.adapters.checkpoint_format import checkpoint_weights
-from cola_runtime.adapters.peft_files import peft_folder
 from cola_runtime.data.report import DatasetReport
 from cola_runtime.errors import Conflict, NotFound, QuotaExceeded, Unavailable
 from cola_runtime.jobs.records import CheckpointRecord, EventRecord, JobRecord, NewJob, StepRecord, Tenant
@@ -139,10 +139,10 @@ class FineTuningService:
         return await self.store.checkpoints(job.job_id)
 
     async def export(self, tenant: Tenant, ref: str, *, version: int | None = None) -> dict[str, bytes]:
-        """File name -> content of a PEFT folder with the newest checkpoint's adapter, or `version`'s."""
+        """File name -> content of the newest checkpoint's adapter, or `version`'s: a PEFT or cola folder."""
         job = await self.job(tenant, ref)
         checkpoint = _pick(await self.store.checkpoints(job.job_id), job, version)
-        return await asyncio.to_thread(self._peft_files, checkpoint, job.base_model)
+        return await asyncio.to_thread(self._adapter_files, checkpoint, job.base_model)
 
     async def generate(
         self,
@@ -218,7 +218,7 @@ class FineTuningService:
                 for key in contents:
                     await asyncio.to_thread(self._storage.delete, key)
 
-    def _peft_files(self, checkpoint: CheckpointRecord, base_model: str) -> dict[str, bytes]:
+    def _adapter_files(self, checkpoint: CheckpointRecord, base_model: str) -> dict[str, bytes]:
         content = self._storage.get(checkpoint.storage_key)
         if hashlib.sha256(content).hexdigest() != checkpoint.sha256:
             raise Unavailable(
@@ -227,7 +227,7 @@ class FineTuningService:
                 remedy="Export another version: `cola jobs checkpoints` lists them.",
             )
         spec, _version, weights = checkpoint_weights(content)
-        return peft_folder(spec, weights, base_model)
+        return adapter_folder(spec, weights, base_model)
 
     def _page(self, limit: int) -> int:
         return min(limit, self.limits.page) if limit > 0 else self.limits.page

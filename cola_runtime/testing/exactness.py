@@ -1,6 +1,6 @@
 """Trains tenants mixed through the whole service and each alone with peft, and compares the adapters.
 
-The mixed side is the real path: SDK, coordinator, Ray actors, gRPC streams, devices, exported PEFT folders.
+The mixed side is the real path: SDK, coordinator, Ray actors, gRPC streams, devices, exported folders.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cola_runtime.adapters.adapter import initial_weights
-from cola_runtime.adapters.peft_files import read_peft_folder
+from cola_runtime.adapters.adapter_files import read_adapter_folder
 from cola_runtime.client.asynchronous import AsyncClient
 from cola_runtime.config import BaseModelSettings, DeviceSettings, SchedulerSettings, ServiceSettings
 from cola_runtime.data.cursor import step_rows, total_steps
@@ -25,6 +25,7 @@ from cola_runtime.data.tokenize import Tokenizer
 from cola_runtime.jobs.plan import training_plan
 from cola_runtime.runtime.coordinator import RunningService, running_service
 from cola_runtime.spec import JobSpec
+from cola_runtime.testing.ordinary_modules import train_ordinary
 from cola_runtime.testing.peft_reference import Recipe, relative_difference, train_alone
 from cola_runtime.types import BaseModelDescription, TensorKey
 
@@ -95,7 +96,16 @@ async def train_mixed(settings: ServiceSettings, jobs: Sequence[MixedJob]) -> Mi
 
 
 def train_reference(job: MixedJob, base: BaseModelDescription, model: Path, *, attention: str) -> Weights:
-    """The same job by stock peft and torch.optim, alone."""
+    """The same job by stock peft and torch.optim, alone. Of one LoRA only."""
+    return train_alone(model, _recipe(job, base, model), dtype=base.dtype, attention=attention).weights
+
+
+def train_modules(job: MixedJob, base: BaseModelDescription, model: Path, *, attention: str) -> Weights:
+    """The same job of any adapter kinds by ordinary modules and torch.optim, alone."""
+    return train_ordinary(model, _recipe(job, base, model), dtype=base.dtype, attention=attention).weights
+
+
+def _recipe(job: MixedJob, base: BaseModelDescription, model: Path) -> Recipe:
     dataset = parse_dataset(job.training, file_name="training.jsonl")
     tokenizer = Tokenizer(model, bidirectional=base.bidirectional)
     rows = tokenizer.tokenize(
@@ -104,14 +114,13 @@ def train_reference(job: MixedJob, base: BaseModelDescription, model: Path, *, a
     steps = total_steps(len(rows), job.spec)
     plan = training_plan(job.spec, base, total_steps=steps)
     batches = [[row for part in step_rows(rows, job.spec, step) for row in part] for step in range(steps)]
-    recipe = Recipe(
+    return Recipe(
         spec=plan.adapter,
         initial_weights=initial_weights(plan.adapter),
         steps=batches,
         optimizer=plan.optimizer,
         schedule=plan.schedule,
     )
-    return train_alone(model, recipe, dtype=base.dtype, attention=attention).weights
 
 
 def largest_difference(mixed: Weights, alone: Weights) -> float:
@@ -176,5 +185,5 @@ async def tenant_client(service: RunningService, tenant: str) -> AsyncClient:
 
 def exported_weights(folder: Path, base: BaseModelDescription) -> Weights:
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    adapter = read_peft_folder(files, base.sites)
+    adapter = read_adapter_folder(files, base.sites)
     return {key: torch.from_numpy(array) for key, array in adapter.weights.items()}

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from cola_runtime.adapters.module_registry import import_adapter_modules
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.base_model.service import BaseModelService
 from cola_runtime.config import ServiceSettings
@@ -76,6 +77,7 @@ async def running_in_process(
     settings: ServiceSettings,
 ) -> AsyncIterator[tuple[RunningService, InProcessDevices]]:
     """The service that `settings` describe, for as long as the context lasts."""
+    import_adapter_modules(settings.adapter_modules)
     devices = InProcessDevices(settings.devices.count)
     async with (
         running_base_model(settings) as base,

@@ -1,12 +1,14 @@
 """Adapters as ordinary `nn.Module`s in a stock model: what the runtime's gradients are compared with.
 
-Written from the kinds' definitions with torch's own layers; shares only L-LoRA's draw with the runtime.
+Written from the kinds' definitions with torch's own layers; shares only L-LoRA's draw and the registry of
+users' modules with the runtime.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +17,15 @@ from torch import Tensor, nn
 from cola_runtime.adapter_spec import (
     AdapterKind,
     AdapterSpec,
+    HeadKind,
     LinearizedLoraKind,
     LinearKind,
     LoraKind,
     MlpKind,
+    ModuleKind,
 )
+from cola_runtime.adapters.module_registry import build_module
+from cola_runtime.testing.peft_reference import Recipe, TrainedAlone, train_parameters
 from cola_runtime.types import Site, SiteKind, TensorKey, TensorKind
 
 _ACTIVATIONS: dict[str, type[nn.Module] | Any] = {
@@ -39,7 +45,7 @@ class OrdinaryAdapter(nn.Module):
         super().__init__()
         self.scaling = kind.scaling
         self.named: dict[TensorKey, Tensor] = {}
-        self._own = {key.kind: weight for key, weight in weights.items() if key.site == site.index}
+        self._own = {key: weight for key, weight in weights.items() if key.site == site.index}
         self._site = site
         self.body = self._body(kind)
 
@@ -63,16 +69,27 @@ class OrdinaryAdapter(nn.Module):
                 return _Tangent(
                     kind, self._site, self._linear(TensorKind.DELTA_A), self._linear(TensorKind.DELTA_B)
                 )
-            case _:
-                raise ValueError(f"no ordinary module for {kind.kind}")
+            case ModuleKind():
+                return self._registered(kind)
+            case HeadKind():
+                raise ValueError("a head is at no module: `sequence_reference` has it")
+
+    def _registered(self, kind: ModuleKind) -> nn.Module:
+        """The user's own module, whose parameters are numbered in `parameters()` order."""
+        module: nn.Module = build_module(kind, self._site.in_features, self._site.out_features)
+        for slot, parameter in enumerate(module.parameters()):
+            key = TensorKey(self._site.index, TensorKind.MODULE, slot)
+            parameter.data = self._own[key].clone()
+            self.named[key] = parameter
+        return module
 
     def _linear(self, weight: TensorKind, bias: TensorKind | None = None) -> nn.Linear:
-        value = self._own[weight]
+        value = self._own[TensorKey(self._site.index, weight)]
         layer = nn.Linear(value.shape[1], value.shape[0], bias=bias is not None, dtype=value.dtype)
         layer.weight.data.copy_(value)
         self.named[TensorKey(self._site.index, weight)] = layer.weight
         if bias is not None:
-            layer.bias.data.copy_(self._own[bias])
+            layer.bias.data.copy_(self._own[TensorKey(self._site.index, bias)])
             self.named[TensorKey(self._site.index, bias)] = layer.bias
         return layer
 
@@ -116,6 +133,17 @@ def add_adapter(
 
 def _adding(adapter: OrdinaryAdapter) -> Any:
     return lambda _module, args, output: output + adapter(args[0])
+
+
+def train_ordinary(model_path: Path, recipe: Recipe, *, dtype: str, attention: str = "sdpa") -> TrainedAlone:
+    """As `peft_reference.train_alone`, for every kind, on the model in `dtype` throughout."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        model_path, dtype=getattr(torch, dtype), attn_implementation=attention
+    )
+    wide_norms(model.requires_grad_(False).eval())
+    return train_parameters(model, add_adapter(model, recipe.spec, recipe.initial_weights), recipe)
 
 
 def wide_norms(model: nn.Module) -> None:

@@ -38,7 +38,7 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedAlone:
-    """Final LORA_A and LORA_B of every site, and each step's mean loss before it was applied."""
+    """Final weights of every site, and each step's mean loss before it was applied."""
 
     weights: dict[TensorKey, Tensor]
     losses: list[float]
@@ -55,14 +55,19 @@ def train_alone(model_path: Path, recipe: Recipe, *, dtype: str, attention: str 
     with torch.no_grad():
         for key, parameter in factors.items():
             parameter.copy_(recipe.initial_weights[key])
-    optimizer = _torch_optimizer(recipe.optimizer, list(factors.values()))
+    return train_parameters(model, factors, recipe)
+
+
+def train_parameters(model: Any, parameters: Mapping[TensorKey, Tensor], recipe: Recipe) -> TrainedAlone:
+    """Train the adapter's parameters in place, by torch.optim and autograd through the whole model."""
+    optimizer = _torch_optimizer(recipe.optimizer, list(parameters.values()))
     losses = [
         _train_step(
             model, optimizer, rows, recipe, learning_rate(recipe.schedule, recipe.optimizer.learning_rate, k)
         )
         for k, rows in enumerate(recipe.steps)
     ]
-    return TrainedAlone(weights={key: p.detach().clone() for key, p in factors.items()}, losses=losses)
+    return TrainedAlone(weights={key: p.detach().clone() for key, p in parameters.items()}, losses=losses)
 
 
 def peft_model(model_path: Path, spec: AdapterSpec, *, dtype: str, attention: str = "sdpa") -> Any:
@@ -142,7 +147,7 @@ def _train_step(
     return loss.item()
 
 
-def _torch_optimizer(wanted: OptimizerHyperparameters, parameters: list[Parameter]) -> torch.optim.Optimizer:
+def _torch_optimizer(wanted: OptimizerHyperparameters, parameters: list[Tensor]) -> torch.optim.Optimizer:
     if wanted.kind == "sgd":
         return torch.optim.SGD(
             parameters,

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cola_runtime.adapter_spec import lora_spec
-from cola_runtime.adapters.peft_files import CONFIG_FILE, WEIGHTS_FILE, peft_folder, read_peft_folder
+from cola_runtime.adapters.folder_files import CONFIG_FILE, WEIGHTS_FILE
+from cola_runtime.adapters.peft_files import peft_folder, read_peft_folder
 from cola_runtime.adapters.targets import resolve_target_sites
 from cola_runtime.errors import InvalidInput
 from cola_runtime.testing.tiny_models import save_tiny_model, tiny_sites
@@ -106,8 +107,9 @@ def test_gpt2_folder_is_marked_for_conv1d_so_that_peft_has_nothing_to_warn_about
 def test_reading_gives_back_what_was_written(alpha, dtype):
     spec = make_spec(targets="attention", alpha=alpha, use_rslora=True, dtype=dtype)
     weights = random_weights(spec)
-    rank, read_alpha, use_rslora, read = read_peft_folder(peft_folder(spec, weights, "base"), CATALOGUE)
-    assert (rank, read_alpha, use_rslora) == (3, alpha, True)
+    found = read_peft_folder(peft_folder(spec, weights, "base"), CATALOGUE)
+    assert (found.spec.parts, found.spec.dtype, found.base_model) == (spec.parts, dtype, "base")
+    read = found.weights
     assert read.keys() == weights.keys()
     for key, weight in weights.items():
         assert read[key].dtype == weight.dtype
@@ -158,17 +160,32 @@ FIRST_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         ({}, "adapter_config.json is missing"),
         ({CONFIG_FILE: b"{"}, "is not JSON"),
         ({CONFIG_FILE: b"\xff\xfe\x00"}, "is not JSON"),
-        ({CONFIG_FILE: b"[1]"}, "does not say peft_type LORA"),
+        ({CONFIG_FILE: b"[1]"}, "is not an object"),
         (changed_config(peft_type="IA3"), "does not say peft_type LORA"),
         (changed_config(use_dora=True), "uses use_dora"),
-        (changed_config(rank_pattern={"q_proj": 4}), "uses rank_pattern"),
+        (
+            changed_config(rank_pattern={"q_proj": 4}),
+            "q_proj.lora_A.weight' expects shape (4, 64), got (3, 64)",
+        ),
+        (changed_config(rank_pattern=[4]), "rank_pattern must be an object, got [4]"),
+        (changed_config(rank_pattern={"q_proj": 4.5}), "rank_pattern 'q_proj' must be a whole number"),
+        (changed_config(rank_pattern={"(a+)+$": 4}), "holds '(a+)+$', which is not a module's name"),
+        (
+            changed_config(alpha_pattern={"q_proj": 0}),
+            "alpha_pattern 'q_proj' must be a number above 0, got 0",
+        ),
+        (
+            changed_config(alpha_pattern={"k_proj": 1e6}),
+            "has alpha 1000000.0 at model.layers.0.self_attn.k_proj",
+        ),
+        (changed_config(r=512), "has rank 512 at model.layers.0.self_attn.q_proj"),
         (changed_config(bias="all"), "uses bias"),
         (changed_config(r=0), "r must be a whole number above 0, got 0"),
         (changed_config(r=2.5), "r must be a whole number above 0, got 2.5"),
         (changed_config(r=True), "r must be a whole number above 0, got True"),
         (changed_config(lora_alpha=float("nan")), "lora_alpha must be a number above 0, got nan"),
         (changed_config(lora_alpha="16"), "lora_alpha must be a number above 0, got '16'"),
-        (changed_config(r=4), "layers.0.mlp.down_proj.lora_A.weight' expects shape (4, 96), got (3, 96)"),
+        (changed_config(r=4), "q_proj.lora_A.weight' expects shape (4, 64), got (3, 64)"),
         ({**changed_config(), WEIGHTS_FILE: b"no"}, "is not safetensors"),
         ({**changed_config(), WEIGHTS_FILE: struct.pack("<Q", 2**62) + b"{}"}, "is not safetensors"),
         (changed_tensors(lambda t: t.clear()), "holds no tensors"),

@@ -61,8 +61,11 @@ def row_loss(model, row: Row) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("model_type", "encoding"),
-    [*((model_type, Encoding.ADAPTER_GRADIENT) for model_type in MODELS)]
-    + [("t5", Encoding.ACTIVATIONS), ("bart", Encoding.WEIGHT_GRADIENT)],
+    [
+        *((model_type, Encoding.ADAPTER_GRADIENT) for model_type in MODELS),
+        ("t5", Encoding.ACTIVATIONS),
+        ("bart", Encoding.WEIGHT_GRADIENT),
+    ],
 )
 def test_gradients_of_all_kinds_are_autograds(model_type: str, encoding: Encoding, tmp_path: Path) -> None:
     path = save_encoder_decoder(model_type, tmp_path, dtype="float64")

@@ -8,7 +8,7 @@ import pytest
 import safetensors.numpy
 from serving import ROWS, Served
 
-from cola_runtime.adapters.peft_files import peft_folder, read_peft_folder
+from cola_runtime.adapters.adapter_files import adapter_folder, read_adapter_folder
 from cola_runtime.client.folders import new_folder
 from cola_runtime.client.sdk import Client
 from cola_runtime.errors import Conflict, InvalidInput, NotFound, ProtocolError
@@ -26,8 +26,8 @@ def test_the_newest_checkpoint_is_downloaded_as_the_peft_folder_of_its_weights(
     for path, version, content in ((tmp_path / "a", None, second), (tmp_path / "b", 1, first)):
         assert handle.download_adapter(path, version=version) == path
         files = {file.name: file.read_bytes() for file in path.iterdir()}
-        assert files == peft_folder(content.definition.spec, content.weights, "tiny-llama")
-        read = read_peft_folder(files, content.definition.spec.sites).weights
+        assert files == adapter_folder(content.definition.spec, content.weights, "tiny-llama")
+        read = read_adapter_folder(files, content.definition.spec.sites).weights
         assert all((read[key] == weight).all() for key, weight in content.weights.items())
     assert [checkpoint.version for checkpoint in handle.checkpoints()] == [1, 2]
     assert safetensors.numpy.load((tmp_path / "a/adapter_model.safetensors").read_bytes())

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from serving import BASE_MODEL, ROWS, Served, description, serving
+from torch import nn
 
+from cola_runtime.adapters import module_registry
 from cola_runtime.client.sdk import Client
 from cola_runtime.errors import Conflict, InvalidInput, QuotaExceeded, Unavailable
 from cola_runtime.jobs.plan import training_plan
@@ -22,9 +25,30 @@ from cola_runtime.types import Encoding
 LONG_ROW = json.dumps({"prompt": "a" * 300, "completion": "b"}).encode()
 
 
+MODULE = {"kind": "module", "name": "gated"}
+
+
 def submission(training: bytes = ROWS, **fields: Any) -> Submission:
     spec = {"name": "greeter", "base_model": BASE_MODEL, "rows_per_step": 4, **fields}
     return Submission(spec_json=json.dumps(spec), training=training, training_name="train.jsonl")
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What an operator registered: one that needs an option, one of a wrong shape, one with a buffer."""
+
+    def gated(inputs: int, outputs: int, options: Mapping[str, Any]) -> nn.Module:
+        if "width" not in options:
+            raise ValueError("width is missing")
+        return nn.Linear(inputs, outputs)
+
+    monkeypatch.setattr(module_registry, "_factories", {})
+    module_registry.module_shapes.cache_clear()
+    module_registry.register_adapter_module("gated", gated)
+    module_registry.register_adapter_module("flat", lambda inputs, outputs, options: nn.Linear(inputs, 1))
+    module_registry.register_adapter_module("bent", lambda inputs, outputs, options: nn.BatchNorm1d(inputs))
+    yield
+    module_registry.module_shapes.cache_clear()
 
 
 def submit(served: Served, sent: Submission, tenant: str = "alice") -> Any:
@@ -32,9 +56,10 @@ def submit(served: Served, sent: Submission, tenant: str = "alice") -> Any:
 
 
 COLLABORATION = {"group": "a-name-that-nobody-guesses"}
-MODULE = {"kind": "module", "name": "mine", "target_modules": "attention"}
+MERGED_MODULE = {"kind": "module", "name": "mine", "target_modules": "attention"}
 
 
+@pytest.mark.usefixtures("modules")
 @pytest.mark.parametrize(
     ("sent", "reason", "parts"),
     [
@@ -56,7 +81,7 @@ MODULE = {"kind": "module", "name": "mine", "target_modules": "attention"}
             ("job.adapter", "mlp", "lora, linearized_lora, linear", "unmerged"),
         ),
         (
-            submission(collaboration=COLLABORATION, adapter=[{"target_modules": "mlp"}, MODULE]),
+            submission(collaboration=COLLABORATION, adapter=[{"target_modules": "mlp"}, MERGED_MODULE]),
             "MERGED_NEEDS_LINEAR",
             ("module", "no matrix"),
         ),
@@ -67,6 +92,15 @@ MODULE = {"kind": "module", "name": "mine", "target_modules": "attention"}
             ("job.collaboration.wieght", "did you mean 'weight'"),
         ),
         (submission(collaboration=COLLABORATION, mode="unmerged"), "SPEC_INVALID", ("always merged",)),
+        (
+            submission(adapter=MODULE | {"name": "gatd"}),
+            "ADAPTER_MODULE_UNKNOWN",
+            ("'gatd'", "bent, flat, gated"),
+        ),
+        (submission(adapter=MODULE), "ADAPTER_MODULE_INVALID", ("'gated'", "ValueError: width is missing")),
+        (submission(adapter=[MODULE]), "ADAPTER_MODULE_INVALID", ("'gated'", "ValueError: width is missing")),
+        (submission(adapter=MODULE | {"name": "flat"}), "ADAPTER_MODULE_INVALID", ("(2, 1)", "(2, 16)")),
+        (submission(adapter=MODULE | {"name": "bent"}), "ADAPTER_MODULE_INVALID", ("buffers",)),
         (submission(passes=1000, rows_per_step=1, name="x/y"), "SPEC_INVALID", ("job.name",)),
         (replace(submission(), spec_json="{"), "SPEC_INVALID", ("JSON",)),
         (replace(submission(), spec_json="[" * 10_000), "SPEC_INVALID", ("JSON",)),
@@ -95,6 +129,11 @@ def test_whatever_is_wrong_is_named_and_nothing_is_created(
     with pytest.raises(InvalidInput) as again:
         served.run(served.service.check_dataset(served.tenants["alice"], sent))
     assert again.value.reason == reason
+
+
+def test_a_registered_module_with_good_options_is_taken(served: Served, modules: None) -> None:
+    sent = submission(adapter=MODULE | {"options": {"width": 3}}, encoding="activations")
+    assert submit(served, sent).state == "queued"
 
 
 def test_the_record_the_data_and_the_start_belong_together(served: Served) -> None:

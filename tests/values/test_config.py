@@ -6,13 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from cola_runtime.config import client_settings, service_settings
+from cola_runtime.config import client_settings, join_settings, service_settings
 from cola_runtime.errors import InvalidInput
 
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("COLA_BASE_MODEL__DTYPE", "COLA_LISTEN", "COLA_API_KEY", "RAY_ADDRESS"):
+    for name in (
+        "COLA_BASE_MODEL__DTYPE",
+        "COLA_LISTEN",
+        "COLA_API_KEY",
+        "RAY_ADDRESS",
+        "COLA_ADAPTER_MODULES",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -69,3 +75,20 @@ def test_a_key_never_shows_in_the_settings_text(monkeypatch: pytest.MonkeyPatch)
     settings = client_settings()
     assert settings.api_key.get_secret_value() == "tml-secret"
     assert "tml-secret" not in repr(settings)
+
+
+def test_adapter_modules_are_a_list_in_the_file_and_commas_in_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = settings_file(tmp_path, "adapter_modules: [one, two.three]\n")
+    assert service_settings(file).adapter_modules == ("one", "two.three")
+    monkeypatch.setenv("COLA_ADAPTER_MODULES", "four, five.six")
+    assert service_settings(file).adapter_modules == ("four", "five.six")
+    assert join_settings().adapter_modules == ("four", "five.six")
+    assert service_settings(file, adapter_modules=["seven"]).adapter_modules == ("seven",)
+
+
+@pytest.mark.parametrize("name", ["../up", "a b", "a.", "1a", "a-b", "a;b"])
+def test_an_adapter_module_is_a_dotted_python_name(name: str) -> None:
+    with pytest.raises(InvalidInput, match="adapter_modules"):
+        service_settings(adapter_modules=[name])

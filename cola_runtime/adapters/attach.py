@@ -1,0 +1,93 @@
+"""An exported adapter on a stock transformers model, without the service.
+
+    model = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
+    attached = attach_adapter(model, "adapter/")    # what `cola adapters export` wrote
+    model.generate(...)
+    attached.detach()                               # the bare base model again
+
+For inference: training is what the service is for. An adapter with a registered module needs it registered in
+this process too: import the Python module that does so first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from cola_runtime.adapter_spec import AdapterSpec
+from cola_runtime.adapters.adapter import site_adapters
+from cola_runtime.adapters.adapter_files import read_adapter_folder
+from cola_runtime.adapters.folder_files import CONFIG_FILE, WEIGHTS_FILE
+from cola_runtime.adapters.site_adapter import SiteAdapter, Weights
+from cola_runtime.types import Site, SiteKind
+
+
+class AttachedAdapter:
+    """The forward hooks of one adapter on one model."""
+
+    def __init__(self, spec: AdapterSpec, hooks: list[RemovableHandle]) -> None:
+        self.spec = spec
+        self._hooks = hooks
+
+    def detach(self) -> None:
+        """Leave the model as it was before. Detaching again does nothing."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+
+def attach_adapter(model: nn.Module, folder: str | Path) -> AttachedAdapter:
+    """Add the folder's adapter to the model's forward: h = f(x) + s a_w(x) at every site.
+
+    The folder is a cola folder, or a PEFT folder of a plain LoRA. Weights are taken over in each site's dtype
+    and on its device, so move or cast the model first. Raises InvalidInput `ADAPTER_FILE_INVALID` if the
+    folder is damaged or made for another base model, `ADAPTER_MODULE_UNKNOWN`.
+    """
+    paths = [Path(folder) / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    files = {path.name: path.read_bytes() for path in paths if path.is_file()}
+    adapter = read_adapter_folder(files, tuple(_sites(model)))
+    hooks = []
+    for site in site_adapters(adapter.spec).values():
+        module = model.get_submodule(site.site.name)
+        like: Any = module.weight
+        own = {
+            key: torch.from_numpy(array).to(like)
+            for key, array in adapter.weights.items()
+            if key.site == site.site.index
+        }
+        hooks.append(module.register_forward_hook(_adding(site, own)))
+    return AttachedAdapter(adapter.spec, hooks)
+
+
+def _adding(adapter: SiteAdapter, weights: Weights) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    def add(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x_NI = args[0].reshape(-1, adapter.site.in_features)
+        return output + adapter.forward(x_NI, weights).reshape(output.shape)
+
+    return add
+
+
+def _sites(model: nn.Module) -> Iterator[Site]:
+    """Every Linear and Conv1D, also where no adapter may be; which of them share an x does not matter."""
+    from transformers.pytorch_utils import Conv1D
+
+    for index, (name, module) in enumerate(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            kind, (outputs, inputs) = SiteKind.LINEAR, tuple(module.weight.shape)
+        elif isinstance(module, Conv1D):
+            kind, (inputs, outputs) = SiteKind.CONV1D, tuple(module.weight.shape)
+        else:
+            continue
+        yield Site(
+            index=index,
+            name=name,
+            kind=kind,
+            in_features=inputs,
+            out_features=outputs,
+            input_group=index,
+        )

@@ -1,0 +1,22 @@
+"""A process that cannot import the operator's modules does not start, and says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.mark.parametrize("command", ["serve", "device"])
+def test_a_module_that_cannot_be_imported_ends_the_command_before_anything_starts(
+    cola: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr("cola_runtime.config.set_thread_environment", lambda threads: None)
+    monkeypatch.setenv("COLA_JOIN_TOKEN", "secret")
+    monkeypatch.setenv("COLA_DATA_DIR", str(tmp_path / "data"))
+    ran = cola(command, "--adapter-module", "json", "--adapter-module", "no_such.adapters")
+    assert ran.code == 3
+    assert "'no_such.adapters' cannot be imported: ModuleNotFoundError" in ran.err
+    assert not (tmp_path / "data").exists()
