@@ -13,6 +13,7 @@ import torch
 from cola_runtime.base_model.catalogue import site_catalogue
 from cola_runtime.base_model.llama_weights import is_plain_llama
 from cola_runtime.base_model.loss import VocabularyProjection
+from cola_runtime.base_model.product_rate import matrix_product_flops
 from cola_runtime.base_model.tapped import SiteGroup
 from cola_runtime.errors import InvalidInput
 from cola_runtime.types import Site
@@ -32,6 +33,7 @@ class LoadedModel:
     head: VocabularyProjection
     attention: str  # of transformers' own forward: generation, and training too unless `by_hand`
     by_hand: bool  # LlamaBody can compute it
+    product_flops: float  # FLOP/s of matrix products in its dtype here
 
 
 def load_frozen_model(path: Path, *, dtype: str, attention: str) -> LoadedModel:
@@ -53,7 +55,13 @@ def load_frozen_model(path: Path, *, dtype: str, attention: str) -> LoadedModel:
     if attention == "auto":
         attention = "sdpa" if by_hand else _faster_attention(model)
     return LoadedModel(
-        model=model, sites=sites, groups=groups, head=head, attention=attention, by_hand=by_hand
+        model=model,
+        sites=sites,
+        groups=groups,
+        head=head,
+        attention=attention,
+        by_hand=by_hand,
+        product_flops=matrix_product_flops(DTYPES[dtype]),
     )
 
 

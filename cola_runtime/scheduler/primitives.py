@@ -22,7 +22,7 @@ from cola_runtime.scheduler.loop import Computed, SchedulerLoop
 from cola_runtime.scheduler.packing import split_rows
 from cola_runtime.scheduler.ports import BaseModelPort
 from cola_runtime.storage.objects import ObjectStorage
-from cola_runtime.types import Encoding, Lease, Row, Segment, StepApplied, TapPlan
+from cola_runtime.types import Lease, Row, Segment, StepApplied, TapPlan
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class AdapterPrimitives:
             lease=lease,
             tenant_id=record.tenant_id,
             plan=plan,
-            taps=TapPlan(Encoding(record.encoding)),
+            taps=plan.taps,
             version=usable.version if usable else 0,
         )
         try:
