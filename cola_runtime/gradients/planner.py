@@ -188,7 +188,9 @@ def _part_effort(
 
 
 def _weights(kind: AdapterKind, sites: Sequence[Site]) -> int:
-    """P of all the sites."""
+    """P of all the sites; 0 for a registered module, whose size is not known here."""
+    if isinstance(kind, ModuleKind):
+        return 0
     return sum(prod(shape) for site in sites for shape in site_weight_shapes(kind, site).values())
 
 
