@@ -1,10 +1,15 @@
-"""Bytes on the wire by encoding, counted by the runtime's own counters on one SmolLM2 job.
+"""What each encoding and compression costs, in bytes and CPU on both sides; and the planner's choice.
 
     python benchmarks/wire.py [--quick] [--json] [--seed N]
 
-The same job (all seven projections, r = 8, 8 rows of 128 tokens = 1,024 tokens a step, every token a label)
-runs once under each encoding, through SDK, Ray and gRPC. The base model computes in bfloat16, so that
-`activations` travels as bfloat16 with x shared among q, k, v and gate, up; `adapter_gradient` is float32.
+1. One job (SmolLM2, all seven projections, r = 8, 8 rows of 128 tokens = 1,024 tokens a step, every token a
+   label) under `activations` and `adapter_gradient`, through SDK and gRPC in one process, bytes by the
+   runtime's own counters. The base model computes in bfloat16, so that `activations` travels as bfloat16
+   with x shared among q, k, v and gate, up; `adapter_gradient` is float32.
+2. The taps of one layer's sites, times the layers, from random x and g through the real stacks, compression,
+   frames and accumulators on one thread (cola_runtime/testing/wire_cells.py).
+3. The planner's plan against the measured best at three link speeds: bytes / link speed + CPU of both sides.
+4. What compression costs a gradient and 50 steps of training on a tiny model (not with --quick).
 """
 
 from __future__ import annotations
@@ -12,20 +17,39 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from cola_runtime.adapter_spec import AdapterKind, AdapterPart, AdapterSpec, LinearKind, LoraKind
 from cola_runtime.base_model.pretrained import prepare_smollm2
+from cola_runtime.base_model.product_rate import matrix_product_flops
 from cola_runtime.client.asynchronous import AsyncClient
 from cola_runtime.demo.datasets import demo_tenants
-from cola_runtime.runtime.coordinator import running_service
+from cola_runtime.gradients.planner import Costs, Workload, plan_taps
 from cola_runtime.spec import JobSpec
-from cola_runtime.testing.exactness import service_for
+from cola_runtime.testing.exactness import service_for, tenant_client
+from cola_runtime.testing.in_process import running_in_process
+from cola_runtime.testing.lossy import compression_cost
 from cola_runtime.testing.record import argument_parser, emit, record
+from cola_runtime.testing.tiny_models import save_tiny_model
+from cola_runtime.testing.wire_cells import Cell, measure_cells, possible_plans
+from cola_runtime.types import Compression, Site, TapPlan
 
 ROWS, TOKENS = 8, 128
 ENCODINGS = ("activations", "adapter_gradient")
 JOB_TIMEOUT_SECONDS = 1800.0
+
+TARGETS = {"q,v": ("q_proj", "v_proj"), "all": None}
+KINDS: dict[str, AdapterKind] = {"r4": LoraKind(rank=4), "r16": LoraKind(rank=16), "full": LinearKind()}
+LINKS = {"100 Mbit/s": 12.5e6, "1 Gbit/s": 125e6, "10 Gbit/s": 1.25e9}
+
+Groups = list[dict[TapPlan, Cell]]
+"""Per input group of one layer: plan -> what it costs."""
 
 
 def main() -> None:
@@ -33,20 +57,104 @@ def main() -> None:
     started = datetime.now(UTC)
     steps = 1 if arguments.quick else 3
     with tempfile.TemporaryDirectory() as folder:
-        by_encoding = asyncio.run(measure(Path(folder), steps=steps, seed=arguments.seed))
+        by_encoding, sites = asyncio.run(measure(Path(folder), steps=steps, seed=arguments.seed))
+    torch.set_num_threads(1)
+    torch.manual_seed(arguments.seed)
     up = {encoding: counted["bytes_up"] for encoding, counted in by_encoding.items()}
-    results = {
+    results: dict[str, Any] = {
         "activations_bf16_over_adapter_gradient": up["activations"] / up["adapter_gradient"],
         "rows": ROWS,
         "tokens_per_step": ROWS * TOKENS,
         "steps": steps,
         "per_step": by_encoding,
+        **measure_tables(sites, quick=arguments.quick),
     }
+    if not arguments.quick:
+        results["compression"] = compression_costs()
     emit(record("wire", results, seed=arguments.seed, started=started), arguments.json)
 
 
-async def measure(folder: Path, *, steps: int, seed: int) -> dict[str, dict[str, float]]:
-    """Counted bytes of one step under each encoding, and the CPU that the device spent on it."""
+def measure_tables(sites: Sequence[Site], *, quick: bool) -> dict[str, Any]:
+    """A step's cost in every cell of the table, and what the planner would have taken."""
+    base_flops = matrix_product_flops(torch.bfloat16)
+    cells: dict[str, Any] = {}
+    planner: dict[str, Any] = {}
+    for target, names in TARGETS.items():
+        chosen = [site for site in sites if names is None or site.name.endswith(names)]
+        for rows in (32, 256) if quick else (32, 256, 2048):
+            for name in ("r4", "r16") if quick else KINDS:
+                groups = measure_layer(KINDS[name], chosen, rows, rounds=1 if quick else 5)
+                layers = len({site.input_group for site in chosen}) // len(groups)
+                key = f"{target} N={rows} {name}"
+                cells[key] = {str(plan): _step(groups, plan, layers) for plan in possible_plans(KINDS[name])}
+                for link, speed in LINKS.items():
+                    costs = Costs(link_bytes_per_second=speed, base_flops=base_flops)
+                    planner[f"{key} {link}"] = against_best(KINDS[name], chosen, rows, groups, costs)
+    worst = max(entry["over_best"] for entry in planner.values())
+    return {"planner_over_best": worst, "base_flops": base_flops, "cells": cells, "planner": planner}
+
+
+def measure_layer(kind: AdapterKind, sites: Sequence[Site], rows: int, *, rounds: int) -> Groups:
+    """Every input group of the first layer that has sites."""
+    return [
+        measure_cells(kind, group, rows, dtype=torch.bfloat16, rounds=rounds) for group in _first_layer(sites)
+    ]
+
+
+def _first_layer(sites: Sequence[Site]) -> list[list[Site]]:
+    layer = sites[0].name.split(".")[:3]
+    groups: dict[int, list[Site]] = {}
+    for site in sites:
+        if site.name.split(".")[:3] == layer:
+            groups.setdefault(site.input_group, []).append(site)
+    return list(groups.values())
+
+
+def _step(groups: Groups, plan: TapPlan, layers: int) -> dict[str, float]:
+    cells = [group[plan] for group in groups]
+    return {
+        "bytes_up": layers * sum(cell.bytes_up for cell in cells),
+        "base_cpu_ms": layers * 1e3 * sum(cell.base_seconds for cell in cells),
+        "device_cpu_ms": layers * 1e3 * sum(cell.device_seconds for cell in cells),
+    }
+
+
+def against_best(
+    kind: AdapterKind, sites: Sequence[Site], rows: int, groups: Groups, costs: Costs
+) -> dict[str, Any]:
+    """Measured seconds of the planner's exact plan over those of the best encoding of every group."""
+    spec = AdapterSpec(parts=(AdapterPart(kind=kind, sites=tuple(sites)),), seed=0)
+    plan, _ = plan_taps(spec, Workload(tokens=rows, microbatches=1, base_dtype="bfloat16"), costs)
+    numbers = [group[0].input_group for group in _first_layer(sites)]
+    taken, best = 0.0, 0.0
+    for number, group in zip(numbers, groups, strict=True):
+        seconds = {
+            option.encoding: cell.seconds(costs.link_bytes_per_second)
+            for option, cell in group.items()
+            if option.compression is Compression.NONE
+        }
+        taken += seconds[plan.encoding_of(number)]
+        best += min(seconds.values())
+    return {"plan": str(plan), "over_best": taken / best}
+
+
+def compression_costs() -> Mapping[str, Mapping[str, float]]:
+    """By kind and plan, on a tiny Llama."""
+    kinds = {"lora r8": LoraKind(), "full": LinearKind()}
+    with tempfile.TemporaryDirectory() as folder:
+        path = save_tiny_model("llama", Path(folder))
+        return {
+            f"{name} {plan}": asdict(compression_cost(path, kind, plan))
+            for name, kind in kinds.items()
+            for plan in possible_plans(kind)
+            if plan.compression is not Compression.NONE
+        }
+
+
+async def measure(
+    folder: Path, *, steps: int, seed: int
+) -> tuple[dict[str, dict[str, float]], tuple[Site, ...]]:
+    """Counted bytes of one step under each encoding, the CPU that the device spent on it; and the sites."""
     model = prepare_smollm2(Path(".cache/models"))
     settings = service_for(
         folder,
@@ -57,13 +165,11 @@ async def measure(folder: Path, *, steps: int, seed: int) -> dict[str, dict[str,
         token_budget=ROWS * TOKENS,
         threads=2,
     )
-    async with running_service(settings) as service:
-        await service.store.create_tenant("wire")
-        key = await service.store.create_key("wire")
-        async with AsyncClient(base_url=f"grpc://{service.endpoint}", api_key=key) as client:
-            return {
-                encoding: await _one_job(client, encoding, steps=steps, seed=seed) for encoding in ENCODINGS
-            }
+    async with running_in_process(settings) as (service, _), await tenant_client(service, "wire") as client:
+        counted = {
+            encoding: await _one_job(client, encoding, steps=steps, seed=seed) for encoding in ENCODINGS
+        }
+        return counted, service.base_model.sites
 
 
 async def _one_job(client: AsyncClient, encoding: str, *, steps: int, seed: int) -> dict[str, float]:

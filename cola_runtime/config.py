@@ -89,6 +89,17 @@ class SchedulerSettings(_Settings):
     base_steps_in_flight: Annotated[int, Field(ge=1, le=16)] = 2
 
 
+class PlannerSettings(_Settings):
+    """What the encodings' cost model takes as given (docs/encodings.md)."""
+
+    link_bytes_per_second: Annotated[float, Field(gt=0, le=1e15)] = 125e6
+    """From the base model to one device; the default is 1 Gbit/s."""
+    accelerator_flops: Annotated[float, Field(gt=0, le=1e18)] | None = None
+    """Matrix products of the base model's machine; None: as measured when the base model was loaded."""
+    device_flops: Annotated[float, Field(gt=0, le=1e18)] = 5e10
+    """Float32 matrix products of one device; the default is about one CPU core's."""
+
+
 class ServiceSettings(_Settings):
     """Everything that `cola serve` runs with."""
 
@@ -101,6 +112,7 @@ class ServiceSettings(_Settings):
     base_model: BaseModelSettings = BaseModelSettings()
     devices: DeviceSettings = DeviceSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
+    planner: PlannerSettings = PlannerSettings()
     ray_address: str | None = None
     """An existing cluster; None starts one on this machine."""
     cache_dir: Path = Path(".cache/models")

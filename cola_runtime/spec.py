@@ -226,6 +226,9 @@ class JobSpec(Frozen):
     shuffle: bool = True
     seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
     encoding: Literal["auto", "activations", "weight_gradient", "adapter_gradient"] = "auto"
+    """How taps travel; `auto` takes the cheapest for each input (docs/encodings.md). All are exact."""
+    compression: Literal["none", "bfloat16", "int8", "low_rank"] = "none"
+    """Lossy: fewer bytes for a measured error (docs/encodings.md). `low_rank` is for full-rank adapters."""
     checkpoint_every: Annotated[int, Field(ge=1, le=MAX_STEPS, strict=True)] = 10
     """Steps between two checkpoints; the last step always makes one."""
     mode: Literal["unmerged", "merged"] = "unmerged"

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 JOB_ID_PREFIX = "job-"
+PRODUCT_FLOPS = "matrix_product_flops"
+"""Of a base model's details: FLOP/s of matrix products in its dtype, as measured where it was loaded."""
 
 
 class Task(enum.StrEnum):
@@ -81,6 +83,9 @@ class TensorKind(enum.IntEnum):
     INPUT = 128  # x, [rows, in_features]; its site is the first one of those that share it
     OUTPUT_GRADIENT = 129  # g, [rows, out_features]
     WEIGHT_GRADIENT = 130  # g^T [x, 1], [out_features, in_features + 1]: G, and the sum of g for a bias
+    WEIGHT_GRADIENT_FACTORS = (
+        131  # P [out, k] above Q [in + 1, k], as one; P Q^T approximates WEIGHT_GRADIENT
+    )
     BLOB = 255  # opaque bytes (a checkpoint), uint8 [bytes]
 
     @property
@@ -97,6 +102,15 @@ class Encoding(enum.StrEnum):
     ACTIVATIONS = "activations"  # x and g: for every kind
     WEIGHT_GRADIENT = "weight_gradient"  # G = g^T x: for kinds that are linear in x
     ADAPTER_GRADIENT = "adapter_gradient"  # the weights' own gradients: for kinds that the bank can derive
+
+
+class Compression(enum.StrEnum):
+    """What a job agrees to lose between base model and device; weights always come back exact."""
+
+    NONE = "none"
+    BFLOAT16 = "bfloat16"  # every tensor of a tap rounded to bfloat16
+    INT8 = "int8"  # blocks of 64 values as int8 times one scale
+    LOW_RANK = "low_rank"  # weight gradients of full-rank kinds as two factors, with error feedback
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +132,15 @@ class TapPlan:
 
     encoding: Encoding
     exceptions: tuple[tuple[int, Encoding], ...] = ()  # (input group, encoding)
+    compression: Compression = Compression.NONE
 
     def encoding_of(self, input_group: int) -> Encoding:
         return next((e for group, e in self.exceptions if group == input_group), self.encoding)
+
+    def __str__(self) -> str:
+        """`adapter_gradient`; `mixed` with exceptions; `activations+int8` where something is lost."""
+        name = "mixed" if self.exceptions else self.encoding.value
+        return name if self.compression is Compression.NONE else f"{name}+{self.compression}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,12 +10,11 @@ import asyncio
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from cola_runtime.adapter_spec import AdapterSpec
 from cola_runtime.base_model.device_link import DeviceLink
 from cola_runtime.base_model.updates import LeasedAdapter, LeaseTable, Update
 from cola_runtime.errors import ColaError, ProtocolError, Unavailable
+from cola_runtime.gradients.compression import Compressed
 from cola_runtime.proto import control_pb2
 from cola_runtime.transport import control
 from cola_runtime.transport.concurrency import until_first_ends
@@ -80,7 +79,7 @@ class GradientServer:
         """Exactly this lease is open."""
         return self._leases.find(lease) is not None
 
-    def send_tap(self, segment: Segment, tensors: Mapping[TensorKey, Tensor]) -> int:
+    def send_tap(self, segment: Segment, tensors: Mapping[TensorKey, Compressed]) -> int:
         """Queue a tap for the segment's device; returns how many tensors. From any thread, never blocks.
 
         The tensors must not be changed afterwards. Without a link to the device they are dropped: the

@@ -16,6 +16,7 @@ from cola_runtime.base_model.encoders import is_encoder, read_encoder
 from cola_runtime.base_model.heads import Pooling
 from cola_runtime.base_model.llama_weights import is_plain_llama
 from cola_runtime.base_model.loss import VocabularyProjection
+from cola_runtime.base_model.product_rate import matrix_product_flops
 from cola_runtime.base_model.tapped import SiteGroup
 from cola_runtime.errors import InvalidInput
 from cola_runtime.types import Site, Task
@@ -37,6 +38,7 @@ class LoadedModel:
     pooling: Pooling
     attention: str  # of transformers' own forward: generation, and training too unless `by_hand`
     by_hand: bool  # LlamaBody can compute it
+    product_flops: float  # FLOP/s of matrix products in its dtype here
     tied_sites: tuple[int, ...]  # sites whose parameters another module uses too
 
     @property
@@ -97,6 +99,7 @@ def load_frozen_model(path: Path, *, dtype: str, attention: str) -> LoadedModel:
         attention=attention,
         by_hand=by_hand,
         tied_sites=_tied_sites(model, sites),
+        product_flops=matrix_product_flops(DTYPES[dtype]),
     )
 
 

@@ -35,6 +35,7 @@ from cola_runtime.base_model.workspace import Workspace
 from cola_runtime.errors import InvalidInput, NotFound
 from cola_runtime.gradients.taps import TapSink
 from cola_runtime.types import (
+    PRODUCT_FLOPS,
     BaseModelDescription,
     BaseStep,
     BaseStepResult,
@@ -110,6 +111,7 @@ class TappedModel:
                 "body": type(self._body).__name__,
                 "threads": str(self._threads),
                 "device": "cpu",
+                PRODUCT_FLOPS: repr(self._loaded.product_flops),
             },
             tied_sites=self._loaded.tied_sites,
         )

@@ -21,6 +21,7 @@ from cola_runtime.base_model.gradient_server import GradientServer
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.base_model.updates import Update
 from cola_runtime.errors import ColaError
+from cola_runtime.gradients.compression import TapCompressor
 from cola_runtime.gradients.taps import Tap
 from cola_runtime.types import (
     BaseEvent,
@@ -59,6 +60,7 @@ class BaseModelService:
         self._model = model
         self._name = name
         self._lane = ComputeLane()
+        self._compressor = TapCompressor()  # the lane's alone
         self._events = EventLog()
         self._server = GradientServer(
             join_token=join_token, on_update=self._install_soon, on_event=self._events.append
@@ -92,14 +94,16 @@ class BaseModelService:
     async def end_lease(self, job_id: str, epoch: int) -> None:
         """Forget the lease and its adapter, unless a newer lease holds the job."""
         if self._server.end_lease(job_id, epoch):
-            await self._lane.run(lambda: self._model.evict(job_id), urgent=True)
+            await self._lane.run(lambda: self._forget(job_id), urgent=True)
 
     async def run(self, step: BaseStep) -> BaseStepResult:
         """Compute one mixed batch; taps leave while it runs, each microbatch's end after it."""
         tensors: Counter[int] = Counter()
 
         def sink(tap: Tap) -> None:
-            tensors[tap.segment] += self._server.send_tap(step.segments[tap.segment], tap.tensors)
+            segment = step.segments[tap.segment]
+            compressed = self._compressor.compress(segment.lease, segment.taps.compression, tap.tensors)
+            tensors[tap.segment] += self._server.send_tap(segment, compressed)
 
         result = await self._lane.run(lambda: self._model.run(step, sink))
         self._record(result)
@@ -160,6 +164,10 @@ class BaseModelService:
             yield
         finally:
             self._model.evict(job_id)
+
+    def _forget(self, job_id: str) -> None:
+        self._model.evict(job_id)
+        self._compressor.forget(job_id)
 
     def _record(self, result: BaseStepResult) -> None:
         self._steps += 1

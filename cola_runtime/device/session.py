@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cola_runtime.adapters.adapter import initial_weights
+from cola_runtime.adapters.adapter import initial_weights, torch_dtype
 from cola_runtime.adapters.checkpoint_format import (
     CheckpointContent,
     TrainingDefinition,
@@ -69,6 +69,11 @@ class AdapterSession:
             if state:
                 session._optimizer.state[parameter] = state
         return session
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and gradients."""
+        return torch_dtype(self.definition.spec)
 
     @property
     def resident_bytes(self) -> int:

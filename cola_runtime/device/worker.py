@@ -20,7 +20,7 @@ from cola_runtime.proto import control_pb2
 from cola_runtime.transport import control
 from cola_runtime.transport.reader import ReceivedTensor
 from cola_runtime.transport.stream import Item
-from cola_runtime.transport.tensors import from_wire
+from cola_runtime.transport.tensors import tap_from_wire
 from cola_runtime.types import Lease, TensorKey
 
 
@@ -150,7 +150,8 @@ class DeviceWorker:
         held.tensors += 1
         try:
             key = TensorKey(address.site, address.kind, address.slot)
-            held.session.add(key, from_wire(item), version=address.version)
+            tensor = tap_from_wire(item, held.session.dtype)
+            held.session.add(key, tensor, version=address.version)
         except ColaError as error:
             return _refuse(held, error)
         held.step_seconds += time.perf_counter() - started

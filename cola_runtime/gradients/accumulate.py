@@ -16,6 +16,7 @@ from cola_runtime.adapters.adapter import site_adapters, torch_dtype
 from cola_runtime.adapters.shapes import weight_shapes
 from cola_runtime.adapters.site_adapter import Gradients, LinearSiteAdapter
 from cola_runtime.errors import ProtocolError
+from cola_runtime.gradients.compression import product_of_factors
 from cola_runtime.types import Site, TensorKey, TensorKind
 
 
@@ -81,6 +82,8 @@ class GradientAccumulator:
             self._add_output_gradient(site, tensor, weights)
         elif key.kind is TensorKind.WEIGHT_GRADIENT:
             self._add_product(site, tensor, weights)
+        elif key.kind is TensorKind.WEIGHT_GRADIENT_FACTORS:
+            self._add_product(site, _product(site, tensor), weights)
         elif key in self._gradients:
             self._add_gradient(site, key, tensor)
         else:
@@ -109,7 +112,7 @@ class GradientAccumulator:
     def _add_gradient(self, site: Site, key: TensorKey, tensor: Tensor) -> None:
         total = self._gradients[key]
         _check_shape(site, tensor, tuple(total.shape))
-        if tensor.dtype != total.dtype:
+        if tensor.dtype not in (total.dtype, torch.bfloat16):  # the latter of a compressed tap
             raise _invalid(site.name, str(total.dtype), str(tensor.dtype))
         total.add_(tensor)
 
@@ -174,6 +177,14 @@ def _open_rows(group: _InputGroup) -> int | None:
     if group.input_NI is not None:
         return len(group.input_NI)
     return next((len(gradient) for gradient in group.waiting.values()), None)
+
+
+def _product(site: Site, factors_FK: Tensor) -> Tensor:
+    """What two low-rank factors stand for."""
+    if not factors_FK.is_floating_point() or factors_FK.ndim != 2 or factors_FK.shape[1] < 1:
+        raise _invalid(site.name, "two factors of a weight gradient", str(tuple(factors_FK.shape)))
+    _check_shape(site, factors_FK, (site.out_features + site.in_features + 1, factors_FK.shape[1]))
+    return product_of_factors(factors_FK, site.out_features)
 
 
 def _check_tap(site: Site, tensor: Tensor, rows: int | None, features: int) -> None:

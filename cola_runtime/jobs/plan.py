@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cola_runtime.adapter_spec import AdapterPart, AdapterSpec, head_part
 from cola_runtime.adapters.mergeable import check_mergeable
 from cola_runtime.adapters.targets import resolve_target_sites
+from cola_runtime.config import PlannerSettings
 from cola_runtime.errors import InvalidInput
+from cola_runtime.gradients.planner import Costs, Workload, plan_taps
 from cola_runtime.spec import CollaborationSpec, JobSpec
 from cola_runtime.types import (
+    PRODUCT_FLOPS,
     BaseModelDescription,
+    Compression,
+    Encoding,
     Gang,
     LearningRateSchedule,
     Membership,
     OptimizerHyperparameters,
+    TapPlan,
 )
+
+_UNPLANNED = TapPlan(Encoding.ADAPTER_GRADIENT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +36,7 @@ class TrainingPlan:
     optimizer: OptimizerHyperparameters
     schedule: LearningRateSchedule
     checkpoint_every: int
+    taps: TapPlan = _UNPLANNED  # `job_taps` plans them for the job's data
     merged: bool = False
     collaboration: CollaborationSpec | None = None
 
@@ -38,6 +48,51 @@ class TrainingPlan:
             return Membership(gang=Gang(name=f"job/{job_id}", combine="sum"))
         gang = Gang(name=f"group/{self.collaboration.group}", combine=self.collaboration.combine)
         return Membership(gang=gang, weight=self.collaboration.weight)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSize:
+    """What the encodings' planner needs to know of a job's training data."""
+
+    rows: int
+    tokens: int
+
+
+def job_taps(
+    job: JobSpec, base: BaseModelDescription, adapter: AdapterSpec, data: DataSize, costs: Costs
+) -> tuple[TapPlan, str]:
+    """How the job's taps travel, and why: asked at admission and whenever the job is taken up, of the same.
+
+    Raises InvalidInput `ENCODING_UNSUPPORTED`, `COMPRESSION_UNSUPPORTED`.
+    """
+    rows = min(job.rows_per_step, data.rows)
+    microbatches = min(job.adaptation_interval, rows)
+    tokens = rows * data.tokens / data.rows / microbatches
+    parts = math.ceil(tokens / costs.token_budget)
+    workload = Workload(tokens=tokens / parts, microbatches=microbatches * parts, base_dtype=base.dtype)
+    return plan_taps(
+        adapter, workload, costs, requested=job.encoding, compression=Compression(job.compression)
+    )
+
+
+def as_recorded(job: JobSpec, encoding: str) -> JobSpec:
+    """The job asking for what its record says was planned, so that other speeds do not change it any more.
+
+    The parts of a `mixed` plan are planned again. Any plan gives the same steps.
+    """
+    recorded = encoding.partition("+")[0]
+    return job if recorded == "mixed" else job.model_copy(update={"encoding": recorded})
+
+
+def wire_costs(settings: PlannerSettings, base: BaseModelDescription, *, token_budget: int) -> Costs:
+    """The settings' speeds; the base model's own where they leave it open."""
+    measured = float(base.details.get(PRODUCT_FLOPS, Costs().base_flops))
+    return Costs(
+        link_bytes_per_second=settings.link_bytes_per_second,
+        base_flops=settings.accelerator_flops or measured,
+        device_flops=settings.device_flops,
+        token_budget=token_budget,
+    )
 
 
 def training_plan(spec: JobSpec, base: BaseModelDescription, *, total_steps: int) -> TrainingPlan:

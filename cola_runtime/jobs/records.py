@@ -41,7 +41,7 @@ class NewJob:
     base_model: str  # from the spec
     spec_json: str  # the whole cola_runtime.spec.JobSpec
     total_steps: int  # optimizer steps that the job will take
-    encoding: str  # how taps travel, already planned: "activations" or "adapter_gradient"
+    encoding: str  # how taps travel, already planned: str(TapPlan), as "adapter_gradient" or "mixed+int8"
     training_key: str  # storage key of the training JSONL
     request_digest: str  # sha256 over spec and data: tells a repeated request from another one
     training_name: str = ""  # the tenant's file name, for messages about lines

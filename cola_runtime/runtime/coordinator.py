@@ -17,6 +17,8 @@ from pathlib import Path
 
 from cola_runtime.adapters.module_registry import import_adapter_modules
 from cola_runtime.config import ServiceSettings
+from cola_runtime.gradients.planner import Costs
+from cola_runtime.jobs.plan import wire_costs
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.runtime.cluster import Cluster
 from cola_runtime.scheduler.device_pool import DevicePool
@@ -95,9 +97,14 @@ async def running_coordinator(
     store = await JobStore.open(f"sqlite:///{(settings.data_dir / 'jobs.sqlite').resolve()}")
     try:
         description = await base.describe()
-        runner, pool = _wire(settings, base, description, store, storage, join_token)
+        costs = wire_costs(settings.planner, description, token_budget=settings.scheduler.token_budget)
+        runner, pool = _wire(settings, base, description, store, storage, join_token, costs)
         service = FineTuningService(
-            store=store, storage=storage, runner=runner, base_models={description.name: description}
+            store=store,
+            storage=storage,
+            runner=runner,
+            base_models={description.name: description},
+            costs=costs,
         )
         server, port = await serve_jobs(service, settings.listen, streams={DEVICES: pool.on_stream})
         endpoint = f"{settings.listen.rpartition(':')[0]}:{port}"
@@ -128,6 +135,7 @@ def _wire(
     store: JobStore,
     storage: ObjectStorage,
     join_token: str,
+    costs: Costs,
 ) -> tuple[JobRunner, DevicePool]:
     book = LeaseBook()
     loop = SchedulerLoop(base, settings.scheduler, on_base_lost=lost_base_reporter(book))
@@ -138,7 +146,14 @@ def _wire(
         book=book,
     )
     runner = JobRunner(
-        base=base, description=description, loop=loop, pool=pool, book=book, store=store, storage=storage
+        base=base,
+        description=description,
+        loop=loop,
+        pool=pool,
+        book=book,
+        store=store,
+        storage=storage,
+        costs=costs,
     )
     pool.on_checkpoint = runner.store_checkpoint
     return runner, pool

@@ -10,6 +10,7 @@ from cola_runtime.data.cursor import step_rows
 from cola_runtime.data.formats import parse_dataset
 from cola_runtime.data.metrics import evaluate
 from cola_runtime.data.tokenize import Tokenizer, longest_row
+from cola_runtime.jobs.plan import DataSize
 from cola_runtime.jobs.records import JobRecord
 from cola_runtime.spec import JobSpec
 from cola_runtime.storage.objects import ObjectStorage
@@ -23,6 +24,10 @@ class JobData:
     spec: JobSpec
     training: Sequence[Row]
     evaluation: Sequence[Row]
+
+    @property
+    def size(self) -> DataSize:
+        return DataSize(rows=len(self.training), tokens=sum(len(row.tokens) for row in self.training))
 
     def microbatches(self, version: int) -> list[list[Row]]:
         """The rows of the step that makes `version` into `version + 1`."""

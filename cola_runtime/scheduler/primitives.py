@@ -22,7 +22,7 @@ from cola_runtime.scheduler.loop import Computed, SchedulerLoop
 from cola_runtime.scheduler.packing import split_rows
 from cola_runtime.scheduler.ports import BaseModelPort
 from cola_runtime.storage.objects import ObjectStorage
-from cola_runtime.types import Encoding, Gang, Lease, Row, Segment, StepApplied, TapPlan
+from cola_runtime.types import Gang, Lease, Row, Segment, StepApplied, TapPlan
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class AdapterPrimitives:
             lease=lease,
             tenant_id=record.tenant_id,
             plan=plan,
-            taps=TapPlan(Encoding(record.encoding)),
+            taps=plan.taps,
             gang=membership.gang if membership else None,
             version=usable.version if usable else 0,
         )

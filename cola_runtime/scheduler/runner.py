@@ -6,10 +6,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cola_runtime.errors import ColaError, Conflict
-from cola_runtime.jobs.plan import training_plan
+from cola_runtime.gradients.planner import Costs
+from cola_runtime.jobs.plan import as_recorded, job_taps, training_plan
 from cola_runtime.jobs.records import CheckpointRecord, JobRecord
 from cola_runtime.jobs.state import TERMINAL_STATES, JobState
 from cola_runtime.jobs.store import JobStore
@@ -58,7 +59,9 @@ class JobRunner:
         book: LeaseBook,
         store: JobStore,
         storage: ObjectStorage,
+        costs: Costs,
     ) -> None:
+        self._costs = costs
         self._base, self._description, self._loop, self._pool = base, description, loop, pool
         self._book, self._store, self._storage = book, store, storage
         self._primitives = AdapterPrimitives(
@@ -181,6 +184,9 @@ class JobRunner:
             spec = JobSpec.model_validate_json(record.spec_json)
             plan = training_plan(spec, self._description, total_steps=record.total_steps)
             data = await load_job_data(record, spec, self._description, self._storage)
+            asked = as_recorded(spec, record.encoding)
+            taps, _ = job_taps(asked, self._description, plan.adapter, data.size, self._costs)
+            plan = replace(plan, taps=taps)
             driver = JobDriver(record, plan=plan, data=data, primitives=self._primitives, store=self._store)
             self._drivers[record.job_id] = driver
             await driver.run()

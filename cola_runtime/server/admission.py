@@ -13,10 +13,11 @@ from cola_runtime.data.formats import Dataset, parse_dataset
 from cola_runtime.data.report import DatasetReport, dataset_report
 from cola_runtime.data.tokenize import TokenizedDataset, Tokenizer, longest_row
 from cola_runtime.errors import InvalidInput
-from cola_runtime.jobs.plan import training_plan
+from cola_runtime.gradients.planner import Costs
+from cola_runtime.jobs.plan import DataSize, job_taps, training_plan
 from cola_runtime.server.base_models import BaseModels
 from cola_runtime.spec import JobSpec, parse_job_spec
-from cola_runtime.types import Encoding
+from cola_runtime.types import TapPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,38 +38,29 @@ class CheckedJob:
 
     spec: JobSpec
     report: DatasetReport
-    encoding: Encoding
-    encoding_reason: str
+    taps: TapPlan
+    taps_reason: str
 
 
 class Admission:
     """Checks submissions against the base models that are served."""
 
-    def __init__(self, base_models: BaseModels) -> None:
+    def __init__(self, base_models: BaseModels, costs: Costs) -> None:
         self._base_models = base_models
+        self._costs = costs
 
     async def check(self, submission: Submission) -> CheckedJob:
         """Raises InvalidInput for what is wrong with the spec or any line of the data; creates nothing."""
         spec = parse_job_spec(_fields(submission.spec_json))
         base = self._base_models.find(spec.base_model)
         most_tokens = longest_row(spec, context_length=base.context_length)
-        plan = training_plan(spec, base, total_steps=spec.steps or 1)  # the target modules exist
-        await asyncio.to_thread(weight_shapes, plan.adapter)  # and registered modules can be made for them
+        adapter = training_plan(spec, base, total_steps=spec.steps or 1).adapter
+        await asyncio.to_thread(weight_shapes, adapter)  # registered modules can be made for its sites
         tokenizer = await self._base_models.tokenizer(spec.base_model)
         report = await asyncio.to_thread(_check_data, submission, spec, tokenizer, most_tokens)
-        encoding, reason = choose_encoding(spec)
-        return CheckedJob(spec=spec, report=report, encoding=encoding, encoding_reason=reason)
-
-
-def choose_encoding(spec: JobSpec) -> tuple[Encoding, str]:
-    """How the job's taps travel, and why, in a sentence."""
-    if spec.encoding != "auto":
-        return Encoding(spec.encoding), f"{spec.encoding}: the job asks for it"
-    return (
-        Encoding.ADAPTER_GRADIENT,
-        "adapter_gradient: LoRA's factors are in the bank, so a site sends rank * (d_in + d_out) numbers "
-        "a step instead of d_in + d_out for each token",
-    )
+        data = DataSize(rows=report.rows, tokens=report.tokens)
+        taps, reason = job_taps(spec, base, adapter, data, self._costs)
+        return CheckedJob(spec=spec, report=report, taps=taps, taps_reason=reason)
 
 
 def _check_data(

@@ -16,6 +16,7 @@ from cola_runtime.adapters.adapter_files import adapter_folder
 from cola_runtime.adapters.checkpoint_format import checkpoint_weights
 from cola_runtime.data.report import DatasetReport
 from cola_runtime.errors import Conflict, NotFound, QuotaExceeded, Unavailable
+from cola_runtime.gradients.planner import Costs
 from cola_runtime.jobs.records import CheckpointRecord, EventRecord, JobRecord, NewJob, StepRecord, Tenant
 from cola_runtime.jobs.state import TERMINAL_STATES, JobState
 from cola_runtime.jobs.store import JobStore
@@ -52,13 +53,14 @@ class FineTuningService:
         runner: JobRunner,
         base_models: Mapping[str, BaseModelDescription],
         limits: Limits | None = None,
+        costs: Costs | None = None,
     ) -> None:
         self.store = store
         self.limits = limits or Limits()
         self._storage = storage
         self._runner = runner
         self._base_models = BaseModels(base_models)
-        self._admission = Admission(self._base_models)
+        self._admission = Admission(self._base_models, costs or Costs())
         self._prompts = Prompts(self._base_models, self.limits)
         self._creations: set[asyncio.Task[JobRecord]] = set()
 
@@ -197,7 +199,7 @@ class FineTuningService:
         job = await self._create(new, submission)
         if job.job_id == new.job_id:
             await self.store.add_event(
-                job.job_id, "encoding.chosen", checked.encoding_reason, data={"encoding": checked.encoding}
+                job.job_id, "encoding.chosen", checked.taps_reason, data={"encoding": str(checked.taps)}
             )
         await self._runner.start(job.job_id)
         return job
@@ -241,7 +243,7 @@ def _new_job(tenant: Tenant, submission: Submission, checked: CheckedJob) -> New
         base_model=checked.spec.base_model,
         spec_json=spec_json,
         total_steps=checked.report.steps,
-        encoding=checked.encoding,
+        encoding=str(checked.taps),
         training_key="",
         request_digest=_digest(spec_json.encode(), submission.training, submission.evaluation),
         training_name=submission.training_name,

@@ -28,9 +28,10 @@ from typing import NamedTuple
 import xxhash
 
 from cola_runtime.errors import ProtocolError
+from cola_runtime.gradients import int8_layout
 from cola_runtime.types import JOB_ID_PREFIX, TensorKind
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAGIC = b"COLA"
 HEADER_BYTES = 88
 MAX_PAYLOAD_BYTES = 1 << 20
@@ -49,7 +50,7 @@ class FrameKind(enum.IntEnum):
 
 
 class DType(enum.IntEnum):
-    """Element types on the wire. bfloat16 travels as its two bytes."""
+    """Element types on the wire. bfloat16 travels as its two bytes, blocks of int8 behind their scales."""
 
     FLOAT32 = 1
     FLOAT64 = 2
@@ -58,9 +59,11 @@ class DType(enum.IntEnum):
     UINT8 = 5
     INT32 = 6
     INT64 = 7
+    INT8_BLOCKS = 8  # gradients/int8_layout.py
 
 
-ITEM_BYTES = {1: 4, 2: 8, 3: 2, 4: 2, 5: 1, 6: 4, 7: 8}
+ITEM_BYTES = {1: 4, 2: 8, 3: 2, 4: 2, 5: 1, 6: 4, 7: 8, 8: 1}
+_INT8_BLOCKS = int(DType.INT8_BLOCKS)
 _FRAME_KINDS = frozenset(map(int, FrameKind))
 _TENSOR_KINDS = {int(kind): kind for kind in TensorKind}
 DTYPES = {int(dtype): dtype for dtype in DType}
@@ -82,7 +85,7 @@ class TensorAddress(NamedTuple):
 
 
 class WireTensor(NamedTuple):
-    """A tensor as its bytes: `data` is a C-contiguous buffer of prod(shape) elements."""
+    """A tensor as its bytes: `data` is a C-contiguous buffer of prod(shape) elements, or its int8 blocks."""
 
     dtype: DType
     shape: tuple[int, ...]
@@ -180,9 +183,12 @@ def check_tensor_header(header: Header) -> None:
     elements = 1
     for dimension in header.shape:
         elements *= dimension
-    if elements * item_bytes != header.total_bytes:
+    total_bytes = elements * item_bytes
+    if header.dtype == _INT8_BLOCKS:
+        total_bytes += int8_layout.scales_bytes(elements)
+    if total_bytes != header.total_bytes:
         raise ProtocolError(
-            "TENSOR_INVALID", f"{header.shape} of {item_bytes} bytes each is not {header.total_bytes} bytes"
+            "TENSOR_INVALID", f"{header.shape} of dtype {header.dtype} is not {header.total_bytes} bytes"
         )
     if header.offset + header.payload_bytes > header.total_bytes:
         raise ProtocolError("TENSOR_INVALID", f"a chunk ends beyond the tensor's {header.total_bytes} bytes")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cola_runtime.errors import ProtocolError
+from cola_runtime.gradients.compression import Compressed, Int8Blocks, dequantized
 from cola_runtime.transport.frames import MAX_DIMENSIONS, DType, WireTensor
 from cola_runtime.transport.reader import ReceivedTensor
 
@@ -23,12 +24,14 @@ _TORCH_DTYPES = {
 _WIRE_DTYPES = {dtype: code for code, dtype in _TORCH_DTYPES.items()}
 
 
-def to_wire(tensor: Tensor) -> WireTensor:
+def to_wire(tensor: Compressed) -> WireTensor:
     """The tensor's elements in row-major order; a view when it is a contiguous CPU tensor, else a copy.
 
     The tensor must not change before it was sent. Raises ProtocolError TENSOR_INVALID for a type or a number
     of dimensions that the wire does not know.
     """
+    if isinstance(tensor, Int8Blocks):
+        return WireTensor(dtype=DType.INT8_BLOCKS, shape=tensor.shape, data=_bytes_of(tensor.payload))
     dtype = _WIRE_DTYPES.get(tensor.dtype)
     if dtype is None or tensor.ndim > MAX_DIMENSIONS:
         raise ProtocolError("TENSOR_INVALID", f"cannot send {tensor.ndim} dimensions of {tensor.dtype}")
@@ -45,8 +48,27 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def from_wire(received: ReceivedTensor) -> Tensor:
-    """The received tensor on its own receive buffer: no copy, writable."""
-    dtype = _TORCH_DTYPES[received.dtype]
+    """The received tensor on its own receive buffer: no copy, writable.
+
+    Raises ProtocolError TENSOR_INVALID for int8 blocks, which only taps may be.
+    """
+    dtype = _TORCH_DTYPES.get(received.dtype)
+    if dtype is None:
+        raise ProtocolError(
+            "TENSOR_INVALID", f"{received.address.kind.name} may not be {received.dtype.name}"
+        )
+    return _tensor(received, dtype, received.shape)
+
+
+def tap_from_wire(received: ReceivedTensor, dtype: torch.dtype) -> Tensor:
+    """As `from_wire`; int8 blocks decoded to `dtype`."""
+    if received.dtype is not DType.INT8_BLOCKS:
+        return from_wire(received)
+    payload = _tensor(received, torch.uint8, (len(received.data),))
+    return dequantized(Int8Blocks(received.shape, payload), dtype)
+
+
+def _tensor(received: ReceivedTensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     if not len(received.data):
-        return torch.empty(received.shape, dtype=dtype)
-    return torch.frombuffer(received.data, dtype=dtype).reshape(received.shape)
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(received.data, dtype=dtype).reshape(shape)

@@ -17,7 +17,7 @@ from cola_runtime.adapters import module_registry
 from cola_runtime.client.sdk import Client
 from cola_runtime.errors import Conflict, InvalidInput, QuotaExceeded, Unavailable
 from cola_runtime.jobs.plan import training_plan
-from cola_runtime.server.admission import Submission, choose_encoding
+from cola_runtime.server.admission import Submission
 from cola_runtime.server.limits import Limits
 from cola_runtime.spec import JobSpec
 from cola_runtime.types import Encoding
@@ -102,6 +102,22 @@ MERGED_MODULE = {"kind": "module", "name": "mine", "target_modules": "attention"
         (submission(adapter=MODULE | {"name": "flat"}), "ADAPTER_MODULE_INVALID", ("(2, 1)", "(2, 16)")),
         (submission(adapter=MODULE | {"name": "bent"}), "ADAPTER_MODULE_INVALID", ("buffers",)),
         (submission(passes=1000, rows_per_step=1, name="x/y"), "SPEC_INVALID", ("job.name",)),
+        (
+            submission(adapter={"kind": "mlp"}, encoding="weight_gradient"),
+            "ENCODING_UNSUPPORTED",
+            ("job.encoding", "mlp at q_proj, up_proj", "auto, activations, adapter_gradient"),
+        ),
+        (
+            submission(compression="low_rank"),
+            "COMPRESSION_UNSUPPORTED",
+            ("job.compression", "lora at q_proj, up_proj", "none, bfloat16, int8"),
+        ),
+        (
+            submission(adapter={"kind": "linear"}, encoding="activations", compression="low_rank"),
+            "COMPRESSION_UNSUPPORTED",
+            ("activations", "weight_gradient"),
+        ),
+        (submission(compression="int4"), "SPEC_INVALID", ("job.compression", "int8")),
         (replace(submission(), spec_json="{"), "SPEC_INVALID", ("JSON",)),
         (replace(submission(), spec_json="[" * 10_000), "SPEC_INVALID", ("JSON",)),
         (replace(submission(), spec_json="[]"), "SPEC_INVALID", ("object",)),
@@ -230,13 +246,38 @@ def test_the_quota_counts_active_jobs_of_one_tenant(tmp_path: Path, tokenizer_pa
         submit(served, submission())
 
 
-def test_auto_takes_the_encoding_that_sends_least_and_says_why() -> None:
-    spec = JobSpec(name="a", base_model="b")
-    encoding, reason = choose_encoding(spec)
-    assert encoding is Encoding.ADAPTER_GRADIENT
-    assert "rank * (d_in + d_out)" in reason
-    forced = spec.model_copy(update={"encoding": "activations"})
-    assert choose_encoding(forced) == (Encoding.ACTIVATIONS, "activations: the job asks for it")
+def chosen(served: Served, sent: Submission) -> tuple[str, str]:
+    """The job's encoding, and what its event says about it."""
+    job = submit(served, sent)
+    events = served.run(served.store.events(job.job_id))
+    return job.encoding, next(event.message for event in events if event.kind == "encoding.chosen")
+
+
+def test_auto_takes_the_cheapest_encoding_and_says_why(served: Served) -> None:
+    encoding, reason = chosen(served, submission())
+    assert encoding == "adapter_gradient"
+    assert reason.startswith("adapter_gradient: the least time at 125 MB/s, 0.00512 MB up")
+    assert chosen(served, submission(adapter={"rank": 256}, rows_per_step=1))[0] == "weight_gradient"
+    assert chosen(served, submission(encoding="activations")) == (
+        "activations",
+        "activations: the job asks for it",
+    )
+
+
+def test_inputs_whose_cheapest_encodings_differ_make_a_mixed_plan(served: Served) -> None:
+    parts = [
+        {"kind": "lora", "rank": 1, "target_modules": ["q_proj"]},
+        {"kind": "mlp", "hidden": 4000, "target_modules": ["up_proj"]},
+    ]
+    encoding, reason = chosen(served, submission(adapter=parts))
+    assert encoding == "mixed"
+    assert "adapter_gradient but activations at 2 of the inputs" in reason
+
+
+def test_a_lossy_job_is_named_so_and_its_record_says_it(served: Served) -> None:
+    encoding, reason = chosen(served, submission(compression="int8"))
+    assert encoding == "adapter_gradient+int8"
+    assert "int8 is lossy" in reason
 
 
 @pytest.mark.parametrize("encoding", ["auto", *Encoding])

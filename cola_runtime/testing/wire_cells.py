@@ -1,0 +1,152 @@
+"""Bytes and CPU of one step's taps, input group by input group, through the runtime's own functions.
+
+The real stacks make what a backward pass hands out; it is compressed, framed, read back, decoded and added
+up as on a device. Only x and g are random. All on one thread.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cola_runtime.adapter_spec import AdapterKind, AdapterPart, AdapterSpec
+from cola_runtime.adapters.adapter import initial_weights
+from cola_runtime.base_model.layout import AdapterLayout
+from cola_runtime.base_model.stacks.protocol import CohortRows, SiteStack
+from cola_runtime.base_model.stacks.taps import GroupTaps, OwnGradients
+from cola_runtime.gradients.accumulate import GradientAccumulator
+from cola_runtime.gradients.compression import TapCompressor
+from cola_runtime.gradients.planner import encodings_of
+from cola_runtime.gradients.taps import Tap
+from cola_runtime.transport.frames import Frame, TensorAddress, tensor_frames
+from cola_runtime.transport.reader import FrameLimits, FrameReader, ReceivedTensor
+from cola_runtime.transport.tensors import tap_from_wire, to_wire
+from cola_runtime.types import Compression, Encoding, Lease, Site, TapPlan, TensorKey
+
+LEASE = Lease(job_id="job-" + "0" * 32, epoch=1, device_id="here")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One input group's taps of one microbatch; CPU seconds of one thread, frames included."""
+
+    bytes_up: int  # frame headers included
+    base_seconds: float  # beyond the forward and backward pass: products, compression, frames
+    device_seconds: float  # frames, decoding, gradient
+
+    def seconds(self, link_bytes_per_second: float) -> float:
+        return self.bytes_up / link_bytes_per_second + self.base_seconds + self.device_seconds
+
+
+def possible_plans(kind: AdapterKind) -> list[TapPlan]:
+    """Every encoding of the kind under every compression that it may have."""
+    plans = [
+        TapPlan(encoding, compression=compression)
+        for encoding in encodings_of(kind)
+        for compression in Compression
+        if compression is not Compression.LOW_RANK
+    ]
+    if kind.kind == "linear":
+        plans.append(TapPlan(Encoding.WEIGHT_GRADIENT, compression=Compression.LOW_RANK))
+    return plans
+
+
+def measure_cells(
+    kind: AdapterKind, sites: Sequence[Site], rows: int, *, dtype: torch.dtype, rounds: int
+) -> dict[TapPlan, Cell]:
+    """Of the sites of one input group, under every possible plan, in turn; medians over `rounds`."""
+    group = _Group(kind, sites, rows, dtype)
+    plans = possible_plans(kind)
+    measured: dict[TapPlan, list[Cell]] = {plan: [] for plan in plans}
+    for number in range(rounds + 1):
+        for plan in plans:
+            cell = group.measure(plan)
+            if number > 0:  # the first round touches memory for the first time
+                measured[plan].append(cell)
+    return {plan: _median(cells) for plan, cells in measured.items()}
+
+
+def _median(cells: Sequence[Cell]) -> Cell:
+    return Cell(
+        bytes_up=cells[0].bytes_up,
+        base_seconds=statistics.median(cell.base_seconds for cell in cells),
+        device_seconds=statistics.median(cell.device_seconds for cell in cells),
+    )
+
+
+class _TimedTaps(GroupTaps):
+    """The real one, with a clock around what it does."""
+
+    seconds = 0.0
+
+    def emit(self, x_SMI: Tensor, grads_SMO: Mapping[int, Tensor], own: OwnGradients) -> None:
+        started = time.thread_time()
+        super().emit(x_SMI, grads_SMO, own)
+        self.seconds += time.thread_time() - started
+
+
+class _Group:
+    """One adapter at one input group, its weights, and a microbatch's x and g."""
+
+    def __init__(self, kind: AdapterKind, sites: Sequence[Site], rows: int, dtype: torch.dtype) -> None:
+        self._spec = AdapterSpec(parts=(AdapterPart(kind=kind, sites=tuple(sites)),), seed=0)
+        self._weights = initial_weights(self._spec)
+        self._sites, self._dtype = sites, dtype
+        self._x_BTI = torch.randn(1, rows, sites[0].in_features).to(dtype)
+        self._grads_BTO = [torch.randn(1, rows, site.out_features).to(dtype) for site in sites]
+        self._accumulator = GradientAccumulator(self._spec)
+        self._compressor = TapCompressor()
+
+    def measure(self, plan: TapPlan) -> Cell:
+        frames: list[Frame] = []
+
+        def sink(tap: Tap) -> None:
+            for key, tensor in self._compressor.compress(LEASE, plan.compression, tap.tensors).items():
+                frames.extend(tensor_frames(_address(key), to_wire(tensor)))
+
+        taps = _TimedTaps(
+            plan.encoding, segments=[0], scalings=[self._scaling], dtype=torch.float32, sink=sink
+        )
+        stack = self._stack(taps)
+        outputs_BTO = [torch.zeros_like(grad) for grad in self._grads_BTO]
+        kept = stack.add_to(outputs_BTO, self._x_BTI)
+        stack.backward(self._x_BTI, kept, self._grads_BTO, None)
+        messages = [header + bytes(payload) for header, payload in frames]
+        return Cell(
+            bytes_up=sum(map(len, messages)), base_seconds=taps.seconds, device_seconds=self._add(messages)
+        )
+
+    @property
+    def _scaling(self) -> float:
+        return self._spec.parts[0].kind.scaling
+
+    def _stack(self, taps: GroupTaps) -> SiteStack:
+        layout = AdapterLayout.of(self._spec)
+        flat = layout.flatten(self._weights, self._spec, self._dtype)
+        blocks = [block.view(1, -1) for block in torch.split(flat, list(layout.block_sizes))]
+        (views,) = layout.views(blocks)[0].values()
+        rows = CohortRows(0, 1, (self._scaling,))
+        return layout.parts[0].stack(views, rows, tuple(range(len(self._sites))), taps)
+
+    def _add(self, messages: Sequence[bytes]) -> float:
+        """What a device does with them; returns its CPU seconds."""
+        started = time.thread_time()
+        reader = FrameReader(FrameLimits())
+        for message in messages:
+            for item in reader.feed(message):
+                assert isinstance(item, ReceivedTensor)
+                key = TensorKey(item.address.site, item.address.kind, item.address.slot)
+                self._accumulator.add(key, tap_from_wire(item, torch.float32), self._weights)
+        assert self._accumulator.complete
+        return time.thread_time() - started
+
+
+def _address(key: TensorKey) -> TensorAddress:
+    return TensorAddress(
+        job_id=LEASE.job_id, epoch=LEASE.epoch, version=0, site=key.site, kind=key.kind, slot=key.slot
+    )

@@ -1,0 +1,76 @@
+"""The planner's bytes are those of real taps."""
+
+from __future__ import annotations
+
+import pytest
+
+from cola_runtime.adapter_spec import (
+    AdapterKind,
+    LinearizedLoraKind,
+    LinearKind,
+    LoraKind,
+    MlpKind,
+)
+from cola_runtime.base_model.model import TappedModel
+from cola_runtime.gradients.compression import TapCompressor
+from cola_runtime.gradients.planner import Workload, encodings_of, group_effort
+from cola_runtime.transport.tensors import to_wire
+from cola_runtime.types import PRODUCT_FLOPS, Compression, Encoding, Segment, TapPlan
+from tests.base_model.conftest import TinyFolder
+from tests.base_model.mixed_samples import install_all, run_segments
+from tests.base_model.test_adapter_kinds import everywhere
+
+KINDS: list[AdapterKind] = [
+    LoraKind(rank=3),
+    LinearKind(bias=True),
+    MlpKind(hidden=5),
+    LinearizedLoraKind(rank=2),
+    LinearizedLoraKind(rank=2, initial_b="zero"),
+]
+CASES = [
+    (kind, encoding, compression)
+    for kind in KINDS
+    for encoding in encodings_of(kind)
+    for compression in Compression
+    if compression is not Compression.LOW_RANK
+    or (isinstance(kind, LinearKind) and encoding is Encoding.WEIGHT_GRADIENT)
+]
+
+
+@pytest.fixture(scope="module")
+def tapped(tiny_folder: TinyFolder) -> TappedModel:
+    return TappedModel.load(tiny_folder("llama", "bfloat16"), dtype="bfloat16", attention="eager")
+
+
+@pytest.mark.parametrize(("kind", "encoding", "compression"), CASES)
+def test_every_input_group_sends_the_bytes_that_were_planned(
+    tapped: TappedModel, kind: AdapterKind, encoding: Encoding, compression: Compression
+) -> None:
+    member = everywhere(1, kind, tapped.sites, "float32")  # one row
+    install_all(tapped, [member])
+    segment = Segment(
+        lease=member.lease,
+        version=0,
+        rows=member.rows,
+        loss_denominator=1.0,
+        taps=TapPlan(encoding, compression=compression),
+    )
+    _, taps = run_segments(tapped, [segment])
+    compressor = TapCompressor()
+    for tap in taps:
+        sent = compressor.compress(member.lease, compression, tap.tensors)
+        sites = [site for site in tapped.sites if site.index in {key.site for key in tap.tensors}]
+        rows = {len(t) for k, t in tap.tensors.items() if k.kind.name == "INPUT"} or {
+            len(member.rows[0].tokens)
+        }
+        workload = Workload(tokens=rows.pop(), microbatches=1, base_dtype="bfloat16")
+        effort = group_effort([(kind, sites)], workload, encoding, dtype="float32", compression=compression)
+        found = sum(len(to_wire(tensor).data) for tensor in sent.values())
+        # int8: every tensor has a last block that is not full
+        slack = 2 * len(sent) if compression is Compression.INT8 else 0
+        assert abs(found - effort.bytes_up) <= slack
+
+
+def test_a_base_model_says_how_fast_it_multiplies(tapped: TappedModel) -> None:
+    rate = float(tapped.describe("tiny", "").details[PRODUCT_FLOPS])
+    assert 1e8 < rate < 1e16
