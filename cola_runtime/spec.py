@@ -102,10 +102,21 @@ _MODELS: dict[str, type[BaseModel]] = {
 }
 
 
-class OptimizerSpec(Frozen):
-    """Hyper-parameters in `torch.optim`'s words."""
+_OWN_FIELDS = {
+    "adamw": ("betas", "eps"),
+    "sgd": ("momentum", "nesterov"),
+    "adafactor": ("beta2_decay", "eps1", "eps2", "d"),
+}
+"""What each optimizer has beside learning_rate, weight_decay and max_grad_norm."""
 
-    kind: Literal["adamw", "sgd"] = "adamw"
+
+class OptimizerSpec(Frozen):
+    """Hyper-parameters in `torch.optim`'s words (docs/training_options.md).
+
+    One that the kind does not have is refused unless it is left at its default.
+    """
+
+    kind: Literal["adamw", "sgd", "adafactor"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0, le=100)] = 2e-4
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
@@ -113,6 +124,22 @@ class OptimizerSpec(Frozen):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     nesterov: bool = False
     max_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    beta2_decay: Annotated[float, Field(ge=-10, le=0)] = -0.8
+    """Adafactor: the running mean takes in step t's squares with weight t^beta2_decay."""
+    eps1: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Adafactor: least root of a squared gradient's estimate; None is the machine epsilon of the dtype."""
+    eps2: Annotated[float, Field(ge=0, le=1)] = 1e-3
+    """Adafactor: least root mean square of a weight that a step is taken relative to."""
+    d: Annotated[float, Field(ge=1, le=1e6)] = 1.0
+    """Adafactor: most root mean square of a weight's update."""
+
+    @model_validator(mode="after")
+    def _only_its_own_fields(self) -> OptimizerSpec:
+        own = _OWN_FIELDS[self.kind]
+        for name in (name for names in _OWN_FIELDS.values() for name in names if name not in own):
+            if getattr(self, name) != OptimizerSpec.model_fields[name].default:
+                raise ValueError(f"{self.kind} has no {name}; of its own it has {', '.join(own)}")
+        return self
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> OptimizerSpec:

@@ -114,7 +114,7 @@ class TapPlan:
 class OptimizerHyperparameters:
     """`torch.optim` names; `max_grad_norm` clips the global norm over all sites of one adapter."""
 
-    kind: str  # "adamw" or "sgd"
+    kind: str  # "adamw", "sgd" or "adafactor"
     learning_rate: float
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -122,6 +122,10 @@ class OptimizerHyperparameters:
     momentum: float = 0.0
     nesterov: bool = False
     max_grad_norm: float | None = None
+    beta2_decay: float = -0.8
+    eps1: float | None = None  # None: the machine epsilon of the weights' dtype
+    eps2: float = 1e-3
+    d: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

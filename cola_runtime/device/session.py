@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from cola_runtime.adapters.checkpoint_format import (
     decode_checkpoint,
     encode_checkpoint,
 )
+from cola_runtime.adapters.optimizer_state import state_shapes
 from cola_runtime.adapters.schedule import learning_rate
 from cola_runtime.adapters.shapes import weight_shapes
 from cola_runtime.device.optimizer import build_optimizer
@@ -74,8 +76,11 @@ class AdapterSession:
     def resident_bytes(self) -> int:
         """Weights, gradient sums and optimizer state, from the first step on."""
         hyper = self.definition.optimizer
-        states = 2 if hyper.kind == "adamw" else int(hyper.momentum != 0)
-        return (2 + states) * sum(tensor.nbytes for tensor in self._weights.values())
+        return sum(
+            2 * tensor.nbytes
+            + tensor.itemsize * sum(map(prod, state_shapes(hyper, tuple(tensor.shape)).values()))
+            for tensor in self._weights.values()
+        )
 
     def add(self, key: TensorKey, tensor: Tensor, *, version: int) -> None:
         """Add one tensor of a tap of `version`. Raises Conflict VERSION_MISMATCH for any other version."""

@@ -30,7 +30,7 @@ import xxhash
 from cola_runtime.errors import ProtocolError
 from cola_runtime.types import JOB_ID_PREFIX, TensorKind
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAGIC = b"COLA"
 HEADER_BYTES = 88
 MAX_PAYLOAD_BYTES = 1 << 20
