@@ -33,6 +33,7 @@ from cola_runtime.errors import InvalidInput, Violation
 
 MAX_STEPS = 1_000_000
 MAX_ROWS_PER_STEP = 4096
+MAX_INNER_STEPS = 64
 MAX_PARTS = 16
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
@@ -171,6 +172,8 @@ class JobSpec(Frozen):
     rows_per_step: Annotated[int, Field(ge=1, le=MAX_ROWS_PER_STEP, strict=True)] = 8
     adaptation_interval: Annotated[int, Field(ge=1, le=1024, strict=True)] = 1
     """Microbatches that the rows of a step are split into."""
+    inner_steps: Annotated[int, Field(ge=1, le=MAX_INNER_STEPS, strict=True)] = 1
+    """Optimizer steps on the taps of one step. Above 1 training is not exact: docs/training_options.md."""
     max_length: Annotated[int, Field(ge=2, le=1_048_576, strict=True)] | None = None
     """Longest row in tokens; None is the base model's context."""
     truncate: bool = False

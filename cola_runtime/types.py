@@ -126,6 +126,9 @@ class OptimizerHyperparameters:
     eps1: float | None = None  # None: the machine epsilon of the weights' dtype
     eps2: float = 1e-3
     d: float = 1.0
+    inner_steps: int = (
+        1  # optimizer steps on the taps of one step; above 1 not exact (gradients/surrogate.py)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,7 @@ from cola_runtime.adapter_spec import AdapterSpec, adapter_spec_from_fields
 from cola_runtime.adapters.optimizer_state import STEP, state_shapes
 from cola_runtime.adapters.shapes import weight_names, weight_shapes
 from cola_runtime.errors import InvalidInput
+from cola_runtime.spec import MAX_INNER_STEPS
 from cola_runtime.types import LearningRateSchedule, OptimizerHyperparameters, TensorKey
 
 FORMAT = 2
@@ -95,6 +96,8 @@ def _description(data: bytes) -> dict[str, Any]:
 def _definition(description: dict[str, Any]) -> TrainingDefinition:
     optimizer = dict(description["optimizer"])
     optimizer["betas"] = tuple(optimizer["betas"])
+    if optimizer.get("inner_steps", 1) not in range(1, MAX_INNER_STEPS + 1):
+        raise ValueError(f"inner_steps {optimizer['inner_steps']!r}")
     return TrainingDefinition(
         spec=adapter_spec_from_fields(description["spec"]),
         optimizer=OptimizerHyperparameters(**optimizer),
@@ -123,15 +126,16 @@ def _checked(
             )
             for state, state_shape in expected.items()
         }
-        _check_count(states[key], version)
+        _check_count(states[key], version * definition.optimizer.inner_steps)
     if tensors:
         raise _invalid(f"unknown tensors {sorted(tensors)[:3]}")
     return CheckpointContent(definition=definition, version=version, weights=weights, optimizer_state=states)
 
 
-def _check_count(state: dict[str, NDArray[Any]], version: int) -> None:
-    if state.get(STEP, version) != version:
-        raise _invalid(f"the optimizer counts {state[STEP]} steps at version {version}")
+def _check_count(state: dict[str, NDArray[Any]], steps: int) -> None:
+    steps = min(steps, 2**24)  # torch counts in float32, which 2^24 + 1 leaves at 2^24
+    if state.get(STEP, steps) != steps:
+        raise _invalid(f"the optimizer counts {state[STEP]} steps where it has taken {steps}")
 
 
 def _take(tensors: dict[str, NDArray[Any]], name: str, *, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:

@@ -14,8 +14,9 @@ from torch import Tensor
 from cola_runtime.adapter_spec import AdapterSpec
 from cola_runtime.adapters.adapter import site_adapters, torch_dtype
 from cola_runtime.adapters.shapes import weight_shapes
-from cola_runtime.adapters.site_adapter import Gradients, LinearSiteAdapter
+from cola_runtime.adapters.site_adapter import Gradients, LinearSiteAdapter, Weights
 from cola_runtime.errors import ProtocolError
+from cola_runtime.gradients.surrogate import KeptTaps
 from cola_runtime.types import Site, TensorKey, TensorKind
 
 
@@ -44,10 +45,13 @@ class GradientAccumulator:
     Of `activations` taps, each pair (x, g) does so as soon as both are there, and is freed: memory is the
     adapter's gradient plus open pairs. One tap of an input group (x, a g per site) ends before its next one
     begins.
+
+    With `keep_taps` every pair stays until `clear`, for `surrogate_gradients`; there must be x and g then.
     """
 
-    def __init__(self, spec: AdapterSpec) -> None:
+    def __init__(self, spec: AdapterSpec, *, keep_taps: bool = False) -> None:
         self._adapters = site_adapters(spec)
+        self._kept = KeptTaps(self._adapters) if keep_taps else None
         self._dtype = torch_dtype(spec)
         self._sites = {site.index: site for site in spec.sites}
         self._gradients = {
@@ -69,8 +73,9 @@ class GradientAccumulator:
     def add(self, key: TensorKey, tensor: Tensor, weights: Mapping[TensorKey, Tensor]) -> None:
         """Add one tensor of a tap; `weights` are those that the tap was taken at.
 
-        Keeps no reference to `tensor` beyond its pair. Raises ProtocolError `TENSOR_INVALID`, and changes
-        nothing, for a site, kind, shape or dtype that this adapter does not have.
+        Keeps no reference to `tensor` beyond its pair, unless taps are kept. Changes nothing when it raises
+        ProtocolError `TENSOR_INVALID` for a site, kind, shape or dtype that this adapter does not have; with
+        kept taps `INNER_STEPS_NEED_ACTIVATIONS` for another encoding, QuotaExceeded `TAPS_TOO_LARGE`.
         """
         site = self._sites.get(key.site)
         if site is None:
@@ -79,6 +84,12 @@ class GradientAccumulator:
             self._add_input(site, tensor, weights)
         elif key.kind is TensorKind.OUTPUT_GRADIENT:
             self._add_output_gradient(site, tensor, weights)
+        elif self._kept is not None:
+            raise ProtocolError(
+                "INNER_STEPS_NEED_ACTIVATIONS",
+                f"more inner steps than one need x and g of site {site.name!r}, got {key.kind.name}",
+                where=site.name,
+            )
         elif key.kind is TensorKind.WEIGHT_GRADIENT:
             self._add_product(site, tensor, weights)
         elif key in self._gradients:
@@ -99,8 +110,15 @@ class GradientAccumulator:
             )
         return dict(self._gradients)
 
+    def surrogate_gradients(self, weights: Weights, start: Weights) -> dict[TensorKey, Tensor]:
+        """The gradient of the kept taps' surrogate at `weights`; they were taken at `start`. New tensors."""
+        assert self._kept is not None
+        return self._kept.gradients(weights, start)
+
     def clear(self) -> None:
-        """Zero the sums in place and drop open pairs, for the next step."""
+        """Zero the sums in place and drop open pairs and kept taps, for the next step."""
+        if self._kept is not None:
+            self._kept.clear()
         for gradient in self._gradients.values():
             gradient.zero_()
         for group in self._groups.values():
@@ -133,6 +151,7 @@ class GradientAccumulator:
         if group.input_NI is not None:
             raise _invalid(site.name, "the open tap's remaining gradients", "a second input")
         _check_tap(site, tensor, _open_rows(group), site.in_features)
+        self._reserve(tensor)
         group.input_NI = tensor.to(self._dtype)
         for index in list(group.waiting):
             self._pair(group, group.sites[index], group.waiting.pop(index), weights)
@@ -142,6 +161,7 @@ class GradientAccumulator:
         if site.index in group.waiting or site.index in group.paired:
             raise _invalid(site.name, "one gradient a tap", "a second one before the tap was complete")
         _check_tap(site, tensor, _open_rows(group), site.out_features)
+        self._reserve(tensor)
         if group.input_NI is None:
             group.waiting[site.index] = tensor
         else:
@@ -151,12 +171,18 @@ class GradientAccumulator:
         self, group: _InputGroup, site: Site, grad_NO: Tensor, weights: Mapping[TensorKey, Tensor]
     ) -> None:
         assert group.input_NI is not None
+        grad_NO = grad_NO.to(self._dtype)
         with torch.no_grad():
-            adapter = self._adapters[site.index]
-            self._add_all(adapter.gradient(group.input_NI, grad_NO.to(self._dtype), weights))
+            self._add_all(self._adapters[site.index].gradient(group.input_NI, grad_NO, weights))
+        if self._kept is not None:
+            self._kept.keep(site.index, group.input_NI, grad_NO)
         group.paired.add(site.index)
         if len(group.paired) == len(group.sites):
             _close(group)
+
+    def _reserve(self, tensor: Tensor) -> None:
+        if self._kept is not None:
+            self._kept.reserve(tensor.numel() * self._dtype.itemsize)
 
     def _add_all(self, gradients: Gradients) -> None:
         for key, gradient in gradients.items():

@@ -35,7 +35,7 @@ def training_plan(spec: JobSpec, base: BaseModelDescription, *, total_steps: int
         seed=spec.seed,
         dtype="float64" if base.dtype == "float64" else "float32",
     )
-    optimizer = OptimizerHyperparameters(**spec.optimizer.model_dump())
+    optimizer = OptimizerHyperparameters(**spec.optimizer.model_dump(), inner_steps=spec.inner_steps)
     schedule = LearningRateSchedule(
         kind=spec.schedule.kind, warmup_steps=spec.schedule.warmup_steps, total_steps=total_steps
     )

@@ -59,7 +59,9 @@ class Admission:
 
 
 def choose_encoding(spec: JobSpec) -> tuple[Encoding, str]:
-    """How the job's taps travel, and why, in a sentence."""
+    """How the job's taps travel, and why, in a sentence. Raises InvalidInput INNER_STEPS_NEED_ACTIVATIONS."""
+    if spec.inner_steps > 1:
+        return _encoding_for_inner_steps(spec)
     if spec.encoding != "auto":
         return Encoding(spec.encoding), f"{spec.encoding}: the job asks for it"
     return (
@@ -67,6 +69,17 @@ def choose_encoding(spec: JobSpec) -> tuple[Encoding, str]:
         "adapter_gradient: LoRA's factors are in the bank, so a site sends rank * (d_in + d_out) numbers "
         "a step instead of d_in + d_out for each token",
     )
+
+
+def _encoding_for_inner_steps(spec: JobSpec) -> tuple[Encoding, str]:
+    if spec.encoding not in ("auto", Encoding.ACTIVATIONS):
+        raise InvalidInput(
+            "INNER_STEPS_NEED_ACTIVATIONS",
+            f"{spec.inner_steps} inner steps need each token's x and g on the device, not a {spec.encoding}",
+            where="job.encoding",
+            remedy="Use encoding activations or auto, or inner_steps 1; nothing was created.",
+        )
+    return Encoding.ACTIVATIONS, "activations: more inner steps than one need x and g on the device"
 
 
 def _check_data(

@@ -68,6 +68,7 @@ def optimizer_to_proto(optimizer: OptimizerHyperparameters) -> control_pb2.Optim
         eps1=optimizer.eps1,
         eps2=optimizer.eps2,
         d=optimizer.d,
+        inner_steps=optimizer.inner_steps,
     )
 
 
@@ -85,6 +86,7 @@ def optimizer_from_proto(message: control_pb2.OptimizerDefinition) -> OptimizerH
         eps1=message.eps1 if message.HasField("eps1") else None,
         eps2=message.eps2,
         d=message.d,
+        inner_steps=message.inner_steps,
     )
 
 

@@ -43,6 +43,7 @@ def definition(
     total_steps: int = 8,
     sites: tuple[Site, ...] = SITES,
     spec: AdapterSpec | None = None,
+    inner_steps: int = 1,
 ) -> TrainingDefinition:
     return TrainingDefinition(
         spec=spec or lora_spec(rank=rank, alpha=6.0, use_rslora=False, seed=5, sites=sites, dtype=dtype),
@@ -58,6 +59,7 @@ def definition(
             eps1=1e-5,
             eps2=0.02,
             d=1.5,
+            inner_steps=inner_steps,
         ),
         schedule=LearningRateSchedule(kind="cosine", warmup_steps=2, total_steps=total_steps),
     )

@@ -42,7 +42,8 @@ def plan_of(**fields: Any) -> TrainingPlan:
     ],
 )
 def test_every_hyper_parameter_reaches_the_device(optimizer: dict[str, Any]) -> None:
-    wanted = plan_of(optimizer=optimizer).optimizer
+    wanted = plan_of(optimizer=optimizer, inner_steps=3).optimizer
+    assert wanted.inner_steps == 3
     for name, value in optimizer.items():
         assert getattr(wanted, name) == (tuple(value) if isinstance(value, list) else value)
     message = control.optimizer_to_proto(wanted)
@@ -75,6 +76,13 @@ def test_what_the_optimizer_does_not_have_is_refused_with_the_reason(
     assert caught.value.reason == "SPEC_INVALID"
     assert caught.value.violations[0].where.startswith("job.optimizer")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("inner_steps", [0, 65, 1.5, True])
+def test_inner_steps_have_a_range(inner_steps: object) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        plan_of(inner_steps=inner_steps)
+    assert caught.value.violations[0].where == "job.inner_steps"
 
 
 def test_what_is_left_at_its_default_is_never_refused() -> None:

@@ -45,6 +45,12 @@ def submit(served: Served, sent: Submission, tenant: str = "alice") -> Any:
         (submission(base_model="../etc"), "BASE_MODEL_UNKNOWN", ("job.base_model", BASE_MODEL)),
         (submission(base_model="tiny-lama"), "BASE_MODEL_UNKNOWN", ("did you mean 'tiny-llama'",)),
         (submission(adapter={"target_modules": ["k_proj"]}), "NO_MODULE_MATCHED", ("k_proj", "q_proj")),
+        (
+            submission(inner_steps=2, encoding="adapter_gradient"),
+            "INNER_STEPS_NEED_ACTIVATIONS",
+            ("job.encoding", "adapter_gradient", "inner_steps 1"),
+        ),
+        (submission(inner_steps=65), "SPEC_INVALID", ("job.inner_steps", "64")),
         (submission(passes=1000, rows_per_step=1, name="x/y"), "SPEC_INVALID", ("job.name",)),
         (replace(submission(), spec_json="{"), "SPEC_INVALID", ("JSON",)),
         (replace(submission(), spec_json="[" * 10_000), "SPEC_INVALID", ("JSON",)),
