@@ -65,7 +65,7 @@ class TensorKind(enum.IntEnum):
     GRAD_DELTA_B = 74
     GRAD_MODULE = 75
 
-    INPUT = 128  # x, [rows, in_features]; its site is the first one of those that share it
+    INPUT = 128  # x, [rows, in_features]; its site is the first one of those that share it (dropout: its own)
     OUTPUT_GRADIENT = 129  # g, [rows, out_features]
     WEIGHT_GRADIENT = 130  # g^T [x, 1], [out_features, in_features + 1]: G, and the sum of g for a bias
     BLOB = 255  # opaque bytes (a checkpoint), uint8 [bytes]
@@ -172,6 +172,7 @@ class Segment:
     taps: TapPlan = TapPlan(Encoding.ADAPTER_GRADIENT)
     microbatch: int = 0  # position within the step, 0-based
     last_microbatch: bool = True  # the device applies the optimizer step after this one
+    first_row: int = 0  # position of the first row within the step, 0-based; dropout's masks go by it
 
     @property
     def tokens(self) -> int:

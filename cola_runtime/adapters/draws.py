@@ -6,6 +6,7 @@ import hashlib
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -16,6 +17,12 @@ def uniform(key: str, shape: tuple[int, ...], *, bound: float) -> Tensor:
     """
     generator = np.random.Generator(np.random.PCG64(_hash(key)))
     return torch.from_numpy((2.0 * generator.random(shape) - 1.0) * bound)
+
+
+def uniform_bits(key: str, count: int) -> NDArray[np.uint32]:
+    """`count` uniform 32 bit numbers; the first ones do not depend on how many are asked for."""
+    words = np.random.PCG64(_hash(key)).random_raw((count + 1) // 2)
+    return words.astype("<u8", copy=False).view("<u4")[:count]
 
 
 def torch_seed(key: str) -> int:

@@ -76,7 +76,7 @@ def _config(spec: AdapterSpec, base_model: str) -> dict[str, Any]:
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": int(kind.alpha) if kind.alpha.is_integer() else kind.alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": kind.dropout,
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": kind.rank,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cola_runtime.adapter_spec import AdapterSpec
+from cola_runtime.adapter_spec import AdapterSpec, input_dropout
 from cola_runtime.adapters.adapter import site_adapters, torch_dtype
 from cola_runtime.adapters.shapes import weight_shapes
 from cola_runtime.adapters.site_adapter import Gradients, LinearSiteAdapter, Weights
@@ -22,7 +22,10 @@ from cola_runtime.types import Site, TensorKey, TensorKind
 
 @dataclass(slots=True)
 class _InputGroup:
-    """The sites of one part that share one x, and what of the tap under way is still unpaired."""
+    """The sites of one part that share one x, and what of the tap under way is still unpaired.
+
+    Under dropout each site is alone: x comes with its mask.
+    """
 
     sites: dict[int, Site]  # the first one's index keys INPUT
     input_NI: Tensor | None = None  # in spec.dtype; freed after the group's last gradient
@@ -61,7 +64,8 @@ class GradientAccumulator:
         for part in spec.parts:
             groups: dict[int, _InputGroup] = {}
             for site in sorted(part.sites, key=lambda site: site.index):
-                group = groups.setdefault(site.input_group, _InputGroup(sites={}))
+                number = -1 - site.index if input_dropout(part.kind) else site.input_group
+                group = groups.setdefault(number, _InputGroup(sites={}))
                 group.sites[site.index] = site
                 self._groups[site.index] = group
 
