@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from cola_runtime.adapters.shapes import Shape
 from cola_runtime.types import OptimizerHyperparameters
 
@@ -21,3 +23,9 @@ def state_shapes(optimizer: OptimizerHyperparameters, shape: Shape) -> dict[str,
     if optimizer.kind == "adafactor":
         return {"variance": shape, STEP: ()}
     return {"momentum_buffer": shape} if optimizer.momentum else {}
+
+
+def state_bytes(optimizer: OptimizerHyperparameters, shape: Shape, *, itemsize: int) -> int:
+    """Of a weight of `shape` whose dtype has `itemsize` bytes."""
+    shapes = state_shapes(optimizer, shape)
+    return sum((4 if name == STEP else itemsize) * prod(of_state) for name, of_state in shapes.items())

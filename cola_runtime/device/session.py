@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from cola_runtime.adapters.checkpoint_format import (
     decode_checkpoint,
     encode_checkpoint,
 )
-from cola_runtime.adapters.optimizer_state import state_shapes
+from cola_runtime.adapters.optimizer_state import state_bytes
 from cola_runtime.adapters.schedule import learning_rate
 from cola_runtime.adapters.shapes import weight_shapes
 from cola_runtime.device.optimizer import build_optimizer
@@ -97,8 +96,7 @@ class AdapterSession:
         """
         hyper = self.definition.optimizer
         return sum(
-            2 * tensor.nbytes
-            + tensor.itemsize * sum(map(prod, state_shapes(hyper, tuple(tensor.shape)).values()))
+            2 * tensor.nbytes + state_bytes(hyper, tuple(tensor.shape), itemsize=tensor.itemsize)
             for tensor in self._weights.values()
         )
 

@@ -141,8 +141,9 @@ def test_an_unknown_optimizer_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_resident_bytes_are_what_the_tensors_take(kind: str) -> None:
-    training = definition(kind=kind, spec=kinds_spec())
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_resident_bytes_are_what_the_tensors_take(kind: str, dtype: str) -> None:
+    training = definition(kind=kind, spec=kinds_spec(dtype))
     session = AdapterSession.create(training)
     train(session, steps_of(training, count=1))
     states = decode_checkpoint(session.checkpoint()).optimizer_state.values()
