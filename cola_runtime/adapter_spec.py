@@ -53,6 +53,8 @@ class LoraKind(Frozen):
     alpha: Alpha = 16.0
     use_rslora: bool = False
     """s = alpha / sqrt(rank) instead of alpha / rank (arXiv:2312.03732)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """PEFT's lora_dropout: in training, the share of x's entries that each site's A does not see."""
 
     @property
     def scaling(self) -> float:
@@ -137,6 +139,11 @@ class HeadKind(Frozen):
 
 
 AdapterKind = LoraKind | LinearKind | MlpKind | LinearizedLoraKind | ModuleKind | HeadKind
+
+
+def input_dropout(kind: AdapterKind) -> float:
+    """p of a kind that drops inputs in training, else 0. With it no two sites share an x."""
+    return kind.dropout if isinstance(kind, LoraKind) else 0.0
 
 
 class AdapterPart(Frozen):

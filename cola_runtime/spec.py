@@ -36,6 +36,7 @@ from cola_runtime.errors import InvalidInput, Violation
 
 MAX_STEPS = 1_000_000
 MAX_ROWS_PER_STEP = 4096
+MAX_INNER_STEPS = 64
 MAX_PARTS = 16
 
 LabelCount = Annotated[int, Field(ge=2, le=MAX_LABELS, strict=True)]
@@ -108,10 +109,21 @@ _MODELS: dict[str, type[BaseModel]] = {
 }
 
 
-class OptimizerSpec(Frozen):
-    """Hyper-parameters in `torch.optim`'s words."""
+_OWN_FIELDS = {
+    "adamw": ("betas", "eps"),
+    "sgd": ("momentum", "nesterov"),
+    "adafactor": ("beta2_decay", "eps1", "eps2", "d"),
+}
+"""What each optimizer has beside learning_rate, weight_decay and max_grad_norm."""
 
-    kind: Literal["adamw", "sgd"] = "adamw"
+
+class OptimizerSpec(Frozen):
+    """Hyper-parameters in `torch.optim`'s words (docs/training_options.md).
+
+    One that the kind does not have is refused unless it is left at its default.
+    """
+
+    kind: Literal["adamw", "sgd", "adafactor"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0, le=100)] = 2e-4
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
@@ -119,6 +131,22 @@ class OptimizerSpec(Frozen):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     nesterov: bool = False
     max_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    beta2_decay: Annotated[float, Field(ge=-10, le=0)] = -0.8
+    """Adafactor: the running mean takes in step t's squares with weight t^beta2_decay."""
+    eps1: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Adafactor: least root of a squared gradient's estimate; None is the machine epsilon of the dtype."""
+    eps2: Annotated[float, Field(ge=0, le=1)] = 1e-3
+    """Adafactor: least root mean square of a weight that a step is taken relative to."""
+    d: Annotated[float, Field(ge=1, le=1e6)] = 1.0
+    """Adafactor: most root mean square of a weight's update."""
+
+    @model_validator(mode="after")
+    def _only_its_own_fields(self) -> OptimizerSpec:
+        own = _OWN_FIELDS[self.kind]
+        for name in (name for names in _OWN_FIELDS.values() for name in names if name not in own):
+            if getattr(self, name) != OptimizerSpec.model_fields[name].default:
+                raise ValueError(f"{self.kind} has no {name}; of its own it has {', '.join(own)}")
+        return self
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> OptimizerSpec:
@@ -217,6 +245,8 @@ class JobSpec(Frozen):
     rows_per_step: Annotated[int, Field(ge=1, le=MAX_ROWS_PER_STEP, strict=True)] = 8
     adaptation_interval: Annotated[int, Field(ge=1, le=1024, strict=True)] = 1
     """Microbatches that the rows of a step are split into."""
+    inner_steps: Annotated[int, Field(ge=1, le=MAX_INNER_STEPS, strict=True)] = 1
+    """Optimizer steps on the taps of one step. Above 1 training is not exact: docs/training_options.md."""
     max_length: Annotated[int, Field(ge=2, le=1_048_576, strict=True)] | None = None
     """Longest row in tokens; None is the base model's context."""
     truncate: bool = False

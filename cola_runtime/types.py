@@ -80,7 +80,7 @@ class TensorKind(enum.IntEnum):
     GRAD_DELTA_B = 74
     GRAD_MODULE = 75
 
-    INPUT = 128  # x, [rows, in_features]; its site is the first one of those that share it
+    INPUT = 128  # x, [rows, in_features]; its site is the first one of those that share it (dropout: its own)
     OUTPUT_GRADIENT = 129  # g, [rows, out_features]
     WEIGHT_GRADIENT = 130  # g^T [x, 1], [out_features, in_features + 1]: G, and the sum of g for a bias
     WEIGHT_GRADIENT_FACTORS = (
@@ -147,7 +147,7 @@ class TapPlan:
 class OptimizerHyperparameters:
     """`torch.optim` names; `max_grad_norm` clips the global norm over all sites of one adapter."""
 
-    kind: str  # "adamw" or "sgd"
+    kind: str  # "adamw", "sgd" or "adafactor"
     learning_rate: float
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -155,6 +155,13 @@ class OptimizerHyperparameters:
     momentum: float = 0.0
     nesterov: bool = False
     max_grad_norm: float | None = None
+    beta2_decay: float = -0.8
+    eps1: float | None = None  # None: the machine epsilon of the weights' dtype
+    eps2: float = 1e-3
+    d: float = 1.0
+    inner_steps: int = (
+        1  # optimizer steps on the taps of one step; above 1 not exact (gradients/surrogate.py)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,6 +241,7 @@ class Segment:
     microbatch: int = 0  # position within the step, 0-based
     last_microbatch: bool = True  # the device applies the optimizer step after this one
     gang: Gang | None = None  # whose merged weights these rows must see; None: adapters beside the base
+    first_row: int = 0  # position of the first row within the step, 0-based; dropout's masks go by it
 
     @property
     def tokens(self) -> int:

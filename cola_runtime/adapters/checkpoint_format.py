@@ -1,9 +1,8 @@
 """A checkpoint as one bytes object: safetensors with the adapter's definition as JSON metadata. Torch-free.
 
 Tensor names: `weights/<site name>/lora_a`, `optimizer/<site name>/lora_a/<state name>`, the same for every
-weight; the state names are torch.optim's own (exp_avg, exp_avg_sq, step, momentum_buffer). Metadata "cola"
-holds format, spec, optimizer, schedule and version. Reading checks everything against them before a tensor is
-used.
+weight; the state names are torch.optim's own (adapters/optimizer_state.py). Metadata "cola" holds format,
+spec, optimizer, schedule and version. Reading checks everything against them before a tensor is used.
 """
 
 from __future__ import annotations
@@ -20,8 +19,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from cola_runtime.adapter_spec import AdapterSpec, adapter_spec_from_fields
+from cola_runtime.adapters.optimizer_state import STEP, state_shapes
 from cola_runtime.adapters.shapes import weight_names, weight_shapes
 from cola_runtime.errors import InvalidInput
+from cola_runtime.spec import MAX_INNER_STEPS
 from cola_runtime.types import LearningRateSchedule, OptimizerHyperparameters, TensorKey
 
 FORMAT = 2
@@ -95,6 +96,8 @@ def _description(data: bytes) -> dict[str, Any]:
 def _definition(description: dict[str, Any]) -> TrainingDefinition:
     optimizer = dict(description["optimizer"])
     optimizer["betas"] = tuple(optimizer["betas"])
+    if optimizer.get("inner_steps", 1) not in range(1, MAX_INNER_STEPS + 1):
+        raise ValueError(f"inner_steps {optimizer['inner_steps']!r}")
     return TrainingDefinition(
         spec=adapter_spec_from_fields(description["spec"]),
         optimizer=OptimizerHyperparameters(**optimizer),
@@ -105,45 +108,41 @@ def _definition(description: dict[str, Any]) -> TrainingDefinition:
 def _checked(
     definition: TrainingDefinition, version: int, tensors: dict[str, NDArray[Any]]
 ) -> CheckpointContent:
+    if version < 0:
+        raise _invalid(f"version {version}")
     weights: dict[TensorKey, NDArray[Any]] = {}
     states: dict[TensorKey, dict[str, NDArray[Any]]] = {}
-    dtype = np.dtype(definition.spec.dtype)
-    expected = _state_names(definition.optimizer, version)
     names = weight_names(definition.spec)
     for key, shape in weight_shapes(definition.spec).items():
-        name = names[key]
-        weights[key] = _take(tensors, f"weights/{name}", shape=shape, dtype=dtype)
+        dtype = definition.spec.dtype
+        weights[key] = _take(tensors, f"weights/{names[key]}", shape=shape, dtype=dtype)
+        expected = state_shapes(definition.optimizer, shape) if version else {}
         states[key] = {
             state: _take(
-                tensors, f"optimizer/{name}/{state}", shape=() if state == "step" else shape, dtype=dtype
+                tensors,
+                f"optimizer/{names[key]}/{state}",
+                shape=state_shape,
+                dtype="float32" if state == STEP else dtype,
             )
-            for state in expected
+            for state, state_shape in expected.items()
         }
-        if states[key].get("step", version) != version:
-            raise _invalid(f"the optimizer counts {states[key]['step']} steps at version {version}")
+        _check_count(states[key], version * definition.optimizer.inner_steps)
     if tensors:
         raise _invalid(f"unknown tensors {sorted(tensors)[:3]}")
     return CheckpointContent(definition=definition, version=version, weights=weights, optimizer_state=states)
 
 
-def _state_names(optimizer: OptimizerHyperparameters, version: int) -> tuple[str, ...]:
-    """The optimizer state that every weight has after `version` steps."""
-    if version < 0:
-        raise _invalid(f"version {version}")
-    if version == 0:
-        return ()
-    if optimizer.kind == "adamw":
-        return ("exp_avg", "exp_avg_sq", "step")
-    return ("momentum_buffer",) if optimizer.momentum else ()
+def _check_count(state: dict[str, NDArray[Any]], steps: int) -> None:
+    steps = min(steps, 2**24)  # torch counts in float32, which 2^24 + 1 leaves at 2^24
+    if state.get(STEP, steps) != steps:
+        raise _invalid(f"the optimizer counts {state[STEP]} steps where it has taken {steps}")
 
 
-def _take(
-    tensors: dict[str, NDArray[Any]], name: str, *, shape: tuple[int, ...], dtype: np.dtype[Any]
-) -> NDArray[Any]:
+def _take(tensors: dict[str, NDArray[Any]], name: str, *, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
     tensor = tensors.pop(name, None)
     if tensor is None:
         raise _invalid(f"tensor {name!r} is missing")
-    if tensor.shape != shape or (shape and tensor.dtype != dtype) or not np.isfinite(tensor).all():
+    if tensor.shape != shape or tensor.dtype != dtype or not np.isfinite(tensor).all():
         raise _invalid(f"tensor {name!r} is {tensor.dtype} {tensor.shape}, expected finite {dtype} {shape}")
     return tensor
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from cola_runtime.adapter_spec import AdapterSpec, HeadKind, LinearizedLoraKind, LinearKind, LoraKind
+from cola_runtime.adapter_spec import (
+    AdapterSpec,
+    HeadKind,
+    LinearizedLoraKind,
+    LinearKind,
+    LoraKind,
+    input_dropout,
+)
 from cola_runtime.errors import InvalidInput
 
 LINEAR_KINDS = (LoraKind, LinearizedLoraKind, LinearKind)
@@ -15,7 +22,8 @@ WIDE_DTYPES = ("float32", "float64")
 def check_mergeable(spec: AdapterSpec, *, dtype: str, tied_sites: Collection[int]) -> None:
     """Raises InvalidInput for an adapter that W0 + delta, in the base model's `dtype`, would not be.
 
-    `MERGED_NEEDS_LINEAR`: a kind that is not linear in x. `MERGED_DTYPE`: a base model in half precision.
+    `MERGED_NEEDS_LINEAR`: a kind that is not linear in x. `MERGED_DROPOUT`: dropout inside the adapter.
+    `MERGED_DTYPE`: a base model in half precision.
     `MERGED_TIED_WEIGHT`: a site whose weight is another module's too.
     """
     _check_dtype(dtype)
@@ -28,6 +36,13 @@ def check_mergeable(spec: AdapterSpec, *, dtype: str, tied_sites: Collection[int
                 limit=", ".join(kind.model_fields["kind"].default for kind in LINEAR_KINDS),
                 actual=part.kind.kind,
                 remedy="Train it with mode unmerged, or take a kind that is linear in x.",
+            )
+        if input_dropout(part.kind):
+            raise InvalidInput(
+                "MERGED_DROPOUT",
+                "a merged adapter is part of the base weights: there is no input of its own to drop",
+                where="job.adapter.dropout",
+                remedy="Use dropout 0, or mode unmerged.",
             )
     for site in spec.sites:
         if site.index in tied_sites:

@@ -23,6 +23,12 @@ def normal(key: str, shape: tuple[int, ...], *, deviation: float) -> NDArray[np.
     return generator.standard_normal(shape) * deviation
 
 
+def uniform_bits(key: str, count: int) -> NDArray[np.uint32]:
+    """`count` uniform 32 bit numbers; the first ones do not depend on how many are asked for."""
+    words = np.random.PCG64(key_bits(key)).random_raw((count + 1) // 2)
+    return words.astype("<u8", copy=False).view("<u4")[:count]
+
+
 def key_bits(key: str) -> int:
     """128 bits of the key's SHA-256."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "little")

@@ -92,7 +92,9 @@ def peft_folder(
         loras[site], factors = _lora_at(spec.kinds[site.index], site, weights)
         for kind, factor in zip(_SUFFIXES, factors, strict=True):
             tensors[_tensor_name(site, kind)] = factor
-    return folder_files({**_config(loras, base_model), "task_type": task_type}, tensors)
+    dropout = max(getattr(part.kind, "dropout", 0.0) for part in spec.parts)
+    own = {"task_type": task_type, "lora_dropout": dropout}  # peft has one dropout, used in its training only
+    return folder_files({**_config(loras, base_model), **own}, tensors)
 
 
 def _lora_at(
@@ -137,7 +139,6 @@ def _config(loras: Mapping[Site, _Lora], base_model: str) -> dict[str, Any]:
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": _shortest(alpha),
-        "lora_dropout": 0.0,
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": rank,

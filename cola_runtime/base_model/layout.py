@@ -25,6 +25,7 @@ from cola_runtime.base_model.stacks.head import HeadLayout
 from cola_runtime.base_model.stacks.linear import LinearLayout
 from cola_runtime.base_model.stacks.linearized_lora import LinearizedLoraLayout
 from cola_runtime.base_model.stacks.lora import LoraLayout
+from cola_runtime.base_model.stacks.lora_dropout import DropoutLoraLayout
 from cola_runtime.base_model.stacks.mlp import MlpLayout
 from cola_runtime.base_model.stacks.module import ModuleLayout
 from cola_runtime.base_model.stacks.protocol import PartLayout
@@ -70,7 +71,7 @@ def layout_key(spec: AdapterSpec) -> object:
 def _shape_key(kind: AdapterKind) -> object:
     match kind:
         case LoraKind():
-            return "lora", kind.rank
+            return "lora", kind.rank, kind.dropout > 0
         case LinearizedLoraKind():
             return "linearized_lora", kind.rank, kind.initial_b
         case LinearKind():
@@ -89,7 +90,8 @@ def _part_layout(part: AdapterPart) -> PartLayout:
     kind = part.kind
     match kind:
         case LoraKind():
-            return LoraLayout(kind.rank, part.sites)
+            layout = DropoutLoraLayout if kind.dropout else LoraLayout
+            return layout(kind.rank, part.sites)
         case LinearizedLoraKind():
             return LinearizedLoraLayout(kind, part.sites)
         case LinearKind():

@@ -13,9 +13,11 @@ from cola_runtime.types import OptimizerHyperparameters
 
 
 def build_optimizer(parameters: Iterable[Tensor], hyper: OptimizerHyperparameters) -> Optimizer:
-    """torch.optim.AdamW or SGD with `hyper`, one fused list operation per term instead of one per tensor.
+    """torch.optim.AdamW, SGD or Adafactor with `hyper`, bit for bit what torch does by default on a CPU.
 
-    Clipping is not in here: it belongs to the step. Raises InvalidInput OPTIMIZER_UNKNOWN.
+    AdamW and SGD are element-wise: one list operation per term instead of one per tensor. Adafactor goes
+    matrix by matrix: in list operations it is no faster and rounds otherwise. Clipping is not in here: it
+    belongs to the step. Raises InvalidInput OPTIMIZER_UNKNOWN.
     """
     if hyper.kind == "adamw":
         return torch.optim.AdamW(
@@ -35,6 +37,16 @@ def build_optimizer(parameters: Iterable[Tensor], hyper: OptimizerHyperparameter
             nesterov=hyper.nesterov,
             foreach=True,
         )
+    if hyper.kind == "adafactor":
+        return torch.optim.Adafactor(
+            parameters,
+            lr=hyper.learning_rate,
+            beta2_decay=hyper.beta2_decay,
+            eps=(hyper.eps1, hyper.eps2),
+            d=hyper.d,
+            weight_decay=hyper.weight_decay,
+            foreach=False,
+        )
     raise InvalidInput(
-        "OPTIMIZER_UNKNOWN", f"optimizer {hyper.kind!r} is unknown", remedy="Use adamw or sgd."
+        "OPTIMIZER_UNKNOWN", f"optimizer {hyper.kind!r} is unknown", remedy="Use adamw, sgd or adafactor."
     )

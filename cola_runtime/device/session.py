@@ -6,6 +6,7 @@ Plain and synchronous; knows nothing of streams, leases or other adapters.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from cola_runtime.adapters.checkpoint_format import (
     decode_checkpoint,
     encode_checkpoint,
 )
+from cola_runtime.adapters.optimizer_state import state_bytes
 from cola_runtime.adapters.schedule import learning_rate
 from cola_runtime.adapters.shapes import weight_shapes
 from cola_runtime.device.optimizer import build_optimizer
@@ -30,16 +32,29 @@ from cola_runtime.types import TensorKey
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Applied:
-    """One optimizer step. `seconds` covers clip and optimizer, not the gradient sums."""
+    """One step. `seconds` covers clip, optimizer and inner steps, not the sums of what arrived."""
 
     version: int
     learning_rate: float
-    gradient_norm: float  # over all sites, before clipping
+    gradient_norm: float  # of the exact gradient, over all sites, before clipping
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    """What a step with inner steps started from."""
+
+    weights: dict[TensorKey, Tensor]
+    states: dict[TensorKey, dict[str, Tensor]]
+
+
 class AdapterSession:
-    """Trains one adapter exactly as torch.optim alone would, given the same gradients (bitwise, tested)."""
+    """Trains one adapter exactly as torch.optim alone would, given the same gradients (bitwise, tested).
+
+    With `inner_steps` above 1, a step is several of torch.optim's: the first is the exact one, the others
+    train the surrogate of the same taps (gradients/surrogate.py). All of them have the step's learning rate,
+    each is clipped and decayed by itself, and the optimizer's own counter counts each.
+    """
 
     def __init__(
         self, definition: TrainingDefinition, weights: dict[TensorKey, Tensor], *, version: int = 0
@@ -47,7 +62,9 @@ class AdapterSession:
         self.definition = definition
         self.version = version
         self._weights = {key: weights[key].detach().clone() for key in weight_shapes(definition.spec)}
-        self._accumulator = GradientAccumulator(definition.spec)
+        self._accumulator = GradientAccumulator(
+            definition.spec, keep_taps=definition.optimizer.inner_steps > 1
+        )
         self._optimizer = build_optimizer(list(self._weights.values()), definition.optimizer)
 
     @classmethod
@@ -77,10 +94,16 @@ class AdapterSession:
 
     @property
     def resident_bytes(self) -> int:
-        """Weights, gradient sums and optimizer state, from the first step on."""
+        """Weights, gradient sums and optimizer state, from the first step on.
+
+        Inner steps need more while a step lasts: a copy of all that, and the step's taps
+        (at most `gradients.surrogate.MAX_KEPT_BYTES`).
+        """
         hyper = self.definition.optimizer
-        states = 2 if hyper.kind == "adamw" else int(hyper.momentum != 0)
-        return (2 + states) * sum(tensor.nbytes for tensor in self._weights.values())
+        return sum(
+            2 * tensor.nbytes + state_bytes(hyper, tuple(tensor.shape), itemsize=tensor.itemsize)
+            for tensor in self._weights.values()
+        )
 
     def add(self, key: TensorKey, tensor: Tensor, *, version: int) -> None:
         """Add one tensor of a tap of `version`. Raises Conflict VERSION_MISMATCH for any other version."""
@@ -94,12 +117,14 @@ class AdapterSession:
         """
         self._check_version(version)
         started = time.perf_counter()
-        norm = self._clipped_norm()
         hyper = self.definition.optimizer
         rate = learning_rate(self.definition.schedule, hyper.learning_rate, self.version)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        self._optimizer.step()
+        start = self._snapshot() if hyper.inner_steps > 1 else None
+        norm = self._step(self._accumulator.gradients())
+        if start is not None:
+            self._more_steps(hyper.inner_steps - 1, start)
         self.version += 1
         self._accumulator.clear()
         seconds = time.perf_counter() - started
@@ -136,9 +161,32 @@ class AdapterSession:
                 actual=version,
             )
 
-    def _clipped_norm(self) -> float:
-        """Hand the summed gradients to the parameters, clipped; returns their global norm before that."""
-        gradients = self._accumulator.gradients()
+    def _more_steps(self, count: int, start: _Snapshot) -> None:
+        """Train the surrogate of the step's taps. All or nothing: back to `start` when one fails."""
+        try:
+            for _ in range(count):
+                self._step(self._accumulator.surrogate_gradients(self._weights, start.weights))
+        except BaseException:
+            for key, parameter in self._weights.items():
+                parameter.copy_(start.weights[key])
+                self._optimizer.state[parameter] = start.states[key]
+            raise
+
+    def _snapshot(self) -> _Snapshot:
+        states = {key: self._optimizer.state.get(tensor, {}) for key, tensor in self._weights.items()}
+        return _Snapshot(
+            self.weights(),
+            {key: {name: value.clone() for name, value in state.items()} for key, state in states.items()},
+        )
+
+    def _step(self, gradients: Mapping[TensorKey, Tensor]) -> float:
+        """Clip and apply; returns the norm before clipping. Raises Conflict NON_FINITE_GRADIENT."""
+        norm = self._clipped_norm(gradients)
+        self._optimizer.step()
+        return norm
+
+    def _clipped_norm(self, gradients: Mapping[TensorKey, Tensor]) -> float:
+        """Hand the gradients to the parameters, clipped in place; returns their global norm before that."""
         for key, parameter in self._weights.items():
             parameter.grad = gradients[key.gradient]
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._weights.values() if p.grad is not None])

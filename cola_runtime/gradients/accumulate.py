@@ -11,18 +11,22 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cola_runtime.adapter_spec import AdapterSpec
+from cola_runtime.adapter_spec import AdapterSpec, input_dropout
 from cola_runtime.adapters.adapter import site_adapters, torch_dtype
 from cola_runtime.adapters.shapes import weight_shapes
-from cola_runtime.adapters.site_adapter import Gradients, LinearSiteAdapter
+from cola_runtime.adapters.site_adapter import Gradients, LinearSiteAdapter, Weights
 from cola_runtime.errors import ProtocolError
 from cola_runtime.gradients.compression import product_of_factors
+from cola_runtime.gradients.surrogate import KeptTaps
 from cola_runtime.types import Site, TensorKey, TensorKind
 
 
 @dataclass(slots=True)
 class _InputGroup:
-    """The sites of one part that share one x, and what of the tap under way is still unpaired."""
+    """The sites of one part that share one x, and what of the tap under way is still unpaired.
+
+    Under dropout each site is alone: x comes with its mask.
+    """
 
     sites: dict[int, Site]  # the first one's index keys INPUT
     input_NI: Tensor | None = None  # in spec.dtype; freed after the group's last gradient
@@ -45,10 +49,13 @@ class GradientAccumulator:
     Of `activations` taps, each pair (x, g) does so as soon as both are there, and is freed: memory is the
     adapter's gradient plus open pairs. One tap of an input group (x, a g per site) ends before its next one
     begins.
+
+    With `keep_taps` every pair stays until `clear`, for `surrogate_gradients`; there must be x and g then.
     """
 
-    def __init__(self, spec: AdapterSpec) -> None:
+    def __init__(self, spec: AdapterSpec, *, keep_taps: bool = False) -> None:
         self._adapters = site_adapters(spec)
+        self._kept = KeptTaps(self._adapters) if keep_taps else None
         self._dtype = torch_dtype(spec)
         self._sites = {site.index: site for site in spec.sites}
         self._gradients = {
@@ -58,7 +65,8 @@ class GradientAccumulator:
         for part in spec.parts:
             groups: dict[int, _InputGroup] = {}
             for site in sorted(part.sites, key=lambda site: site.index):
-                group = groups.setdefault(site.input_group, _InputGroup(sites={}))
+                number = -1 - site.index if input_dropout(part.kind) else site.input_group
+                group = groups.setdefault(number, _InputGroup(sites={}))
                 group.sites[site.index] = site
                 self._groups[site.index] = group
 
@@ -70,8 +78,9 @@ class GradientAccumulator:
     def add(self, key: TensorKey, tensor: Tensor, weights: Mapping[TensorKey, Tensor]) -> None:
         """Add one tensor of a tap; `weights` are those that the tap was taken at.
 
-        Keeps no reference to `tensor` beyond its pair. Raises ProtocolError `TENSOR_INVALID`, and changes
-        nothing, for a site, kind, shape or dtype that this adapter does not have.
+        Keeps no reference to `tensor` beyond its pair, unless taps are kept. Changes nothing when it raises
+        ProtocolError `TENSOR_INVALID` for a site, kind, shape or dtype that this adapter does not have; with
+        kept taps `INNER_STEPS_NEED_ACTIVATIONS` for another encoding, QuotaExceeded `TAPS_TOO_LARGE`.
         """
         site = self._sites.get(key.site)
         if site is None:
@@ -80,6 +89,12 @@ class GradientAccumulator:
             self._add_input(site, tensor, weights)
         elif key.kind is TensorKind.OUTPUT_GRADIENT:
             self._add_output_gradient(site, tensor, weights)
+        elif self._kept is not None:
+            raise ProtocolError(
+                "INNER_STEPS_NEED_ACTIVATIONS",
+                f"more inner steps than one need x and g of site {site.name!r}, got {key.kind.name}",
+                where=site.name,
+            )
         elif key.kind is TensorKind.WEIGHT_GRADIENT:
             self._add_product(site, tensor, weights)
         elif key.kind is TensorKind.WEIGHT_GRADIENT_FACTORS:
@@ -102,8 +117,15 @@ class GradientAccumulator:
             )
         return dict(self._gradients)
 
+    def surrogate_gradients(self, weights: Weights, start: Weights) -> dict[TensorKey, Tensor]:
+        """The gradient of the kept taps' surrogate at `weights`; they were taken at `start`. New tensors."""
+        assert self._kept is not None
+        return self._kept.gradients(weights, start)
+
     def clear(self) -> None:
-        """Zero the sums in place and drop open pairs, for the next step."""
+        """Zero the sums in place and drop open pairs and kept taps, for the next step."""
+        if self._kept is not None:
+            self._kept.clear()
         for gradient in self._gradients.values():
             gradient.zero_()
         for group in self._groups.values():
@@ -136,6 +158,7 @@ class GradientAccumulator:
         if group.input_NI is not None:
             raise _invalid(site.name, "the open tap's remaining gradients", "a second input")
         _check_tap(site, tensor, _open_rows(group), site.in_features)
+        self._reserve(tensor)
         group.input_NI = tensor.to(self._dtype)
         for index in list(group.waiting):
             self._pair(group, group.sites[index], group.waiting.pop(index), weights)
@@ -145,6 +168,7 @@ class GradientAccumulator:
         if site.index in group.waiting or site.index in group.paired:
             raise _invalid(site.name, "one gradient a tap", "a second one before the tap was complete")
         _check_tap(site, tensor, _open_rows(group), site.out_features)
+        self._reserve(tensor)
         if group.input_NI is None:
             group.waiting[site.index] = tensor
         else:
@@ -154,12 +178,18 @@ class GradientAccumulator:
         self, group: _InputGroup, site: Site, grad_NO: Tensor, weights: Mapping[TensorKey, Tensor]
     ) -> None:
         assert group.input_NI is not None
+        grad_NO = grad_NO.to(self._dtype)
         with torch.no_grad():
-            adapter = self._adapters[site.index]
-            self._add_all(adapter.gradient(group.input_NI, grad_NO.to(self._dtype), weights))
+            self._add_all(self._adapters[site.index].gradient(group.input_NI, grad_NO, weights))
+        if self._kept is not None:
+            self._kept.keep(site.index, group.input_NI, grad_NO)
         group.paired.add(site.index)
         if len(group.paired) == len(group.sites):
             _close(group)
+
+    def _reserve(self, tensor: Tensor) -> None:
+        if self._kept is not None:
+            self._kept.reserve(tensor.numel() * self._dtype.itemsize)
 
     def _add_all(self, gradients: Gradients) -> None:
         for key, gradient in gradients.items():

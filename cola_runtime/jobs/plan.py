@@ -63,7 +63,7 @@ def job_taps(
 ) -> tuple[TapPlan, str]:
     """How the job's taps travel, and why: asked at admission and whenever the job is taken up, of the same.
 
-    Raises InvalidInput `ENCODING_UNSUPPORTED`, `COMPRESSION_UNSUPPORTED`.
+    Raises InvalidInput `ENCODING_UNSUPPORTED`, `COMPRESSION_UNSUPPORTED`, `INNER_STEPS_NEED_ACTIVATIONS`.
     """
     rows = min(job.rows_per_step, data.rows)
     microbatches = min(job.adaptation_interval, rows)
@@ -71,8 +71,22 @@ def job_taps(
     parts = math.ceil(tokens / costs.token_budget)
     workload = Workload(tokens=tokens / parts, microbatches=microbatches * parts, base_dtype=base.dtype)
     return plan_taps(
-        adapter, workload, costs, requested=job.encoding, compression=Compression(job.compression)
+        adapter, workload, costs, requested=_requested(job), compression=Compression(job.compression)
     )
+
+
+def _requested(job: JobSpec) -> str:
+    """More inner steps than one need each token's x and g on the device."""
+    if job.inner_steps == 1:
+        return job.encoding
+    if job.encoding not in ("auto", Encoding.ACTIVATIONS):
+        raise InvalidInput(
+            "INNER_STEPS_NEED_ACTIVATIONS",
+            f"{job.inner_steps} inner steps need each token's x and g on the device, not a {job.encoding}",
+            where="job.encoding",
+            remedy="Use encoding activations or auto, or inner_steps 1; nothing was created.",
+        )
+    return Encoding.ACTIVATIONS.value
 
 
 def as_recorded(job: JobSpec, encoding: str) -> JobSpec:
@@ -108,7 +122,7 @@ def training_plan(spec: JobSpec, base: BaseModelDescription, *, total_steps: int
     )
     if spec.mode == "merged":
         check_mergeable(adapter, dtype=base.dtype, tied_sites=base.tied_sites)
-    optimizer = OptimizerHyperparameters(**spec.optimizer.model_dump())
+    optimizer = OptimizerHyperparameters(**spec.optimizer.model_dump(), inner_steps=spec.inner_steps)
     schedule = LearningRateSchedule(
         kind=spec.schedule.kind, warmup_steps=spec.schedule.warmup_steps, total_steps=total_steps
     )

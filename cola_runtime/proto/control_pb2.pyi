@@ -22,7 +22,7 @@ class AdapterDefinition(_message.Message):
     def __init__(self, spec_json: _Optional[str] = ...) -> None: ...
 
 class OptimizerDefinition(_message.Message):
-    __slots__ = ("kind", "learning_rate", "beta1", "beta2", "eps", "weight_decay", "momentum", "nesterov", "max_grad_norm")
+    __slots__ = ("kind", "learning_rate", "beta1", "beta2", "eps", "weight_decay", "momentum", "nesterov", "max_grad_norm", "beta2_decay", "eps1", "eps2", "d", "inner_steps")
     KIND_FIELD_NUMBER: _ClassVar[int]
     LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
     BETA1_FIELD_NUMBER: _ClassVar[int]
@@ -32,6 +32,11 @@ class OptimizerDefinition(_message.Message):
     MOMENTUM_FIELD_NUMBER: _ClassVar[int]
     NESTEROV_FIELD_NUMBER: _ClassVar[int]
     MAX_GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
+    BETA2_DECAY_FIELD_NUMBER: _ClassVar[int]
+    EPS1_FIELD_NUMBER: _ClassVar[int]
+    EPS2_FIELD_NUMBER: _ClassVar[int]
+    D_FIELD_NUMBER: _ClassVar[int]
+    INNER_STEPS_FIELD_NUMBER: _ClassVar[int]
     kind: str
     learning_rate: float
     beta1: float
@@ -41,7 +46,12 @@ class OptimizerDefinition(_message.Message):
     momentum: float
     nesterov: bool
     max_grad_norm: float
-    def __init__(self, kind: _Optional[str] = ..., learning_rate: _Optional[float] = ..., beta1: _Optional[float] = ..., beta2: _Optional[float] = ..., eps: _Optional[float] = ..., weight_decay: _Optional[float] = ..., momentum: _Optional[float] = ..., nesterov: _Optional[bool] = ..., max_grad_norm: _Optional[float] = ...) -> None: ...
+    beta2_decay: float
+    eps1: float
+    eps2: float
+    d: float
+    inner_steps: int
+    def __init__(self, kind: _Optional[str] = ..., learning_rate: _Optional[float] = ..., beta1: _Optional[float] = ..., beta2: _Optional[float] = ..., eps: _Optional[float] = ..., weight_decay: _Optional[float] = ..., momentum: _Optional[float] = ..., nesterov: _Optional[bool] = ..., max_grad_norm: _Optional[float] = ..., beta2_decay: _Optional[float] = ..., eps1: _Optional[float] = ..., eps2: _Optional[float] = ..., d: _Optional[float] = ..., inner_steps: _Optional[int] = ...) -> None: ...
 
 class ScheduleDefinition(_message.Message):
     __slots__ = ("kind", "warmup_steps", "total_steps")

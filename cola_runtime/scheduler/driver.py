@@ -23,7 +23,12 @@ logger = logging.getLogger(__name__)
 
 MAX_LOSSES_WITHOUT_PROGRESS = 8  # leases lost in a row at one version before the job is failed
 RETRY_PAUSE_SECONDS = 0.1
-FATAL_REASONS = {"NON_FINITE_GRADIENT", "NON_FINITE_ADAPTER"}  # trying again would give the same
+_LOWER_RATE = "Lower the learning rate or set max_grad_norm; the last checkpoint is kept."
+FATAL_REASONS = {  # trying again would give the same; the remedies
+    "NON_FINITE_GRADIENT": _LOWER_RATE,
+    "NON_FINITE_ADAPTER": _LOWER_RATE,
+    "TAPS_TOO_LARGE": "The last checkpoint is kept.",
+}
 
 
 class Stop(enum.Enum):
@@ -193,7 +198,7 @@ class JobDriver:
             raise JobFailed(
                 lost.reason,
                 lost.message,
-                remedy="Lower the learning rate or set max_grad_norm; the last checkpoint is kept.",
+                remedy=FATAL_REASONS[lost.reason],
             )
         if progress.losses >= MAX_LOSSES_WITHOUT_PROGRESS:
             raise JobFailed(

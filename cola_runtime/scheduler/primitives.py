@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, TypeVar
 
 from cola_runtime.errors import ColaError
@@ -141,6 +142,8 @@ class AdapterPrimitives:
             self._segment(adapter, part, denominator=denominator, microbatch=i, last=i == len(parts) - 1)
             for i, part in enumerate(parts)
         ]
+        first_rows = accumulate((len(part) for part in parts[:-1]), initial=0)
+        segments = [replace(s, first_row=row) for s, row in zip(segments, first_rows, strict=True)]
         computed = await self._compute(adapter, segments, train=True)
         applied = await self._book.wait_version(
             adapter.lease, adapter.version + 1, timeout_seconds=APPLY_TIMEOUT_SECONDS

@@ -148,6 +148,15 @@ def _train_step(
 
 
 def _torch_optimizer(wanted: OptimizerHyperparameters, parameters: list[Tensor]) -> torch.optim.Optimizer:
+    if wanted.kind == "adafactor":
+        return torch.optim.Adafactor(
+            parameters,
+            lr=wanted.learning_rate,
+            beta2_decay=wanted.beta2_decay,
+            eps=(wanted.eps1, wanted.eps2),
+            d=wanted.d,
+            weight_decay=wanted.weight_decay,
+        )
     if wanted.kind == "sgd":
         return torch.optim.SGD(
             parameters,

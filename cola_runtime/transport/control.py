@@ -64,6 +64,11 @@ def optimizer_to_proto(optimizer: OptimizerHyperparameters) -> control_pb2.Optim
         momentum=optimizer.momentum,
         nesterov=optimizer.nesterov,
         max_grad_norm=optimizer.max_grad_norm,
+        beta2_decay=optimizer.beta2_decay,
+        eps1=optimizer.eps1,
+        eps2=optimizer.eps2,
+        d=optimizer.d,
+        inner_steps=optimizer.inner_steps,
     )
 
 
@@ -77,6 +82,11 @@ def optimizer_from_proto(message: control_pb2.OptimizerDefinition) -> OptimizerH
         momentum=message.momentum,
         nesterov=message.nesterov,
         max_grad_norm=message.max_grad_norm if message.HasField("max_grad_norm") else None,
+        beta2_decay=message.beta2_decay,
+        eps1=message.eps1 if message.HasField("eps1") else None,
+        eps2=message.eps2,
+        d=message.d,
+        inner_steps=message.inner_steps,
     )
 
 

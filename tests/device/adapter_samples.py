@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cola_runtime.adapter_spec import lora_spec
+from cola_runtime.adapter_spec import AdapterPart, AdapterSpec, LinearKind, LoraKind, MlpKind, lora_spec
 from cola_runtime.adapters.checkpoint_format import TrainingDefinition
 from cola_runtime.adapters.shapes import weight_shapes
 from cola_runtime.types import (
@@ -14,10 +14,7 @@ from cola_runtime.types import (
     Site,
     SiteKind,
     TensorKey,
-    TensorKind,
 )
-
-GRADIENT_OF = {TensorKind.LORA_A: TensorKind.GRAD_LORA_A, TensorKind.LORA_B: TensorKind.GRAD_LORA_B}
 
 SITES = (
     Site(
@@ -30,6 +27,13 @@ SITES = (
 )
 
 
+def kinds_spec(dtype: str = "float32") -> AdapterSpec:
+    """Matrices and vectors: a LoRA, a full-rank adapter with a bias and an MLP with two."""
+    kinds = (LoraKind(rank=3, alpha=6.0), LinearKind(bias=True, scaling=0.5), MlpKind(hidden=4))
+    parts = tuple(AdapterPart(kind=kind, sites=(site,)) for kind, site in zip(kinds, SITES, strict=True))
+    return AdapterSpec(parts=parts, seed=5, dtype=dtype)
+
+
 def definition(
     *,
     kind: str = "adamw",
@@ -38,9 +42,11 @@ def definition(
     rank: int = 3,
     total_steps: int = 8,
     sites: tuple[Site, ...] = SITES,
+    spec: AdapterSpec | None = None,
+    inner_steps: int = 1,
 ) -> TrainingDefinition:
     return TrainingDefinition(
-        spec=lora_spec(rank=rank, alpha=6.0, use_rslora=False, seed=5, sites=sites, dtype=dtype),
+        spec=spec or lora_spec(rank=rank, alpha=6.0, use_rslora=False, seed=5, sites=sites, dtype=dtype),
         optimizer=OptimizerHyperparameters(
             kind=kind,
             learning_rate=0.05,
@@ -49,6 +55,11 @@ def definition(
             momentum=0.9 if kind == "sgd" else 0.0,
             nesterov=kind == "sgd",
             max_grad_norm=max_grad_norm,
+            beta2_decay=-0.7,
+            eps1=1e-5,
+            eps2=0.02,
+            d=1.5,
+            inner_steps=inner_steps,
         ),
         schedule=LearningRateSchedule(kind="cosine", warmup_steps=2, total_steps=total_steps),
     )
@@ -59,6 +70,6 @@ def gradients(training: TrainingDefinition, seed: int) -> dict[TensorKey, Tensor
     generator = torch.Generator().manual_seed(seed)
     dtype = getattr(torch, training.spec.dtype)
     return {
-        TensorKey(key.site, GRADIENT_OF[key.kind]): torch.randn(shape, generator=generator, dtype=dtype)
+        key.gradient: torch.randn(shape, generator=generator, dtype=dtype)
         for key, shape in weight_shapes(training.spec).items()
     }

@@ -11,7 +11,6 @@ from cola_runtime.adapters.adapter import initial_weights
 from cola_runtime.adapters.checkpoint_format import TrainingDefinition
 from cola_runtime.adapters.schedule import learning_rate
 from cola_runtime.types import TensorKey
-from tests.device.adapter_samples import GRADIENT_OF
 
 
 def train_alone(
@@ -22,7 +21,7 @@ def train_alone(
     optimizer = _optimizer(list(weights.values()), training)
     for step, microbatches in enumerate(steps):
         for key, parameter in weights.items():
-            parts = [grads[TensorKey(key.site, GRADIENT_OF[key.kind])] for grads in microbatches]
+            parts = [grads[key.gradient] for grads in microbatches]
             parameter.grad = sum(parts[1:], parts[0].clone())
         if training.optimizer.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(list(weights.values()), training.optimizer.max_grad_norm)
@@ -38,6 +37,16 @@ def _optimizer(parameters: list[Tensor], training: TrainingDefinition) -> torch.
         return torch.optim.AdamW(
             parameters, lr=1.0, betas=hyper.betas, eps=hyper.eps, weight_decay=hyper.weight_decay
         )
+    if hyper.kind == "adafactor":
+        return torch.optim.Adafactor(
+            parameters,
+            lr=1.0,
+            beta2_decay=hyper.beta2_decay,
+            eps=(hyper.eps1, hyper.eps2),
+            d=hyper.d,
+            weight_decay=hyper.weight_decay,
+        )
+    assert hyper.kind == "sgd"
     return torch.optim.SGD(
         parameters,
         lr=1.0,

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from cola_runtime.adapters.checkpoint_format import TrainingDefinition
+from cola_runtime.adapters.checkpoint_format import TrainingDefinition, decode_checkpoint
 from cola_runtime.device.session import AdapterSession
 from cola_runtime.errors import ColaError, Conflict, InvalidInput
 from cola_runtime.types import TensorKey, TensorKind
-from tests.device.adapter_samples import definition, gradients
+from tests.device.adapter_samples import definition, gradients, kinds_spec
 from tests.device.reference_training import train_alone
 
+OPTIMIZERS = ["adamw", "sgd", "adafactor"]
 Steps = Sequence[Sequence[dict[TensorKey, Tensor]]]
 
 
@@ -40,11 +41,11 @@ def assert_same(left: dict[TensorKey, Tensor], right: dict[TensorKey, Tensor]) -
     assert all(torch.equal(left[key], right[key]) for key in left)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("max_grad_norm", [None, 0.7, 1e6])
 def test_a_session_is_bitwise_torch_optim(kind: str, dtype: str, max_grad_norm: float | None) -> None:
-    training = definition(kind=kind, dtype=dtype, max_grad_norm=max_grad_norm)
+    training = definition(kind=kind, max_grad_norm=max_grad_norm, spec=kinds_spec(dtype))
     steps = steps_of(training, count=8)
     session = AdapterSession.create(training)
     train(session, steps)
@@ -107,10 +108,10 @@ def test_weights_handed_out_do_not_change_with_later_steps() -> None:
     assert_same(handed, copies)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("at", [0, 1, 3])
 def test_a_restored_session_continues_bit_for_bit(kind: str, at: int) -> None:
-    training = definition(kind=kind)
+    training = definition(kind=kind, spec=kinds_spec())
     steps = steps_of(training, count=6)
     session = AdapterSession.create(training)
     train(session, steps[:at])
@@ -135,15 +136,31 @@ def test_a_checkpoint_in_the_middle_of_a_step_holds_the_last_version() -> None:
 
 
 def test_an_unknown_optimizer_is_refused() -> None:
-    with pytest.raises(InvalidInput, match="adamw or sgd"):
+    with pytest.raises(InvalidInput, match="adamw, sgd or adafactor"):
         AdapterSession.create(definition(kind="lion"))
 
 
-def test_resident_bytes_are_what_the_tensors_take() -> None:
-    session = AdapterSession.create(definition())
-    train(session, steps_of(definition(), count=1))
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_resident_bytes_are_what_the_tensors_take(kind: str, dtype: str) -> None:
+    training = definition(kind=kind, spec=kinds_spec(dtype))
+    session = AdapterSession.create(training)
+    train(session, steps_of(training, count=1))
+    states = decode_checkpoint(session.checkpoint()).optimizer_state.values()
+    held = sum(array.nbytes for state in states for array in state.values())
     weights = sum(tensor.nbytes for tensor in session.weights().values())
-    assert session.resident_bytes == 4 * weights
+    assert session.resident_bytes == 2 * weights + held
+
+
+def test_adafactor_remembers_rows_and_columns_of_a_matrix_and_every_entry_of_a_vector() -> None:
+    training = definition(kind="adafactor", spec=kinds_spec())
+    session = AdapterSession.create(training)
+    train(session, steps_of(training, count=1))
+    states = decode_checkpoint(session.checkpoint()).optimizer_state
+    shapes = {name: state.shape for name, state in states[TensorKey(1, TensorKind.WEIGHT)].items()}
+    assert shapes == {"row_var": (6, 1), "col_var": (1, 12), "step": ()}
+    shapes = {name: state.shape for name, state in states[TensorKey(1, TensorKind.BIAS)].items()}
+    assert shapes == {"variance": (6,), "step": ()}
 
 
 def test_a_tap_that_does_not_fit_is_a_protocol_error() -> None:

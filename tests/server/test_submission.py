@@ -101,6 +101,12 @@ MERGED_MODULE = {"kind": "module", "name": "mine", "target_modules": "attention"
         (submission(adapter=[MODULE]), "ADAPTER_MODULE_INVALID", ("'gated'", "ValueError: width is missing")),
         (submission(adapter=MODULE | {"name": "flat"}), "ADAPTER_MODULE_INVALID", ("(2, 1)", "(2, 16)")),
         (submission(adapter=MODULE | {"name": "bent"}), "ADAPTER_MODULE_INVALID", ("buffers",)),
+        (
+            submission(inner_steps=2, encoding="adapter_gradient"),
+            "INNER_STEPS_NEED_ACTIVATIONS",
+            ("job.encoding", "adapter_gradient", "inner_steps 1"),
+        ),
+        (submission(inner_steps=65), "SPEC_INVALID", ("job.inner_steps", "64")),
         (submission(passes=1000, rows_per_step=1, name="x/y"), "SPEC_INVALID", ("job.name",)),
         (
             submission(adapter={"kind": "mlp"}, encoding="weight_gradient"),

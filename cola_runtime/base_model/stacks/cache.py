@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cola_runtime.adapter_spec import input_dropout
 from cola_runtime.adapters.adapter import torch_dtype
+from cola_runtime.adapters.dropout import SegmentDropout
 from cola_runtime.base_model.layout import AdapterLayout
 from cola_runtime.base_model.segments import Cohort
 from cola_runtime.base_model.stacks.protocol import CohortRows, SiteStack
@@ -80,12 +82,29 @@ def group_stacks(
         views = cache.views(cohort, ordinal)
         for number, (part, of_part) in enumerate(zip(adapter.layout.parts, views, strict=True)):
             scalings = tuple(member.adapter.spec.parts[number].kind.scaling for member in cohort.members)
-            rows = CohortRows(cohort.first_row, cohort.stop_row, scalings)
+            dropouts = () if sink is None else _dropouts(cohort, number)
+            rows = CohortRows(cohort.first_row, cohort.stop_row, scalings, dropouts)
             for group, of_group in of_part.items():
                 taps = None if sink is None else cohort_taps(cohort, group, scalings, sink)
                 places = tuple(positions[site.index] for site in part.groups[group])
                 stacks.setdefault(group, []).append(part.stack(of_group, rows, places, taps))
     return stacks
+
+
+def _dropouts(cohort: Cohort, number: int) -> tuple[SegmentDropout, ...]:
+    """Who draws each segment's masks for the part; none where nothing is dropped (equal within a cohort)."""
+    if not input_dropout(cohort.members[0].adapter.spec.parts[number].kind):
+        return ()
+    return tuple(
+        SegmentDropout(
+            dropout=input_dropout(member.adapter.spec.parts[number].kind),
+            seed=member.adapter.spec.seed,
+            version=member.segment.version,
+            first_row=member.segment.first_row,
+            lengths=tuple(len(row.tokens) for row in member.segment.rows),
+        )
+        for member in cohort.members
+    )
 
 
 def cohort_taps(cohort: Cohort, group: int, scalings: tuple[float, ...], sink: TapSink) -> GroupTaps:

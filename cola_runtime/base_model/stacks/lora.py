@@ -103,9 +103,11 @@ class LoraStack:
         gb_SMQ = self._grad_times_b(grads_SMO)
         if dx_BTI is not None:
             self.rows.of(dx_BTI).baddbmm_(gb_SMQ, self.factors.a_SQI)
-        if self.taps is None:
-            return
-        x_SMI = self.rows.of(x_BTI)
+        if self.taps is not None:
+            self._emit(self.rows.of(x_BTI), h_SMQ, gb_SMQ, grads_SMO)
+
+    def _emit(self, x_SMI: Tensor, h_SMQ: Tensor, gb_SMQ: Tensor, grads_SMO: Sequence[Tensor]) -> None:
+        assert self.taps is not None
         by_site = {site.index: grad for site, grad in zip(self.factors.sites, grads_SMO, strict=True)}
         self.taps.emit(x_SMI, by_site, lambda: self._gradients(x_SMI, h_SMQ, gb_SMQ, grads_SMO))
 

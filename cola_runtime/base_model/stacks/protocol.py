@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from cola_runtime.adapters.dropout import SegmentDropout
 from cola_runtime.base_model.stacks.taps import GroupTaps
 from cola_runtime.types import Site, TensorKey
 
@@ -27,6 +28,7 @@ class CohortRows:
     first: int
     stop: int
     scalings: tuple[float, ...]  # s of each segment
+    dropouts: tuple[SegmentDropout, ...] = ()  # of each segment, where the part drops inputs in this step
 
     @property
     def segments(self) -> int:

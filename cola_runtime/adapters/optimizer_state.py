@@ -1,0 +1,31 @@
+"""What each optimizer remembers of one weight: torch.optim's own names and shapes. Torch-free."""
+
+from __future__ import annotations
+
+from math import prod
+
+from cola_runtime.adapters.shapes import Shape
+from cola_runtime.types import OptimizerHyperparameters
+
+STEP = "step"  # a float32 scalar whatever the weight's dtype: how often this optimizer has stepped
+
+
+def state_shapes(optimizer: OptimizerHyperparameters, shape: Shape) -> dict[str, Shape]:
+    """State name -> shape for a weight of `shape`, from the first step on; all but STEP in its dtype.
+
+    Adafactor keeps the mean squares of a matrix' rows and columns (of its last two dimensions), and every
+    square of a vector.
+    """
+    if optimizer.kind == "adamw":
+        return {"exp_avg": shape, "exp_avg_sq": shape, STEP: ()}
+    if optimizer.kind == "adafactor" and len(shape) > 1:
+        return {"row_var": (*shape[:-1], 1), "col_var": (*shape[:-2], 1, shape[-1]), STEP: ()}
+    if optimizer.kind == "adafactor":
+        return {"variance": shape, STEP: ()}
+    return {"momentum_buffer": shape} if optimizer.momentum else {}
+
+
+def state_bytes(optimizer: OptimizerHyperparameters, shape: Shape, *, itemsize: int) -> int:
+    """Of a weight of `shape` whose dtype has `itemsize` bytes."""
+    shapes = state_shapes(optimizer, shape)
+    return sum((4 if name == STEP else itemsize) * prod(of_state) for name, of_state in shapes.items())
