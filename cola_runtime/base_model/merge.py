@@ -34,9 +34,7 @@ class MergedWeights:
         }
         self._pristine_OI: dict[int, Tensor] = {}  # of the sites that were ever changed and may be again
         self._changed: set[int] = set()  # sites whose weight is not W0 now
-        self._members: (
-            tuple[MergedAdapter, ...] | None
-        ) = ()  # what is in place; None: unknown, after a failure
+        self._members: tuple[MergedAdapter, ...] | None = ()  # in place; None: unknown, after a failure
         self.biases: Biases = {}
 
     @property
@@ -76,15 +74,18 @@ class MergedWeights:
         self._changed.add(index)
         target_OI.zero_()
         for member, share in shares:
-            adapter = member.sites.get(index)
-            if adapter is not None:
-                weights = {key: weight.to(target_OI) for key, weight in member.weights[index].items()}
-                adapter.add_delta_weight(target_OI, weights, share)
-                bias_O = adapter.delta_bias(weights)
-                if bias_O is not None:
-                    total_O = self.biases.setdefault(index, torch.zeros_like(bias_O))
-                    total_O.add_(bias_O, alpha=share)
+            if index in member.sites:
+                self._add(index, member, share)
         target_OI.add_(self._pristine_OI[index])
+
+    def _add(self, index: int, member: MergedAdapter, share: float) -> None:
+        target_OI, adapter = self._weights_OI[index], member.sites[index]
+        weights = {key: weight.to(target_OI) for key, weight in member.weights[index].items()}
+        adapter.add_delta_weight(target_OI, weights, share)
+        bias_O = adapter.delta_bias(weights)
+        if bias_O is not None:
+            total_O = self.biases.setdefault(index, torch.zeros_like(bias_O))
+            total_O.add_(bias_O, alpha=share)
 
     def _restore(self, index: int) -> None:
         self._weights_OI[index].copy_(self._pristine_OI[index])

@@ -1,7 +1,8 @@
-"""Four tenants trained mixed through Ray and gRPC end with the adapters that peft gives each alone."""
+"""Tenants trained mixed (one merged) through Ray and gRPC end with the adapters that peft gives alone."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ async def test_mixed_tenants_end_with_the_adapters_that_peft_gives_alone(
     torch.set_num_threads(1)
     model = save_tiny_model(kind, tmp_path / "model", dtype=dtype)
     jobs = [job for encoding in ENCODINGS for job in four_tenants(kind, steps=STEPS, encoding=encoding)]
+    jobs[0] = replace(jobs[0], spec=jobs[0].spec.model_copy(update={"mode": "merged"}))
     settings = service_for(tmp_path / "service", model=model, name=kind, dtype=dtype, token_budget=2048)
     mixed = await train_mixed(settings, jobs)
     microbatches = sum(STEPS * job.spec.adaptation_interval for job in jobs)
