@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import safetensors.numpy
 import torch
 from torch import Tensor
 
+from cola_runtime.adapter_spec import HEAD_NAME
 from cola_runtime.adapters.adapter import initial_weights
-from cola_runtime.adapters.peft_files import read_peft_folder
+from cola_runtime.adapters.peft_files import CONFIG_FILE, HEAD_FILE, read_peft_folder
 from cola_runtime.client.asynchronous import AsyncClient
 from cola_runtime.config import BaseModelSettings, DeviceSettings, SchedulerSettings, ServiceSettings
 from cola_runtime.data.cursor import step_rows, total_steps
@@ -26,7 +28,8 @@ from cola_runtime.jobs.plan import training_plan
 from cola_runtime.runtime.coordinator import RunningService, running_service
 from cola_runtime.spec import JobSpec
 from cola_runtime.testing.peft_reference import Recipe, relative_difference, train_alone
-from cola_runtime.types import BaseModelDescription, TensorKey
+from cola_runtime.testing.sequence_reference import train_sequence_alone
+from cola_runtime.types import BaseModelDescription, TensorKey, TensorKind
 
 JOB_TIMEOUT_SECONDS = 3600.0
 
@@ -95,7 +98,7 @@ async def train_mixed(settings: ServiceSettings, jobs: Sequence[MixedJob]) -> Mi
 
 
 def train_reference(job: MixedJob, base: BaseModelDescription, model: Path, *, attention: str) -> Weights:
-    """The same job by stock peft and torch.optim, alone."""
+    """The same job by stock peft, or transformers' classification model, and torch.optim, alone."""
     dataset = parse_dataset(job.training, file_name="training.jsonl")
     tokenizer = Tokenizer(model, bidirectional=base.bidirectional)
     rows = tokenizer.tokenize(
@@ -111,7 +114,8 @@ def train_reference(job: MixedJob, base: BaseModelDescription, model: Path, *, a
         optimizer=plan.optimizer,
         schedule=plan.schedule,
     )
-    return train_alone(model, recipe, dtype=base.dtype, attention=attention).weights
+    train = train_alone if plan.adapter.head is None else train_sequence_alone
+    return train(model, recipe, dtype=base.dtype, attention=attention).weights
 
 
 def largest_difference(mixed: Weights, alone: Weights) -> float:
@@ -176,5 +180,9 @@ async def tenant_client(service: RunningService, tenant: str) -> AsyncClient:
 
 def exported_weights(folder: Path, base: BaseModelDescription) -> Weights:
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    adapter = read_peft_folder(files, base.sites)
-    return {key: torch.from_numpy(array) for key, array in adapter.weights.items()}
+    weights = dict(read_peft_folder(files, base.sites).weights) if CONFIG_FILE in files else {}
+    if HEAD_FILE in files:
+        head = safetensors.numpy.load(files[HEAD_FILE])
+        for kind in (TensorKind.WEIGHT, TensorKind.BIAS):
+            weights[TensorKey(len(base.sites), kind)] = head[f"{HEAD_NAME}/{kind.name.lower()}"]
+    return {key: torch.from_numpy(array) for key, array in weights.items()}

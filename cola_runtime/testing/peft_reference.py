@@ -55,7 +55,7 @@ def train_alone(model_path: Path, recipe: Recipe, *, dtype: str, attention: str 
     with torch.no_grad():
         for key, parameter in factors.items():
             parameter.copy_(recipe.initial_weights[key])
-    optimizer = _torch_optimizer(recipe.optimizer, list(factors.values()))
+    optimizer = torch_optimizer(recipe.optimizer, list(factors.values()))
     losses = [
         _train_step(
             model, optimizer, rows, recipe, learning_rate(recipe.schedule, recipe.optimizer.learning_rate, k)
@@ -132,6 +132,12 @@ def _train_step(
     model: Any, optimizer: torch.optim.Optimizer, rows: Sequence[Row], recipe: Recipe, rate: float
 ) -> float:
     loss = batch_loss(model, rows)
+    descend(loss, optimizer, recipe, rate)
+    return loss.item()
+
+
+def descend(loss: Tensor, optimizer: torch.optim.Optimizer, recipe: Recipe, rate: float) -> None:
+    """One optimizer step at the learning rate `rate`, clipped as the recipe says."""
     optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     for group in optimizer.param_groups:
@@ -139,10 +145,10 @@ def _train_step(
         if recipe.optimizer.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(group["params"], recipe.optimizer.max_grad_norm)
     optimizer.step()
-    return loss.item()
 
 
-def _torch_optimizer(wanted: OptimizerHyperparameters, parameters: list[Parameter]) -> torch.optim.Optimizer:
+def torch_optimizer(wanted: OptimizerHyperparameters, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+    """torch's own; AdamW or SGD."""
     if wanted.kind == "sgd":
         return torch.optim.SGD(
             parameters,
