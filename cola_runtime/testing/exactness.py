@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import safetensors.numpy
 import torch
 from torch import Tensor
 
+from cola_runtime.adapter_spec import HEAD_NAME
 from cola_runtime.adapters.adapter import initial_weights
-from cola_runtime.adapters.adapter_files import read_adapter_folder
+from cola_runtime.adapters.adapter_files import HEAD_FILE, read_adapter_folder
+from cola_runtime.adapters.folder_files import CONFIG_FILE
 from cola_runtime.client.asynchronous import AsyncClient
 from cola_runtime.config import BaseModelSettings, DeviceSettings, SchedulerSettings, ServiceSettings
 from cola_runtime.data.cursor import step_rows, total_steps
@@ -27,7 +30,8 @@ from cola_runtime.runtime.coordinator import RunningService, running_service
 from cola_runtime.spec import JobSpec
 from cola_runtime.testing.ordinary_modules import train_ordinary
 from cola_runtime.testing.peft_reference import Recipe, relative_difference, train_alone
-from cola_runtime.types import BaseModelDescription, TensorKey
+from cola_runtime.testing.sequence_reference import train_sequence_alone
+from cola_runtime.types import BaseModelDescription, TensorKey, TensorKind
 
 JOB_TIMEOUT_SECONDS = 3600.0
 
@@ -96,8 +100,10 @@ async def train_mixed(settings: ServiceSettings, jobs: Sequence[MixedJob]) -> Mi
 
 
 def train_reference(job: MixedJob, base: BaseModelDescription, model: Path, *, attention: str) -> Weights:
-    """The same job by stock peft and torch.optim, alone. Of one LoRA only."""
-    return train_alone(model, _recipe(job, base, model), dtype=base.dtype, attention=attention).weights
+    """The same job by stock peft, or transformers' classification model, and torch.optim, alone. One LoRA."""
+    recipe = _recipe(job, base, model)
+    train = train_alone if recipe.spec.head is None else train_sequence_alone
+    return train(model, recipe, dtype=base.dtype, attention=attention).weights
 
 
 def train_modules(job: MixedJob, base: BaseModelDescription, model: Path, *, attention: str) -> Weights:
@@ -185,5 +191,9 @@ async def tenant_client(service: RunningService, tenant: str) -> AsyncClient:
 
 def exported_weights(folder: Path, base: BaseModelDescription) -> Weights:
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    adapter = read_adapter_folder(files, base.sites)
-    return {key: torch.from_numpy(array) for key, array in adapter.weights.items()}
+    weights = dict(read_adapter_folder(files, base.sites).weights) if CONFIG_FILE in files else {}
+    if HEAD_FILE in files:
+        head = safetensors.numpy.load(files[HEAD_FILE])
+        for kind in (TensorKind.WEIGHT, TensorKind.BIAS):
+            weights[TensorKey(len(base.sites), kind)] = head[f"{HEAD_NAME}/{kind.name.lower()}"]
+    return {key: torch.from_numpy(array) for key, array in weights.items()}

@@ -60,7 +60,7 @@ def train_alone(model_path: Path, recipe: Recipe, *, dtype: str, attention: str 
 
 def train_parameters(model: Any, parameters: Mapping[TensorKey, Tensor], recipe: Recipe) -> TrainedAlone:
     """Train the adapter's parameters in place, by torch.optim and autograd through the whole model."""
-    optimizer = _torch_optimizer(recipe.optimizer, list(parameters.values()))
+    optimizer = torch_optimizer(recipe.optimizer, list(parameters.values()))
     losses = [
         _train_step(
             model, optimizer, rows, recipe, learning_rate(recipe.schedule, recipe.optimizer.learning_rate, k)
@@ -137,6 +137,12 @@ def _train_step(
     model: Any, optimizer: torch.optim.Optimizer, rows: Sequence[Row], recipe: Recipe, rate: float
 ) -> float:
     loss = batch_loss(model, rows)
+    descend(loss, optimizer, recipe, rate)
+    return loss.item()
+
+
+def descend(loss: Tensor, optimizer: torch.optim.Optimizer, recipe: Recipe, rate: float) -> None:
+    """One optimizer step at the learning rate `rate`, clipped as the recipe says."""
     optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     for group in optimizer.param_groups:
@@ -144,10 +150,10 @@ def _train_step(
         if recipe.optimizer.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(group["params"], recipe.optimizer.max_grad_norm)
     optimizer.step()
-    return loss.item()
 
 
-def _torch_optimizer(wanted: OptimizerHyperparameters, parameters: list[Tensor]) -> torch.optim.Optimizer:
+def torch_optimizer(wanted: OptimizerHyperparameters, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+    """torch's own; AdamW, SGD or Adafactor."""
     if wanted.kind == "adafactor":
         return torch.optim.Adafactor(
             parameters,

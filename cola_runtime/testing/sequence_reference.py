@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from cola_runtime.adapter_spec import AdapterSpec
+from cola_runtime.adapters.schedule import learning_rate
 from cola_runtime.testing.ordinary_modules import add_adapter, wide_norms
+from cola_runtime.testing.peft_reference import Recipe, TrainedAlone, descend, torch_optimizer
 from cola_runtime.types import Row, TensorKey, TensorKind
 
 
@@ -75,3 +77,17 @@ def sequence_output(model: Any, rows: Sequence[Row]) -> Any:
     regression = model.config.problem_type == "regression"
     labels = torch.tensor([row.label for row in rows], dtype=model.dtype if regression else torch.int64)
     return model(**inputs, labels=labels)
+
+
+def train_sequence_alone(path: Path, recipe: Recipe, *, dtype: str, attention: str = "sdpa") -> TrainedAlone:
+    """`train_alone` for a task with a head: adapter and head together, by torch.optim."""
+    model, parameters = sequence_model(
+        path, recipe.spec, recipe.initial_weights, dtype=dtype, attention=attention
+    )
+    optimizer = torch_optimizer(recipe.optimizer, list(parameters.values()))
+    losses = []
+    for step, rows in enumerate(recipe.steps):
+        loss = sequence_output(model, rows).loss
+        descend(loss, optimizer, recipe, learning_rate(recipe.schedule, recipe.optimizer.learning_rate, step))
+        losses.append(loss.item())
+    return TrainedAlone(weights={key: p.detach().clone() for key, p in parameters.items()}, losses=losses)

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from cola_runtime.adapters.targets import resolve_target_sites
@@ -10,7 +12,7 @@ def names(kind, target_modules):
 
 
 def last_parts(kind, target_modules):
-    return {name.split(".", 3)[3] for name in names(kind, target_modules)}
+    return {re.split(r"\.\d+\.", name)[1] for name in names(kind, target_modules)}
 
 
 @pytest.mark.parametrize(
@@ -20,6 +22,12 @@ def last_parts(kind, target_modules):
         ("llama", "mlp", {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}),
         ("gpt2", "attention", {"attn.c_attn", "attn.c_proj"}),
         ("gpt2", "mlp", {"mlp.c_fc", "mlp.c_proj"}),
+        (
+            "bert",
+            "attention",
+            {*(f"attention.self.{p}" for p in ("query", "key", "value")), "attention.output.dense"},
+        ),
+        ("bert", "mlp", {"intermediate.dense", "output.dense"}),
     ],
 )
 def test_presets_follow_the_familys_names_in_every_layer(kind, preset, parts):
@@ -27,7 +35,7 @@ def test_presets_follow_the_familys_names_in_every_layer(kind, preset, parts):
     assert len(names(kind, preset)) == 3 * len(parts)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "roberta"])
 def test_all_linear_is_the_catalogue_and_the_two_presets_divide_it(kind):
     everything = resolve_target_sites(tiny_sites(kind), "all-linear")
     assert everything == tiny_sites(kind)

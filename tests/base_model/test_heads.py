@@ -25,8 +25,8 @@ from cola_runtime.base_model.body import PatchedBody
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.device.session import AdapterSession
 from cola_runtime.errors import InvalidInput
-from cola_runtime.testing.peft_reference import relative_difference
-from cola_runtime.testing.sequence_reference import sequence_model, sequence_output
+from cola_runtime.testing.peft_reference import Recipe, relative_difference
+from cola_runtime.testing.sequence_reference import sequence_model, sequence_output, train_sequence_alone
 from cola_runtime.types import (
     Encoding,
     LearningRateSchedule,
@@ -193,21 +193,15 @@ def test_twenty_steps_through_sessions_are_adamws_on_the_stock_model(tiny_folder
         for session in sessions:
             session.apply(version=version)
     for member, session in zip(members, sessions, strict=True):
-        alone = stock_training(path, member, hyper, steps=20)
+        recipe = Recipe(
+            spec=member.spec,
+            initial_weights=initial_weights(member.spec),
+            steps=[member.rows] * 20,
+            optimizer=hyper,
+            schedule=schedule,
+        )
+        alone = train_sequence_alone(path, recipe, dtype="float64").weights
         assert max(relative_difference(session.weights(), alone).values()) < 1e-8
-
-
-def stock_training(path: Path, member: Tenant, hyper: OptimizerHyperparameters, *, steps: int) -> Weights:
-    model, parameters = sequence_model(path, member.spec, initial_weights(member.spec), dtype="float64")
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=hyper.learning_rate, weight_decay=hyper.weight_decay
-    )
-    for _ in range(steps):
-        optimizer.zero_grad()
-        sequence_output(model, member.rows).loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters.values(), hyper.max_grad_norm)
-        optimizer.step()
-    return {key: parameter.detach() for key, parameter in parameters.items()}
 
 
 @pytest.mark.parametrize("kind", ["roberta", "llama"])

@@ -71,6 +71,8 @@ MERGED_MODULE = {"kind": "module", "name": "mine", "target_modules": "attention"
         (submission(max_length=500), "MAX_LENGTH_ABOVE_CONTEXT", ("256", "500")),
         (submission(adapter={"rank": 0}), "SPEC_INVALID", ("job.adapter.rank", "1")),
         (submission(adapter={"rank": 10**9}), "SPEC_INVALID", ("job.adapter.rank", "256")),
+        (submission(task={"kind": "regression"}), "TASK_UNSUPPORTED", ("job.task", "causal_lm")),
+        (submission(b'{"text": "a", "label": 1}'), "TASK_FORMAT", ("train.jsonl", "labelled")),
         (submission(learing_rate=1), "UNKNOWN_FIELD", ("job.learing_rate",)),
         (submission(base_model="../etc"), "BASE_MODEL_UNKNOWN", ("job.base_model", BASE_MODEL)),
         (submission(base_model="tiny-lama"), "BASE_MODEL_UNKNOWN", ("did you mean 'tiny-llama'",)),

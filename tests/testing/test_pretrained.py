@@ -29,7 +29,7 @@ def test_a_missing_package_names_the_remedy_and_leaves_no_trace(tmp_path, monkey
 
 def test_a_package_without_the_file_names_the_file():
     with pytest.raises(Unavailable, match=r"holds no weights\.gguf.*make setup"):
-        pretrained.packaged_gguf("cola_runtime", "weights.gguf")
+        pretrained.packaged_file("cola_runtime", "weights.gguf")
 
 
 def test_the_package_is_found_without_being_imported(tmp_path, monkeypatch):
@@ -38,7 +38,7 @@ def test_the_package_is_found_without_being_imported(tmp_path, monkeypatch):
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
     (package / "model.gguf").write_bytes(b"x")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert pretrained.packaged_gguf("explosive_package", "model.gguf") == package / "model.gguf"
+    assert pretrained.packaged_file("explosive_package", "model.gguf") == package / "model.gguf"
 
 
 def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path):
@@ -89,7 +89,7 @@ def test_smollm2_is_converted_once_quietly_and_knows_the_capital_of_france(capfd
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        pretrained.packaged_gguf(pretrained.SMOLLM2_PACKAGE, pretrained.SMOLLM2_FILE)
+        pretrained.packaged_file(pretrained.SMOLLM2_PACKAGE, pretrained.SMOLLM2_FILE)
     except Unavailable as error:
         pytest.skip(str(error))
     cache = Path(__file__).parents[2] / ".cache" / "models"  # kept between runs: the conversion takes 30 s

@@ -1,0 +1,94 @@
+"""Measures against values computed by hand, and against scikit-learn and scipy where they are installed."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from cola_runtime.data.metrics import (
+    LOWER_IS_BETTER,
+    PRIMARY,
+    evaluate,
+    f1,
+    f1_macro,
+    matthews,
+    pearson,
+    spearman,
+)
+from cola_runtime.spec import CausalLmTask, ClassificationTask, RegressionTask
+from cola_runtime.types import Task
+
+# Class 1: 3 found, 1 missed, 2 wrongly; class 0: 4 found.
+LABELS = np.array([1, 1, 1, 1, 0, 0, 0, 0, 0, 0], np.float64)
+PREDICTIONS = np.array([1, 1, 1, 0, 1, 1, 0, 0, 0, 0], np.float64)
+
+
+def test_two_classes_by_hand() -> None:
+    found = evaluate(ClassificationTask(labels=2), mean_loss=0.5, labels=LABELS, predictions=PREDICTIONS)
+    assert found == {
+        "loss": 0.5,
+        "accuracy": 0.7,
+        "f1": pytest.approx(2 * 3 / (2 * 3 + 2 + 1)),
+        "f1_macro": pytest.approx((6 / 9 + 8 / 11) / 2),
+        "matthews": pytest.approx((3 * 4 - 2 * 1) / math.sqrt(5 * 4 * 6 * 5)),
+    }
+
+
+def test_three_classes_by_hand() -> None:
+    labels, predictions = np.array([0.0, 1, 2, 2]), np.array([0.0, 2, 2, 2])
+    assert f1_macro(labels, predictions) == pytest.approx((1 + 0 + 4 / 5) / 3)
+    # Gorodkin: (c s - sum p t) / sqrt((s^2 - sum p^2)(s^2 - sum t^2)) with c = 3, s = 4
+    assert matthews(labels, predictions) == pytest.approx((3 * 4 - 7) / math.sqrt((16 - 10) * (16 - 6)))
+    assert "f1" not in evaluate(
+        ClassificationTask(labels=3), mean_loss=0.0, labels=labels, predictions=labels
+    )
+
+
+def test_values_by_hand() -> None:
+    labels, predictions = np.array([1.0, 2, 3, 4]), np.array([2.0, 1, 1, 10])
+    found = evaluate(RegressionTask(), mean_loss=2.0, labels=labels, predictions=predictions)
+    assert found["loss"] == 2.0
+    assert found["pearson"] == pytest.approx(12 / math.sqrt(5 * 57))
+    # ranks 3, 1.5, 1.5, 4 against 1, 2, 3, 4
+    assert found["spearman"] == pytest.approx(1.5 / math.sqrt(5 * 4.5))
+
+
+def test_perplexity_is_the_exponential_of_the_loss_and_stays_finite() -> None:
+    assert evaluate(CausalLmTask(), mean_loss=2.0) == {"loss": 2.0, "perplexity": pytest.approx(math.exp(2))}
+    assert math.isfinite(evaluate(CausalLmTask(), mean_loss=1e6)["perplexity"])
+
+
+def test_what_is_undefined_is_zero() -> None:
+    ones = np.ones(3)
+    assert matthews(ones, np.array([1.0, 0, 1])) == 0.0
+    assert pearson(ones, np.arange(3.0)) == 0.0
+    assert spearman(np.arange(3.0), ones) == 0.0
+    assert f1(np.zeros(3), np.zeros(3), of_class=1) == 0.0
+
+
+def test_every_task_has_a_primary_measure_that_is_among_its_own() -> None:
+    of_task = {
+        "causal_lm": evaluate(CausalLmTask(), mean_loss=1.0),
+        "sequence_classification": evaluate(
+            ClassificationTask(labels=2), mean_loss=1.0, labels=LABELS, predictions=PREDICTIONS
+        ),
+        "regression": evaluate(RegressionTask(), mean_loss=1.0, labels=LABELS, predictions=PREDICTIONS),
+    }
+    assert PRIMARY.keys() == of_task.keys() == set(Task)
+    assert all(PRIMARY[task] in measures for task, measures in of_task.items())
+    assert {"loss", "perplexity"} == LOWER_IS_BETTER
+
+
+def test_scikit_learn_and_scipy_agree() -> None:
+    sklearn = pytest.importorskip("sklearn.metrics")
+    stats = pytest.importorskip("scipy.stats")
+    random = np.random.default_rng(0)
+    labels, predictions = (random.integers(0, 5, 200).astype(float) for _ in range(2))
+    assert f1_macro(labels, predictions) == pytest.approx(
+        sklearn.f1_score(labels, predictions, average="macro")
+    )
+    assert matthews(labels, predictions) == pytest.approx(sklearn.matthews_corrcoef(labels, predictions))
+    assert spearman(labels, predictions) == pytest.approx(stats.spearmanr(labels, predictions).statistic)
+    assert pearson(labels, predictions) == pytest.approx(stats.pearsonr(labels, predictions).statistic)
