@@ -110,6 +110,17 @@ class TapPlan:
         return next((e for group, e in self.exceptions if group == input_group), self.encoding)
 
 
+class Metric(enum.StrEnum):
+    """What an evaluation on held-out rows may be judged by."""
+
+    LOSS = "loss"  # mean over the label tokens, nats
+    PERPLEXITY = "perplexity"  # e to the loss
+
+    @property
+    def greater_is_better(self) -> bool:
+        return self not in (Metric.LOSS, Metric.PERPLEXITY)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerHyperparameters:
     """`torch.optim` names; `max_grad_norm` clips the global norm over all sites of one adapter."""

@@ -14,6 +14,7 @@ from cola_runtime.jobs.plan import TrainingPlan
 from cola_runtime.jobs.records import JobRecord, StepRecord
 from cola_runtime.jobs.state import JobState
 from cola_runtime.jobs.store import JobStore
+from cola_runtime.scheduler.evaluation import Evaluations
 from cola_runtime.scheduler.job_data import JobData
 from cola_runtime.scheduler.leases import LeaseLost
 from cola_runtime.scheduler.primitives import AdapterPrimitives, LeasedAdapter, StepOutcome
@@ -59,6 +60,9 @@ class JobDriver:
         self._job_id = record.job_id
         self._plan, self._data = plan, data
         self._primitives, self._store = primitives, store
+        self._evaluations = Evaluations(
+            data, total_steps=plan.schedule.total_steps, primitives=primitives, store=store
+        )
         self._stop: Stop | None = None
         self._stop_asked = asyncio.Event()
         self._stopping = False
@@ -82,7 +86,7 @@ class JobDriver:
         """Drive the job to a terminal state or to paused. Never raises but on cancellation of the task."""
         try:
             await self._run_leases()
-            await self._store.transition(self._job_id, JobState.SUCCEEDED, message="all steps applied")
+            await self._succeed()
         except _Stopped as stopped:
             state = stopped.stop.value
             await self._store.transition(
@@ -120,13 +124,21 @@ class JobDriver:
             await self._primitives.close(adapter)
 
     async def _train(self, adapter: LeasedAdapter) -> None:
-        await self._evaluate(adapter, before=True)
-        while adapter.version < self._plan.schedule.total_steps:
+        await self._evaluations.resume(adapter.lease.job_id)
+        await self._evaluate(adapter)
+        while not self._finished(adapter):
             await self._stop_at_boundary(adapter)
             await self._one_step(adapter)
+            await self._evaluate(adapter)
         self.phase = "waiting for the last checkpoint"
-        await self._primitives.wait_checkpoint(adapter)
-        await self._evaluate(adapter, before=False)
+        if adapter.version == self._plan.schedule.total_steps:
+            await self._primitives.wait_checkpoint(adapter)  # the device makes one of the last step unasked
+        else:
+            await self._primitives.checkpoint(adapter)
+
+    def _finished(self, adapter: LeasedAdapter) -> bool:
+        last = adapter.version == self._plan.schedule.total_steps
+        return last or self._evaluations.early_stop is not None
 
     async def _one_step(self, adapter: LeasedAdapter) -> None:
         microbatches = self._data.microbatches(adapter.version)
@@ -136,18 +148,17 @@ class JobDriver:
         await self._store.record_step(_step_record(adapter, rows, outcome))
         self._primitives.recorded(adapter)
 
-    async def _evaluate(self, adapter: LeasedAdapter, *, before: bool) -> None:
-        """Held-out loss, once before the first step and once after the last."""
-        record = await self._store.job(self._job_id)
-        known = record.evaluation_loss_before if before else record.evaluation_loss_after
-        if not self._data.evaluation or known is not None or (before and adapter.version > 0):
-            return
-        self.phase = "evaluating"
-        loss = await self._primitives.forward(adapter, self._data.evaluation)
-        if before:
-            await self._store.set_evaluation(self._job_id, before=loss.mean)
+    async def _evaluate(self, adapter: LeasedAdapter) -> None:
+        if self._evaluations.due(adapter.version):
+            self.phase = "evaluating"
+            await self._evaluations.run(adapter)
+
+    async def _succeed(self) -> None:
+        stop = self._evaluations.early_stop
+        if stop is None or stop.step == self._plan.schedule.total_steps:
+            await self._store.transition(self._job_id, JobState.SUCCEEDED, message="all steps applied")
         else:
-            await self._store.set_evaluation(self._job_id, after=loss.mean)
+            await self._store.stop_early(self._job_id, stop.message, data=stop.data)
 
     async def _stop_at_boundary(self, adapter: LeasedAdapter) -> None:
         if self._stop is not None:

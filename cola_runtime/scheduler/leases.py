@@ -70,6 +70,11 @@ class LeaseBook:
             entry.checkpoint_version = max(entry.checkpoint_version, version)
             entry.changed.set()
 
+    def has_checkpoint(self, lease: Lease, version: int) -> bool:
+        """A checkpoint of `version`, or of a later one, is stored and recorded."""
+        entry = self._entry(lease)
+        return entry is not None and entry.checkpoint_version >= version
+
     def lose(self, lease: Lease, *, reason: str, message: str) -> None:
         """Wake whoever waits on this lease with LeaseLost; later waits fail at once."""
         entry = self._entry(lease)

@@ -101,6 +101,8 @@ class AdapterPrimitives:
             if adapter.version < record.version:
                 await self._store.rewind(lease, adapter.version)
             self.recorded(adapter)
+            if usable is not None:
+                self._book.checkpointed(lease, usable.version)
             await self._base.lease(lease, plan.adapter)
             await self._pool.grant(lease, plan, checkpoint=blob)
             await self._book.wait_version(lease, adapter.version, timeout_seconds=OPEN_TIMEOUT_SECONDS)
@@ -151,7 +153,8 @@ class AdapterPrimitives:
 
     async def checkpoint(self, adapter: LeasedAdapter) -> None:
         """Return when a checkpoint of the adapter's current version is stored and recorded."""
-        await self._pool.request_checkpoint(adapter.lease)
+        if not self._book.has_checkpoint(adapter.lease, adapter.version):
+            await self._pool.request_checkpoint(adapter.lease)
         await self.wait_checkpoint(adapter)
 
     async def wait_checkpoint(self, adapter: LeasedAdapter) -> None:

@@ -14,7 +14,7 @@ from cola_runtime.data.tokenize import TokenizedDataset, Tokenizer, longest_row
 from cola_runtime.errors import InvalidInput
 from cola_runtime.jobs.plan import training_plan
 from cola_runtime.server.base_models import BaseModels
-from cola_runtime.spec import JobSpec, parse_job_spec
+from cola_runtime.spec import EvaluationSpec, JobSpec, parse_job_spec
 from cola_runtime.types import Encoding
 
 
@@ -52,6 +52,7 @@ class Admission:
         base = self._base_models.find(spec.base_model)
         most_tokens = longest_row(spec, context_length=base.context_length)
         training_plan(spec, base, total_steps=spec.steps or 1)  # the target modules exist
+        _check_evaluation(spec.evaluation, held_out=submission.evaluation is not None)
         tokenizer = await self._base_models.tokenizer(spec.base_model)
         report = await asyncio.to_thread(_check_data, submission, spec, tokenizer, most_tokens)
         encoding, reason = choose_encoding(spec)
@@ -67,6 +68,23 @@ def choose_encoding(spec: JobSpec) -> tuple[Encoding, str]:
         "adapter_gradient: LoRA's factors are in the bank, so a site sends rank * (d_in + d_out) numbers "
         "a step instead of d_in + d_out for each token",
     )
+
+
+def _check_evaluation(wanted: EvaluationSpec, *, held_out: bool) -> None:
+    if not held_out and (wanted.every is not None or wanted.patience is not None):
+        raise InvalidInput(
+            "EVALUATION_NEEDS_DATA",
+            "the job asks for evaluations and has no held-out rows",
+            where="job.evaluation",
+            remedy="Give held-out rows (`evaluation`), or leave out `every` and `patience`.",
+        )
+    if wanted.patience is not None and wanted.every is None:
+        raise InvalidInput(
+            "SPEC_INVALID",
+            "patience counts evaluations between the first and the last step, and `every` asks for none",
+            where="job.evaluation.patience",
+            remedy="Give `every` as well; nothing was created.",
+        )
 
 
 def _check_data(
