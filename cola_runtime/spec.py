@@ -172,6 +172,9 @@ class JobSpec(Frozen):
     checkpoint_every: Annotated[int, Field(ge=1, le=MAX_STEPS, strict=True)] = 10
     """Steps between two checkpoints; the last step always makes one."""
     evaluation: EvaluationSpec = EvaluationSpec()
+    max_staleness: Literal[0, 1] = 0
+    """0: a step's gradient is taken at the weights that it changes. 1: it may be those of one step before, so
+    that base model and device work on a job at the same time (docs/staleness.md)."""
 
     @property
     def adapter_parts(self) -> tuple[PartSpec, ...]:

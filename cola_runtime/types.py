@@ -176,6 +176,12 @@ class Segment:
     taps: TapPlan = TapPlan(Encoding.ADAPTER_GRADIENT)
     microbatch: int = 0  # position within the step, 0-based
     last_microbatch: bool = True  # the device applies the optimizer step after this one
+    staleness: int = 0  # steps that the device has applied since `version` when it applies these taps
+
+    @property
+    def trained_version(self) -> int:
+        """The version that the step of these taps leaves."""
+        return self.version + self.staleness
 
     @property
     def tokens(self) -> int:

@@ -33,12 +33,21 @@ class AdapterBank:
         self._sites = tuple(sites)
         self._dtype = dtype
         self._adapters: dict[str, BankedAdapter] = {}
+        self._previous: dict[str, BankedAdapter] = {}  # the version before, of those that may be stale by one
         self._layouts: dict[object, AdapterLayout] = {}
 
     def install(
-        self, lease: Lease, spec: AdapterSpec, version: int, weights: Mapping[TensorKey, Tensor]
+        self,
+        lease: Lease,
+        spec: AdapterSpec,
+        version: int,
+        weights: Mapping[TensorKey, Tensor],
+        *,
+        max_staleness: int = 0,
     ) -> None:
         """Replace the job's adapter by a copy of this version; non-finite weights reach its own rows only.
+
+        With `max_staleness` 1 the version before stays, for segments that ask for it.
 
         Raises Fenced `FENCED` for an older epoch, InvalidInput `TENSOR_INVALID` for a site that this base
         model does not have, or a missing, superfluous or misshapen tensor; the adapter before stays in place.
@@ -54,12 +63,17 @@ class AdapterBank:
         self._check(spec, weights)
         layout = current.layout if current is not None and current.spec is spec else self._layout(spec)
         flat = layout.flatten(weights, spec, self._dtype)
+        if max_staleness and current is not None and (current.lease, current.version + 1) == (lease, version):
+            self._previous[lease.job_id] = current
+        else:
+            self._previous.pop(lease.job_id, None)
         self._adapters[lease.job_id] = BankedAdapter(
             lease=lease, version=version, spec=spec, layout=layout, flat=flat
         )
 
     def evict(self, job_id: str) -> None:
         self._adapters.pop(job_id, None)
+        self._previous.pop(job_id, None)
 
     def version(self, job_id: str) -> tuple[int, int] | None:
         """(lease epoch, version) of the resident adapter."""
@@ -69,6 +83,17 @@ class AdapterBank:
     def adapter(self, job_id: str) -> BankedAdapter | None:
         return self._adapters.get(job_id)
 
+    def adapter_of(self, segment: Segment) -> BankedAdapter | None:
+        """The very version that the segment asks for, under its lease's epoch."""
+        for kept in (self._adapters, self._previous):
+            adapter = kept.get(segment.lease.job_id)
+            if adapter is not None and (adapter.lease.epoch, adapter.version) == (
+                segment.lease.epoch,
+                segment.version,
+            ):
+                return adapter
+        return None
+
     def refusal(self, segment: Segment) -> str | None:
         """Why these rows may not be computed with what is in the bank: a stable reason, or None."""
         adapter = self._adapters.get(segment.lease.job_id)
@@ -76,7 +101,7 @@ class AdapterBank:
             return "ADAPTER_UNKNOWN"
         if adapter.lease.epoch > segment.lease.epoch:
             return "FENCED"
-        return None if adapter.version == segment.version else "VERSION_STALE"
+        return "VERSION_STALE" if self.adapter_of(segment) is None else None
 
     def _layout(self, spec: AdapterSpec) -> AdapterLayout:
         key = layout_key(spec)

@@ -89,10 +89,16 @@ class TappedModel:
         )
 
     def install(
-        self, lease: Lease, spec: AdapterSpec, version: int, weights: Mapping[TensorKey, Tensor]
+        self,
+        lease: Lease,
+        spec: AdapterSpec,
+        version: int,
+        weights: Mapping[TensorKey, Tensor],
+        *,
+        max_staleness: int = 0,
     ) -> None:
         """Make this version the job's current one. Raises Fenced, InvalidInput: see AdapterBank.install."""
-        self._bank.install(lease, spec, version, weights)
+        self._bank.install(lease, spec, version, weights, max_staleness=max_staleness)
 
     def evict(self, job_id: str) -> None:
         self._bank.evict(job_id)
@@ -183,7 +189,7 @@ class TappedModel:
         )
 
     def _member(self, position: int, segment: Segment) -> Member:
-        adapter = self._bank.adapter(segment.lease.job_id)
+        adapter = self._bank.adapter_of(segment)
         assert adapter is not None  # `_refusal` has looked
         return Member(position=position, segment=segment, adapter=adapter)
 

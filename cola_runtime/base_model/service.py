@@ -84,9 +84,9 @@ class BaseModelService:
     async def describe(self) -> BaseModelDescription:
         return self._model.describe(self._name, self._endpoint)
 
-    async def lease(self, lease: Lease, spec: AdapterSpec) -> None:
+    async def lease(self, lease: Lease, spec: AdapterSpec, *, max_staleness: int = 0) -> None:
         """Accept the lease's device and epoch from now on. Raises Fenced for an older epoch."""
-        self._server.lease(lease, spec)
+        self._server.lease(lease, spec, max_staleness=max_staleness)
 
     async def end_lease(self, job_id: str, epoch: int) -> None:
         """Forget the lease and its adapter, unless a newer lease holds the job."""
@@ -173,7 +173,13 @@ class BaseModelService:
 
     async def _install(self, update: Update) -> None:
         def install() -> None:
-            self._model.install(update.lease, update.spec, update.version, update.weights)
+            self._model.install(
+                update.lease,
+                update.spec,
+                update.version,
+                update.weights,
+                max_staleness=update.max_staleness,
+            )
 
         if not self._server.honours(update.lease):
             return  # ended since: behind the eviction, an install would stay in the bank for good

@@ -29,6 +29,7 @@ class Update:
     device_seconds: float
     bytes_up: int
     bytes_down: int
+    max_staleness: int
 
 
 @dataclass(slots=True)
@@ -42,9 +43,10 @@ class _Pending:
 class LeasedAdapter:
     """What the base model knows of one lease: who may update, to which shapes, from which version."""
 
-    def __init__(self, lease: Lease, spec: AdapterSpec) -> None:
+    def __init__(self, lease: Lease, spec: AdapterSpec, *, max_staleness: int) -> None:
         self.lease = lease
         self.spec = spec
+        self.max_staleness = max_staleness
         self.version: int | None = None  # of the last complete update
         self._shapes = weight_shapes(spec)
         self._dtype = torch_dtype(spec)
@@ -86,6 +88,7 @@ class LeasedAdapter:
             device_seconds=end.device_seconds,
             bytes_up=bytes_up,
             bytes_down=pending.wire_bytes + wire_bytes,
+            max_staleness=self.max_staleness,
         )
 
     def _take(self, pending: _Pending, key: TensorKey, tensor: Tensor) -> None:
@@ -122,14 +125,14 @@ class LeaseTable:
     def __init__(self) -> None:
         self._adapters: dict[str, LeasedAdapter] = {}
 
-    def open(self, lease: Lease, spec: AdapterSpec) -> None:
+    def open(self, lease: Lease, spec: AdapterSpec, *, max_staleness: int) -> None:
         """Honour `lease` instead of any older one. Raises Fenced for an older epoch; again is no change."""
         current = self._adapters.get(lease.job_id)
         if current is not None and current.lease == lease and current.spec == spec:
             return
         if current is not None and lease.epoch <= current.lease.epoch:
             raise Fenced("FENCED", "an older lease", limit=current.lease.epoch, actual=lease.epoch)
-        self._adapters[lease.job_id] = LeasedAdapter(lease, spec)
+        self._adapters[lease.job_id] = LeasedAdapter(lease, spec, max_staleness=max_staleness)
 
     def end(self, job_id: str, epoch: int) -> bool:
         """Stop honouring the lease, unless a newer one has come; True if it was honoured."""

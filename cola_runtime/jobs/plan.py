@@ -24,6 +24,7 @@ class TrainingPlan:
     optimizer: OptimizerHyperparameters
     schedule: LearningRateSchedule
     checkpoint_every: int
+    max_staleness: int
 
 
 def training_plan(spec: JobSpec, base: BaseModelDescription, *, total_steps: int) -> TrainingPlan:
@@ -40,7 +41,11 @@ def training_plan(spec: JobSpec, base: BaseModelDescription, *, total_steps: int
         kind=spec.schedule.kind, warmup_steps=spec.schedule.warmup_steps, total_steps=total_steps
     )
     return TrainingPlan(
-        adapter=adapter, optimizer=optimizer, schedule=schedule, checkpoint_every=spec.checkpoint_every
+        adapter=adapter,
+        optimizer=optimizer,
+        schedule=schedule,
+        checkpoint_every=spec.checkpoint_every,
+        max_staleness=spec.max_staleness,
     )
 
 

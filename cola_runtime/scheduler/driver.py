@@ -17,7 +17,7 @@ from cola_runtime.jobs.store import JobStore
 from cola_runtime.scheduler.evaluation import Evaluations
 from cola_runtime.scheduler.job_data import JobData
 from cola_runtime.scheduler.leases import LeaseLost
-from cola_runtime.scheduler.primitives import AdapterPrimitives, LeasedAdapter, StepOutcome
+from cola_runtime.scheduler.primitives import AdapterPrimitives, LeasedAdapter, StepOutcome, TakenStep
 from cola_runtime.types import Row
 
 logger = logging.getLogger(__name__)
@@ -126,9 +126,11 @@ class JobDriver:
     async def _train(self, adapter: LeasedAdapter) -> None:
         await self._evaluations.resume(adapter.lease.job_id)
         await self._evaluate(adapter)
+        ahead: TakenStep | None = None
         while not self._finished(adapter):
-            await self._stop_at_boundary(adapter)
-            await self._one_step(adapter)
+            if ahead is None:
+                await self._stop_at_boundary(adapter)
+            ahead = await self._one_step(adapter, ahead)
             await self._evaluate(adapter)
         self.phase = "waiting for the last checkpoint"
         if adapter.version == self._plan.schedule.total_steps:
@@ -140,13 +142,42 @@ class JobDriver:
         last = adapter.version == self._plan.schedule.total_steps
         return last or self._evaluations.early_stop is not None
 
-    async def _one_step(self, adapter: LeasedAdapter) -> None:
-        microbatches = self._data.microbatches(adapter.version)
-        self.phase = f"step {adapter.version + 1} is with device {adapter.lease.device_id}"
-        outcome = await self._primitives.step(adapter, microbatches)
-        rows = [row for microbatch in microbatches for row in microbatch]
-        await self._store.record_step(_step_record(adapter, rows, outcome))
-        self._primitives.recorded(adapter)
+    async def _one_step(self, adapter: LeasedAdapter, taken: TakenStep | None) -> TakenStep | None:
+        """Apply the next step, taken already or now; returns the one behind it, if that may run ahead."""
+        version = adapter.version
+        microbatches = self._data.microbatches(version)
+        self.phase = f"step {version + 1} is with device {adapter.lease.device_id}"
+        if taken is None:
+            taken = await self._primitives.take(adapter, microbatches, version=version)
+        ahead = self._start_ahead(adapter, version)
+        try:
+            outcome = await self._primitives.apply(adapter, taken)
+            rows = [row for microbatch in microbatches for row in microbatch]
+            await self._store.record_step(_step_record(adapter, rows, outcome))
+            self._primitives.recorded(adapter)
+            return None if ahead is None else await ahead
+        finally:
+            if ahead is not None:
+                ahead.cancel()
+                await asyncio.gather(ahead, return_exceptions=True)
+
+    def _start_ahead(self, adapter: LeasedAdapter, version: int) -> asyncio.Task[TakenStep] | None:
+        """Compute the step behind `version + 1` at `version`, while the device makes that.
+
+        Not behind a checkpoint or an evaluation: what follows them depends on nothing else, so that a job
+        which is taken up again there goes the same way. Not towards a stop.
+        """
+        following = version + 1
+        waits = (
+            following == self._plan.schedule.total_steps
+            or following % self._plan.checkpoint_every == 0
+            or self._evaluations.due(following)
+            or self._stop is not None
+        )
+        if waits or not self._plan.max_staleness:
+            return None
+        rows = self._data.microbatches(following)
+        return asyncio.create_task(self._primitives.take(adapter, rows, version=version, staleness=1))
 
     async def _evaluate(self, adapter: LeasedAdapter) -> None:
         if self._evaluations.due(adapter.version):

@@ -12,8 +12,11 @@ from cola_runtime.types import BaseEvent, BaseModelDescription, BaseStep, BaseSt
 class BaseModelPort(Protocol):
     async def describe(self) -> BaseModelDescription: ...
 
-    async def lease(self, lease: Lease, spec: AdapterSpec) -> None:
-        """Accept the lease's device and epoch from now on; older epochs are fenced."""
+    async def lease(self, lease: Lease, spec: AdapterSpec, *, max_staleness: int = 0) -> None:
+        """Accept the lease's device and epoch from now on; older epochs are fenced.
+
+        With `max_staleness` 1 the version before the current one can be asked for, too.
+        """
 
     async def end_lease(self, job_id: str, epoch: int) -> None: ...
 
