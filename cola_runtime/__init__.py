@@ -5,13 +5,22 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _CLIENT_NAMES = {"AsyncClient", "Client", "JobHandle"}
-_SPEC_NAMES = {"JobSpec", "LoraSpec", "OptimizerSpec", "ScheduleSpec"}
+_SPEC_NAMES = {"EvaluationSpec", "JobSpec", "LoraSpec", "OptimizerSpec", "ScheduleSpec"}
 
 if TYPE_CHECKING:
     from cola_runtime.client.sdk import AsyncClient, Client, JobHandle
-    from cola_runtime.spec import JobSpec, LoraSpec, OptimizerSpec, ScheduleSpec
+    from cola_runtime.spec import EvaluationSpec, JobSpec, LoraSpec, OptimizerSpec, ScheduleSpec
 
-__all__ = ["AsyncClient", "Client", "JobHandle", "JobSpec", "LoraSpec", "OptimizerSpec", "ScheduleSpec"]
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "EvaluationSpec",
+    "JobHandle",
+    "JobSpec",
+    "LoraSpec",
+    "OptimizerSpec",
+    "ScheduleSpec",
+]
 
 
 def __getattr__(name: str) -> Any:

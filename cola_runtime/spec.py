@@ -33,6 +33,7 @@ from cola_runtime.adapter_spec import (
     ModuleKind,
 )
 from cola_runtime.errors import InvalidInput, Violation
+from cola_runtime.types import Metric
 
 MAX_STEPS = 1_000_000
 MAX_ROWS_PER_STEP = 4096
@@ -227,6 +228,21 @@ _TASKS: dict[str, type[BaseModel]] = {
 }
 
 
+class EvaluationSpec(Frozen):
+    """When the held-out rows are evaluated, beside before the first and after the last step; what follows."""
+
+    every: Annotated[int, Field(ge=1, le=MAX_STEPS, strict=True)] | None = None
+    """Steps between two evaluations."""
+    metric: Metric = Metric.LOSS
+    """By which evaluations are compared."""
+    patience: Annotated[int, Field(ge=1, le=MAX_STEPS, strict=True)] | None = None
+    """Evaluations in a row without improvement after which the job ends early, as succeeded."""
+    min_delta: Annotated[float, Field(ge=0, le=1e9)] = 0.0
+    """An improvement is better than the best one so far by more than this, in the metric's unit."""
+    keep_best: bool = True
+    """Make a checkpoint at every improvement, so that the best version can be exported."""
+
+
 class JobSpec(Frozen):
     """One adaptation job: which base model, which adapter, which data, how long."""
 
@@ -261,6 +277,10 @@ class JobSpec(Frozen):
     """Lossy: fewer bytes for a measured error (docs/encodings.md). `low_rank` is for full-rank adapters."""
     checkpoint_every: Annotated[int, Field(ge=1, le=MAX_STEPS, strict=True)] = 10
     """Steps between two checkpoints; the last step always makes one."""
+    evaluation: EvaluationSpec = EvaluationSpec()
+    max_staleness: Literal[0, 1] = 0
+    """0: a step's gradient is taken at the weights that it changes. 1: it may be those of one step before, so
+    that base model and device work on a job at the same time (docs/staleness.md)."""
     mode: Literal["unmerged", "merged"] = "unmerged"
     """Compute the adapter beside the base weights, or merge it into them."""
     collaboration: CollaborationSpec | None = None

@@ -143,6 +143,23 @@ class TapPlan:
         return name if self.compression is Compression.NONE else f"{name}+{self.compression}"
 
 
+class Metric(enum.StrEnum):
+    """What an evaluation on held-out rows may be judged by."""
+
+    LOSS = "loss"  # mean over the label tokens, nats
+    PERPLEXITY = "perplexity"  # e to the loss
+    ACCURACY = "accuracy"
+    F1 = "f1"  # of class 1 of two
+    F1_MACRO = "f1_macro"
+    MATTHEWS = "matthews"
+    PEARSON = "pearson"
+    SPEARMAN = "spearman"
+
+    @property
+    def greater_is_better(self) -> bool:
+        return self not in (Metric.LOSS, Metric.PERPLEXITY)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerHyperparameters:
     """`torch.optim` names; `max_grad_norm` clips the global norm over all sites of one adapter."""
@@ -242,6 +259,12 @@ class Segment:
     last_microbatch: bool = True  # the device applies the optimizer step after this one
     gang: Gang | None = None  # whose merged weights these rows must see; None: adapters beside the base
     first_row: int = 0  # position of the first row within the step, 0-based; dropout's masks go by it
+    staleness: int = 0  # steps that the device has applied since `version` when it applies these taps
+
+    @property
+    def trained_version(self) -> int:
+        """The version that the step of these taps leaves."""
+        return self.version + self.staleness
 
     @property
     def tokens(self) -> int:

@@ -22,7 +22,7 @@ from cola_runtime.adapters.checkpoint_format import (
 )
 from cola_runtime.adapters.shapes import weight_shapes
 from cola_runtime.jobs.plan import training_plan
-from cola_runtime.jobs.records import CheckpointRecord, StepRecord, Tenant
+from cola_runtime.jobs.records import CheckpointRecord, EvaluationRecord, StepRecord, Tenant
 from cola_runtime.jobs.state import TERMINAL_STATES, JobState
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.scheduler.device_pool import DeviceStatus
@@ -170,6 +170,25 @@ class Served:
             )
         if succeed:
             await self.store.transition(job_id, JobState.SUCCEEDED)
+
+    def evaluate(self, job_id: str, *, loss: float, improved: bool) -> None:
+        """Record an evaluation of the job's present version."""
+
+        async def record() -> None:
+            job = await self.store.job(job_id)
+            await self.store.record_evaluation(
+                EvaluationRecord(
+                    job_id=job_id,
+                    step=job.version,
+                    epoch=job.epoch,
+                    metrics={"loss": loss, "perplexity": 2.0},
+                    primary="loss",
+                    greater_is_better=False,
+                    improved=improved,
+                )
+            )
+
+        self.run(record())
 
     def checkpoint(self, job_id: str) -> CheckpointContent:
         """Store a checkpoint of the job's present version, with weights drawn from the version."""

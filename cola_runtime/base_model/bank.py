@@ -77,6 +77,7 @@ class AdapterBank:
         self._dtype = dtype
         self._tied_sites = frozenset(tied_sites)
         self._adapters: dict[str, BankedAdapter] = {}
+        self._previous: dict[str, BankedAdapter] = {}  # the version before, of those that may be stale by one
         self._layouts: dict[object, AdapterLayout] = {}
 
     def install(
@@ -87,8 +88,11 @@ class AdapterBank:
         weights: Mapping[TensorKey, Tensor],
         *,
         membership: Membership | None = None,
+        max_staleness: int = 0,
     ) -> None:
         """Replace the job's adapter by a copy of this version; non-finite weights reach its own rows only.
+
+        With `max_staleness` 1 the version before stays, for segments that ask for it.
 
         Raises Fenced `FENCED` for an older epoch, InvalidInput `TENSOR_INVALID` for a site that this base
         model does not have, or a missing, superfluous or misshapen tensor, and those of `check_mergeable` for
@@ -110,6 +114,10 @@ class AdapterBank:
         else:
             merged = self._merged(lease.job_id, spec, weights, membership)
             flat = torch.empty(0, dtype=self._dtype)
+        if max_staleness and current is not None and (current.lease, current.version + 1) == (lease, version):
+            self._previous[lease.job_id] = current
+        else:
+            self._previous.pop(lease.job_id, None)
         self._adapters[lease.job_id] = BankedAdapter(
             lease=lease,
             version=version,
@@ -122,6 +130,7 @@ class AdapterBank:
 
     def evict(self, job_id: str) -> None:
         self._adapters.pop(job_id, None)
+        self._previous.pop(job_id, None)
 
     def version(self, job_id: str) -> tuple[int, int] | None:
         """(lease epoch, version) of the resident adapter."""
@@ -150,6 +159,17 @@ class AdapterBank:
             host=sum(adapter.merged.nbytes for adapter in adapters if adapter.merged is not None),
         )
 
+    def adapter_of(self, segment: Segment) -> BankedAdapter | None:
+        """The very version that the segment asks for, under its lease's epoch."""
+        for kept in (self._adapters, self._previous):
+            adapter = kept.get(segment.lease.job_id)
+            if adapter is not None and (adapter.lease.epoch, adapter.version) == (
+                segment.lease.epoch,
+                segment.version,
+            ):
+                return adapter
+        return None
+
     def refusal(self, segment: Segment) -> str | None:
         """Why these rows may not be computed with what is in the bank: a stable reason, or None."""
         adapter = self._adapters.get(segment.lease.job_id)
@@ -159,7 +179,7 @@ class AdapterBank:
             return "FENCED"
         if adapter.gang != segment.gang:
             return "GANG_MISMATCH"
-        return None if adapter.version == segment.version else "VERSION_STALE"
+        return "VERSION_STALE" if self.adapter_of(segment) is None else None
 
     def _merged(
         self, job_id: str, spec: AdapterSpec, weights: Mapping[TensorKey, Tensor], membership: Membership

@@ -68,9 +68,16 @@ class GradientServer:
         if self._server is not None:
             await self._server.stop(STOP_GRACE_SECONDS)
 
-    def lease(self, lease: Lease, spec: AdapterSpec, membership: Membership | None = None) -> None:
+    def lease(
+        self,
+        lease: Lease,
+        spec: AdapterSpec,
+        membership: Membership | None = None,
+        *,
+        max_staleness: int = 0,
+    ) -> None:
         """Honour this lease from now on. Raises Fenced for an older epoch."""
-        self._leases.open(lease, spec, membership)
+        self._leases.open(lease, spec, membership, max_staleness=max_staleness)
 
     def end_lease(self, job_id: str, epoch: int) -> bool:
         return self._leases.end(job_id, epoch)
@@ -103,6 +110,7 @@ class GradientServer:
             microbatch=segment.microbatch,
             tensors=tensors,
             apply=segment.last_microbatch,
+            staleness=segment.staleness,
         )
         self._count_up(segment, link.put_control(control_pb2.GradientControl(microbatch_end=end)))
 
@@ -125,7 +133,7 @@ class GradientServer:
     def _count_up(self, segment: Segment, wire_bytes: int) -> None:
         adapter = self._leases.find(segment.lease)
         if adapter is not None:
-            adapter.count_up(segment.version, wire_bytes)
+            adapter.count_up(segment.trained_version, wire_bytes)
 
     async def _serve_device(self, stream: FrameStream[Any]) -> None:
         hello = await receive_hello(stream, join_token=self._join_token, limits=FrameLimits())

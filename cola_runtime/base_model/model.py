@@ -124,9 +124,10 @@ class TappedModel:
         weights: Mapping[TensorKey, Tensor],
         *,
         membership: Membership | None = None,
+        max_staleness: int = 0,
     ) -> None:
         """Make this version the job's current one. Raises Fenced, InvalidInput: see AdapterBank.install."""
-        self._bank.install(lease, spec, version, weights, membership=membership)
+        self._bank.install(lease, spec, version, weights, membership=membership, max_staleness=max_staleness)
 
     def evict(self, job_id: str) -> None:
         """Forget the job's adapter; sites that no merged adapter is left at become pristine at once."""
@@ -241,7 +242,7 @@ class TappedModel:
         return self._bank.refusal(segment) or row_refusal(segment.rows, self._limits, head)
 
     def _member(self, position: int, segment: Segment) -> Member:
-        adapter = self._bank.adapter(segment.lease.job_id)
+        adapter = self._bank.adapter_of(segment)
         assert adapter is not None  # `_refusal` has looked
         return Member(position=position, segment=segment, adapter=adapter)
 

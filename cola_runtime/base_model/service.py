@@ -87,9 +87,16 @@ class BaseModelService:
     async def describe(self) -> BaseModelDescription:
         return self._model.describe(self._name, self._endpoint)
 
-    async def lease(self, lease: Lease, spec: AdapterSpec, membership: Membership | None = None) -> None:
+    async def lease(
+        self,
+        lease: Lease,
+        spec: AdapterSpec,
+        membership: Membership | None = None,
+        *,
+        max_staleness: int = 0,
+    ) -> None:
         """Accept the lease's device and epoch from now on. Raises Fenced for an older epoch."""
-        self._server.lease(lease, spec, membership)
+        self._server.lease(lease, spec, membership, max_staleness=max_staleness)
 
     async def end_lease(self, job_id: str, epoch: int) -> None:
         """Forget the lease and its adapter, unless a newer lease holds the job."""
@@ -183,7 +190,12 @@ class BaseModelService:
     async def _install(self, update: Update) -> None:
         def install() -> None:
             self._model.install(
-                update.lease, update.spec, update.version, update.weights, membership=update.membership
+                update.lease,
+                update.spec,
+                update.version,
+                update.weights,
+                max_staleness=update.max_staleness,
+                membership=update.membership,
             )
 
         if not self._server.honours(update.lease):

@@ -29,6 +29,7 @@ class Update:
     device_seconds: float
     bytes_up: int
     bytes_down: int
+    max_staleness: int
     membership: Membership | None = None  # of an adapter that is merged
 
 
@@ -43,10 +44,13 @@ class _Pending:
 class LeasedAdapter:
     """What the base model knows of one lease: who may update, to which shapes, from which version."""
 
-    def __init__(self, lease: Lease, spec: AdapterSpec, membership: Membership | None) -> None:
+    def __init__(
+        self, lease: Lease, spec: AdapterSpec, membership: Membership | None, *, max_staleness: int
+    ) -> None:
         self.lease = lease
         self.spec = spec
         self.membership = membership
+        self.max_staleness = max_staleness
         self.version: int | None = None  # of the last complete update
         self._shapes = weight_shapes(spec)
         self._dtype = torch_dtype(spec)
@@ -89,6 +93,7 @@ class LeasedAdapter:
             device_seconds=end.device_seconds,
             bytes_up=bytes_up,
             bytes_down=pending.wire_bytes + wire_bytes,
+            max_staleness=self.max_staleness,
         )
 
     def _take(self, pending: _Pending, key: TensorKey, tensor: Tensor) -> None:
@@ -125,7 +130,9 @@ class LeaseTable:
     def __init__(self) -> None:
         self._adapters: dict[str, LeasedAdapter] = {}
 
-    def open(self, lease: Lease, spec: AdapterSpec, membership: Membership | None) -> None:
+    def open(
+        self, lease: Lease, spec: AdapterSpec, membership: Membership | None, *, max_staleness: int
+    ) -> None:
         """Honour `lease` instead of any older one. Raises Fenced for an older epoch; again is no change."""
         current = self._adapters.get(lease.job_id)
         asked = lease, spec, membership
@@ -133,7 +140,7 @@ class LeaseTable:
             return
         if current is not None and lease.epoch <= current.lease.epoch:
             raise Fenced("FENCED", "an older lease", limit=current.lease.epoch, actual=lease.epoch)
-        self._adapters[lease.job_id] = LeasedAdapter(lease, spec, membership)
+        self._adapters[lease.job_id] = LeasedAdapter(lease, spec, membership, max_staleness=max_staleness)
 
     def end(self, job_id: str, epoch: int) -> bool:
         """Stop honouring the lease, unless a newer one has come; True if it was honoured."""

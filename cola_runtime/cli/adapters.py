@@ -53,6 +53,9 @@ def export(
     version: Annotated[
         int | None, typer.Option(min=0, help="A checkpoint's version. Default: the newest.")
     ] = None,
+    best: Annotated[
+        bool, typer.Option("--best", help="The version with the best evaluation, instead of --version.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
     url: UrlOption = None,
     as_json: JsonFlag = False,
@@ -66,9 +69,11 @@ def export(
     from cola_runtime.cli.connect import connected
     from cola_runtime.cli.output import byte_size, clean, print_json, print_text
 
+    if best and version is not None:
+        raise typer.BadParameter("give --best or --version, not both")
     with connected(url) as client:
         handle = client.job(job)
-        handle.download_adapter(to, version=version, overwrite=overwrite)
+        handle.download_adapter(to, version="best" if best else version, overwrite=overwrite)
     files = {path.name: path.stat().st_size for path in sorted(to.iterdir())}
     if as_json:
         print_json({"job_id": handle.job_id, "name": handle.name, "path": str(to), "files": files})

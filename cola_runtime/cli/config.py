@@ -34,7 +34,9 @@ def job_file_schema() -> dict[str, Any]:
 
     found = JobSpec.model_json_schema()
     path = {"type": "string", "description": "JSONL file, relative to the job file"}
-    found["properties"] |= {"training": path, "evaluation": path}
+    found["$defs"]["EvaluationSpec"]["properties"]["data"] = path
+    evaluation = {"anyOf": [path, {"$ref": "#/$defs/EvaluationSpec"}]}
+    found["properties"] |= {"training": path, "evaluation": evaluation}
     found["required"] = [*found["required"], "training"]
     return found
 

@@ -57,7 +57,7 @@ def _request(
 
     if file is not None:
         job = read_job_file(file)
-        return job.spec, data or job.training, None if data else job.evaluation
+        return job.spec, data or job.training, job.evaluation
     if data is None or base_model is None:
         raise typer.BadParameter("give -f JOB.YAML, or DATA.JSONL and --base-model")
     spec = parse_job_spec({"name": "dataset-check", "base_model": base_model}, source="options")

@@ -1,4 +1,6 @@
-"""job.yaml: the fields of a JobSpec, and `training` and `evaluation` with paths relative to the file."""
+"""job.yaml: the fields of a JobSpec, and where its data are: `training` and `evaluation.data`, paths relative
+to the file. `evaluation: held_out.jsonl` is short for `evaluation: {data: held_out.jsonl}`.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,12 @@ from cola_runtime.errors import InvalidInput, Violation
 from cola_runtime.spec import JobSpec, parse_job_spec
 
 DATA_FIELDS = ("training", "evaluation")
+TRAINING, HELD_OUT = ("training",), ("evaluation", "data")
 MAX_FILE_BYTES = 1 << 20
 _REMEDY = "Correct the file and try again; nothing was created."
 
-Places = dict[tuple[str, ...], str]
+FieldPath = tuple[str, ...]
+Places = dict[FieldPath, str]
 """Path of a field -> `file:line:column` of its key."""
 
 
@@ -31,7 +35,7 @@ class JobFile:
 def read_job_file(file: Path) -> JobFile:
     """Raises InvalidInput; each violation names `file:line:column` and the field."""
     fields, places = _read(file)
-    data = {name: fields.pop(name) for name in DATA_FIELDS if name in fields}
+    data = _take_data(fields)
     problems = [*_near_data_fields(fields, places), *_wrong_paths(data, places, str(file))]
     if problems:
         text = "; ".join(f"{each.where}: {each.message}" for each in problems)
@@ -41,7 +45,17 @@ def read_job_file(file: Path) -> JobFile:
     except InvalidInput as error:
         raise _placed(error, places, str(file)) from error
     paths = {name: file.parent / value for name, value in data.items() if value is not None}
-    return JobFile(spec=spec, training=paths["training"], evaluation=paths.get("evaluation"))
+    return JobFile(spec=spec, training=paths[TRAINING], evaluation=paths.get(HELD_OUT))
+
+
+def _take_data(fields: dict[str, Any]) -> dict[FieldPath, Any]:
+    """The paths, out of the fields; what is left is a JobSpec's."""
+    evaluation = fields.pop("evaluation", None)
+    if isinstance(evaluation, dict):
+        settings = {str(name): value for name, value in evaluation.items()}
+        evaluation = settings.pop("data", None)
+        fields["evaluation"] = settings
+    return {TRAINING: fields.pop("training", None), HELD_OUT: evaluation}
 
 
 def _read(file: Path) -> tuple[dict[str, Any], Places]:
@@ -77,12 +91,13 @@ def _near_data_fields(fields: dict[str, Any], places: Places) -> Iterator[Violat
             yield Violation(where=places[name,], message=f"unknown field {name!r}; did you mean {near[0]!r}?")
 
 
-def _wrong_paths(data: dict[str, Any], places: Places, file: str) -> Iterator[Violation]:
-    if data.get("training") is None:
-        yield Violation(where=places.get(("training",), file), message="`training` must name a JSONL file")
-    for name, value in data.items():
+def _wrong_paths(data: dict[FieldPath, Any], places: Places, file: str) -> Iterator[Violation]:
+    if data[TRAINING] is None:
+        yield Violation(where=places.get(TRAINING, file), message="`training` must name a JSONL file")
+    for path, value in data.items():
         if value is not None and not isinstance(value, str):
-            yield Violation(where=places[name,], message=f"`{name}` must be a path, got {value!r}")
+            where = places.get(path) or places[path[:1]]
+            yield Violation(where=where, message=f"`{'.'.join(path)}` must be a path, got {value!r}")
 
 
 def _placed(error: InvalidInput, places: Places, file: str) -> InvalidInput:

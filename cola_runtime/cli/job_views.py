@@ -22,7 +22,7 @@ from cola_runtime.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from cola_runtime.client.sdk import Checkpoint, Event, Job, Step
+    from cola_runtime.client.sdk import Checkpoint, Evaluation, Event, Job, Step
     from cola_runtime.spec import PartSpec
 
 SHORT_ID_CHARACTERS = 12
@@ -173,11 +173,41 @@ def steps_csv(steps: Sequence[Step]) -> str:
     return text.getvalue()
 
 
+def print_evaluations(evaluations: Sequence[Evaluation]) -> None:
+    """The primary metric is the first column; a sparkline of it below."""
+    primary = evaluations[0].primary if evaluations else ""
+    names = sorted({name for each in evaluations for name in each.metrics}, key=lambda n: (n != primary, n))
+    rows = [
+        (
+            each.step,
+            *(number(each.metrics.get(name)) for name in names),
+            _best_mark(each.best),
+            age(each.created_at),
+        )
+        for each in evaluations
+    ]
+    columns = (">STEP", *(f">{name.upper()}" for name in names), "BEST", ">MADE")
+    print_table(columns, rows, empty="No evaluations: the job has no held-out rows, or has not begun.")
+    if len(evaluations) > 1:
+        stdout().print(Text(f"{primary} {sparkline([each.value for each in evaluations])}", style="cyan"))
+
+
+def _best_mark(best: bool) -> str:
+    return "best" if best else ""
+
+
 def print_checkpoints(checkpoints: Sequence[Checkpoint]) -> None:
     rows = [
-        (each.version, byte_size(each.bytes), each.sha256[:16], age(each.created_at)) for each in checkpoints
+        (
+            each.version,
+            byte_size(each.bytes),
+            each.sha256[:16],
+            _best_mark(each.best),
+            age(each.created_at),
+        )
+        for each in checkpoints
     ]
-    print_table((">VERSION", ">SIZE", "SHA-256", ">MADE"), rows, empty="No checkpoints yet.")
+    print_table((">VERSION", ">SIZE", "SHA-256", "BEST", ">MADE"), rows, empty="No checkpoints yet.")
 
 
 def sparkline(values: Sequence[float], *, width: int = 40) -> str:

@@ -167,6 +167,14 @@ def metrics(
 
 
 @app.command()
+def evaluations(job: JobArgument, url: UrlOption = None, as_json: JsonFlag = False) -> None:
+    """What the held-out rows gave at which step, and which is the best."""
+    from cola_runtime.cli.job_views import print_evaluations
+
+    _ask(job, lambda handle: handle.evaluations(), print_evaluations, url=url, as_json=as_json)
+
+
+@app.command()
 def checkpoints(job: JobArgument, url: UrlOption = None, as_json: JsonFlag = False) -> None:
     """The versions that can be exported."""
     from cola_runtime.cli.job_views import print_checkpoints

@@ -7,11 +7,20 @@ import json
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cola_runtime.client.connection import Connection
 from cola_runtime.client.folders import new_folder
-from cola_runtime.client.values import Checkpoint, Event, Generation, Job, Step, event_from, value_from
+from cola_runtime.client.values import (
+    Checkpoint,
+    Evaluation,
+    Event,
+    Generation,
+    Job,
+    Step,
+    event_from,
+    value_from,
+)
 from cola_runtime.errors import JobFailed, Unavailable
 from cola_runtime.proto import jobs_pb2
 
@@ -89,6 +98,17 @@ class AsyncJobHandle:
             if len(page) < PAGE:
                 return steps
 
+    async def evaluations(self) -> list[Evaluation]:
+        """What the held-out rows gave, by step: before the first, every so many, after the last."""
+        found: list[Evaluation] = []
+        while True:
+            after = found[-1].step if found else None
+            request = jobs_pb2.ListEvaluationsRequest(job_id=self.job_id, after=after, limit=PAGE)
+            page = (await self._connection.call("ListEvaluations", request)).evaluations
+            found += [value_from(Evaluation, evaluation) for evaluation in page]
+            if len(page) < PAGE:
+                return found
+
     async def cancel(self) -> Job:
         """End the job; its checkpoints stay. An ended job stays as it is."""
         return await self._act("CancelJob")
@@ -106,13 +126,15 @@ class AsyncJobHandle:
         return [value_from(Checkpoint, checkpoint) for checkpoint in answer.checkpoints]
 
     async def download_adapter(
-        self, path: str | Path, *, version: int | None = None, overwrite: bool = False
+        self, path: str | Path, *, version: int | Literal["best"] | None = None, overwrite: bool = False
     ) -> Path:
         """Write the newest checkpoint, or `version`'s, as a folder: complete or not at all.
 
-        A PEFT folder of LoRA and linearized LoRA, a cola folder of other kinds (docs/adapter_kinds.md).
+        `best` is the version with the best evaluation. A PEFT folder of LoRA and linearized LoRA, a cola
+        folder of other kinds (docs/adapter_kinds.md).
         """
-        request = jobs_pb2.ExportAdapterRequest(job_id=self.job_id, version=version)
+        which = {"best": True} if version == "best" else {"version": version}
+        request = jobs_pb2.ExportAdapterRequest(job_id=self.job_id, **which)
         with new_folder(Path(path), overwrite=overwrite) as folder:
             async for chunk in self._connection.stream(
                 "ExportAdapter", request, timeout_seconds=EXPORT_TIMEOUT_SECONDS

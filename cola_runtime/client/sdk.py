@@ -24,6 +24,7 @@ from cola_runtime.client.values import (
     Checkpoint,
     DatasetReport,
     Device,
+    Evaluation,
     Event,
     Generation,
     Job,
@@ -42,6 +43,7 @@ __all__ = [
     "Client",
     "DatasetReport",
     "Device",
+    "Evaluation",
     "Event",
     "Generation",
     "Job",
@@ -77,6 +79,7 @@ class JobHandle:
     wait = synchronous(AsyncJobHandle.wait)
     events = synchronous_iterator(AsyncJobHandle.events)
     metrics = synchronous(AsyncJobHandle.metrics)
+    evaluations = synchronous(AsyncJobHandle.evaluations)
     cancel = synchronous(AsyncJobHandle.cancel)
     pause = synchronous(AsyncJobHandle.pause)
     resume = synchronous(AsyncJobHandle.resume)

@@ -34,8 +34,8 @@ class Job:
     finished_at: str  # "" until it has ended
     failure_reason: str  # stable code; "" unless failed
     failure_message: str
-    evaluation_loss_before: float | None  # held-out loss of the bare base model
-    evaluation_loss_after: float | None  # held-out loss with the adapter
+    evaluation_loss_before: float | None  # held-out loss at step 0
+    evaluation_loss_after: float | None  # held-out loss of the newest evaluation behind step 0
     last_loss: float | None
     tokens: int
     label_tokens: int
@@ -89,11 +89,29 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What the held-out rows gave at one version."""
+
+    step: int  # 0 is before the first step
+    metrics: Mapping[str, float]  # "loss" always; others by the job's task
+    primary: str  # the metric that the job compares by
+    greater_is_better: bool  # of the primary metric
+    best: bool  # so far, by the job's min_delta
+    created_at: str
+
+    @property
+    def value(self) -> float:
+        """The primary metric's."""
+        return self.metrics[self.primary]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
     version: int
     bytes: int
     sha256: str
     created_at: str
+    best: bool  # of the best evaluation's version
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cola_runtime.spec import CausalLmTask, ClassificationTask, RegressionTask
+from cola_runtime.types import Metric
 
 Floats = NDArray[np.float64]
 
-PRIMARY = {"causal_lm": "loss", "sequence_classification": "accuracy", "regression": "pearson"}
-"""Task -> the measure that decides which of two adapters is better."""
-LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
+_TOKENS = frozenset({Metric.LOSS, Metric.PERPLEXITY})
+_CLASSES = frozenset({Metric.LOSS, Metric.ACCURACY, Metric.F1_MACRO, Metric.MATTHEWS})
+_VALUES = frozenset({Metric.LOSS, Metric.PEARSON, Metric.SPEARMAN})
 
 _MOST_NATS = 700.0  # exp of more is no float64
 
@@ -49,6 +50,13 @@ def evaluate(
     if task.head.labels == 2:
         measures["f1"] = f1(labels_N, predictions_N, of_class=1)
     return measures
+
+
+def metrics_of(task: CausalLmTask | ClassificationTask | RegressionTask) -> frozenset[Metric]:
+    """The names that `evaluate` gives."""
+    if isinstance(task, ClassificationTask):
+        return _CLASSES | {Metric.F1} if task.head.labels == 2 else _CLASSES
+    return _VALUES if isinstance(task, RegressionTask) else _TOKENS
 
 
 def f1(labels_N: Floats, predictions_N: Floats, *, of_class: float) -> float:

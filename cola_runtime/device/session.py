@@ -57,10 +57,17 @@ class AdapterSession:
     """
 
     def __init__(
-        self, definition: TrainingDefinition, weights: dict[TensorKey, Tensor], *, version: int = 0
+        self,
+        definition: TrainingDefinition,
+        weights: dict[TensorKey, Tensor],
+        *,
+        version: int = 0,
+        max_staleness: int = 0,
     ) -> None:
         self.definition = definition
         self.version = version
+        self._max_staleness = max_staleness
+        self._previous: dict[TensorKey, Tensor] | None = None  # with max_staleness, the version before's
         self._weights = {key: weights[key].detach().clone() for key in weight_shapes(definition.spec)}
         self._accumulator = GradientAccumulator(
             definition.spec, keep_taps=definition.optimizer.inner_steps > 1
@@ -68,19 +75,19 @@ class AdapterSession:
         self._optimizer = build_optimizer(list(self._weights.values()), definition.optimizer)
 
     @classmethod
-    def create(cls, definition: TrainingDefinition) -> AdapterSession:
+    def create(cls, definition: TrainingDefinition, *, max_staleness: int = 0) -> AdapterSession:
         """A new adapter at version 0, from the spec's seed alone."""
-        return cls(definition, initial_weights(definition.spec))
+        return cls(definition, initial_weights(definition.spec), max_staleness=max_staleness)
 
     @classmethod
-    def restore(cls, data: bytes) -> AdapterSession:
+    def restore(cls, data: bytes, *, max_staleness: int = 0) -> AdapterSession:
         """Continue from `checkpoint()`: the next steps are bit for bit those of the session that made it.
 
         Raises InvalidInput CHECKPOINT_INVALID.
         """
         content = decode_checkpoint(data)
         weights = {key: _tensor(array) for key, array in content.weights.items()}
-        session = cls(content.definition, weights, version=content.version)
+        session = cls(content.definition, weights, version=content.version, max_staleness=max_staleness)
         for key, parameter in session._weights.items():
             state = {name: _tensor(array) for name, array in content.optimizer_state[key].items()}
             if state:
@@ -94,24 +101,31 @@ class AdapterSession:
 
     @property
     def resident_bytes(self) -> int:
-        """Weights, gradient sums and optimizer state, from the first step on.
+        """Weights (with max_staleness two versions), gradient sums and optimizer state, from step 1 on.
 
         Inner steps need more while a step lasts: a copy of all that, and the step's taps
         (at most `gradients.surrogate.MAX_KEPT_BYTES`).
         """
         hyper = self.definition.optimizer
         return sum(
-            2 * tensor.nbytes + state_bytes(hyper, tuple(tensor.shape), itemsize=tensor.itemsize)
+            (2 + self._max_staleness) * tensor.nbytes
+            + state_bytes(hyper, tuple(tensor.shape), itemsize=tensor.itemsize)
             for tensor in self._weights.values()
         )
 
     def add(self, key: TensorKey, tensor: Tensor, *, version: int) -> None:
-        """Add one tensor of a tap of `version`. Raises Conflict VERSION_MISMATCH for any other version."""
+        """Add one tensor of a tap of `version`: the session's, or with max_staleness 1 the one before.
+
+        Its gradient is taken at the weights of that version. Raises Conflict VERSION_MISMATCH for any other.
+        """
+        if self._previous is not None and version == self.version - 1:
+            self._accumulator.add(key, tensor, self._previous)
+            return
         self._check_version(version)
         self._accumulator.add(key, tensor, self._weights)
 
     def apply(self, *, version: int) -> Applied:
-        """Clip, step, and start the next version's sums.
+        """Clip, step from `version`, which must be the session's, and start the next version's sums.
 
         Raises Conflict VERSION_MISMATCH or NON_FINITE_GRADIENT; nothing has changed then.
         """
@@ -121,6 +135,8 @@ class AdapterSession:
         rate = learning_rate(self.definition.schedule, hyper.learning_rate, self.version)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
+        if self._max_staleness:
+            self._previous = self.weights()
         start = self._snapshot() if hyper.inner_steps > 1 else None
         norm = self._step(self._accumulator.gradients())
         if start is not None:

@@ -181,7 +181,7 @@ class DeviceWorker:
                     f"{end.tensors} of microbatch {end.microbatch}",
                 )
             held.tensors, held.microbatch = 0, held.microbatch + 1
-            return self._apply(held, end.version) if end.apply else None
+            return self._apply(held, end.version + end.staleness) if end.apply else None
         except ColaError as error:
             return _refuse(held, error)
 
@@ -218,8 +218,8 @@ def _session(grant: control_pb2.LeaseGrant, checkpoint: bytes | None) -> Adapter
             actual=len(checkpoint or b""),
         )
     if not checkpoint:
-        return AdapterSession.create(definition)
-    session = AdapterSession.restore(checkpoint)
+        return AdapterSession.create(definition, max_staleness=grant.max_staleness)
+    session = AdapterSession.restore(checkpoint, max_staleness=grant.max_staleness)
     if session.definition != definition:
         raise Conflict("CHECKPOINT_MISMATCH", "the checkpoint is of another adapter, optimizer or schedule")
     return session

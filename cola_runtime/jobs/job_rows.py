@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, Select, select, tuple_
+from sqlalchemy import ColumnElement, Connection, RowMapping, ScalarSelect, Select, select, tuple_
 
 from cola_runtime.errors import Conflict, InvalidInput, NotFound
 from cola_runtime.jobs import schema
@@ -19,6 +18,7 @@ MAX_LISTED_JOBS = 1000
 
 _jobs = schema.jobs
 _leases = schema.leases
+_evaluations = schema.evaluations
 
 
 def insert_job(connection: Connection, new: NewJob, *, at: str) -> JobRecord:
@@ -104,26 +104,6 @@ def move_job(
     return read_job(connection, job_id)
 
 
-def note_evaluation(
-    connection: Connection,
-    job_id: str,
-    *,
-    losses: Mapping[str, float],
-    measures: Mapping[str, float],
-    at: str,
-) -> JobRecord:
-    """Set held-out losses by column name, with an event. Raises InvalidInput `LOSS_NOT_FINITE`."""
-    read_job(connection, job_id)
-    if not all(map(math.isfinite, losses.values())):
-        raise InvalidInput("LOSS_NOT_FINITE", f"a held-out loss is a finite number, got {dict(losses)}")
-    update_job(connection, job_id, **losses)
-    message = ", ".join(f"{name.replace('_', ' ')} {loss:.4f}" for name, loss in losses.items())
-    append_event(
-        connection, job_id, at=at, kind="job.evaluated", message=message, data={**losses, **measures}
-    )
-    return read_job(connection, job_id)
-
-
 def update_job(connection: Connection, job_id: str, **changes: Any) -> None:
     connection.execute(_jobs.update().where(_jobs.c.job_id == job_id).values(**changes))
 
@@ -172,8 +152,19 @@ def _made_by_key(connection: Connection, new: NewJob) -> JobRecord | None:
 
 
 def _query(tenant_id: str | None) -> Select[Any]:
-    query = select(_jobs, schema.tenants.c.name.label("tenant_name")).join(schema.tenants)
+    query = select(
+        _jobs,
+        schema.tenants.c.name.label("tenant_name"),
+        _held_out_loss(_evaluations.c.step == 0).label("evaluation_loss_before"),
+        _held_out_loss(_evaluations.c.step > 0).label("evaluation_loss_after"),
+    ).join(schema.tenants)
     return query if tenant_id is None else query.where(_jobs.c.tenant_id == tenant_id)
+
+
+def _held_out_loss(which: ColumnElement[bool]) -> ScalarSelect[Any]:
+    """Loss of the job's newest evaluation among `which`."""
+    of_job = select(_evaluations.c.metrics["loss"].as_float()).where(_evaluations.c.job_id == _jobs.c.job_id)
+    return of_job.where(which).order_by(_evaluations.c.step.desc()).limit(1).scalar_subquery()
 
 
 def _position(connection: Connection, job_id: str, tenant_id: str | None) -> tuple[str, str]:

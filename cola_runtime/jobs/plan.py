@@ -36,6 +36,7 @@ class TrainingPlan:
     optimizer: OptimizerHyperparameters
     schedule: LearningRateSchedule
     checkpoint_every: int
+    max_staleness: int
     taps: TapPlan = _UNPLANNED  # `job_taps` plans them for the job's data
     merged: bool = False
     collaboration: CollaborationSpec | None = None
@@ -133,6 +134,7 @@ def training_plan(spec: JobSpec, base: BaseModelDescription, *, total_steps: int
         checkpoint_every=spec.checkpoint_every,
         merged=spec.mode == "merged",
         collaboration=spec.collaboration,
+        max_staleness=spec.max_staleness,
     )
 
 

@@ -51,7 +51,7 @@ def insert_step(connection: Connection, step: StepRecord, *, at: str) -> JobReco
     Raises Fenced (another lease), Conflict `JOB_NOT_RUNNING`, `STEP_REUSED` (recorded with other numbers)
     or `STEP_OUT_OF_ORDER`, InvalidInput `STEP_NOT_FINITE`.
     """
-    job = _current_job(connection, step.job_id, step.epoch)
+    job = current_job(connection, step.job_id, step.epoch)
     if job.state is not JobState.RUNNING:
         raise Conflict("JOB_NOT_RUNNING", f"{job.job_id} is {job.state}: it takes no step", actual=job.state)
     _check_finite(step)
@@ -70,12 +70,12 @@ def insert_step(connection: Connection, step: StepRecord, *, at: str) -> JobReco
 
 
 def rewind_job(connection: Connection, lease: Lease, version: int, *, at: str) -> JobRecord:
-    """Go back to `version`: later steps and checkpoints leave the record, since they will be computed again.
+    """Go back to `version`: later steps, evaluations and checkpoints leave the record; they are made again.
 
     Version, last loss and token totals are those of the remaining steps; bytes and seconds stay, they were
     spent. Raises Fenced, Conflict `REWIND_AHEAD` above the job's version.
     """
-    job = _current_job(connection, lease.job_id, lease.epoch)
+    job = current_job(connection, lease.job_id, lease.epoch)
     if not 0 <= version <= job.version:
         raise Conflict("REWIND_AHEAD", "a rewind goes back only", limit=job.version, actual=version)
     if version == job.version:
@@ -95,7 +95,7 @@ def insert_checkpoint(connection: Connection, checkpoint: CheckpointRecord, *, a
 
     Raises Fenced, Conflict `CHECKPOINT_AHEAD` (its last step is not recorded) or `CHECKPOINT_EXISTS`.
     """
-    job = _current_job(connection, checkpoint.job_id, checkpoint.epoch)
+    job = current_job(connection, checkpoint.job_id, checkpoint.epoch)
     if checkpoint.version > job.version:
         raise Conflict(
             "CHECKPOINT_AHEAD", "record its steps first", limit=job.version, actual=checkpoint.version
@@ -130,7 +130,7 @@ def newest_checkpoint(connection: Connection, job_id: str) -> CheckpointRecord |
     return None if row is None else CheckpointRecord(**row)
 
 
-def _current_job(connection: Connection, job_id: str, epoch: int) -> JobRecord:
+def current_job(connection: Connection, job_id: str, epoch: int) -> JobRecord:
     """The job, if `epoch` is its newest lease and still open."""
     job = read_job(connection, job_id)
     if epoch != job.epoch:
@@ -170,7 +170,8 @@ def _append_step(connection: Connection, step: StepRecord, total_steps: int, *, 
 
 
 def _delete_above(connection: Connection, job_id: str, version: int) -> None:
-    connection.execute(_steps.delete().where(_steps.c.job_id == job_id, _steps.c.step > version))
+    for table in (_steps, schema.evaluations):
+        connection.execute(table.delete().where(table.c.job_id == job_id, table.c.step > version))
     later = (_checkpoints.c.job_id == job_id, _checkpoints.c.version > version)
     connection.execute(_checkpoints.delete().where(*later))
 

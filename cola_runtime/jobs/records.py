@@ -78,8 +78,8 @@ class JobRecord:
     finished_at: str | None  # set exactly in a terminal state
     failure_reason: str | None  # stable reason code, set exactly when failed
     failure_message: str | None
-    evaluation_loss_before: float | None  # held-out loss of the bare base model
-    evaluation_loss_after: float | None  # held-out loss with the adapter
+    evaluation_loss_before: float | None  # held-out loss of the evaluation at step 0
+    evaluation_loss_after: float | None  # held-out loss of the newest evaluation behind step 0
     last_loss: float | None  # of step `version`
     tokens: int  # trained on, over the recorded steps
     label_tokens: int  # of these, labels
@@ -111,6 +111,24 @@ class StepRecord:
     base_seconds: float = 0.0  # this job's share, by computed tokens
     device_seconds: float = 0.0
     applied_at: str = ""  # the store stamps it when empty
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationRecord:
+    """What the held-out rows gave at one version. The best one is the newest that improved."""
+
+    job_id: str
+    step: int  # the version that was evaluated; 0 is before the first step
+    epoch: int  # of the lease it was made under
+    metrics: Mapping[str, float]  # "loss" always; others by the job's task
+    primary: str  # the name of the metric that the job compares by
+    greater_is_better: bool  # of the primary metric
+    improved: bool  # over the best one before, by more than the job's min_delta; the first one always
+    created_at: str = ""  # the store stamps it when empty
+
+    @property
+    def value(self) -> float:
+        return self.metrics[self.primary]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

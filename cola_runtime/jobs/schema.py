@@ -6,7 +6,9 @@ Columns are named as the fields in `records.py`. The migrations build these tabl
 from __future__ import annotations
 
 from sqlalchemy import (
+    JSON,
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
     Float,
@@ -84,8 +86,6 @@ jobs = Table(
     Column("finished_at", String(32)),
     Column("failure_reason", String(100)),
     Column("failure_message", Text),
-    Column("evaluation_loss_before", Float),
-    Column("evaluation_loss_after", Float),
     Column("last_loss", Float),
     Column("tokens", BigInteger, nullable=False, server_default="0"),
     Column("label_tokens", BigInteger, nullable=False, server_default="0"),
@@ -162,6 +162,24 @@ steps = Table(
         name="spent_not_negative",
     ),
     # A step is applied under a lease that was granted.
+    ForeignKeyConstraint(["job_id", "epoch"], ["leases.job_id", "leases.epoch"]),
+)
+
+evaluations = Table(
+    "evaluations",
+    metadata,
+    # A version of a job is evaluated once.
+    Column("job_id", String(64), ForeignKey("jobs.job_id"), primary_key=True),
+    Column("step", Integer, primary_key=True, autoincrement=False),
+    Column("epoch", Integer, nullable=False),
+    Column("metrics", JSON, nullable=False),
+    Column("primary", String(32), nullable=False),
+    Column("greater_is_better", Boolean, nullable=False),
+    Column("improved", Boolean, nullable=False),
+    Column("created_at", String(32), nullable=False),
+    # Step 0 is the adapter before its first step.
+    CheckConstraint("step >= 0", name="step_not_negative"),
+    # An evaluation is made under a lease that was granted.
     ForeignKeyConstraint(["job_id", "epoch"], ["leases.job_id", "leases.epoch"]),
 )
 

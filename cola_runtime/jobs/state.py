@@ -13,7 +13,7 @@ class JobState(enum.StrEnum):
     QUEUED = "queued"  # accepted, waits for a device or a base model
     RUNNING = "running"  # holds a lease or is about to get one
     PAUSED = "paused"  # its tenant stopped it and can resume it
-    SUCCEEDED = "succeeded"  # every step applied, the last checkpoint made
+    SUCCEEDED = "succeeded"  # every step applied, or stopped early; the last checkpoint made
     FAILED = "failed"  # ended by an error; failure_reason says which
     CANCELLED = "cancelled"  # ended by its tenant; checkpoints stay
 

@@ -1,4 +1,4 @@
-"""The job store: the coordinator's truth about tenants, keys, jobs, steps, events and checkpoints.
+"""The job store: the truth about tenants, keys, jobs, steps, evaluations, events and checkpoints.
 
 Every method is one transaction; a change of a job's state and its event are durable together or not at all.
 """
@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection
 
 from cola_runtime import clock
-from cola_runtime.jobs import job_rows, progress, tenancy, trail
+from cola_runtime.jobs import evaluations, job_rows, progress, tenancy, trail
 from cola_runtime.jobs.database import Database
 from cola_runtime.jobs.records import (
     ApiKey,
     CheckpointRecord,
+    EvaluationRecord,
     EventRecord,
     JobRecord,
     NewJob,
@@ -145,35 +146,26 @@ class JobStore:
             ),
         )
 
-    async def set_evaluation(
-        self,
-        job_id: str,
-        *,
-        before: float | None = None,
-        after: float | None = None,
-        measures: Mapping[str, float] | None = None,
-    ) -> JobRecord:
-        """Note the held-out loss of the bare base model (`before`) or with the adapter (`after`).
+    async def stop_early(self, job_id: str, message: str, *, data: Mapping[str, Any]) -> JobRecord:
+        """The job has succeeded before its last step: event `job.stopped_early`, then as `transition`."""
 
-        The event also holds `measures`: the task's own, by name.
-        """
-        given = {"evaluation_loss_before": before, "evaluation_loss_after": after}
-        losses = {name: value for name, value in given.items() if value is not None}
-        return await self._write(
-            job_id,
-            lambda c: job_rows.note_evaluation(
-                c, job_id, losses=losses, measures=measures or {}, at=self._at()
-            ),
-        )
+        def stop(connection: Connection) -> JobRecord:
+            at = self._at()
+            trail.append_event(
+                connection, job_id, at=at, kind="job.stopped_early", message=message, data=data
+            )
+            return job_rows.move_job(connection, job_id, JobState.SUCCEEDED, at=at, message=message)
 
-    # Leases, steps, checkpoints
+        return await self._write(job_id, stop)
+
+    # Leases, steps, evaluations, checkpoints
 
     async def grant_lease(self, job_id: str, device_id: str) -> Lease:
         """A lease with the next epoch; whoever holds an earlier one is fenced. Conflict `JOB_NOT_ACTIVE`."""
         return await self._write(job_id, lambda c: progress.open_lease(c, job_id, device_id, at=self._at()))
 
     async def rewind(self, lease: Lease, version: int) -> JobRecord:
-        """Steps and checkpoints above `version` leave the record; bytes and seconds stay spent."""
+        """Steps, evaluations and checkpoints above `version` leave the record; what was spent stays spent."""
         return await self._write(
             lease.job_id, lambda c: progress.rewind_job(c, lease, version, at=self._at())
         )
@@ -185,6 +177,15 @@ class JobStore:
         """
         return await self._write(step.job_id, lambda c: progress.insert_step(c, step, at=self._at()))
 
+    async def record_evaluation(self, evaluation: EvaluationRecord) -> EvaluationRecord:
+        """Record the evaluation of the job's version, once; the same version again changes nothing.
+
+        Raises Fenced, InvalidInput `METRIC_NOT_FINITE`, Conflict `EVALUATION_OUT_OF_ORDER`.
+        """
+        return await self._write(
+            evaluation.job_id, lambda c: evaluations.insert_evaluation(c, evaluation, at=self._at())
+        )
+
     async def record_checkpoint(self, checkpoint: CheckpointRecord) -> None:
         """Make a checkpoint visible whose object is stored and whose last step is recorded."""
         await self._write(
@@ -193,6 +194,17 @@ class JobStore:
 
     async def steps(self, job_id: str, *, after: int = 0, limit: int = 1000) -> list[StepRecord]:
         return await self._database.run(lambda c: progress.read_steps(c, job_id, after=after, limit=limit))
+
+    async def evaluations(
+        self, job_id: str, *, after: int = -1, limit: int | None = None
+    ) -> list[EvaluationRecord]:
+        """Those of steps above `after`, in order."""
+        return await self._database.run(
+            lambda c: evaluations.read_evaluations(c, job_id, after=after, limit=limit)
+        )
+
+    async def best_evaluation(self, job_id: str) -> EvaluationRecord | None:
+        return await self._database.run(lambda c: evaluations.find_best(c, job_id))
 
     async def checkpoints(self, job_id: str) -> list[CheckpointRecord]:
         return await self._database.run(lambda c: progress.read_checkpoints(c, job_id))

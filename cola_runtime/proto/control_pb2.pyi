@@ -118,20 +118,22 @@ class Heartbeat(_message.Message):
     def __init__(self, busy_seconds: _Optional[float] = ..., resident_bytes: _Optional[int] = ...) -> None: ...
 
 class LeaseGrant(_message.Message):
-    __slots__ = ("lease", "adapter", "optimizer", "schedule", "checkpoint_bytes", "checkpoint_every")
+    __slots__ = ("lease", "adapter", "optimizer", "schedule", "checkpoint_bytes", "checkpoint_every", "max_staleness")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
     SCHEDULE_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_BYTES_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_EVERY_FIELD_NUMBER: _ClassVar[int]
+    MAX_STALENESS_FIELD_NUMBER: _ClassVar[int]
     lease: LeaseRef
     adapter: AdapterDefinition
     optimizer: OptimizerDefinition
     schedule: ScheduleDefinition
     checkpoint_bytes: int
     checkpoint_every: int
-    def __init__(self, lease: _Optional[_Union[LeaseRef, _Mapping]] = ..., adapter: _Optional[_Union[AdapterDefinition, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerDefinition, _Mapping]] = ..., schedule: _Optional[_Union[ScheduleDefinition, _Mapping]] = ..., checkpoint_bytes: _Optional[int] = ..., checkpoint_every: _Optional[int] = ...) -> None: ...
+    max_staleness: int
+    def __init__(self, lease: _Optional[_Union[LeaseRef, _Mapping]] = ..., adapter: _Optional[_Union[AdapterDefinition, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerDefinition, _Mapping]] = ..., schedule: _Optional[_Union[ScheduleDefinition, _Mapping]] = ..., checkpoint_bytes: _Optional[int] = ..., checkpoint_every: _Optional[int] = ..., max_staleness: _Optional[int] = ...) -> None: ...
 
 class LeaseEnd(_message.Message):
     __slots__ = ("lease",)
@@ -210,18 +212,20 @@ class Credit(_message.Message):
     def __init__(self, bytes: _Optional[int] = ...) -> None: ...
 
 class MicrobatchEnd(_message.Message):
-    __slots__ = ("lease", "version", "microbatch", "tensors", "apply")
+    __slots__ = ("lease", "version", "microbatch", "tensors", "apply", "staleness")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MICROBATCH_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     APPLY_FIELD_NUMBER: _ClassVar[int]
+    STALENESS_FIELD_NUMBER: _ClassVar[int]
     lease: LeaseRef
     version: int
     microbatch: int
     tensors: int
     apply: bool
-    def __init__(self, lease: _Optional[_Union[LeaseRef, _Mapping]] = ..., version: _Optional[int] = ..., microbatch: _Optional[int] = ..., tensors: _Optional[int] = ..., apply: _Optional[bool] = ...) -> None: ...
+    staleness: int
+    def __init__(self, lease: _Optional[_Union[LeaseRef, _Mapping]] = ..., version: _Optional[int] = ..., microbatch: _Optional[int] = ..., tensors: _Optional[int] = ..., apply: _Optional[bool] = ..., staleness: _Optional[int] = ...) -> None: ...
 
 class UpdateEnd(_message.Message):
     __slots__ = ("lease", "version", "tensors", "learning_rate", "gradient_norm", "device_seconds")

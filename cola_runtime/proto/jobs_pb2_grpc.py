@@ -79,6 +79,11 @@ class JobsStub:
                 request_serializer=cola__runtime_dot_proto_dot_jobs__pb2.ListStepsRequest.SerializeToString,
                 response_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.ListStepsResponse.FromString,
                 _registered_method=True)
+        self.ListEvaluations = channel.unary_unary(
+                '/cola.v1.Jobs/ListEvaluations',
+                request_serializer=cola__runtime_dot_proto_dot_jobs__pb2.ListEvaluationsRequest.SerializeToString,
+                response_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.ListEvaluationsResponse.FromString,
+                _registered_method=True)
         self.ListCheckpoints = channel.unary_unary(
                 '/cola.v1.Jobs/ListCheckpoints',
                 request_serializer=cola__runtime_dot_proto_dot_jobs__pb2.JobRef.SerializeToString,
@@ -175,6 +180,12 @@ class JobsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListEvaluations(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListCheckpoints(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -265,6 +276,11 @@ def add_JobsServicer_to_server(servicer, server):
                     servicer.ListSteps,
                     request_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.ListStepsRequest.FromString,
                     response_serializer=cola__runtime_dot_proto_dot_jobs__pb2.ListStepsResponse.SerializeToString,
+            ),
+            'ListEvaluations': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListEvaluations,
+                    request_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.ListEvaluationsRequest.FromString,
+                    response_serializer=cola__runtime_dot_proto_dot_jobs__pb2.ListEvaluationsResponse.SerializeToString,
             ),
             'ListCheckpoints': grpc.unary_unary_rpc_method_handler(
                     servicer.ListCheckpoints,
@@ -545,6 +561,33 @@ class Jobs:
             '/cola.v1.Jobs/ListSteps',
             cola__runtime_dot_proto_dot_jobs__pb2.ListStepsRequest.SerializeToString,
             cola__runtime_dot_proto_dot_jobs__pb2.ListStepsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListEvaluations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cola.v1.Jobs/ListEvaluations',
+            cola__runtime_dot_proto_dot_jobs__pb2.ListEvaluationsRequest.SerializeToString,
+            cola__runtime_dot_proto_dot_jobs__pb2.ListEvaluationsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -58,8 +58,15 @@ class BaseModelActor:
         description = await self._service.describe()
         return replace(description, gradient_endpoint=self._advertise or self._endpoint)
 
-    async def lease(self, lease: Lease, spec: AdapterSpec, membership: Membership | None = None) -> None:
-        await self._service.lease(lease, spec, membership)
+    async def lease(
+        self,
+        lease: Lease,
+        spec: AdapterSpec,
+        membership: Membership | None = None,
+        *,
+        max_staleness: int = 0,
+    ) -> None:
+        await self._service.lease(lease, spec, membership, max_staleness=max_staleness)
 
     async def end_lease(self, job_id: str, epoch: int) -> None:
         await self._service.end_lease(job_id, epoch)
@@ -106,8 +113,15 @@ class RemoteBaseModel:
     async def describe(self) -> BaseModelDescription:
         return await _answer(self._handle.describe.remote())
 
-    async def lease(self, lease: Lease, spec: AdapterSpec, membership: Membership | None = None) -> None:
-        await _answer(self._handle.lease.remote(lease, spec, membership))
+    async def lease(
+        self,
+        lease: Lease,
+        spec: AdapterSpec,
+        membership: Membership | None = None,
+        *,
+        max_staleness: int = 0,
+    ) -> None:
+        await _answer(self._handle.lease.remote(lease, spec, membership, max_staleness=max_staleness))
 
     async def end_lease(self, job_id: str, epoch: int) -> None:
         await _answer(self._handle.end_lease.remote(job_id, epoch))

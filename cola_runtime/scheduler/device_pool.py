@@ -110,6 +110,7 @@ class DevicePool:
             schedule=plan.schedule,
             checkpoint_bytes=len(checkpoint or b""),
             checkpoint_every=plan.checkpoint_every,
+            max_staleness=plan.max_staleness,
         )
         async with device.sending:
             if checkpoint is not None:

@@ -14,9 +14,10 @@ from cola_runtime.jobs.plan import TrainingPlan
 from cola_runtime.jobs.records import JobRecord, StepRecord
 from cola_runtime.jobs.state import JobState
 from cola_runtime.jobs.store import JobStore
+from cola_runtime.scheduler.evaluation import Evaluations
 from cola_runtime.scheduler.job_data import JobData
 from cola_runtime.scheduler.leases import LeaseLost
-from cola_runtime.scheduler.primitives import AdapterPrimitives, LeasedAdapter, StepOutcome
+from cola_runtime.scheduler.primitives import AdapterPrimitives, LeasedAdapter, StepOutcome, TakenStep
 from cola_runtime.types import Row
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,9 @@ class JobDriver:
         self._job_id = record.job_id
         self._plan, self._data = plan, data
         self._primitives, self._store = primitives, store
+        self._evaluations = Evaluations(
+            data, total_steps=plan.schedule.total_steps, primitives=primitives, store=store
+        )
         self._stop: Stop | None = None
         self._stop_asked = asyncio.Event()
         self._stopping = False
@@ -87,7 +91,7 @@ class JobDriver:
         """Drive the job to a terminal state or to paused. Never raises but on cancellation of the task."""
         try:
             await self._run_leases()
-            await self._store.transition(self._job_id, JobState.SUCCEEDED, message="all steps applied")
+            await self._succeed()
         except _Stopped as stopped:
             state = stopped.stop.value
             await self._store.transition(
@@ -125,35 +129,72 @@ class JobDriver:
             await self._primitives.close(adapter)
 
     async def _train(self, adapter: LeasedAdapter) -> None:
-        await self._evaluate(adapter, before=True)
-        while adapter.version < self._plan.schedule.total_steps:
-            await self._stop_at_boundary(adapter)
-            await self._one_step(adapter)
+        await self._evaluations.resume(adapter.lease.job_id)
+        await self._evaluate(adapter)
+        ahead: TakenStep | None = None
+        while not self._finished(adapter):
+            if ahead is None:
+                await self._stop_at_boundary(adapter)
+            ahead = await self._one_step(adapter, ahead)
+            await self._evaluate(adapter)
         self.phase = "waiting for the last checkpoint"
-        await self._primitives.wait_checkpoint(adapter)
-        await self._evaluate(adapter, before=False)
-
-    async def _one_step(self, adapter: LeasedAdapter) -> None:
-        microbatches = self._data.microbatches(adapter.version)
-        self.phase = f"step {adapter.version + 1} is with device {adapter.lease.device_id}"
-        outcome = await self._primitives.step(adapter, microbatches)
-        rows = [row for microbatch in microbatches for row in microbatch]
-        await self._store.record_step(_step_record(adapter, rows, outcome))
-        self._primitives.recorded(adapter)
-
-    async def _evaluate(self, adapter: LeasedAdapter, *, before: bool) -> None:
-        """Held-out loss, once before the first step and once after the last."""
-        record = await self._store.job(self._job_id)
-        known = record.evaluation_loss_before if before else record.evaluation_loss_after
-        if not self._data.evaluation or known is not None or (before and adapter.version > 0):
-            return
-        self.phase = "evaluating"
-        loss = await self._primitives.forward(adapter, self._data.evaluation)
-        measures = self._data.measures(loss.mean, loss.predictions)
-        if before:
-            await self._store.set_evaluation(self._job_id, before=loss.mean, measures=measures)
+        if adapter.version == self._plan.schedule.total_steps:
+            await self._primitives.wait_checkpoint(adapter)  # the device makes one of the last step unasked
         else:
-            await self._store.set_evaluation(self._job_id, after=loss.mean, measures=measures)
+            await self._primitives.checkpoint(adapter)
+
+    def _finished(self, adapter: LeasedAdapter) -> bool:
+        last = adapter.version == self._plan.schedule.total_steps
+        return last or self._evaluations.early_stop is not None
+
+    async def _one_step(self, adapter: LeasedAdapter, taken: TakenStep | None) -> TakenStep | None:
+        """Apply the next step, taken already or now; returns the one behind it, if that may run ahead."""
+        version = adapter.version
+        microbatches = self._data.microbatches(version)
+        self.phase = f"step {version + 1} is with device {adapter.lease.device_id}"
+        if taken is None:
+            taken = await self._primitives.take(adapter, microbatches, version=version)
+        ahead = self._start_ahead(adapter, version)
+        try:
+            outcome = await self._primitives.apply(adapter, taken)
+            rows = [row for microbatch in microbatches for row in microbatch]
+            await self._store.record_step(_step_record(adapter, rows, outcome))
+            self._primitives.recorded(adapter)
+            return None if ahead is None else await ahead
+        finally:
+            if ahead is not None:
+                ahead.cancel()
+                await asyncio.gather(ahead, return_exceptions=True)
+
+    def _start_ahead(self, adapter: LeasedAdapter, version: int) -> asyncio.Task[TakenStep] | None:
+        """Compute the step behind `version + 1` at `version`, while the device makes that.
+
+        Not behind a checkpoint or an evaluation: what follows them depends on nothing else, so that a job
+        which is taken up again there goes the same way. Not towards a stop.
+        """
+        following = version + 1
+        waits = (
+            following == self._plan.schedule.total_steps
+            or following % self._plan.checkpoint_every == 0
+            or self._evaluations.due(following)
+            or self._stop is not None
+        )
+        if waits or not self._plan.max_staleness:
+            return None
+        rows = self._data.microbatches(following)
+        return asyncio.create_task(self._primitives.take(adapter, rows, version=version, staleness=1))
+
+    async def _evaluate(self, adapter: LeasedAdapter) -> None:
+        if self._evaluations.due(adapter.version):
+            self.phase = "evaluating"
+            await self._evaluations.run(adapter)
+
+    async def _succeed(self) -> None:
+        stop = self._evaluations.early_stop
+        if stop is None or stop.step == self._plan.schedule.total_steps:
+            await self._store.transition(self._job_id, JobState.SUCCEEDED, message="all steps applied")
+        else:
+            await self._store.stop_early(self._job_id, stop.message, data=stop.data)
 
     async def _stop_at_boundary(self, adapter: LeasedAdapter) -> None:
         if self._stop is not None:

@@ -22,7 +22,7 @@ class LeaseLost(Exception):
 @dataclass(slots=True)
 class _OpenLease:
     lease: Lease
-    applied: StepApplied | None = None
+    applied: dict[int, StepApplied] = field(default_factory=dict)  # by version, what nobody has asked for yet
     recorded_version: int = -1
     checkpoint_version: int = -1
     lost: LeaseLost | None = None
@@ -54,7 +54,7 @@ class LeaseBook:
     def applied(self, event: StepApplied) -> None:
         entry = self._entry(event.lease)
         if entry is not None:
-            entry.applied = event
+            entry.applied[event.version] = event
             entry.changed.set()
 
     def recorded(self, lease: Lease, version: int) -> None:
@@ -69,6 +69,11 @@ class LeaseBook:
         if entry is not None:
             entry.checkpoint_version = max(entry.checkpoint_version, version)
             entry.changed.set()
+
+    def has_checkpoint(self, lease: Lease, version: int) -> bool:
+        """A checkpoint of `version`, or of a later one, is stored and recorded."""
+        entry = self._entry(lease)
+        return entry is not None and entry.checkpoint_version >= version
 
     def lose(self, lease: Lease, *, reason: str, message: str) -> None:
         """Wake whoever waits on this lease with LeaseLost; later waits fail at once."""
@@ -104,11 +109,9 @@ class LeaseBook:
     async def wait_version(self, lease: Lease, version: int, *, timeout_seconds: float) -> StepApplied:
         """Wait until the bank holds `version`. LeaseLost when the lease goes, or on `timeout_seconds`."""
         async with _deadline(lease, timeout_seconds, f"version {version} did not reach the bank"):
-            entry = await self._wait_until(
-                lease, lambda e: e.applied is not None and e.applied.version >= version
-            )
-        assert entry.applied is not None, "the condition that was waited for"
-        return entry.applied
+            entry = await self._wait_until(lease, lambda e: version in e.applied)
+        entry.applied = {later: event for later, event in entry.applied.items() if later >= version}
+        return entry.applied[version]
 
     async def wait_recorded(self, lease: Lease, version: int, *, timeout_seconds: float) -> None:
         async with _deadline(lease, timeout_seconds, f"version {version} was not recorded"):

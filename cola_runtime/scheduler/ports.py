@@ -19,10 +19,18 @@ from cola_runtime.types import (
 class BaseModelPort(Protocol):
     async def describe(self) -> BaseModelDescription: ...
 
-    async def lease(self, lease: Lease, spec: AdapterSpec, membership: Membership | None = None) -> None:
+    async def lease(
+        self,
+        lease: Lease,
+        spec: AdapterSpec,
+        membership: Membership | None = None,
+        *,
+        max_staleness: int = 0,
+    ) -> None:
         """Accept the lease's device and epoch from now on; older epochs are fenced.
 
         With a membership the adapter is merged into the base weights, with its gang, as long as it lasts.
+        With `max_staleness` 1 the version before the current one can be asked for, too.
         """
 
     async def end_lease(self, job_id: str, epoch: int) -> None: ...

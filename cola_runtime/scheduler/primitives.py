@@ -1,4 +1,4 @@
-"""What can be done with an adapter: open, forward, step, checkpoint, close.
+"""What can be done with an adapter: open, forward, take and apply a step, checkpoint, close.
 
 A job is a driver over these (driver.py); another front door would be another driver. Every wait ends: by
 the result, by LeaseLost when device or base model are gone, or by its deadline.
@@ -58,6 +58,15 @@ class Loss:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TakenStep:
+    """A step whose taps have left the base model; the device applies it when it has them."""
+
+    version: int  # after the step
+    loss: Loss
+    base_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutcome:
     loss: Loss
     applied: StepApplied
@@ -106,7 +115,9 @@ class AdapterPrimitives:
             if adapter.version < record.version:
                 await self._store.rewind(lease, adapter.version)
             self.recorded(adapter)
-            await self._base.lease(lease, plan.adapter, membership)
+            if usable is not None:
+                self._book.checkpointed(lease, usable.version)
+            await self._base.lease(lease, plan.adapter, membership, max_staleness=plan.max_staleness)
             await self._pool.grant(lease, plan, checkpoint=blob)
             await self._book.wait_version(lease, adapter.version, timeout_seconds=OPEN_TIMEOUT_SECONDS)
         except BaseException:
@@ -124,14 +135,27 @@ class AdapterPrimitives:
     async def forward(self, adapter: LeasedAdapter, rows: Sequence[Row]) -> Loss:
         """Losses of rows under the adapter's current version; nothing is trained."""
         segments = [
-            self._segment(adapter, part, denominator=1.0)
+            Segment(
+                lease=adapter.lease,
+                version=adapter.version,
+                rows=part,
+                loss_denominator=1.0,
+                gang=adapter.gang,
+            )
             for part in split_rows(rows, token_budget=self._loop.token_budget)
         ]
         computed = await self._compute(adapter, segments, train=False)
         return _total(computed)
 
-    async def step(self, adapter: LeasedAdapter, microbatches: Sequence[Sequence[Row]]) -> StepOutcome:
-        """One optimizer step over all rows of the microbatches; returns when the new version is current."""
+    async def take(
+        self,
+        adapter: LeasedAdapter,
+        microbatches: Sequence[Sequence[Row]],
+        *,
+        version: int,
+        staleness: int = 0,
+    ) -> TakenStep:
+        """Compute a step's rows at `version`; their taps train the version that is `staleness` steps on."""
         parts = [
             part
             for microbatch in microbatches
@@ -139,18 +163,35 @@ class AdapterPrimitives:
         ]
         denominator = sum(row.loss_weight for part in parts for row in part)
         segments = [
-            self._segment(adapter, part, denominator=denominator, microbatch=i, last=i == len(parts) - 1)
+            Segment(
+                lease=adapter.lease,
+                version=version,
+                rows=part,
+                loss_denominator=denominator,
+                taps=adapter.taps,
+                microbatch=i,
+                last_microbatch=i == len(parts) - 1,
+                staleness=staleness,
+                gang=adapter.gang,
+            )
             for i, part in enumerate(parts)
         ]
         first_rows = accumulate((len(part) for part in parts[:-1]), initial=0)
         segments = [replace(s, first_row=row) for s, row in zip(segments, first_rows, strict=True)]
         computed = await self._compute(adapter, segments, train=True)
+        return TakenStep(
+            version=version + staleness + 1,
+            loss=_total(computed),
+            base_seconds=sum(c.base_seconds for c in computed),
+        )
+
+    async def apply(self, adapter: LeasedAdapter, taken: TakenStep) -> StepOutcome:
+        """Return when the device has applied the step and its new version is current."""
         applied = await self._book.wait_version(
-            adapter.lease, adapter.version + 1, timeout_seconds=APPLY_TIMEOUT_SECONDS
+            adapter.lease, taken.version, timeout_seconds=APPLY_TIMEOUT_SECONDS
         )
         adapter.version = applied.version
-        base_seconds = sum(c.base_seconds for c in computed)
-        return StepOutcome(loss=_total(computed), applied=applied, base_seconds=base_seconds)
+        return StepOutcome(loss=taken.loss, applied=applied, base_seconds=taken.base_seconds)
 
     def recorded(self, adapter: LeasedAdapter) -> None:
         """The job store holds the adapter's version; a checkpoint of it may be recorded now."""
@@ -158,7 +199,8 @@ class AdapterPrimitives:
 
     async def checkpoint(self, adapter: LeasedAdapter) -> None:
         """Return when a checkpoint of the adapter's current version is stored and recorded."""
-        await self._pool.request_checkpoint(adapter.lease)
+        if not self._book.has_checkpoint(adapter.lease, adapter.version):
+            await self._pool.request_checkpoint(adapter.lease)
         await self.wait_checkpoint(adapter)
 
     async def wait_checkpoint(self, adapter: LeasedAdapter) -> None:
@@ -177,26 +219,6 @@ class AdapterPrimitives:
                 await ending
             except (ColaError, OSError) as error:
                 logger.info("lease end not delivered: %s", error, extra={"event": "lease.end_undelivered"})
-
-    def _segment(
-        self,
-        adapter: LeasedAdapter,
-        rows: tuple[Row, ...],
-        *,
-        denominator: float,
-        microbatch: int = 0,
-        last: bool = True,
-    ) -> Segment:
-        return Segment(
-            lease=adapter.lease,
-            version=adapter.version,
-            rows=rows,
-            loss_denominator=denominator,
-            taps=adapter.taps,
-            microbatch=microbatch,
-            last_microbatch=last,
-            gang=adapter.gang,
-        )
 
     async def _compute(
         self, adapter: LeasedAdapter, segments: list[Segment], *, train: bool

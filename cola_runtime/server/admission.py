@@ -10,6 +10,7 @@ from typing import Any
 from cola_runtime.adapters.shapes import weight_shapes
 from cola_runtime.data.cursor import total_steps
 from cola_runtime.data.formats import Dataset, parse_dataset
+from cola_runtime.data.metrics import metrics_of
 from cola_runtime.data.report import DatasetReport, dataset_report
 from cola_runtime.data.tokenize import TokenizedDataset, Tokenizer, longest_row
 from cola_runtime.errors import InvalidInput
@@ -56,11 +57,37 @@ class Admission:
         most_tokens = longest_row(spec, context_length=base.context_length)
         adapter = training_plan(spec, base, total_steps=spec.steps or 1).adapter
         await asyncio.to_thread(weight_shapes, adapter)  # registered modules can be made for its sites
+        _check_evaluation(spec, held_out=submission.evaluation is not None)
         tokenizer = await self._base_models.tokenizer(spec.base_model)
         report = await asyncio.to_thread(_check_data, submission, spec, tokenizer, most_tokens)
         data = DataSize(rows=report.rows, tokens=report.tokens)
         taps, reason = job_taps(spec, base, adapter, data, self._costs)
         return CheckedJob(spec=spec, report=report, taps=taps, taps_reason=reason)
+
+
+def _check_evaluation(spec: JobSpec, *, held_out: bool) -> None:
+    wanted, known = spec.evaluation, metrics_of(spec.task)
+    if wanted.metric not in known:
+        raise InvalidInput(
+            "METRIC_UNSUPPORTED",
+            f"a {spec.task.kind} job has no metric {wanted.metric}",
+            where="job.evaluation.metric",
+            remedy=f"Use one of {', '.join(sorted(known))}; nothing was created.",
+        )
+    if not held_out and (wanted.every is not None or wanted.patience is not None):
+        raise InvalidInput(
+            "EVALUATION_NEEDS_DATA",
+            "the job asks for evaluations and has no held-out rows",
+            where="job.evaluation",
+            remedy="Give held-out rows (`evaluation`), or leave out `every` and `patience`.",
+        )
+    if wanted.patience is not None and wanted.every is None:
+        raise InvalidInput(
+            "SPEC_INVALID",
+            "patience counts evaluations between the first and the last step, and `every` asks for none",
+            where="job.evaluation.patience",
+            remedy="Give `every` as well; nothing was created.",
+        )
 
 
 def _check_data(

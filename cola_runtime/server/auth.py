@@ -23,6 +23,7 @@ SCOPE_OF_RPC = {
     "ResumeJob": WRITE,
     "WatchEvents": READ,
     "ListSteps": READ,
+    "ListEvaluations": READ,
     "ListCheckpoints": READ,
     "ExportAdapter": READ,
     "Generate": WRITE,

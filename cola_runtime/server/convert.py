@@ -7,7 +7,14 @@ from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
-from cola_runtime.jobs.records import ApiKey, CheckpointRecord, EventRecord, JobRecord, StepRecord
+from cola_runtime.jobs.records import (
+    ApiKey,
+    CheckpointRecord,
+    EvaluationRecord,
+    EventRecord,
+    JobRecord,
+    StepRecord,
+)
 from cola_runtime.proto import jobs_pb2
 from cola_runtime.server.service import Overview
 from cola_runtime.types import BaseModelDescription
@@ -27,8 +34,12 @@ def step_message(step: StepRecord) -> jobs_pb2.Step:
     return _message(jobs_pb2.Step, step)
 
 
-def checkpoint_message(checkpoint: CheckpointRecord) -> jobs_pb2.Checkpoint:
-    return _message(jobs_pb2.Checkpoint, checkpoint)
+def evaluation_message(evaluation: EvaluationRecord, *, best_step: int | None) -> jobs_pb2.Evaluation:
+    return _message(jobs_pb2.Evaluation, evaluation, best=evaluation.step == best_step)
+
+
+def checkpoint_message(checkpoint: CheckpointRecord, *, best_step: int | None) -> jobs_pb2.Checkpoint:
+    return _message(jobs_pb2.Checkpoint, checkpoint, best=checkpoint.version == best_step)
 
 
 def key_message(key: ApiKey) -> jobs_pb2.Key:

@@ -17,7 +17,7 @@ from cola_runtime.server import convert, keys
 from cola_runtime.server.auth import SCOPE_OF_RPC
 from cola_runtime.server.limits import Limits
 from cola_runtime.server.rpc import Call, Method, RpcHandlers, Rule
-from cola_runtime.server.service import FineTuningService
+from cola_runtime.server.service import BEST, FineTuningService
 from cola_runtime.server.upload import UploadGate, receive_submission
 from cola_runtime.transport.endpoints import OnStream, StreamMethod, add_stream_method
 
@@ -128,15 +128,28 @@ class JobsMethods:
         )
         return jobs_pb2.ListStepsResponse(steps=[convert.step_message(step) for step in steps])
 
+    async def ListEvaluations(
+        self, request: jobs_pb2.ListEvaluationsRequest, call: Call
+    ) -> jobs_pb2.ListEvaluationsResponse:
+        after = request.after if request.HasField("after") else -1
+        found, best_step = await self._service.evaluations(
+            call.tenant, request.job_id, after=after, limit=request.limit
+        )
+        messages = [convert.evaluation_message(each, best_step=best_step) for each in found]
+        return jobs_pb2.ListEvaluationsResponse(evaluations=messages)
+
     async def ListCheckpoints(self, request: jobs_pb2.JobRef, call: Call) -> jobs_pb2.ListCheckpointsResponse:
-        found = await self._service.checkpoints(call.tenant, request.job_id)
-        return jobs_pb2.ListCheckpointsResponse(checkpoints=map(convert.checkpoint_message, found))
+        found, best_step = await self._service.checkpoints(call.tenant, request.job_id)
+        messages = [convert.checkpoint_message(each, best_step=best_step) for each in found]
+        return jobs_pb2.ListCheckpointsResponse(checkpoints=messages)
 
     async def ExportAdapter(
         self, request: jobs_pb2.ExportAdapterRequest, call: Call
     ) -> AsyncIterator[jobs_pb2.FileChunk]:
         version = request.version if request.HasField("version") else None
-        files = await self._service.export(call.tenant, request.job_id, version=version)
+        files = await self._service.export(
+            call.tenant, request.job_id, version=BEST if request.best else version
+        )
         chunk_bytes = self._service.limits.export_chunk_bytes
         for name, content in files.items():
             for start in range(0, max(len(content), 1), chunk_bytes):

@@ -10,14 +10,22 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from cola_runtime.adapters.adapter_files import adapter_folder
 from cola_runtime.adapters.checkpoint_format import checkpoint_weights
 from cola_runtime.data.report import DatasetReport
 from cola_runtime.errors import Conflict, NotFound, QuotaExceeded, Unavailable
 from cola_runtime.gradients.planner import Costs
-from cola_runtime.jobs.records import CheckpointRecord, EventRecord, JobRecord, NewJob, StepRecord, Tenant
+from cola_runtime.jobs.records import (
+    CheckpointRecord,
+    EvaluationRecord,
+    EventRecord,
+    JobRecord,
+    NewJob,
+    StepRecord,
+    Tenant,
+)
 from cola_runtime.jobs.state import TERMINAL_STATES, JobState
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.scheduler.device_pool import DeviceStatus
@@ -29,6 +37,7 @@ from cola_runtime.server.prompts import Completion, Prompts
 from cola_runtime.storage.objects import ObjectStorage
 from cola_runtime.types import BaseModelDescription
 
+BEST: Literal["best"] = "best"
 ACTIVE_STATES = frozenset(JobState) - TERMINAL_STATES
 
 
@@ -136,13 +145,32 @@ class FineTuningService:
         job = await self.job(tenant, ref)
         return await self.store.steps(job.job_id, after=after, limit=self._page(limit))
 
-    async def checkpoints(self, tenant: Tenant, ref: str) -> list[CheckpointRecord]:
+    async def evaluations(
+        self, tenant: Tenant, ref: str, *, after: int = -1, limit: int = 0
+    ) -> tuple[list[EvaluationRecord], int | None]:
+        """Evaluations of steps above `after`, in order; and the step of the best one so far."""
         job = await self.job(tenant, ref)
-        return await self.store.checkpoints(job.job_id)
+        found = await self.store.evaluations(job.job_id, after=after, limit=self._page(limit))
+        return found, await self._best_step(job)
 
-    async def export(self, tenant: Tenant, ref: str, *, version: int | None = None) -> dict[str, bytes]:
-        """File name -> content of the newest checkpoint's adapter, or `version`'s: a PEFT or cola folder."""
+    async def checkpoints(self, tenant: Tenant, ref: str) -> tuple[list[CheckpointRecord], int | None]:
+        """Checkpoints by version; and the best evaluation's step."""
         job = await self.job(tenant, ref)
+        return await self.store.checkpoints(job.job_id), await self._best_step(job)
+
+    async def export(
+        self, tenant: Tenant, ref: str, *, version: int | Literal["best"] | None = None
+    ) -> dict[str, bytes]:
+        """File name -> content of a PEFT folder with the newest checkpoint's adapter, or `version`'s.
+
+        `best` is the best evaluation's version. Raises Conflict `ADAPTER_NOT_READY`, NotFound
+        `CHECKPOINT_UNKNOWN` or `BEST_UNKNOWN` for a job without evaluations.
+        """
+        job = await self.job(tenant, ref)
+        if version == BEST:
+            version = await self._best_step(job)
+            if version is None:
+                raise _no_best(job)
         checkpoint = _pick(await self.store.checkpoints(job.job_id), job, version)
         return await asyncio.to_thread(self._adapter_files, checkpoint, job.base_model)
 
@@ -180,6 +208,10 @@ class FineTuningService:
             devices=tuple(self._runner.devices()),
             statistics=self._runner.statistics(),
         )
+
+    async def _best_step(self, job: JobRecord) -> int | None:
+        best = await self.store.best_evaluation(job.job_id)
+        return None if best is None else best.step
 
     async def _check_quota(self, tenant: Tenant, idempotency_key: str) -> None:
         """Raises QuotaExceeded `QUOTA_JOBS`; a repeated request is no new job."""
@@ -263,6 +295,14 @@ def _digest(*parts: bytes | None) -> str:
     for part in parts:
         digest.update(b"-" if part is None else hashlib.sha256(part).digest())
     return digest.hexdigest()
+
+
+def _no_best(job: JobRecord) -> NotFound:
+    return NotFound(
+        "BEST_UNKNOWN",
+        f"job {job.name} has no evaluation, so none of its versions is the best",
+        remedy="Submit with held-out rows, or export by version: `cola jobs checkpoints`.",
+    )
 
 
 def _pick(checkpoints: Sequence[CheckpointRecord], job: JobRecord, version: int | None) -> CheckpointRecord:

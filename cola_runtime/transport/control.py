@@ -26,6 +26,7 @@ def lease_grant(
     schedule: LearningRateSchedule,
     checkpoint_bytes: int,
     checkpoint_every: int,
+    max_staleness: int = 0,
 ) -> control_pb2.DeviceControl:
     """The LeaseGrant that follows the checkpoint's BLOB frames, if there are any."""
     grant = control_pb2.LeaseGrant(
@@ -37,6 +38,7 @@ def lease_grant(
         ),
         checkpoint_bytes=checkpoint_bytes,
         checkpoint_every=checkpoint_every,
+        max_staleness=max_staleness,
     )
     return control_pb2.DeviceControl(lease_grant=grant)
 

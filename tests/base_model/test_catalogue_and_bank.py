@@ -11,9 +11,9 @@ from cola_runtime.adapter_spec import AdapterPart, AdapterSpec
 from cola_runtime.base_model.load import load_frozen_model
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.errors import Fenced, InvalidInput, NotFound
-from cola_runtime.types import Site, SiteKind, TensorKey, TensorKind
+from cola_runtime.types import BaseStep, Site, SiteKind, TensorKey, TensorKind
 from tests.base_model.conftest import TinyFolder
-from tests.base_model.mixed_samples import four_tenants
+from tests.base_model.mixed_samples import Tenant, four_tenants
 
 
 def shapes_by_group(model: TappedModel) -> dict[int, list[str]]:
@@ -111,6 +111,24 @@ def test_the_bank_refuses_old_epochs_and_wrong_tensors(tiny_folder: TinyFolder) 
     assert model.version(member.job_id) == (5, 3)
     model.install(replace(lease, epoch=6), member.spec, 0, member.weights)
     assert model.version(member.job_id) == (6, 0)
+
+
+def test_the_bank_keeps_the_version_before_of_adapters_that_may_be_stale(tiny_folder: TinyFolder) -> None:
+    model = TappedModel.load(tiny_folder("llama", "float32"), dtype="float32", threads=1)
+    stale, exact = four_tenants(model.sites, "float32")[:2]
+    for member, max_staleness in ((stale, 1), (exact, 0)):
+        for version in (0, 1, 2):
+            model.install(member.lease, member.spec, version, member.weights, max_staleness=max_staleness)
+
+    def reasons(member: Tenant, *versions: int) -> list[str | None]:
+        segments = (replace(member.segment(), version=version) for version in versions)
+        steps = (BaseStep(number=1, segments=(segment,), train=False) for segment in segments)
+        return [model.run(step, lambda tap: None).losses[0].reason for step in steps]
+
+    assert reasons(stale, 0, 1, 2, 3) == ["VERSION_STALE", None, None, "VERSION_STALE"]
+    assert reasons(exact, 1, 2) == ["VERSION_STALE", None]
+    model.evict(stale.job_id)
+    assert reasons(stale, 1, 2) == ["ADAPTER_UNKNOWN"] * 2
 
 
 def test_generating_with_an_unknown_adapter_or_beyond_the_context_is_refused(tiny_folder: TinyFolder) -> None:

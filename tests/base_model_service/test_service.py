@@ -230,6 +230,7 @@ async def test_an_update_that_is_overtaken_by_the_leases_end_stays_out_of_the_ba
     await bench.grant(0)
     spec = bench.trainings[0].spec
     late = Update(
+        max_staleness=0,
         lease=lease_of(0),
         spec=spec,
         version=1,

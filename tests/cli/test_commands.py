@@ -167,6 +167,33 @@ def test_metrics_as_table_csv_and_json(cola: Cola, trained: JobHandle) -> None:
     assert "0.8000" in text
 
 
+def test_evaluations_and_the_best_adapter(
+    cola: Cola, client: Client, spec: JobSpec, served: Served, tmp_path: Path
+) -> None:
+    handle = client.submit(spec, training=ROWS, evaluation=ROWS)
+    assert "No evaluations" in cola("jobs", "evaluations", "greeter").out
+    for loss in (1.5, 2.5):
+        served.train(handle.job_id, steps=1)
+        served.evaluate(handle.job_id, loss=loss, improved=loss == 1.5)
+        served.checkpoint(handle.job_id)
+    first, second = cola("jobs", "evaluations", "greeter", "--json").json
+    assert (first["metrics"], first["best"]) == ({"loss": 1.5, "perplexity": 2.0}, True)
+    assert (second["metrics"]["loss"], second["best"]) == (2.5, False)
+    head, *lines = cola("jobs", "evaluations", "greeter").out.splitlines()
+    assert head.split() == ["STEP", "LOSS", "PERPLEXITY", "BEST", "MADE"]
+    assert ("1.5000" in lines[0], "best" in lines[0], "best" in lines[1]) == (True, True, False)
+    marked = [each["best"] for each in cola("jobs", "checkpoints", "greeter", "--json").json]
+    assert marked == [True, False]
+    exported = cola("adapters", "export", "greeter", "--best", "--to", tmp_path / "best", "--json")
+    assert exported.code == 0
+    for version, same in ((1, True), (2, False)):
+        cola("adapters", "export", "greeter", "--version", version, "--to", tmp_path / str(version))
+        files = [tmp_path / name / "adapter_model.safetensors" for name in ("best", str(version))]
+        assert (files[0].read_bytes() == files[1].read_bytes()) is same
+    both = cola("adapters", "export", "greeter", "--best", "--version", "1", "--to", tmp_path / "x")
+    assert both.code == 2
+
+
 def test_checkpoints_and_adapters(cola: Cola, trained: JobHandle, tmp_path: Path) -> None:
     (checkpoint,) = cola("jobs", "checkpoints", "greeter", "--json").json
     assert checkpoint["version"] == 5

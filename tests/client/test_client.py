@@ -88,6 +88,52 @@ def test_metrics_pages_through_all_steps(
     assert (steps[1].loss, steps[1].bytes_up, steps[1].device_id) == (2.0, 2048, "device-0")
 
 
+def test_evaluations_pages_through_all_and_marks_the_best(
+    client: Client, spec: JobSpec, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_handle, "PAGE", 2)
+    handle = client.submit(spec, training=ROWS, evaluation=ROWS)
+    assert handle.evaluations() == []
+    served.train(handle.job_id, steps=0)
+    served.evaluate(handle.job_id, loss=4.0, improved=True)
+    for loss in (3.0, 2.0, 2.5):
+        served.train(handle.job_id, steps=1)
+        served.evaluate(handle.job_id, loss=loss, improved=loss != 2.5)
+    found = handle.evaluations()
+    assert [(each.step, each.value, each.best) for each in found] == [
+        (0, 4.0, False),
+        (1, 3.0, False),
+        (2, 2.0, True),
+        (3, 2.5, False),
+    ]
+    assert (found[0].metrics, found[0].primary, found[0].greater_is_better) == (
+        {"loss": 4.0, "perplexity": 2.0},
+        "loss",
+        False,
+    )
+    job = handle.refresh()
+    assert (job.evaluation_loss_before, job.evaluation_loss_after) == (4.0, 2.5)
+
+
+def test_the_best_version_is_downloaded_when_asked_for(
+    client: Client, spec: JobSpec, served: Served, tmp_path: Path
+) -> None:
+    handle = client.submit(spec, training=ROWS, evaluation=ROWS)
+    served.train(handle.job_id, steps=1)
+    served.checkpoint(handle.job_id)
+    with pytest.raises(NotFound) as caught:
+        handle.download_adapter(tmp_path / "none", version="best")
+    assert caught.value.reason == "BEST_UNKNOWN"
+    served.evaluate(handle.job_id, loss=2.0, improved=True)
+    served.train(handle.job_id, steps=1)
+    served.checkpoint(handle.job_id)
+    served.evaluate(handle.job_id, loss=3.0, improved=False)
+    assert [(each.version, each.best) for each in handle.checkpoints()] == [(1, True), (2, False)]
+    folders = [handle.download_adapter(tmp_path / str(v), version=v) for v in ("best", 1, 2, None)]  # type: ignore[arg-type]
+    best, first, second, newest = ((each / "adapter_model.safetensors").read_bytes() for each in folders)
+    assert best == first != second == newest
+
+
 def test_a_job_is_found_by_id_prefix_and_name(client: Client, spec: JobSpec) -> None:
     made = client.submit(spec, training=ROWS)
     for ref in (made.job_id, made.job_id[:12], "greeter"):

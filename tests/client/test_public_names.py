@@ -18,6 +18,7 @@ def test_the_public_names_are_exactly_those_intended() -> None:
     assert sorted(cola_runtime.__all__) == [
         "AsyncClient",
         "Client",
+        "EvaluationSpec",
         "JobHandle",
         "JobSpec",
         "LoraSpec",
@@ -32,6 +33,7 @@ def test_the_public_names_are_exactly_those_intended() -> None:
         "Client",
         "DatasetReport",
         "Device",
+        "Evaluation",
         "Event",
         "Generation",
         "Job",
@@ -66,6 +68,7 @@ def test_the_methods_are_exactly_those_intended() -> None:
         "cancel",
         "checkpoints",
         "download_adapter",
+        "evaluations",
         "events",
         "generate",
         "job",

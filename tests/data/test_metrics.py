@@ -8,17 +8,15 @@ import numpy as np
 import pytest
 
 from cola_runtime.data.metrics import (
-    LOWER_IS_BETTER,
-    PRIMARY,
     evaluate,
     f1,
     f1_macro,
     matthews,
+    metrics_of,
     pearson,
     spearman,
 )
 from cola_runtime.spec import CausalLmTask, ClassificationTask, RegressionTask
-from cola_runtime.types import Task
 
 # Class 1: 3 found, 1 missed, 2 wrongly; class 0: 4 found.
 LABELS = np.array([1, 1, 1, 1, 0, 0, 0, 0, 0, 0], np.float64)
@@ -68,17 +66,16 @@ def test_what_is_undefined_is_zero() -> None:
     assert f1(np.zeros(3), np.zeros(3), of_class=1) == 0.0
 
 
-def test_every_task_has_a_primary_measure_that_is_among_its_own() -> None:
-    of_task = {
-        "causal_lm": evaluate(CausalLmTask(), mean_loss=1.0),
-        "sequence_classification": evaluate(
-            ClassificationTask(labels=2), mean_loss=1.0, labels=LABELS, predictions=PREDICTIONS
-        ),
-        "regression": evaluate(RegressionTask(), mean_loss=1.0, labels=LABELS, predictions=PREDICTIONS),
-    }
-    assert PRIMARY.keys() == of_task.keys() == set(Task)
-    assert all(PRIMARY[task] in measures for task, measures in of_task.items())
-    assert {"loss", "perplexity"} == LOWER_IS_BETTER
+@pytest.mark.parametrize(
+    "task",
+    [CausalLmTask(), ClassificationTask(labels=2), ClassificationTask(labels=3), RegressionTask()],
+    ids=str,
+)
+def test_a_task_gives_the_metrics_that_it_says(
+    task: CausalLmTask | ClassificationTask | RegressionTask,
+) -> None:
+    found = evaluate(task, mean_loss=1.0, labels=LABELS, predictions=PREDICTIONS)
+    assert found.keys() == metrics_of(task)
 
 
 def test_scikit_learn_and_scipy_agree() -> None:

@@ -12,7 +12,7 @@ from cola_runtime.adapters.checkpoint_format import TrainingDefinition, decode_c
 from cola_runtime.device.session import AdapterSession
 from cola_runtime.errors import ColaError, Conflict, InvalidInput
 from cola_runtime.types import TensorKey, TensorKind
-from tests.device.adapter_samples import definition, gradients, kinds_spec
+from tests.device.adapter_samples import SITES, definition, gradients, kinds_spec
 from tests.device.reference_training import train_alone
 
 OPTIMIZERS = ["adamw", "sgd", "adafactor"]
@@ -168,3 +168,46 @@ def test_a_tap_that_does_not_fit_is_a_protocol_error() -> None:
     with pytest.raises(ColaError) as caught:
         session.add(TensorKey(0, TensorKind.GRAD_LORA_A), torch.ones(2, 2), version=0)
     assert caught.value.reason == "TENSOR_INVALID"
+
+
+def test_with_staleness_a_tap_of_the_version_before_trains_the_present_one() -> None:
+    training = definition()
+    steps = steps_of(training, count=2, microbatches=1)
+    session = AdapterSession.create(training, max_staleness=1)
+    train(session, steps[:1])
+    for key, tensor in steps[1][0].items():
+        session.add(key, tensor, version=0)
+    with pytest.raises(Conflict) as caught:
+        session.apply(version=0)
+    assert caught.value.reason == "VERSION_MISMATCH"
+    session.apply(version=1)
+    assert_same(session.weights(), train_alone(training, steps))
+    for version in (0, 3):
+        with pytest.raises(Conflict):
+            session.add(key, tensor, version=version)
+
+
+def test_a_stale_tap_is_taken_at_the_weights_of_its_version() -> None:
+    training = definition(dtype="float64", sites=SITES[2:])
+    session = AdapterSession.create(training, max_staleness=1)
+    train(session, steps_of(training, count=1))
+    before = session.weights()
+    train(session, steps_of(training, count=1))
+    x_NI, grad_NO = (torch.randn(4, width, dtype=torch.float64) for width in (9, 20))
+    twin = AdapterSession(training, before, version=1)
+    for each in (session, twin):
+        each.add(TensorKey(4, TensorKind.INPUT), x_NI, version=1)
+        each.add(TensorKey(4, TensorKind.OUTPUT_GRADIENT), grad_NO, version=1)
+    applied, expected = session.apply(version=2), twin.apply(version=1)
+    assert applied.gradient_norm == expected.gradient_norm
+    assert session.resident_bytes == 5 * sum(tensor.nbytes for tensor in before.values())
+
+
+def test_a_restored_session_has_no_version_before() -> None:
+    training = definition()
+    session = AdapterSession.create(training, max_staleness=1)
+    train(session, steps_of(training, count=1))
+    restored = AdapterSession.restore(session.checkpoint(), max_staleness=1)
+    key, tensor = next(iter(gradients(training, 9).items()))
+    with pytest.raises(Conflict):
+        restored.add(key, tensor, version=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 
-from cola_runtime.jobs.records import NewJob, StepRecord, Tenant
+from cola_runtime.jobs.records import EvaluationRecord, NewJob, StepRecord, Tenant
 from cola_runtime.jobs.state import JobState
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.types import Lease
@@ -60,6 +60,18 @@ def step(lease: Lease, number: int, *, loss: float = 2.0, tokens: int = 10) -> S
         bytes_down=50,
         base_seconds=0.25,
         device_seconds=0.125,
+    )
+
+
+def evaluation(lease: Lease, step: int, *, loss: float = 2.0, improved: bool = True) -> EvaluationRecord:
+    return EvaluationRecord(
+        job_id=lease.job_id,
+        step=step,
+        epoch=lease.epoch,
+        metrics={"loss": loss, "perplexity": 9.5},
+        primary="loss",
+        greater_is_better=False,
+        improved=improved,
     )
 
 

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from job_samples import new_job
-from sqlalchemy import Connection, inspect
+from sqlalchemy import Connection, inspect, text
 
 from cola_runtime.jobs import schema
 from cola_runtime.jobs.database import Database
@@ -50,4 +52,54 @@ async def test_sqlite_is_opened_durable_and_with_foreign_keys(url: str) -> None:
     }.items():
         found = await database.run(lambda c, p=pragma: c.exec_driver_sql(f"PRAGMA {p}").scalar_one())
         assert found == value, pragma
+    await database.close()
+
+
+def _migrate(connection: Connection, revision: str) -> None:
+    config = Config()
+    config.set_main_option("script_location", "cola_runtime.jobs:migrations")
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    act = command.downgrade if revision == "0001" and _revision(connection) == "0002" else command.upgrade
+    act(config, revision)
+
+
+def _revision(connection: Connection) -> str | None:
+    return MigrationContext.configure(connection).get_current_revision()
+
+
+def _job_of_the_first_schema(connection: Connection) -> None:
+    at = "2026-01-02T03:04:05.000000Z"
+    for statement in (
+        f"INSERT INTO tenants VALUES ('t', 'acme', '{at}')",
+        "INSERT INTO jobs (job_id, tenant_id, name, base_model, spec_json, state, version, total_steps,"
+        " epoch, encoding, training_key, request_digest, created_at, evaluation_loss_before,"
+        " evaluation_loss_after)"
+        f" VALUES ('j', 't', 'chat', 'tiny', '{{}}', 'running', 5, 5, 2, 'x', 'k', 'd', '{at}', 3.5, 2.25)",
+        f"INSERT INTO leases VALUES ('j', 1, 'd', '{at}', '{at}'), ('j', 2, 'd', '{at}', NULL)",
+    ):
+        connection.execute(text(statement))
+
+
+async def test_held_out_losses_of_the_first_schema_move_to_the_evaluations(url: str) -> None:
+    database = Database(url)
+    await database.run(lambda c: _migrate(c, "0001"))
+    await database.run(_job_of_the_first_schema)
+    await database.close()
+    store = await JobStore.open(url)
+    job = await store.job("j")
+    assert (job.evaluation_loss_before, job.evaluation_loss_after) == (3.5, 2.25)
+    found = [(each.step, each.epoch, each.value, each.improved) for each in await store.evaluations("j")]
+    assert found == [(0, 2, 3.5, True), (5, 2, 2.25, True)]
+    await store.close()
+
+
+async def test_a_downgrade_brings_the_held_out_losses_back(url: str) -> None:
+    database = Database(url)
+    await database.run(lambda c: _migrate(c, "0001"))
+    await database.run(_job_of_the_first_schema)
+    await database.run(lambda c: _migrate(c, "0002"))
+    await database.run(lambda c: _migrate(c, "0001"))
+    losses = "SELECT evaluation_loss_before, evaluation_loss_after FROM jobs"
+    assert await database.run(lambda c: tuple(c.execute(text(losses)).one())) == (3.5, 2.25)
     await database.close()

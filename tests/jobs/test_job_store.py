@@ -152,15 +152,6 @@ async def test_a_failed_job_says_why(store: JobStore, tenant: Tenant) -> None:
     )
 
 
-async def test_evaluation_losses_are_kept_side_by_side(store: JobStore, tenant: Tenant) -> None:
-    job = await store.create_job(new_job(tenant))
-    await store.set_evaluation(job.job_id, before=3.5)
-    job = await store.set_evaluation(job.job_id, after=2.5)
-    assert (job.evaluation_loss_before, job.evaluation_loss_after) == (3.5, 2.5)
-    with pytest.raises(InvalidInput):
-        await store.set_evaluation(job.job_id, after=float("nan"))
-
-
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -91,7 +91,7 @@ async def test_a_job_reports_held_out_losses_metrics_and_an_adapter(settings: Se
         assert done.evaluation_loss_after is not None
         assert done.evaluation_loss_after < done.evaluation_loss_before
         assert [step.step for step in await handle.metrics()] == list(range(1, STEPS + 1))
-        assert [checkpoint.version for checkpoint in await handle.checkpoints()] == [10, 20, 30]
+        assert [checkpoint.version for checkpoint in await handle.checkpoints()] == [0, 10, 20, 30]
         assert done.bytes_up > 0
         assert done.bytes_down > 0
 

@@ -25,6 +25,16 @@ async def test_a_waiter_wakes_when_its_version_reaches_the_bank() -> None:
     assert (await waiter).version == 3
 
 
+async def test_each_version_is_handed_out_with_its_own_report() -> None:
+    book = LeaseBook()
+    book.open(LEASE)
+    for version in (2, 3):
+        book.applied(StepApplied(lease=LEASE, version=version, gradient_norm=float(version)))
+    for version in (2, 3):
+        report = await book.wait_version(LEASE, version, timeout_seconds=5)
+        assert (report.version, report.gradient_norm) == (version, float(version))
+
+
 async def test_reports_of_an_older_epoch_are_ignored() -> None:
     book = LeaseBook()
     book.open(LEASE)

@@ -99,7 +99,7 @@ def test_no_rpc_shows_another_tenants_job(client: Client, served: Served, spec: 
     with Client(base_url=served.url, api_key=served.keys["bob"]) as bob:
         assert bob.jobs() == []
     assert client.job(job_id).job.state == "queued"
-    assert len(OF_ONE_JOB) == 9
+    assert len(OF_ONE_JOB) == 10
 
 
 def test_another_tenants_cursor_is_refused(client: Client, served: Served, spec: JobSpec) -> None:

@@ -129,6 +129,13 @@ MERGED_MODULE = {"kind": "module", "name": "mine", "target_modules": "attention"
         (replace(submission(), spec_json="{"), "SPEC_INVALID", ("JSON",)),
         (replace(submission(), spec_json="[" * 10_000), "SPEC_INVALID", ("JSON",)),
         (replace(submission(), spec_json="[]"), "SPEC_INVALID", ("object",)),
+        (submission(evaluation={"every": 2}), "EVALUATION_NEEDS_DATA", ("job.evaluation", "held-out")),
+        (submission(evaluation={"patience": 2}), "EVALUATION_NEEDS_DATA", ("job.evaluation",)),
+        (
+            replace(submission(evaluation={"patience": 2}), evaluation=ROWS),
+            "SPEC_INVALID",
+            ("job.evaluation.patience", "every"),
+        ),
         (
             replace(submission(), evaluation=b"", evaluation_name="held.jsonl"),
             "DATASET_EMPTY",
