@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types layers stubs proto bench exactness wire base_step quality clean
+.PHONY: help setup demo test matrix check lint types layers stubs proto bench exactness wire base_step quality clean
 
 help: ## this list
 	@grep -hE '^[a-z_]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -27,6 +27,9 @@ demo: setup ## four tenants on one real base model; writes demo-output/report.ht
 
 test: setup ## the whole test suite
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+matrix: setup ## kinds x modes x encodings x architectures x tasks, all of it, with its table
+	$(BIN)/python -m pytest tests/matrix --matrix -q $(PYTEST_ARGS)
 
 check: setup ## format, lint, types, layers, generated code: all of them, also after a failure
 	$(MAKE) --keep-going --no-print-directory lint types layers stubs

@@ -12,6 +12,10 @@ import pytest
 Require = Callable[[str], None]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--matrix", action="store_true", help="all of the matrix, and its table: `make matrix`")
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the checkout."""

@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
-from cola_runtime.adapters.peft_files import HEAD_FILE
+from cola_runtime.adapters.adapter_files import HEAD_FILE
 from cola_runtime.errors import InvalidInput
 from cola_runtime.jobs.plan import training_plan
 from cola_runtime.spec import JobSpec

@@ -1,0 +1,56 @@
+"""The axes of the matrix, and why some cells are empty."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cola_runtime.types import Encoding, Task
+from tests.base_model.kind_samples import KINDS, NONLINEAR
+
+MODES = ("unmerged", "merged")
+
+# Where transformers computes parts in float32 whatever the model's type (Qwen's and T5's norms, an eager
+# softmax), the reference is its own code, so that both sides round alike.
+CAUSAL = ("gpt2", "llama", "qwen2", "opt", "gpt_neox", "phi3")
+LABELLED = ("bert", "roberta", "gpt2", "llama")
+SOURCED = ("t5", "bart", "mt5", "marian")
+SETTINGS: tuple[tuple[str, Task], ...] = (
+    *((architecture, Task.CAUSAL_LM) for architecture in CAUSAL),
+    *((architecture, Task.SEQUENCE_CLASSIFICATION) for architecture in LABELLED),
+    *((architecture, Task.REGRESSION) for architecture in LABELLED),
+    *((architecture, Task.SEQUENCE_TO_SEQUENCE) for architecture in SOURCED),
+)
+# What every run of the tests takes; `make matrix` takes all of it.
+QUICK = frozenset(
+    {
+        ("gpt2", Task.CAUSAL_LM),
+        ("llama", Task.CAUSAL_LM),
+        ("bert", Task.SEQUENCE_CLASSIFICATION),
+        ("t5", Task.SEQUENCE_TO_SEQUENCE),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Cell:
+    architecture: str
+    task: str
+    mode: str
+    encoding: str
+    kind: str
+
+
+def cells(architecture: str, task: Task, mode: str, encoding: Encoding) -> dict[Cell, str | None]:
+    """Every kind's cell, and why it is empty, or None."""
+    return {
+        Cell(architecture, task.value, mode, encoding.value, kind): empty_because(kind, mode, encoding)
+        for kind in KINDS
+    }
+
+
+def empty_because(kind: str, mode: str, encoding: Encoding) -> str | None:
+    if kind in NONLINEAR and mode == "merged":
+        return "not linear in x: refused in merged mode (MERGED_NEEDS_LINEAR)"
+    if kind in NONLINEAR and encoding is Encoding.WEIGHT_GRADIENT:
+        return "not linear in x: G does not determine its gradient (ENCODING_UNSUPPORTED)"
+    return None
