@@ -20,19 +20,17 @@ HEAD_FILE = "head.safetensors"  # a task's head, tensors `score/weight` and `sco
 
 
 def adapter_folder(
-    spec: AdapterSpec,
-    weights: Mapping[TensorKey, NDArray[Any]],
-    base_model: str,
-    *,
-    task_type: str | None = "CAUSAL_LM",
+    spec: AdapterSpec, weights: Mapping[TensorKey, NDArray[Any]], base_model: str
 ) -> dict[str, bytes]:
-    """File name -> content; LoRA and linearized LoRA, alone or mixed, make a PEFT folder of `task_type`.
+    """File name -> content; LoRA and linearized LoRA, alone or mixed, make a PEFT folder.
 
-    A task's head has a file of its own, for it is at no module of the base model.
+    A task's head has a file of its own, for it is at no module of the base model; the rest then loads onto
+    transformers' classification model of it.
     """
     files: dict[str, bytes] = {}
     body = spec.body
     if body is not None and fits_peft(body):
+        task_type = "CAUSAL_LM" if spec.head is None else None
         files |= peft_folder(body, weights, base_model, task_type=task_type)
     elif body is not None:
         files |= cola_folder(body, weights, base_model)

@@ -42,7 +42,7 @@ class LeasedAdapter:
     tenant_id: str
     plan: TrainingPlan
     taps: TapPlan
-    gang: Gang | None
+    gang: Gang | None = None
     version: int
 
 

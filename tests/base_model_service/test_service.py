@@ -257,6 +257,7 @@ async def test_a_gangs_member_with_nan_weights_is_told_to_the_coordinator_and_it
     spec = bench.trainings[0].spec
     poisoned = {key: torch.full_like(w, torch.nan) for key, w in initial_weights(spec).items()}
     sick = Update(
+        max_staleness=0,
         lease=lease_of(0),
         spec=spec,
         version=1,

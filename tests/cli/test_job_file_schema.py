@@ -43,7 +43,7 @@ def test_held_out_rows_and_their_settings_stand_under_one_name(job_file: Path) -
         ("[a]", "`evaluation.data` must be a path"),
         ("{evry: 3}", "did you mean 'every'"),
         ("{every: 0}", "greater than or equal to 1"),
-        ("{metric: bleu}", "'loss' or 'perplexity'"),
+        ("{metric: bleu}", "'loss', 'perplexity', 'accuracy'"),
     ],
 )
 def test_wrong_evaluation_settings_are_named_with_their_line(
