@@ -315,3 +315,17 @@ def test_a_heads_initial_weights_depend_on_seed_and_name_alone() -> None:
     later = head_part(HeadKind(labels=3), tuple(part.sites), hidden_size=2000)
     again = initial_weights(AdapterSpec(parts=(later,), seed=1))
     assert torch.equal(matrix, again[TensorKey(1, TensorKind.WEIGHT)])
+
+
+def test_beside_a_bfloat16_base_model_a_head_stays_float32(tiny_folder: TinyFolder) -> None:
+    tapped = TappedModel.load(tiny_folder("bert", "bfloat16"), dtype="bfloat16", attention="eager")
+    member = labelled(tapped, 0, "float32")
+    install_all(tapped, [member])
+    _, taps = run_segments(tapped, [member.segment()])
+    found = gradients_of(taps, 0, member)
+    expected, _ = stock_gradients(tiny_folder("bert", "float32"), member, "float32")
+    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
+    site = member.spec.head[1].index
+    for kind in (TensorKind.GRAD_WEIGHT, TensorKind.GRAD_BIAS):
+        key = TensorKey(site, kind)
+        assert relative_difference({key: found[key]}, {key: expected[key]})[key] < 0.05
