@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from cola_runtime.adapter_spec import (
@@ -15,7 +17,7 @@ from cola_runtime.base_model.model import TappedModel
 from cola_runtime.gradients.compression import TapCompressor
 from cola_runtime.gradients.planner import Workload, encodings_of, group_effort
 from cola_runtime.transport.tensors import to_wire
-from cola_runtime.types import PRODUCT_FLOPS, Compression, Encoding, Segment, TapPlan
+from cola_runtime.types import PRODUCT_FLOPS, Compression, Encoding, Segment, TapPlan, TensorKind
 from tests.base_model.conftest import TinyFolder
 from tests.base_model.mixed_samples import install_all, run_segments
 from tests.base_model.test_adapter_kinds import everywhere
@@ -69,6 +71,22 @@ def test_every_input_group_sends_the_bytes_that_were_planned(
         # int8: every tensor has a last block that is not full
         slack = 2 * len(sent) if compression is Compression.INT8 else 0
         assert abs(found - effort.bytes_up) <= slack
+
+
+def test_an_exception_is_for_its_input_group_alone(tapped: TappedModel) -> None:
+    member = everywhere(1, LoraKind(rank=3), tapped.sites, "float32")
+    install_all(tapped, [member])
+    exceptions = ((0, Encoding.ACTIVATIONS), (5, Encoding.WEIGHT_GRADIENT))
+    segment = replace(member.segment(), taps=TapPlan(Encoding.ADAPTER_GRADIENT, exceptions))
+    _, taps = run_segments(tapped, [segment])
+    kinds: dict[int, set[TensorKind]] = {}
+    for tap in taps:
+        for key in tap.tensors:
+            kinds.setdefault(tapped.sites[key.site].input_group, set()).add(key.kind)
+    assert kinds.pop(0) == {TensorKind.INPUT, TensorKind.OUTPUT_GRADIENT}
+    assert kinds.pop(5) == {TensorKind.WEIGHT_GRADIENT}
+    assert all(of == {TensorKind.GRAD_LORA_A, TensorKind.GRAD_LORA_B} for of in kinds.values())
+    assert len(kinds) == 10
 
 
 def test_a_base_model_says_how_fast_it_multiplies(tapped: TappedModel) -> None:
