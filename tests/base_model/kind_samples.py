@@ -35,7 +35,7 @@ KINDS: dict[str, AdapterKind] = {
     "lora": LoraKind(rank=3, alpha=6.0),
     "rslora": LoraKind(rank=4, alpha=3.0, use_rslora=True),
     "linear": LinearKind(scaling=0.5),
-    "linear-bias": LinearKind(bias=True, scaling=2.0),
+    "linear-bias": LinearKind(bias=True, scaling=0.7),
     "mlp-relu": MlpKind(hidden=7, activation="relu", scaling=1.5),
     "mlp-gelu": MlpKind(hidden=5, activation="gelu"),
     "linearized-zero": LinearizedLoraKind(rank=3, alpha=6.0, initial_b="zero"),
