@@ -15,7 +15,7 @@ import asyncio
 import itertools
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -72,7 +72,7 @@ def main() -> None:
         "model": trial.name,
         "steps": trial.steps,
         "evaluate_every": trial.evaluate_every,
-        "held_out_loss": {f"{rate:g}": final_losses(curves, rate, trial.seeds) for rate in trial.rates},
+        "held_out_loss": {f"{rate:g}": compared(curves, rate, trial.seeds) for rate in trial.rates},
         "lone_step_seconds": step_seconds,
         "lone_stale_over_exact": step_seconds["stale"] / step_seconds["exact"],
     }
@@ -164,17 +164,21 @@ def job_spec(trial: Trial, kind: str, rate: float, seed: int, **changes: Any) ->
     )
 
 
-def final_losses(curves: Curves, rate: float, seeds: Sequence[int]) -> dict[str, Any]:
-    """Held-out loss after the last step, mean over seeds, and stale less exact of each seed."""
+def compared(curves: Curves, rate: float, seeds: Sequence[int]) -> dict[str, Any]:
+    """Held-out loss at each evaluation, mean over seeds; and each seed's stale less exact at the last."""
     last = {kind: [curves[kind, rate, seed][-1].value for seed in seeds] for kind in KINDS}
     return {
-        "before": curves["exact", rate, seeds[0]][0].value,
-        **{kind: statistics.fmean(values) for kind, values in last.items()},
+        **{kind: mean_curve(curves, kind, rate, seeds) for kind in KINDS},
         "stale_less_exact": [stale - exact for exact, stale in zip(*last.values(), strict=True)],
     }
 
 
-def draw(trial: Trial, curves: Mapping[tuple[str, float, int], list[Evaluation]], path: Path) -> None:
+def mean_curve(curves: Curves, kind: str, rate: float, seeds: Sequence[int]) -> list[float]:
+    runs = [[each.value for each in curves[kind, rate, seed]] for seed in seeds]
+    return [statistics.fmean(values) for values in zip(*runs, strict=True)]
+
+
+def draw(trial: Trial, curves: Curves, path: Path) -> None:
     """Held-out loss over steps, one panel a rate: each seed thin, the mean over seeds thick."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -188,7 +192,7 @@ def draw(trial: Trial, curves: Mapping[tuple[str, float, int], list[Evaluation]]
             steps = [each.step for each in curves[kind, rate, trial.seeds[0]]]
             for run in runs:
                 panel.plot(steps, run, color=colour, linewidth=0.8, alpha=0.45)
-            mean = [statistics.fmean(values) for values in zip(*runs, strict=True)]
+            mean = mean_curve(curves, kind, rate, trial.seeds)
             panel.plot(steps, mean, "o-", color=colour, label=f"max_staleness {KINDS.index(kind)}")
         panel.set_title(f"learning rate {rate:g}")
         panel.set_xlabel("optimizer step")
