@@ -47,6 +47,3 @@ class SiteLinear:
 
     def delta_bias(self, weights: Weights) -> Tensor | None:
         return self._kind.scaling * weights[self._bias] if self._kind.bias else None
-
-    def delta_weight(self, weights: Weights) -> tuple[Tensor, Tensor | None]:
-        return self._kind.scaling * weights[self._weight], self.delta_bias(weights)

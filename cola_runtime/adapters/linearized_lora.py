@@ -71,11 +71,6 @@ class SiteLinearizedLora:
     def delta_bias(self, weights: Weights) -> Tensor | None:
         return None
 
-    def delta_weight(self, weights: Weights) -> tuple[Tensor, Tensor | None]:
-        delta_a_RI, delta_b_OR = weights[self._delta_a], weights[self._delta_b]
-        a_RI, b_OR = self._base(delta_a_RI)
-        return self._kind.scaling * (delta_b_OR @ a_RI + b_OR @ delta_a_RI), None
-
     def _base(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """(A0, B0) in the dtype and on the device of `like`."""
         return self.base_a_RI.to(like), self.base_b_OR.to(like)

@@ -53,6 +53,3 @@ class SiteLora:
 
     def delta_bias(self, weights: Weights) -> Tensor | None:
         return None
-
-    def delta_weight(self, weights: Weights) -> tuple[Tensor, Tensor | None]:
-        return self._kind.scaling * (weights[self._b] @ weights[self._a]), None

@@ -44,6 +44,3 @@ class LinearSiteAdapter(SiteAdapter, Protocol):
 
     def delta_bias(self, weights: Weights) -> Tensor | None:
         """s * bias [O], for a kind that has one."""
-
-    def delta_weight(self, weights: Weights) -> tuple[Tensor, Tensor | None]:
-        """s * (weight [O, I], bias [O] or None): what is added to the site's own weight and bias."""
