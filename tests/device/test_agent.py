@@ -437,7 +437,7 @@ async def test_a_device_cannot_update_anothers_lease(fabric: Fabric) -> None:
     await fabric.grant(lease_of(), training)
     stream = await _impostor(fabric, "d9")
     await _send_weights(stream, lease_of(), version=1, training=training)
-    (answer,) = await stream.receive(timeout_seconds=5)
+    (answer,) = await stream.receive(timeout_seconds=WAIT_SECONDS)
     assert answer.message.refusal.reason == "FENCED"
     await stream.close()
     assert {update.version for update in fabric.updates} == {0}
@@ -469,7 +469,7 @@ async def test_an_update_of_an_older_epoch_is_fenced(fabric: Fabric) -> None:
     fabric.server.lease(lease_of(epoch=2, device="d9"), training.spec)
     stream = await _impostor(fabric, "d9")
     await _send_weights(stream, lease_of(epoch=1, device="d9"), version=0, training=training)
-    (answer,) = await stream.receive(timeout_seconds=5)
+    (answer,) = await stream.receive(timeout_seconds=WAIT_SECONDS)
     assert answer.message.refusal.reason == "FENCED"
     assert not fabric.updates
     await stream.close()
@@ -521,7 +521,7 @@ async def test_credit_that_was_never_used_ends_the_stream(fabric: Fabric) -> Non
     stream = await _impostor(fabric, "d9")
     await stream.send_control(control_pb2.GradientControl(credit=control_pb2.Credit(bytes=1)))
     with pytest.raises(Exception, match="more than was in flight"):
-        await stream.receive(timeout_seconds=5)
+        await stream.receive(timeout_seconds=WAIT_SECONDS)
     await stream.close()
 
 

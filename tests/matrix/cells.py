@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from cola_runtime.types import Encoding, Task
 from tests.base_model.kind_samples import KINDS, NONLINEAR
@@ -20,8 +22,7 @@ SETTINGS: tuple[tuple[str, Task], ...] = (
     *((architecture, Task.REGRESSION) for architecture in LABELLED),
     *((architecture, Task.SEQUENCE_TO_SEQUENCE) for architecture in SOURCED),
 )
-# What every run of the tests takes; `make matrix` takes all of it.
-QUICK = frozenset(
+_QUICK = frozenset(
     {
         ("gpt2", Task.CAUSAL_LM),
         ("llama", Task.CAUSAL_LM),
@@ -29,6 +30,15 @@ QUICK = frozenset(
         ("t5", Task.SEQUENCE_TO_SEQUENCE),
     }
 )
+
+
+def is_quick(parameters: Mapping[str, Any]) -> bool:
+    """What every run of the tests takes; `make matrix` takes all."""
+    if "dtype" in parameters:
+        place = parameters["architecture"], parameters["task"]
+        return place in _QUICK and parameters["dtype"] == "float64"
+    shortest = ("gpt2", "unmerged", Encoding.ADAPTER_GRADIENT)  # of the trajectories
+    return (parameters["architecture"], parameters["mode"], parameters["encoding"]) == shortest
 
 
 @dataclass(frozen=True, slots=True, order=True)

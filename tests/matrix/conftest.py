@@ -8,14 +8,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.matrix.cells import Cell
+from tests.matrix.cells import Cell, is_quick
 
 Results = dict[str, dict[Cell, float | str]]  # what was compared -> cell -> worst error, or why it is empty
+HERE = Path(__file__).parent
 RESULTS = pytest.StashKey[Results]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[RESULTS] = {}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--matrix"):
+        return
+    left_out = [item for item in items if item.path.parent == HERE and not is_quick(item.callspec.params)]
+    config.hook.pytest_deselected(items=left_out)
+    kept = set(items) - set(left_out)
+    items[:] = [item for item in items if item in kept]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cola_runtime.types import Encoding, Task
-from tests.matrix.cells import MODES, QUICK, SETTINGS, cells
+from tests.matrix.cells import MODES, SETTINGS, cells
 from tests.matrix.conftest import Results
 from tests.matrix.engine import Setting, gradient_errors, trajectory_errors
 
@@ -18,11 +18,6 @@ BOUNDS = {"float64": 1e-10, "float32": 1e-5}
 TRAJECTORY_STEPS = 50
 TRAJECTORIES = (("gpt2", Task.CAUSAL_LM), ("llama", Task.CAUSAL_LM), ("bert", Task.SEQUENCE_CLASSIFICATION))
 TRAJECTORY_BOUND = 1e-8
-
-
-def needs_matrix(request: pytest.FixtureRequest, quick: bool) -> None:
-    if not quick and not request.config.getoption("--matrix"):
-        pytest.skip("part of `make matrix`")
 
 
 @pytest.mark.parametrize("encoding", list(Encoding))
@@ -37,9 +32,7 @@ def test_gradients_are_autograds(
     encoding: Encoding,
     model_folder: Path,
     results: Results,
-    request: pytest.FixtureRequest,
 ) -> None:
-    needs_matrix(request, quick=(architecture, task) in QUICK and dtype == "float64")
     setting = Setting(architecture, task, dtype, model_folder)
     found = gradient_errors(setting, mode, encoding)
     empty = {cell: why for cell, why in cells(architecture, task, mode, encoding).items() if why is not None}
@@ -58,10 +51,7 @@ def test_fifty_steps_of_adamw_end_where_ordinary_modules_do(
     encoding: Encoding,
     model_folder: Path,
     results: Results,
-    request: pytest.FixtureRequest,
 ) -> None:
-    quick = architecture == "gpt2" and mode == "unmerged" and encoding is Encoding.ADAPTER_GRADIENT
-    needs_matrix(request, quick)
     setting = Setting(architecture, task, "float64", model_folder)
     found = trajectory_errors(setting, mode, encoding, steps=TRAJECTORY_STEPS)
     empty = {cell: why for cell, why in cells(architecture, task, mode, encoding).items() if why is not None}
