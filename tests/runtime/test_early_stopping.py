@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from recorded_steps import when_recorded
 
 from cola_runtime.client.asynchronous import AsyncClient
 from cola_runtime.client.job_handle import AsyncJobHandle
 from cola_runtime.client.values import Event
 from cola_runtime.config import ServiceSettings
+from cola_runtime.jobs.records import StepRecord
 from cola_runtime.runtime.coordinator import RunningService
 from cola_runtime.spec import EvaluationSpec, OptimizerSpec
 from cola_runtime.testing.exactness import (
@@ -111,15 +113,14 @@ async def test_evaluations_change_nothing_of_the_training(
 
 
 async def test_lost_leases_leave_each_evaluation_once_and_as_it_would_have_been(
-    settings: ServiceSettings,
+    settings: ServiceSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = job(evaluation=EvaluationSpec(every=2, keep_best=False), checkpoint_every=5)
-    async with running(settings) as (_, devices, client):
+    async with running(settings) as (service, devices, client):
         calm = await client.submit(wanted.spec, training=wanted.training, evaluation=HELD_OUT)
         await calm.wait(WAIT_SECONDS)
+        when_recorded(service.store, 9, lambda step: devices.kill(step.device_id), monkeypatch)
         handle = await client.submit(wanted.spec, training=wanted.training, evaluation=HELD_OUT)
-        device = await _reach(handle, 9)
-        await devices.kill(device)
         await handle.wait(WAIT_SECONDS)
         assert await events(handle, "job.rewound")
         found, expected = await handle.evaluations(), await calm.evaluations()
@@ -130,14 +131,21 @@ async def test_lost_leases_leave_each_evaluation_once_and_as_it_would_have_been(
 
 
 async def test_a_job_that_is_interrupted_between_evaluations_stops_where_it_would_have(
-    settings: ServiceSettings,
+    settings: ServiceSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = job(optimizer=OVERSHOOTING, evaluation=EvaluationSpec(every=1, patience=5))
     async with running(settings) as (service, _, client):
         calm = await client.submit(wanted.spec, training=wanted.training, evaluation=HELD_OUT)
         stopped_at = (await calm.wait(WAIT_SECONDS)).version
+        held = asyncio.Event()
+
+        async def hold(step: StepRecord) -> None:
+            held.set()
+            await asyncio.Event().wait()  # until the coordinator stops
+
+        when_recorded(service.store, stopped_at - 2, hold, monkeypatch)
         handle = await client.submit(wanted.spec, training=wanted.training, evaluation=HELD_OUT)
-        await _reach(handle, stopped_at - 2)
+        await asyncio.wait_for(held.wait(), WAIT_SECONDS)
         key = await service.store.create_key("alice")
     async with (
         running_in_process(settings) as (service, _devices),
@@ -147,12 +155,3 @@ async def test_a_job_that_is_interrupted_between_evaluations_stops_where_it_woul
         assert (await again.wait(WAIT_SECONDS)).version == stopped_at
         assert [each.step for each in await again.evaluations()] == list(range(stopped_at + 1))
         assert len(await events(again, "job.stopped_early")) == 1
-
-
-async def _reach(handle: AsyncJobHandle, step: int) -> str:
-    """The device that applied `step`, as soon as it has."""
-    async with asyncio.timeout(WAIT_SECONDS):
-        async for event in handle.events():
-            if event.kind == "step.applied" and event.data["step"] >= step:
-                return str(event.data["device_id"])
-    raise AssertionError("the job ended before")

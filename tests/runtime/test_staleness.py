@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from recorded_steps import when_recorded
 from torch import Tensor
 
 from cola_runtime.adapters.adapter import initial_weights
+from cola_runtime.client.asynchronous import AsyncClient
 from cola_runtime.client.job_handle import AsyncJobHandle
 from cola_runtime.config import ServiceSettings
 from cola_runtime.data.cursor import step_rows
 from cola_runtime.data.formats import parse_dataset
 from cola_runtime.data.tokenize import Tokenizer
 from cola_runtime.jobs.plan import training_plan
+from cola_runtime.jobs.records import StepRecord
+from cola_runtime.runtime.coordinator import RunningService
 from cola_runtime.spec import EvaluationSpec
 from cola_runtime.testing.exactness import (
     MixedJob,
@@ -90,91 +95,100 @@ def delayed_training(
     return weights
 
 
-async def train(
+async def trained(
+    handle: AsyncJobHandle, base: BaseModelDescription, folder: Path
+) -> dict[TensorKey, Tensor]:
+    """The exported adapter of a job that ended well, with every step recorded once."""
+    await handle.wait(WAIT_SECONDS)
+    steps = await handle.metrics()
+    assert [each.step for each in steps] == list(range(1, STEPS + 1))
+    sent = [each.bytes_up for each in steps]
+    assert "activations" in handle.name or max(sent) - min(sent) < 100, "each step has its own bytes"
+    return exported_weights(await handle.download_adapter(folder / handle.name), base)
+
+
+@asynccontextmanager
+async def running(
     settings: ServiceSettings,
-    jobs: list[MixedJob],
-    *,
-    evaluation: bytes | None = None,
-    meanwhile: Callable[[AsyncJobHandle, InProcessDevices], Any] | None = None,
-) -> tuple[BaseModelDescription, list[dict[TensorKey, Tensor]]]:
-    """The exported adapters of jobs that one tenant submits together."""
-    async with running_in_process(settings) as (service, devices):
-        client = await tenant_client(service, "alice")
-        async with client:
-            handles = [
-                await client.submit(each.spec, training=each.training, evaluation=evaluation) for each in jobs
-            ]
-            if meanwhile is not None:
-                await meanwhile(handles[0], devices)
-            weights = []
-            for number, handle in enumerate(handles):
-                await handle.wait(WAIT_SECONDS)
-                steps = await handle.metrics()
-                assert [each.step for each in steps] == list(range(1, STEPS + 1))
-                sent = [each.bytes_up for each in steps]
-                assert "activations" in handle.name or max(sent) - min(sent) < 100, (
-                    "each step has its own bytes"
-                )
-                folder = await handle.download_adapter(settings.data_dir / f"adapter-{number}")
-                weights.append(exported_weights(folder, service.base_model))
-            return service.base_model, weights
+) -> AsyncIterator[tuple[RunningService, InProcessDevices, AsyncClient]]:
+    async with running_in_process(settings) as (service, devices), AsyncExitStack() as stack:
+        client = await stack.enter_async_context(await tenant_client(service, "alice"))
+        yield service, devices, client
 
 
 async def test_delayed_gradients_are_what_max_staleness_1_gives_in_every_encoding(
-    settings: ServiceSettings, model: Path
+    settings: ServiceSettings, tmp_path: Path, model: Path
 ) -> None:
     jobs = [job(encoding) for encoding in ENCODINGS]
-    base, trained = await train(settings, jobs)
-    expected = delayed_training(jobs[0], base, model, exact=lambda step: step == 0)
-    for weights, encoding in zip(trained, ENCODINGS, strict=True):
-        assert largest_difference(weights, expected) <= BOUND, encoding
-    exact = delayed_training(jobs[0], base, model, exact=lambda step: True)
-    assert largest_difference(expected, exact) > 1e-3, "the delay can be seen"
+    async with running(settings) as (service, _, client):
+        base = service.base_model
+        expected = delayed_training(jobs[0], base, model, exact=lambda step: step == 0)
+        exact = delayed_training(jobs[0], base, model, exact=lambda step: True)
+        assert largest_difference(expected, exact) > 1e-3, "the delay can be seen"
+        handles = [await client.submit(each.spec, training=each.training) for each in jobs]
+        for handle in handles:
+            weights = await trained(handle, base, tmp_path)
+            assert largest_difference(weights, expected) <= BOUND, handle.name
 
 
-async def test_no_staleness_is_exact(settings: ServiceSettings, model: Path) -> None:
-    wanted = job(max_staleness=0)
-    base, (weights,) = await train(settings, [wanted])
-    assert (
-        largest_difference(weights, delayed_training(wanted, base, model, exact=lambda step: True)) <= BOUND
-    )
-
-
-async def test_the_step_behind_a_checkpoint_or_an_evaluation_is_exact(
-    settings: ServiceSettings, model: Path
+@pytest.mark.parametrize(
+    ("changes", "exact"),
+    [
+        ({"max_staleness": 0}, lambda step: True),
+        (
+            {"checkpoint_every": 6, "evaluation": EvaluationSpec(every=4, keep_best=False)},
+            lambda step: step % 6 == 0 or step % 4 == 0,
+        ),
+    ],
+    ids=["no staleness", "behind checkpoints and evaluations"],
+)
+async def test_a_step_is_exact_where_nothing_may_run_ahead(
+    settings: ServiceSettings,
+    tmp_path: Path,
+    model: Path,
+    changes: dict[str, Any],
+    exact: Callable[[int], bool],
 ) -> None:
-    wanted = job(checkpoint_every=6, evaluation=EvaluationSpec(every=4, keep_best=False))
-    base, (weights,) = await train(settings, [wanted], evaluation=wanted.training)
-    expected = delayed_training(wanted, base, model, exact=lambda step: step % 6 == 0 or step % 4 == 0)
-    assert largest_difference(weights, expected) <= BOUND
+    wanted = job(**changes)
+    async with running(settings) as (service, _, client):
+        handle = await client.submit(wanted.spec, training=wanted.training, evaluation=wanted.training)
+        weights = await trained(handle, service.base_model, tmp_path)
+        expected = delayed_training(wanted, service.base_model, model, exact=exact)
+        assert largest_difference(weights, expected) <= BOUND
 
 
 async def test_a_job_that_lost_its_device_ends_as_one_that_did_not(
-    settings: ServiceSettings, model: Path
+    settings: ServiceSettings, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def kill_in_the_middle(handle: AsyncJobHandle, devices: InProcessDevices) -> None:
-        async with asyncio.timeout(WAIT_SECONDS):
-            async for event in handle.events():
-                if event.kind == "step.applied" and event.data["step"] >= 7:
-                    await devices.kill(event.data["device_id"])
-                    return
-
     wanted = job(checkpoint_every=5)
-    base, (weights,) = await train(settings, [wanted], meanwhile=kill_in_the_middle)
-    expected = delayed_training(wanted, base, model, exact=lambda step: step % 5 == 0)
-    assert largest_difference(weights, expected) <= BOUND
+    async with running(settings) as (service, devices, client):
+        when_recorded(service.store, 7, lambda step: devices.kill(step.device_id), monkeypatch)
+        handle = await client.submit(wanted.spec, training=wanted.training)
+        weights = await trained(handle, service.base_model, tmp_path)
+        assert "job.rewound" in [event.kind async for event in handle.events(follow=False)]
+        expected = delayed_training(wanted, service.base_model, model, exact=lambda step: step % 5 == 0)
+        assert largest_difference(weights, expected) <= BOUND
 
 
-async def test_a_pause_lets_the_step_that_ran_ahead_end(settings: ServiceSettings) -> None:
-    async def pause_and_resume(handle: AsyncJobHandle, devices: InProcessDevices) -> None:
+async def test_a_pause_lets_the_step_that_ran_ahead_end_and_the_next_one_is_exact(
+    settings: ServiceSettings, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = job()
+    async with running(settings) as (service, _, client):
+
+        async def pause(step: StepRecord) -> None:
+            await (await client.job(step.job_id)).pause()
+
+        when_recorded(service.store, 3, pause, monkeypatch)
+        handle = await client.submit(wanted.spec, training=wanted.training)
         async with asyncio.timeout(WAIT_SECONDS):
             async for event in handle.events():
-                if event.kind == "step.applied" and event.data["step"] == 3:
-                    await handle.pause()
-                elif event.kind == "job.paused":
+                if event.kind == "job.paused":
                     break
-        paused = await handle.refresh()
-        assert (await handle.checkpoints())[-1].version == paused.version
+        assert (await handle.refresh()).version == 4
+        assert [each.version for each in await handle.checkpoints()] == [4]
         await handle.resume()
-
-    await train(settings, [job()], meanwhile=pause_and_resume)
+        weights = await trained(handle, service.base_model, tmp_path)
+        assert "lease.lost" not in [event.kind async for event in handle.events(follow=False)]
+        expected = delayed_training(wanted, service.base_model, model, exact=lambda step: step in (0, 4))
+        assert largest_difference(weights, expected) <= BOUND
