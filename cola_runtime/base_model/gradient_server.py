@@ -98,7 +98,14 @@ class GradientServer:
         return len(wire)
 
     def end_microbatch(self, segment: Segment, tensors: int) -> None:
-        """All taps of the segment were sent. Emits StepRefused DEVICE_UNREACHABLE without a device."""
+        """All taps of the segment were sent. From any thread, in order with `send_tap`.
+
+        Emits StepRefused DEVICE_UNREACHABLE without a device.
+        """
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._queue_end, segment, tensors)
+
+    def _queue_end(self, segment: Segment, tensors: int) -> None:
         link = self._links.get(segment.lease.device_id)
         if link is None:
             message = f"device {segment.lease.device_id} has no gradient stream"

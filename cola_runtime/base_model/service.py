@@ -104,7 +104,11 @@ class BaseModelService:
             await self._lane.run(lambda: self._forget(job_id), urgent=True)
 
     async def run(self, step: BaseStep) -> BaseStepResult:
-        """Compute one mixed batch; taps leave while it runs, each microbatch's end after it."""
+        """Compute one mixed batch; taps leave while it runs, each microbatch's end behind them.
+
+        The ends are queued by the compute thread, too: else the next step's taps, which it may begin to hand
+        out before this coroutine goes on, would be ahead of them and count as this microbatch's.
+        """
         tensors: Counter[int] = Counter()
 
         def sink(tap: Tap) -> None:
@@ -112,11 +116,15 @@ class BaseModelService:
             compressed = self._compressor.compress(segment.lease, segment.taps.compression, tap.tensors)
             tensors[tap.segment] += self._server.send_tap(segment, compressed)
 
-        result = await self._lane.run(lambda: self._model.run(step, sink))
+        def compute() -> BaseStepResult:
+            result = self._model.run(step, sink)
+            for index, (segment, loss) in enumerate(zip(step.segments, result.losses, strict=True)):
+                if step.train and loss.reason is None:
+                    self._server.end_microbatch(segment, tensors[index])
+            return result
+
+        result = await self._lane.run(compute)
         self._record(result)
-        for index, (segment, loss) in enumerate(zip(step.segments, result.losses, strict=True)):
-            if step.train and loss.reason is None:
-                self._server.end_microbatch(segment, tensors[index])
         return result
 
     async def generate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -189,6 +190,20 @@ async def test_mixed_training_through_the_wire_equals_training_alone(bench: Benc
     statistics = bench.service.statistics()
     assert statistics.steps == len(statistics.trace) == 2 * steps
     assert 0 < statistics.busy_seconds <= statistics.now - statistics.started
+
+
+async def test_a_busy_event_loop_does_not_mix_the_taps_of_two_base_steps(bench: Bench) -> None:
+    """Both are computed before the loop learns of the first one's end."""
+    await bench.grant(0)
+    runs = [
+        asyncio.create_task(bench.service.run(BaseStep(number=number, segments=(segment,))))
+        for number, segment in enumerate(segments(lease_of(0), 0, 0))
+    ]
+    await asyncio.sleep(0)  # both wait for the compute thread now
+    time.sleep(1.0)  # noqa: ASYNC251 - the loop is meant to be blocked
+    await asyncio.gather(*runs)
+    await bench.until(StepApplied, lease=lease_of(0), version=1)
+    assert not [event for event in bench.events if isinstance(event, StepRefused)]
 
 
 async def test_forward_only_sends_no_taps(bench: Bench) -> None:
