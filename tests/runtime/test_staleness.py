@@ -189,5 +189,6 @@ async def test_a_pause_lets_the_step_that_ran_ahead_end_and_the_next_one_is_exac
         assert [each.version for each in await handle.checkpoints()] == [4]
         await handle.resume()
         weights = await trained(handle, service.base_model, tmp_path)
+        assert "lease.lost" not in [event.kind async for event in handle.events(follow=False)]
         expected = delayed_training(wanted, service.base_model, model, exact=lambda step: step in (0, 4))
         assert largest_difference(weights, expected) <= BOUND
