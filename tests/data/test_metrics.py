@@ -79,13 +79,10 @@ def test_a_task_gives_the_metrics_that_it_says(
 
 
 def test_scikit_learn_and_scipy_agree() -> None:
-    sklearn = pytest.importorskip("sklearn.metrics")
-    stats = pytest.importorskip("scipy.stats")
+    """Values of scikit-learn 1.9.1 and scipy 1.17.1 for the same draws."""
     random = np.random.default_rng(0)
     labels, predictions = (random.integers(0, 5, 200).astype(float) for _ in range(2))
-    assert f1_macro(labels, predictions) == pytest.approx(
-        sklearn.f1_score(labels, predictions, average="macro")
-    )
-    assert matthews(labels, predictions) == pytest.approx(sklearn.matthews_corrcoef(labels, predictions))
-    assert spearman(labels, predictions) == pytest.approx(stats.spearmanr(labels, predictions).statistic)
-    assert pearson(labels, predictions) == pytest.approx(stats.pearsonr(labels, predictions).statistic)
+    assert f1_macro(labels, predictions) == pytest.approx(0.18534618837091887, rel=1e-12)
+    assert matthews(labels, predictions) == pytest.approx(-0.0153198973019696, rel=1e-12)
+    assert spearman(labels, predictions) == pytest.approx(0.08897391021587718, rel=1e-12)
+    assert pearson(labels, predictions) == pytest.approx(0.08222095546718475, rel=1e-12)
