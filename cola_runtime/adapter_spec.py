@@ -7,6 +7,7 @@ h = f(x) + s * a_w(x) at every site. A kind's fields are its hyper-parameters; i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -21,7 +22,7 @@ from pydantic import (
 )
 
 from cola_runtime.errors import InvalidInput
-from cola_runtime.types import Site, SiteKind
+from cola_runtime.types import Membership, Site, SiteKind
 
 MAX_RANK = 256
 MAX_HIDDEN = 8192
@@ -198,6 +199,15 @@ class AdapterSpec(Frozen):
         """Site index -> kind, in catalogue order."""
         kinds = {site.index: part.kind for part in self.parts for site in part.sites}
         return {site.index: kinds[site.index] for site in self.sites}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseTerms:
+    """What the base model must know of an adapter while a lease of it lasts."""
+
+    spec: AdapterSpec
+    membership: Membership | None = None  # its gang, if it is merged into the base weights
+    max_staleness: int = 0  # 1: the version before the current one can be asked for, too
 
 
 def lora_spec(

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from cola_runtime.adapter_spec import AdapterSpec
+from cola_runtime.adapter_spec import LeaseTerms
 from cola_runtime.base_model.device_link import DeviceLink
 from cola_runtime.base_model.updates import LeasedAdapter, LeaseTable, Update
 from cola_runtime.errors import ColaError, ProtocolError, Unavailable
@@ -28,7 +28,6 @@ from cola_runtime.types import (
     BaseEvent,
     DeviceLinkChanged,
     Lease,
-    Membership,
     Segment,
     StepRefused,
     TensorKey,
@@ -68,16 +67,9 @@ class GradientServer:
         if self._server is not None:
             await self._server.stop(STOP_GRACE_SECONDS)
 
-    def lease(
-        self,
-        lease: Lease,
-        spec: AdapterSpec,
-        membership: Membership | None = None,
-        *,
-        max_staleness: int = 0,
-    ) -> None:
+    def lease(self, lease: Lease, terms: LeaseTerms) -> None:
         """Honour this lease from now on. Raises Fenced for an older epoch."""
-        self._leases.open(lease, spec, membership, max_staleness=max_staleness)
+        self._leases.open(lease, terms)
 
     def end_lease(self, job_id: str, epoch: int) -> bool:
         return self._leases.end(job_id, epoch)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cola_runtime.adapter_spec import AdapterSpec
+from cola_runtime.adapter_spec import LeaseTerms
 from cola_runtime.adapters.checkpoint_format import checkpoint_weights
 from cola_runtime.base_model.compute_lane import ComputeLane
 from cola_runtime.base_model.event_log import EventLog
@@ -29,7 +29,6 @@ from cola_runtime.types import (
     BaseStep,
     BaseStepResult,
     Lease,
-    Membership,
     StepApplied,
     StepRefused,
 )
@@ -87,16 +86,9 @@ class BaseModelService:
     async def describe(self) -> BaseModelDescription:
         return self._model.describe(self._name, self._endpoint)
 
-    async def lease(
-        self,
-        lease: Lease,
-        spec: AdapterSpec,
-        membership: Membership | None = None,
-        *,
-        max_staleness: int = 0,
-    ) -> None:
+    async def lease(self, lease: Lease, terms: LeaseTerms) -> None:
         """Accept the lease's device and epoch from now on. Raises Fenced for an older epoch."""
-        self._server.lease(lease, spec, membership, max_staleness=max_staleness)
+        self._server.lease(lease, terms)
 
     async def end_lease(self, job_id: str, epoch: int) -> None:
         """Forget the lease and its adapter, unless a newer lease holds the job."""
@@ -199,11 +191,11 @@ class BaseModelService:
         def install() -> None:
             self._model.install(
                 update.lease,
-                update.spec,
+                update.terms.spec,
                 update.version,
                 update.weights,
-                max_staleness=update.max_staleness,
-                membership=update.membership,
+                max_staleness=update.terms.max_staleness,
+                membership=update.terms.membership,
             )
 
         if not self._server.honours(update.lease):

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from cola_runtime.adapter_spec import AdapterSpec
+from cola_runtime.adapter_spec import LeaseTerms
 from cola_runtime.adapters.adapter import torch_dtype
 from cola_runtime.adapters.shapes import weight_shapes
 from cola_runtime.errors import Conflict, Fenced, ProtocolError
 from cola_runtime.proto import control_pb2
 from cola_runtime.transport.reader import ReceivedTensor
 from cola_runtime.transport.tensors import from_wire
-from cola_runtime.types import Lease, Membership, TensorKey
+from cola_runtime.types import Lease, TensorKey
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +21,7 @@ class Update:
     """All weights of one version of an adapter, and what the device and the counters say about the step."""
 
     lease: Lease
-    spec: AdapterSpec
+    terms: LeaseTerms
     version: int
     weights: dict[TensorKey, Tensor]
     learning_rate: float
@@ -29,8 +29,6 @@ class Update:
     device_seconds: float
     bytes_up: int
     bytes_down: int
-    max_staleness: int
-    membership: Membership | None = None  # of an adapter that is merged
 
 
 @dataclass(slots=True)
@@ -44,16 +42,12 @@ class _Pending:
 class LeasedAdapter:
     """What the base model knows of one lease: who may update, to which shapes, from which version."""
 
-    def __init__(
-        self, lease: Lease, spec: AdapterSpec, membership: Membership | None, *, max_staleness: int
-    ) -> None:
+    def __init__(self, lease: Lease, terms: LeaseTerms) -> None:
         self.lease = lease
-        self.spec = spec
-        self.membership = membership
-        self.max_staleness = max_staleness
+        self.terms = terms
         self.version: int | None = None  # of the last complete update
-        self._shapes = weight_shapes(spec)
-        self._dtype = torch_dtype(spec)
+        self._shapes = weight_shapes(terms.spec)
+        self._dtype = torch_dtype(terms.spec)
         self._pending: _Pending | None = None
         self._bytes_up: dict[int, int] = {}
 
@@ -84,8 +78,7 @@ class LeasedAdapter:
         }
         return Update(
             lease=self.lease,
-            spec=self.spec,
-            membership=self.membership,
+            terms=self.terms,
             version=end.version,
             weights=pending.weights,
             learning_rate=end.learning_rate,
@@ -93,7 +86,6 @@ class LeasedAdapter:
             device_seconds=end.device_seconds,
             bytes_up=bytes_up,
             bytes_down=pending.wire_bytes + wire_bytes,
-            max_staleness=self.max_staleness,
         )
 
     def _take(self, pending: _Pending, key: TensorKey, tensor: Tensor) -> None:
@@ -130,17 +122,14 @@ class LeaseTable:
     def __init__(self) -> None:
         self._adapters: dict[str, LeasedAdapter] = {}
 
-    def open(
-        self, lease: Lease, spec: AdapterSpec, membership: Membership | None, *, max_staleness: int
-    ) -> None:
+    def open(self, lease: Lease, terms: LeaseTerms) -> None:
         """Honour `lease` instead of any older one. Raises Fenced for an older epoch; again is no change."""
         current = self._adapters.get(lease.job_id)
-        asked = lease, spec, membership
-        if current is not None and (current.lease, current.spec, current.membership) == asked:
+        if current is not None and (current.lease, current.terms) == (lease, terms):
             return
         if current is not None and lease.epoch <= current.lease.epoch:
             raise Fenced("FENCED", "an older lease", limit=current.lease.epoch, actual=lease.epoch)
-        self._adapters[lease.job_id] = LeasedAdapter(lease, spec, membership, max_staleness=max_staleness)
+        self._adapters[lease.job_id] = LeasedAdapter(lease, terms)
 
     def end(self, job_id: str, epoch: int) -> bool:
         """Stop honouring the lease, unless a newer one has come; True if it was honoured."""

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from cola_runtime.adapter_spec import AdapterSpec
+from cola_runtime.adapter_spec import LeaseTerms
 from cola_runtime.adapters.module_registry import import_adapter_modules
 from cola_runtime.config import BaseModelSettings, JoinSettings, ServiceSettings, set_thread_environment
 from cola_runtime.errors import Unavailable
@@ -20,7 +20,6 @@ from cola_runtime.types import (
     BaseStep,
     BaseStepResult,
     Lease,
-    Membership,
 )
 
 T = TypeVar("T")
@@ -58,15 +57,8 @@ class BaseModelActor:
         description = await self._service.describe()
         return replace(description, gradient_endpoint=self._advertise or self._endpoint)
 
-    async def lease(
-        self,
-        lease: Lease,
-        spec: AdapterSpec,
-        membership: Membership | None = None,
-        *,
-        max_staleness: int = 0,
-    ) -> None:
-        await self._service.lease(lease, spec, membership, max_staleness=max_staleness)
+    async def lease(self, lease: Lease, terms: LeaseTerms) -> None:
+        await self._service.lease(lease, terms)
 
     async def end_lease(self, job_id: str, epoch: int) -> None:
         await self._service.end_lease(job_id, epoch)
@@ -113,15 +105,8 @@ class RemoteBaseModel:
     async def describe(self) -> BaseModelDescription:
         return await _answer(self._handle.describe.remote())
 
-    async def lease(
-        self,
-        lease: Lease,
-        spec: AdapterSpec,
-        membership: Membership | None = None,
-        *,
-        max_staleness: int = 0,
-    ) -> None:
-        await _answer(self._handle.lease.remote(lease, spec, membership, max_staleness=max_staleness))
+    async def lease(self, lease: Lease, terms: LeaseTerms) -> None:
+        await _answer(self._handle.lease.remote(lease, terms))
 
     async def end_lease(self, job_id: str, epoch: int) -> None:
         await _answer(self._handle.end_lease.remote(job_id, epoch))

@@ -5,33 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from cola_runtime.adapter_spec import AdapterSpec
+from cola_runtime.adapter_spec import LeaseTerms
 from cola_runtime.types import (
     BaseEvent,
     BaseModelDescription,
     BaseStep,
     BaseStepResult,
     Lease,
-    Membership,
 )
 
 
 class BaseModelPort(Protocol):
     async def describe(self) -> BaseModelDescription: ...
 
-    async def lease(
-        self,
-        lease: Lease,
-        spec: AdapterSpec,
-        membership: Membership | None = None,
-        *,
-        max_staleness: int = 0,
-    ) -> None:
-        """Accept the lease's device and epoch from now on; older epochs are fenced.
-
-        With a membership the adapter is merged into the base weights, with its gang, as long as it lasts.
-        With `max_staleness` 1 the version before the current one can be asked for, too.
-        """
+    async def lease(self, lease: Lease, terms: LeaseTerms) -> None:
+        """Accept the lease's device and epoch from now on; older epochs are fenced."""
 
     async def end_lease(self, job_id: str, epoch: int) -> None: ...
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, TypeVar
 
+from cola_runtime.adapter_spec import LeaseTerms
 from cola_runtime.errors import ColaError
 from cola_runtime.jobs.plan import TrainingPlan
 from cola_runtime.jobs.records import JobRecord
@@ -117,7 +118,8 @@ class AdapterPrimitives:
             self.recorded(adapter)
             if usable is not None:
                 self._book.checkpointed(lease, usable.version)
-            await self._base.lease(lease, plan.adapter, membership, max_staleness=plan.max_staleness)
+            terms = LeaseTerms(spec=plan.adapter, membership=membership, max_staleness=plan.max_staleness)
+            await self._base.lease(lease, terms)
             await self._pool.grant(lease, plan, checkpoint=blob)
             await self._book.wait_version(lease, adapter.version, timeout_seconds=OPEN_TIMEOUT_SECONDS)
         except BaseException:

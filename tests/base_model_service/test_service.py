@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cola_runtime.adapter_spec import lora_spec
+from cola_runtime.adapter_spec import LeaseTerms, lora_spec
 from cola_runtime.adapters.adapter import initial_weights
 from cola_runtime.adapters.checkpoint_format import TrainingDefinition
 from cola_runtime.base_model.model import TappedModel
@@ -123,7 +123,7 @@ class Bench:
 
     async def grant(self, job: int, *, epoch: int = 1, membership: Membership | None = None) -> None:
         lease = lease_of(job, epoch=epoch)
-        await self.service.lease(lease, self.trainings[job].spec, membership)
+        await self.service.lease(lease, LeaseTerms(spec=self.trainings[job].spec, membership=membership))
         await self.coordinator.grant(lease, self.trainings[job], every=2)
         await self.until(StepApplied, lease=lease, version=0)
 
@@ -230,7 +230,7 @@ async def test_a_segment_that_was_not_computed_is_not_applied(bench: Bench) -> N
 async def test_an_older_lease_is_fenced_and_an_ended_one_evicted(bench: Bench) -> None:
     await bench.grant(0, epoch=2)
     with pytest.raises(Fenced):
-        await bench.service.lease(lease_of(0, epoch=1), bench.trainings[0].spec)
+        await bench.service.lease(lease_of(0, epoch=1), LeaseTerms(spec=bench.trainings[0].spec))
     await bench.service.end_lease(JOBS[0], 1)
     segment = segments(lease_of(0, epoch=2), 0, 0)[0]
     assert (await bench.service.run(BaseStep(number=1, segments=(segment,), train=False))).losses[
@@ -245,9 +245,8 @@ async def test_an_update_that_is_overtaken_by_the_leases_end_stays_out_of_the_ba
     await bench.grant(0)
     spec = bench.trainings[0].spec
     late = Update(
-        max_staleness=0,
         lease=lease_of(0),
-        spec=spec,
+        terms=LeaseTerms(spec=spec),
         version=1,
         weights=initial_weights(spec),
         learning_rate=0.0,
@@ -272,9 +271,8 @@ async def test_a_gangs_member_with_nan_weights_is_told_to_the_coordinator_and_it
     spec = bench.trainings[0].spec
     poisoned = {key: torch.full_like(w, torch.nan) for key, w in initial_weights(spec).items()}
     sick = Update(
-        max_staleness=0,
         lease=lease_of(0),
-        spec=spec,
+        terms=LeaseTerms(spec=spec, membership=Membership(gang=gang)),
         version=1,
         weights=poisoned,
         learning_rate=0.0,
@@ -282,7 +280,6 @@ async def test_a_gangs_member_with_nan_weights_is_told_to_the_coordinator_and_it
         device_seconds=0.0,
         bytes_up=0,
         bytes_down=0,
-        membership=Membership(gang=gang),
     )
     bench.service._install_soon(sick)
     await bench.until(StepRefused, lease=lease_of(0), reason="NON_FINITE_ADAPTER")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cola_runtime.adapter_spec import LeaseTerms
 from cola_runtime.adapters.adapter import initial_weights
 from cola_runtime.adapters.checkpoint_format import TrainingDefinition
 from cola_runtime.base_model.gradient_server import GradientServer
@@ -112,7 +113,7 @@ class Fabric:
         return found()[0]
 
     async def grant(self, lease: Lease, training: TrainingDefinition, **how: Any) -> Update:
-        self.server.lease(lease, training.spec)
+        self.server.lease(lease, LeaseTerms(spec=training.spec))
         await self.coordinator.grant(lease, training, **how)
         await self.until(lambda: any(update.lease == lease for update in self.updates))
         return next(update for update in self.updates if update.lease == lease)
@@ -348,7 +349,7 @@ async def test_a_grant_with_an_older_epoch_fails(fabric: Fabric) -> None:
     await fabric.device()
     await fabric.grant(lease_of(epoch=2), training)
     with pytest.raises(Fenced):
-        fabric.server.lease(lease_of(epoch=1), training.spec)
+        fabric.server.lease(lease_of(epoch=1), LeaseTerms(spec=training.spec))
     await fabric.coordinator.grant(lease_of(epoch=1), training)
     await fabric.coordinator.until(lambda: bool(fabric.coordinator.failures))
     assert fabric.coordinator.failures[0].reason == "FENCED"
@@ -416,7 +417,7 @@ async def test_a_lost_base_model_is_joined_again_and_gets_the_current_weights(fa
     fabric.server = GradientServer(
         join_token=TOKEN, on_update=fabric._note(fabric.updates), on_event=fabric._note(fabric.events)
     )
-    fabric.server.lease(lease_of(), training.spec)
+    fabric.server.lease(lease_of(), LeaseTerms(spec=training.spec))
     await fabric.server.start(endpoint)
     assert_same((await fabric.update(lease_of(), 1)).weights, reference(training, 1))
     update = await fabric.step(lease_of(), 1, training)
@@ -452,7 +453,7 @@ async def test_only_complete_versions_in_turn_count(
 ) -> None:
     training = definition()
     lease = lease_of(device="d9")
-    fabric.server.lease(lease, training.spec)
+    fabric.server.lease(lease, LeaseTerms(spec=training.spec))
     stream = await _impostor(fabric, "d9")
     await _send_weights(stream, lease, version=0, training=training)
     await _send_weights(stream, lease, version=version, training=training, dropped=dropped)
@@ -466,7 +467,7 @@ async def test_only_complete_versions_in_turn_count(
 
 async def test_an_update_of_an_older_epoch_is_fenced(fabric: Fabric) -> None:
     training = definition()
-    fabric.server.lease(lease_of(epoch=2, device="d9"), training.spec)
+    fabric.server.lease(lease_of(epoch=2, device="d9"), LeaseTerms(spec=training.spec))
     stream = await _impostor(fabric, "d9")
     await _send_weights(stream, lease_of(epoch=1, device="d9"), version=0, training=training)
     (answer,) = await stream.receive(timeout_seconds=WAIT_SECONDS)
@@ -477,7 +478,7 @@ async def test_an_update_of_an_older_epoch_is_fenced(fabric: Fabric) -> None:
 
 async def test_an_update_of_the_wrong_shape_is_refused(fabric: Fabric) -> None:
     lease = lease_of(device="d9")
-    fabric.server.lease(lease, definition(rank=4).spec)
+    fabric.server.lease(lease, LeaseTerms(spec=definition(rank=4).spec))
     stream = await _impostor(fabric, "d9")
     await _send_weights(stream, lease, version=0, training=definition(rank=3))
     assert (await fabric.refused("UPDATE_INVALID")).lease == lease
@@ -496,7 +497,7 @@ async def test_a_slow_device_is_parked_within_its_credit_and_nobody_else(fabric:
     await fabric.device("d1")
     await fabric.grant(fast, training)
     stream = await _impostor(fabric, "slow", credit_bytes=300_000)
-    fabric.server.lease(slow, training.spec)
+    fabric.server.lease(slow, LeaseTerms(spec=training.spec))
     for version in range(8):
         await fabric.send(slow, version, gradients(training, 0))
     parked = DeviceLinkChanged(device_id="slow", connected=True, parked=True)
