@@ -22,10 +22,8 @@ from pydantic import (
 )
 
 from cola_runtime.adapter_spec import (
-    MAX_LABELS,
     AdapterKind,
     Frozen,
-    HeadKind,
     LinearizedLoraKind,
     LinearKind,
     LoraKind,
@@ -33,6 +31,7 @@ from cola_runtime.adapter_spec import (
     ModuleKind,
 )
 from cola_runtime.errors import InvalidInput, Violation
+from cola_runtime.task_spec import TASK_MODELS, CausalLmTask, TaskSpec
 from cola_runtime.types import Metric
 
 MAX_STEPS = 1_000_000
@@ -40,11 +39,6 @@ MAX_ROWS_PER_STEP = 4096
 MAX_INNER_STEPS = 64
 MAX_PARTS = 16
 
-LabelCount = Annotated[int, Field(ge=2, le=MAX_LABELS, strict=True)]
-LabelNames = Annotated[
-    tuple[Annotated[str, StringConstraints(min_length=1, max_length=200)], ...],
-    Field(min_length=2, max_length=MAX_LABELS),
-]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 ModulePattern = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,200}$")]
 
@@ -176,58 +170,6 @@ class CollaborationSpec(Frozen):
     """p_k is weight_k over the sum of the present members' weights, or weight_k itself."""
 
 
-class CausalLmTask(Frozen):
-    """Learn to continue a text."""
-
-    kind: Literal["causal_lm"] = "causal_lm"
-
-    @property
-    def head(self) -> None:
-        """The vocabulary is the base model's own."""
-
-
-class ClassificationTask(Frozen):
-    """Learn which of a few labels a text, or a pair of texts, has."""
-
-    kind: Literal["sequence_classification"] = "sequence_classification"
-    labels: LabelCount | LabelNames
-    """How many, or their names in the order of the classes."""
-
-    @model_validator(mode="after")
-    def _names_differ(self) -> ClassificationTask:
-        if len(set(self.label_names)) < len(self.label_names):
-            raise ValueError("two labels have the same name")
-        return self
-
-    @property
-    def label_names(self) -> tuple[str, ...]:
-        """Empty where the job only counts its labels."""
-        return self.labels if isinstance(self.labels, tuple) else ()
-
-    @property
-    def head(self) -> HeadKind:
-        count = len(self.labels) if isinstance(self.labels, tuple) else self.labels
-        return HeadKind(labels=count, problem="classification")
-
-
-class RegressionTask(Frozen):
-    """Learn a number for a text, or a pair of texts."""
-
-    kind: Literal["regression"] = "regression"
-
-    @property
-    def head(self) -> HeadKind:
-        return HeadKind(labels=1, problem="regression")
-
-
-TaskSpec = Annotated[CausalLmTask | ClassificationTask | RegressionTask, Field(discriminator="kind")]
-_TASKS: dict[str, type[BaseModel]] = {
-    "causal_lm": CausalLmTask,
-    "sequence_classification": ClassificationTask,
-    "regression": RegressionTask,
-}
-
-
 class EvaluationSpec(Frozen):
     """When the held-out rows are evaluated, beside before the first and after the last step; what follows."""
 
@@ -337,11 +279,11 @@ def parse_job_spec(fields: dict[str, Any], *, source: str = "job") -> JobSpec:
 def _violations(error: ValidationError, source: str) -> Iterator[Violation]:
     for item in error.errors(include_url=False):
         path = [str(part) for part in item["loc"] if "[" not in str(part)]
-        where = ".".join([source, *(part for part in path if part not in (*_MODELS, *_TASKS, _PARTS))])
+        where = ".".join([source, *(part for part in path if part not in (*_MODELS, *TASK_MODELS, _PARTS))])
         if item["type"] == "extra_forbidden":
             yield Violation(where=where, message=_unknown_field(path))
         elif item["type"] == "union_tag_invalid":
-            known = _TASKS if path[:1] == ["task"] else _MODELS
+            known = TASK_MODELS if path[:1] == ["task"] else _MODELS
             yield Violation(where=f"{where}.kind", message=_unknown_kind(item["ctx"]["tag"], known))
         else:
             yield Violation(where=where, message=f"{item['msg']}, got {item['input']!r}"[:300])
@@ -350,8 +292,8 @@ def _violations(error: ValidationError, source: str) -> Iterator[Violation]:
 def _unknown_field(path: list[str]) -> str:
     model: Any = JobSpec
     for part in path[:-1]:
-        if part in _MODELS or part in _TASKS:
-            model = (_MODELS | _TASKS)[part]
+        if part in _MODELS or part in TASK_MODELS:
+            model = (_MODELS | TASK_MODELS)[part]
         elif part in model.model_fields and part not in ("adapter", "task"):
             annotation = model.model_fields[part].annotation
             model = next((each for each in get_args(annotation) if each is not NoneType), annotation)
@@ -363,5 +305,5 @@ def _unknown_field(path: list[str]) -> str:
 def _unknown_kind(kind: str, known: Mapping[str, Any]) -> str:
     near = difflib.get_close_matches(kind, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known kinds: {', '.join(known)}"
-    noun = "task" if known is _TASKS else "adapter"
+    noun = "task" if known is TASK_MODELS else "adapter"
     return f"unknown {noun} kind {kind[:60]!r}; {hint}"

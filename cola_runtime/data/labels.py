@@ -6,7 +6,7 @@ import difflib
 
 from cola_runtime.data.records import LabelledRecord
 from cola_runtime.data.violations import Problem
-from cola_runtime.spec import ClassificationTask, RegressionTask
+from cola_runtime.task_spec import ClassificationTask, RegressionTask
 
 MAX_VALUE = 3.0e38  # beyond, float32 has no number
 _LISTED_NAMES = 12

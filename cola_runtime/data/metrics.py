@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cola_runtime.spec import CausalLmTask, ClassificationTask, RegressionTask
+from cola_runtime.task_spec import CausalLmTask, ClassificationTask, RegressionTask
 from cola_runtime.types import Metric
 
 Floats = NDArray[np.float64]

@@ -26,7 +26,8 @@ from cola_runtime.data.sequences import (
 from cola_runtime.data.template import Piece
 from cola_runtime.data.violations import Problem, Problems
 from cola_runtime.errors import InvalidInput
-from cola_runtime.spec import CausalLmTask, ClassificationTask, JobSpec, RegressionTask
+from cola_runtime.spec import JobSpec
+from cola_runtime.task_spec import CausalLmTask, ClassificationTask, RegressionTask
 from cola_runtime.types import Row
 
 BATCH_RECORDS = 512  # encoded at a time; bounds the memory that the encoder's own results take

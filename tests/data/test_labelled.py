@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from cola_runtime.data.formats import Dataset, DatasetFormat, parse_dataset
 from cola_runtime.data.tokenize import Tokenizer
 from cola_runtime.errors import InvalidInput
-from cola_runtime.spec import CausalLmTask, ClassificationTask, RegressionTask
+from cola_runtime.task_spec import CausalLmTask, ClassificationTask, RegressionTask
 from cola_runtime.testing.tiny_models import BOS, EOS, byte_tokenizer
 
 SENTIMENT = ClassificationTask(labels=("negative", "neutral", "positive"))

@@ -16,7 +16,7 @@ from cola_runtime.data.metrics import (
     pearson,
     spearman,
 )
-from cola_runtime.spec import CausalLmTask, ClassificationTask, RegressionTask
+from cola_runtime.task_spec import CausalLmTask, ClassificationTask, RegressionTask
 
 # Class 1: 3 found, 1 missed, 2 wrongly; class 0: 4 found.
 LABELS = np.array([1, 1, 1, 1, 0, 0, 0, 0, 0, 0], np.float64)
