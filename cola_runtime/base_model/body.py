@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -25,20 +26,22 @@ class Body(Protocol):
         """Let go of everything that belongs to the step."""
 
 
+LastHidden = Callable[[MixedBatch], Tensor]
+"""A stock model's forward: the last hidden state [B, T, D] of a batch."""
+
+
 class PatchedBody:
     """Any transformers model: its own forward, with the sites' modules patched, and autograd."""
 
-    def __init__(self, model: Any, modules: TappedModules, *, bidirectional: bool) -> None:
-        self._model = model
-        self._bidirectional = bidirectional
+    def __init__(self, last_hidden: LastHidden, modules: TappedModules) -> None:
+        self._last_hidden = last_hidden
         self._modules = modules
         self._hidden_ND: Tensor | None = None
 
     def forward(self, batch: MixedBatch, stacks: Stacks, *, train: bool) -> Tensor:
         active = self._modules.active(stacks, rows=len(batch.tokens_BT), training=train)
         with active, torch.set_grad_enabled(train):
-            output = self._model.base_model(**self._inputs(batch), use_cache=False)
-        self._hidden_ND = output.last_hidden_state.flatten(0, 1)
+            self._hidden_ND = self._last_hidden(batch).flatten(0, 1)
         return self._hidden_ND.detach()
 
     def backward(self, grad_ND: Tensor) -> None:
@@ -48,14 +51,23 @@ class PatchedBody:
     def finish(self) -> None:
         self._hidden_ND = None
 
-    def _inputs(self, batch: MixedBatch) -> dict[str, Tensor | None]:
-        tokens_BT = batch.tokens_BT
-        if not self._bidirectional:
-            # Padding is on the right, where causal attention never looks: every position counts as real.
-            return {"input_ids": tokens_BT, "attention_mask": torch.ones_like(tokens_BT)}
-        real_BT = torch.arange(tokens_BT.shape[1]) < batch.lengths_B[:, None]
-        return {
-            "input_ids": tokens_BT,
-            "attention_mask": real_BT.long(),
-            "token_type_ids": batch.token_types_BT,
-        }
+
+def causal_hidden(model: Any, batch: MixedBatch) -> Tensor:
+    """Padding is on the right, where causal attention never looks: every position counts as real."""
+    tokens_BT = batch.tokens_BT
+    hidden_BTD: Tensor = model.base_model(
+        input_ids=tokens_BT, attention_mask=torch.ones_like(tokens_BT), use_cache=False
+    ).last_hidden_state
+    return hidden_BTD
+
+
+def encoder_hidden(model: Any, batch: MixedBatch) -> Tensor:
+    """Attention looks both ways, so the padding is masked."""
+    real_BT = torch.arange(batch.tokens_BT.shape[1]) < batch.lengths_B[:, None]
+    hidden_BTD: Tensor = model.base_model(
+        input_ids=batch.tokens_BT,
+        attention_mask=real_BT.long(),
+        token_type_ids=batch.token_types_BT,
+        use_cache=False,
+    ).last_hidden_state
+    return hidden_BTD

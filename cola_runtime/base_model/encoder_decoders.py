@@ -1,4 +1,4 @@
-"""Encoder-decoders (T5's and BART's families): opening them, and their mixed forward and backward.
+"""Encoder-decoders (T5's and BART's families): opening them, and their forward.
 
 Shapes: B rows, S tokens of the source, T tokens of the target, D hidden size, V vocabulary.
 """
@@ -13,8 +13,6 @@ from torch import Tensor
 
 from cola_runtime.base_model.loss import VocabularyProjection
 from cola_runtime.base_model.segments import MixedBatch
-from cola_runtime.base_model.stacks.cache import Stacks
-from cola_runtime.base_model.tapped import TappedModules
 from cola_runtime.errors import InvalidInput
 
 
@@ -56,29 +54,10 @@ def decode(model: Any, source_BS: Tensor, real_BS: Tensor, tokens_BT: Tensor) ->
     return hidden_BTD
 
 
-class EncoderDecoderBody:
-    """`Body` of any transformers encoder-decoder, its sites' modules patched, by autograd."""
-
-    def __init__(self, model: Any, modules: TappedModules) -> None:
-        self._model = model
-        self._modules = modules
-        self._hidden_ND: Tensor | None = None
-
-    def forward(self, batch: MixedBatch, stacks: Stacks, *, train: bool) -> Tensor:
-        assert batch.sources is not None  # rows without a source are refused
-        active = self._modules.active(stacks, rows=len(batch.tokens_BT), training=train)
-        with active, torch.set_grad_enabled(train):
-            sources = batch.sources
-            hidden_BTD = decode(self._model, sources.tokens_BS, sources.real_BS, batch.tokens_BT)
-        self._hidden_ND = hidden_BTD.flatten(0, 1)
-        return self._hidden_ND.detach()
-
-    def backward(self, grad_ND: Tensor) -> None:
-        assert self._hidden_ND is not None
-        torch.autograd.backward(self._hidden_ND, grad_ND)
-
-    def finish(self) -> None:
-        self._hidden_ND = None
+def decoder_hidden(model: Any, batch: MixedBatch) -> Tensor:
+    """The decoder's last hidden state [B, T, D] of a mixed batch."""
+    assert batch.sources is not None  # rows without a source are refused
+    return decode(model, batch.sources.tokens_BS, batch.sources.real_BS, batch.tokens_BT)
 
 
 @torch.no_grad()

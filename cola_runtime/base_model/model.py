@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from cola_runtime.adapter_spec import AdapterSpec
 from cola_runtime.base_model.bank import AdapterBank, BankBytes
-from cola_runtime.base_model.body import Body, PatchedBody
-from cola_runtime.base_model.encoder_decoders import EncoderDecoderBody
+from cola_runtime.base_model.body import Body, PatchedBody, causal_hidden, encoder_hidden
+from cola_runtime.base_model.encoder_decoders import decoder_hidden
 from cola_runtime.base_model.generate import Sampling, generate_tokens
 from cola_runtime.base_model.head_loss import HeadOutcome, head_losses
 from cola_runtime.base_model.llama import LlamaBody
@@ -232,9 +233,12 @@ class TappedModel:
     def _fastest_body(self) -> Body:
         if self._loaded.by_hand:
             return LlamaBody(self._loaded.model, self._loaded.groups, self._space)
+        hidden = causal_hidden
         if self._loaded.encoder_decoder:
-            return EncoderDecoderBody(self._loaded.model, self._modules)
-        return PatchedBody(self._loaded.model, self._modules, bidirectional=self._loaded.bidirectional)
+            hidden = decoder_hidden
+        elif self._loaded.bidirectional:
+            hidden = encoder_hidden
+        return PatchedBody(partial(hidden, self._loaded.model), self._modules)
 
     def _refusal(self, segment: Segment) -> str | None:
         adapter = self._bank.adapter(segment.lease.job_id)
