@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cola_runtime.base_model.loss import VocabularyProjection
 from cola_runtime.base_model.segments import MixedBatch
+from cola_runtime.base_model.stock import open_frozen
 from cola_runtime.errors import InvalidInput
 
 
@@ -28,13 +29,8 @@ def read_encoder_decoder(
     """The frozen model and its vocabulary projection. Raises InvalidInput `BASE_MODEL_UNSUPPORTED`."""
     from transformers import AutoModelForSeq2SeqLM
 
-    try:
-        model = AutoModelForSeq2SeqLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention, use_safetensors=True, local_files_only=True
-        )
-    except ValueError as error:
-        raise InvalidInput("BASE_MODEL_UNSUPPORTED", str(error), where="base_model") from error
-    return model.eval().requires_grad_(False), _vocabulary_projection(model)
+    model = open_frozen(AutoModelForSeq2SeqLM, path, dtype, attention)
+    return model, _vocabulary_projection(model)
 
 
 def decode(model: Any, source_BS: Tensor, real_BS: Tensor, tokens_BT: Tensor) -> Tensor:

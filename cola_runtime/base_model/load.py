@@ -17,6 +17,7 @@ from cola_runtime.base_model.heads import Pooling
 from cola_runtime.base_model.llama_weights import is_plain_llama
 from cola_runtime.base_model.loss import VocabularyProjection
 from cola_runtime.base_model.product_rate import matrix_product_flops
+from cola_runtime.base_model.stock import open_frozen
 from cola_runtime.base_model.tapped import SiteGroup
 from cola_runtime.errors import InvalidInput
 from cola_runtime.types import Site, Task
@@ -118,16 +119,9 @@ def _opened(
 
 
 def _read(path: Path, dtype: torch.dtype, attention: str | None) -> Any:
-    """With transformers' own choice of attention for None: some architectures have one only."""
     from transformers import AutoModelForCausalLM
 
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention, use_safetensors=True, local_files_only=True
-        )
-    except ValueError as error:  # an architecture without that attention, or that is no causal LM
-        raise InvalidInput("BASE_MODEL_UNSUPPORTED", str(error), where="base_model") from error
-    return model.eval().requires_grad_(False)
+    return open_frozen(AutoModelForCausalLM, path, dtype, attention)
 
 
 @torch.no_grad()
