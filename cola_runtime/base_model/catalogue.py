@@ -9,24 +9,28 @@ import torch
 from torch import Tensor, nn
 
 from cola_runtime.base_model.encoder_decoders import decode
+from cola_runtime.base_model.images import Shape, traced_images
 from cola_runtime.types import Site, SiteKind
 
 TRACED_TOKENS = torch.tensor([[0, 1], [1, 0], [0, 0]])
 
 
-def site_catalogue(model: Any) -> tuple[Site, ...]:
+def site_catalogue(model: Any, image_shape: Shape | None = None) -> tuple[Site, ...]:
     """All sites in `named_modules()` order, numbered from 0; sites that get the very same x share a group.
 
-    Traces one forward pass over rows of two tokens. A module that this pass never calls is no site, nor is
-    one that does not see every token of every row (an expert's), for tenants could not be told apart there.
-    A module called more than once belongs to the group of its first call.
+    Traces one forward pass over rows of two tokens, or over images of `image_shape`. A module that this pass
+    never calls is no site, nor is one that does not see every token of every row (an expert's), for tenants
+    could not be told apart there. A module called more than once belongs to the group of its first call.
     """
     modules = dict(_candidates(model))
-    inputs = _first_inputs(model, modules)
+    if image_shape is None:
+        inputs = _first_inputs(model, modules)
+    else:
+        inputs = traced_images(model, image_shape, modules)
     group_of: dict[int, int] = {}
     sites: list[Site] = []
     for name, module in modules.items():
-        if name not in inputs or inputs[name].numel() != TRACED_TOKENS.numel() * inputs[name].shape[-1]:
+        if name not in inputs:
             continue
         group = group_of.setdefault(id(inputs[name]), len(group_of))
         out_features, in_features = _shape(module)
@@ -54,7 +58,9 @@ def _candidates(model: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _first_inputs(model: Any, modules: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """The x of every module's first call. All are kept until the end, so that no two share an id."""
+    """The x of every module's first call, if it holds every token. All are kept until the end, so that no
+    two share an id.
+    """
     seen: dict[str, Tensor] = {}
 
     hooks = [
@@ -70,7 +76,7 @@ def _first_inputs(model: Any, modules: dict[str, nn.Module]) -> dict[str, Tensor
     finally:
         for hook in hooks:
             hook.remove()
-    return seen
+    return {name: x for name, x in seen.items() if x.numel() == TRACED_TOKENS.numel() * x.shape[-1]}
 
 
 def _note(seen: dict[str, Tensor], name: str, x: Tensor) -> None:
