@@ -25,6 +25,7 @@ class Task(enum.StrEnum):
     SEQUENCE_TO_SEQUENCE = "sequence_to_sequence"
     SEQUENCE_CLASSIFICATION = "sequence_classification"
     REGRESSION = "regression"
+    IMAGE_CLASSIFICATION = "image_classification"
 
 
 class SiteKind(enum.StrEnum):
@@ -64,6 +65,7 @@ class Site:
     out_features: int
     input_group: int  # sites with one number receive the very same input x (q, k, v; gate, up)
     patch: Patch | None = None  # of a conv2d site
+    positions: int | None = None  # rows of x that an image has there; None: one for every token
     padding_index: int | None = None  # of an embedding: the id whose weights never train, as in torch
 
     @property
@@ -247,6 +249,14 @@ class Membership:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Image:
+    """An image as the base model takes it, but for the normalisation of its values."""
+
+    pixels: NDArray[np.uint8]  # [channels, height, width]
+    tokens: int  # what the base model computes for it: BaseModelDescription.context_length
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One tokenised training row. `weights[t]` weighs the loss of predicting `tokens[t]` (0: not a label).
 
@@ -258,10 +268,13 @@ class Row:
     label: int | float | None = None  # a class from 0, or a value; `weights` is empty then
     token_types: NDArray[np.int8] | None = None  # [length], of a pair of texts; None is 0 throughout
     source: NDArray[np.int32] | None = None  # an encoder-decoder's input; `tokens` are its decoder's
+    image: Image | None = None  # instead of tokens, which are empty then
 
     @property
     def length(self) -> int:
         """Tokens that the base model computes for the row."""
+        if self.image is not None:
+            return self.image.tokens
         return len(self.tokens) + (0 if self.source is None else len(self.source))
 
     @property
@@ -369,7 +382,7 @@ class BaseModelDescription:
 
     name: str
     architecture: str
-    context_length: int
+    context_length: int  # tokens of the longest row; of images, which are all alike, those of every row
     vocabulary_size: int
     dtype: str
     sites: tuple[Site, ...]

@@ -28,7 +28,9 @@ class SegmentDropout:
     seed: int
     version: int
     first_row: int  # of the segment, within its step
-    lengths: tuple[int, ...]  # tokens of each row
+    lengths: tuple[
+        int | None, ...
+    ]  # tokens of each row; None: an image, at every site as long as it is there
 
     @property
     def factor(self) -> float:
@@ -39,7 +41,8 @@ class SegmentDropout:
         """True where x is kept, [rows * T, I] for `tokens` = T; padding is not."""
         mask = np.zeros((len(self.lengths), tokens, site.in_features), np.bool_)
         least = np.uint32(min(round(self.dropout * 2**32), 2**32 - 1))
-        for number, length in enumerate(self.lengths):
+        for number, tokens_of_row in enumerate(self.lengths):
+            length = tokens if tokens_of_row is None else tokens_of_row
             key = f"dropout/{self.seed}/{self.version}/{self.first_row + number}/{site.name}"
             bits = uniform_bits(key, length * site.in_features)
             np.greater_equal(bits.reshape(length, -1), least, out=mask[number, :length])

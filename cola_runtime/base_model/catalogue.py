@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cola_runtime.base_model.encoder_decoders import decode
+from cola_runtime.adapters.patches import positions
 from cola_runtime.adapters.site_modules import module_patch, module_site, site_kind
+from cola_runtime.base_model.encoder_decoders import decode
+from cola_runtime.base_model.images import Shape, traced_images
 from cola_runtime.types import Site, SiteKind
 
 TRACED_TOKENS = torch.tensor([[0, 1], [1, 0], [0, 0]])
@@ -18,25 +21,29 @@ TRACED_TOKENS = torch.tensor([[0, 1], [1, 0], [0, 0]])
 _PLACES = (SiteKind.LINEAR, SiteKind.CONV1D), (SiteKind.CONV2D, SiteKind.EMBEDDING)
 
 
-def site_catalogue(model: Any) -> tuple[Site, ...]:
+def site_catalogue(model: Any, image_shape: Shape | None = None) -> tuple[Site, ...]:
     """All sites, numbered from 0: Linear and Conv1D modules in `named_modules()` order, then the others.
 
-    Sites that get the very same x share a group; so do convolutions of one x if their patches are alike.
-    Traces one forward pass over rows of two tokens. A module that this pass never calls is no site, nor is
-    one that does not see every token of every row (an expert's, or positions that are counted once for all
-    rows), for tenants could not be told apart there. A module called more than once belongs to the group of
-    its first call.
+    Sites that get the very same x share a group; convolutions of one x do if their patches are alike, too.
+    Traces one forward pass over rows of two tokens, or over images of `image_shape`. A module that this pass
+    never calls is no site, nor is one that does not see every token of every row (an expert's, or positions
+    that are embedded once for all rows), for tenants could not be told apart there. A module called more than
+    once belongs to the group of its first call.
     """
     modules = dict(_candidates(model))
-    inputs = _first_inputs(model, modules)
+    if image_shape is None:
+        inputs = _first_inputs(model, modules)
+    else:
+        inputs = traced_images(model, image_shape, modules)
     group_of: dict[object, int] = {}
     sites: list[Site] = []
     for name, module in modules.items():
-        if name not in inputs or not _sees_every_row(module, inputs[name]):
+        if name not in inputs:
             continue
         key = (id(inputs[name]), module_patch(module))
         group = group_of.setdefault(key, len(group_of))
-        sites.append(module_site(module, index=len(sites), name=name, input_group=group))
+        site = module_site(module, index=len(sites), name=name, input_group=group)
+        sites.append(site if image_shape is None else replace(site, positions=_positions(site, inputs[name])))
     return tuple(sites)
 
 
@@ -49,17 +56,26 @@ def _candidates(model: Any) -> Iterator[tuple[str, nn.Module]]:
                 yield name, module
 
 
-def _sees_every_row(module: nn.Module, x: Tensor) -> bool:
-    """x has a place for every token of every row; of an image, one for every row."""
+def _positions(site: Site, x: Tensor) -> int:
+    """Of one image at the site."""
+    if site.patch is None:
+        return x.numel() // (len(x) * x.shape[-1])
+    height, width = positions(site.patch, *x.shape[-2:])
+    return height * width
+
+
+def _holds_every_token(module: nn.Module, x: Tensor) -> bool:
     if site_kind(module) is SiteKind.CONV2D:
-        return x.ndim == 4 and len(x) == len(TRACED_TOKENS)
+        return False  # of text nothing is known
     if site_kind(module) is SiteKind.EMBEDDING:
         return x.shape == TRACED_TOKENS.shape
     return x.numel() == TRACED_TOKENS.numel() * x.shape[-1]
 
 
 def _first_inputs(model: Any, modules: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """The x of every module's first call. All are kept until the end, so that no two share an id."""
+    """The x of every module's first call, if it holds every token. All are kept until the end, so that no
+    two share an id.
+    """
     seen: dict[str, Tensor] = {}
 
     hooks = [
@@ -75,7 +91,7 @@ def _first_inputs(model: Any, modules: dict[str, nn.Module]) -> dict[str, Tensor
     finally:
         for hook in hooks:
             hook.remove()
-    return seen
+    return {name: x for name, x in seen.items() if _holds_every_token(modules[name], x)}
 
 
 def _note(seen: dict[str, Tensor], name: str, x: Tensor) -> None:

@@ -31,7 +31,7 @@ def head_losses(
     With a sink, each head's gradient leaves as a tap, always in its own encoding: it is tiny. Where `grad_ND`
     is given, d loss / d hidden is written to the pooled rows, in place.
     """
-    positions_B = pooling.positions(batch.lengths_B, batch.tokens_BT.shape[1])
+    positions_B = pooling.positions(batch.lengths_B, len(hidden_ND) // len(batch.lengths_B))
     outcomes: dict[int, HeadOutcome] = {}
     for member, first_row in batch.placed_members:
         head = member.adapter.head

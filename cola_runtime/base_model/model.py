@@ -13,10 +13,11 @@ from torch import Tensor
 
 from cola_runtime.adapter_spec import AdapterSpec
 from cola_runtime.base_model.bank import AdapterBank, BankBytes
-from cola_runtime.base_model.body import Body, PatchedBody, causal_hidden, encoder_hidden
+from cola_runtime.base_model.body import Body, LastHidden, PatchedBody, causal_hidden, encoder_hidden
 from cola_runtime.base_model.encoder_decoders import decoder_hidden
 from cola_runtime.base_model.generate import Sampling, generate_tokens
 from cola_runtime.base_model.head_loss import HeadOutcome, head_losses
+from cola_runtime.base_model.images import pooled_hidden
 from cola_runtime.base_model.llama import LlamaBody
 from cola_runtime.base_model.load import DTYPES, LoadedModel, load_frozen_model
 from cola_runtime.base_model.loss import label_loss, segment_loss_sums
@@ -66,11 +67,12 @@ class TappedModel:
         self._space = Workspace()
         self._body = self._fastest_body()
         self._limits = RowLimits(
-            vocabulary_size=self._vocabulary_size,
+            vocabulary_size=loaded.vocabulary_size,
             context_length=loaded.context_length,
             token_types=loaded.token_types,
             causal=not loaded.bidirectional,
             encoder_decoder=loaded.encoder_decoder,
+            image_shape=None if loaded.images is None else loaded.images.shape,
         )
         self._cache = StackCache()
         self._positions = {
@@ -233,12 +235,15 @@ class TappedModel:
     def _fastest_body(self) -> Body:
         if self._loaded.by_hand:
             return LlamaBody(self._loaded.model, self._loaded.groups, self._space)
-        hidden = causal_hidden
-        if self._loaded.encoder_decoder:
-            hidden = decoder_hidden
-        elif self._loaded.bidirectional:
-            hidden = encoder_hidden
-        return PatchedBody(partial(hidden, self._loaded.model), self._modules)
+        return PatchedBody(self._last_hidden(), self._modules)
+
+    def _last_hidden(self) -> LastHidden:
+        loaded = self._loaded
+        if loaded.images is not None:
+            return partial(pooled_hidden, loaded.model, loaded.images)
+        if loaded.encoder_decoder:
+            return partial(decoder_hidden, loaded.model)
+        return partial(encoder_hidden if loaded.bidirectional else causal_hidden, loaded.model)
 
     def _refusal(self, segment: Segment) -> str | None:
         adapter = self._bank.adapter(segment.lease.job_id)
@@ -268,7 +273,7 @@ class TappedModel:
         if self._loaded.bidirectional:
             raise InvalidInput(
                 "TASK_UNSUPPORTED",
-                f"{type(self._loaded.model).__name__} is an encoder, which generates nothing",
+                f"{type(self._loaded.model).__name__} predicts no tokens and generates nothing",
                 where="base_model",
                 remedy="Ask a causal language model.",
             )
@@ -289,10 +294,6 @@ class TappedModel:
     def _attention(self) -> str:
         loaded = self._loaded
         return f"fused, {loaded.attention} when generating" if loaded.by_hand else loaded.attention
-
-    @property
-    def _vocabulary_size(self) -> int:
-        return int(self._loaded.model.get_input_embeddings().num_embeddings)
 
 
 def _refused(segment: Segment, reason: str | None) -> SegmentLoss:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cola_runtime.adapter_spec import HeadKind
 from cola_runtime.base_model.bank import BankedAdapter
-from cola_runtime.types import Row, Segment, TapPlan
+from cola_runtime.types import Image, Row, Segment, TapPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +76,8 @@ class MixedBatch:
     lengths_B: Tensor  # int64
     token_types_BT: Tensor | None  # int64, padded with 0; None: all 0
     sources: Sources | None  # of an encoder-decoder
+    images_BCHW: Tensor | None  # uint8, of an image classifier, whose rows have no tokens
+    image_tokens: int  # of all images together
     cohorts: tuple[Cohort, ...]
     labels: Labels
 
@@ -83,7 +85,7 @@ class MixedBatch:
     def computed_tokens(self) -> int:
         """Rows times padded length."""
         sources = 0 if self.sources is None else self.sources.tokens_BS.numel()
-        return self.tokens_BT.numel() + sources
+        return self.tokens_BT.numel() + sources + self.image_tokens
 
     @property
     def members(self) -> tuple[Member, ...]:
@@ -114,6 +116,8 @@ def mixed_batch(members: Sequence[Member]) -> MixedBatch:
         lengths_B=torch.tensor([len(row.tokens) for row in rows]),
         token_types_BT=_token_types(rows, tokens.shape),
         sources=_sources([row.source for row in rows if row.source is not None]),
+        images_BCHW=_images([row.image for row in rows if row.image is not None]),
+        image_tokens=sum(row.image.tokens for row in rows if row.image is not None),
         cohorts=tuple(cohorts),
         labels=_labels(ordered, tokens, weights),
     )
@@ -144,6 +148,10 @@ def _sources(sources: Sequence[NDArray[np.int32]]) -> Sources | None:
         tokens_BS[number, : len(source)] = torch.from_numpy(source)
         real_BS[number, : len(source)] = 1
     return Sources(tokens_BS=tokens_BS, real_BS=real_BS)
+
+
+def _images(images: Sequence[Image]) -> Tensor | None:
+    return torch.from_numpy(np.stack([image.pixels for image in images])) if images else None
 
 
 def _token_types(rows: Sequence[Row], shape: tuple[int, ...]) -> Tensor | None:
@@ -183,6 +191,7 @@ class RowLimits:
     token_types: int  # how many it has an embedding for; 0 where it has none
     causal: bool  # it predicts tokens
     encoder_decoder: bool  # its rows have a source
+    image_shape: tuple[int, int, int] | None  # its rows are images [channels, height, width]
 
 
 def row_refusal(rows: Sequence[Row], limits: RowLimits, head: HeadKind | None) -> str | None:
@@ -194,6 +203,8 @@ def row_refusal(rows: Sequence[Row], limits: RowLimits, head: HeadKind | None) -
 
 
 def _embeddable(row: Row, limits: RowLimits) -> bool:
+    if limits.image_shape is not None or row.image is not None:
+        return _is_image(row, limits)
     tokens, types = row.tokens, row.token_types
     if (row.source is not None) != limits.encoder_decoder:
         return False
@@ -204,6 +215,19 @@ def _embeddable(row: Row, limits: RowLimits) -> bool:
         return False
     return types is None or (
         len(types) == len(tokens) and 0 <= types.min() <= types.max() < limits.token_types
+    )
+
+
+def _is_image(row: Row, limits: RowLimits) -> bool:
+    image = row.image
+    texts = (row.token_types, row.source)
+    return (
+        image is not None
+        and len(row.tokens) == 0
+        and all(text is None for text in texts)
+        and image.pixels.dtype == np.uint8
+        and image.pixels.shape == limits.image_shape
+        and image.tokens == limits.context_length
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,3 +30,44 @@ def open_frozen(auto_class: Any, path: Path, dtype: torch.dtype, attention: str 
             remedy="Set base_model.attention to auto, or serve another base model.",
         ) from error
     return model.eval().requires_grad_(False)
+
+
+def open_classifier(
+    auto_class: Any, path: Path, dtype: torch.dtype, attention: str | None
+) -> tuple[Any, set[str]]:
+    """As `open_frozen`, with a classifier that may be new; and what else the folder has no weights for."""
+    with _quiet_loading():
+        model, info = auto_class.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    missing = {name for name in info["missing_keys"] if not name.startswith("classifier.")}
+    return model.eval().requires_grad_(False), missing
+
+
+def check_complete(model: Any, missing: Collection[str]) -> None:
+    """Raises InvalidInput `BASE_MODEL_UNSUPPORTED` where weights are missing."""
+    if missing:
+        raise InvalidInput(
+            "BASE_MODEL_UNSUPPORTED",
+            f"{type(model).__name__} lacks the weights {', '.join(sorted(missing)[:4])}",
+            where="base_model",
+            remedy="Use a folder with all of the encoder's weights.",
+        )
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """transformers warns that the classifier, which is thrown away, is new."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

@@ -25,7 +25,7 @@ class DatasetReport:
 
 
 def dataset_report(dataset: Dataset, tokenized: TokenizedDataset, *, steps: int) -> DatasetReport:
-    lengths = [len(row.tokens) for row in tokenized.rows]
+    lengths = [row.length for row in tokenized.rows]
     return DatasetReport(
         rows=len(lengths),
         tokens=sum(lengths),

@@ -68,6 +68,7 @@ class Workload:
     """What an optimizer step of the job looks like."""
 
     tokens: float  # N, of one microbatch
+    rows: float = 1.0  # of data, of one microbatch: sites of images have positions of their own
     microbatches: int  # m, those that the token budget cuts included
     base_dtype: str  # in which x and g travel
 
@@ -168,12 +169,12 @@ def group_effort(
     """One optimizer step's cost of an input group's taps in one encoding."""
     wide = workload.base_dtype if encoding is Encoding.ACTIVATIONS else dtype
     number_bytes = _bytes_a_number(wide, compression)
-    of_parts = [
-        _part_effort(kind, sites, workload.tokens, encoding, compression=compression) for kind, sites in group
-    ]
+    first = group[0][1][0]
+    tokens = workload.tokens if first.positions is None else workload.rows * first.positions
+    of_parts = [_part_effort(kind, sites, tokens, encoding, compression=compression) for kind, sites in group]
     once = sum(of_parts, Effort())  # bytes_up counts numbers until here
-    if encoding is Encoding.ACTIVATIONS and group[0][1][0].takes_ids:
-        once += Effort(len(group) * workload.tokens * ID_BYTES / number_bytes)
+    if encoding is Encoding.ACTIVATIONS and first.takes_ids:
+        once += Effort(len(group) * tokens * ID_BYTES / number_bytes)
     return Effort(
         workload.microbatches * once.bytes_up * number_bytes,
         workload.microbatches * once.base_flops,

@@ -71,7 +71,12 @@ def job_taps(
     microbatches = min(job.adaptation_interval, rows)
     tokens = rows * data.tokens / data.rows / microbatches
     parts = math.ceil(tokens / costs.token_budget)
-    workload = Workload(tokens=tokens / parts, microbatches=microbatches * parts, base_dtype=base.dtype)
+    workload = Workload(
+        tokens=tokens / parts,
+        rows=rows / microbatches / parts,
+        microbatches=microbatches * parts,
+        base_dtype=base.dtype,
+    )
     return plan_taps(
         adapter, workload, costs, requested=_requested(job), compression=Compression(job.compression)
     )

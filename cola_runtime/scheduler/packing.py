@@ -16,15 +16,15 @@ def split_rows(rows: Sequence[Row], *, token_budget: int) -> list[tuple[Row, ...
     parts: list[list[Row]] = []
     longest = 0
     for row in rows:
-        grown = max(longest, len(row.tokens))
+        grown = max(longest, row.length)
         if parts and (len(parts[-1]) + 1) * grown <= token_budget:
             parts[-1].append(row)
             longest = grown
         else:
             parts.append([row])
-            longest = len(row.tokens)
+            longest = row.length
     return [tuple(part) for part in parts]
 
 
 def longest_row(rows: Sequence[Row]) -> int:
-    return max(len(row.tokens) for row in rows)
+    return max(row.length for row in rows)

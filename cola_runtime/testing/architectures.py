@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,24 @@ SEQUENCE_TO_SEQUENCE: dict[str, dict[str, Any]] = {
     "mt5": {**_RELATIVE, "decoder_start_token_id": 0, "tie_word_embeddings": False},  # a gated MLP
 }
 
+IMAGE_EDGE = 32
+_VIT = {
+    "image_size": IMAGE_EDGE,
+    "patch_size": 8,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+_STAGES = {"depths": [1, 2], "hidden_sizes": [16, 24]}
+IMAGES: dict[str, dict[str, Any]] = {
+    "vit": {**_VIT, "intermediate_size": 96},
+    "deit": {**_VIT, "intermediate_size": 96, "architectures": ["DeiTForImageClassification"]},  # two tokens
+    "dinov2": {**_VIT, "mlp_ratio": 2},  # pools the first token and the patches' mean
+    "dinov2_with_registers": {**_VIT, "mlp_ratio": 2, "num_register_tokens": 3},
+    "convnext": {**_STAGES, "num_stages": 2, "image_size": IMAGE_EDGE},  # 1 x 1 products as Linear
+    "resnet": {**_STAGES, "embedding_size": 8, "layer_type": "basic"},
+}
+
 
 def save_causal_model(model_type: str, folder: Path, *, dtype: str, **changes: Any) -> Path:
     """A random causal LM of `model_type` (a key of CAUSAL, or any with `changes`), drawn in float32."""
@@ -76,6 +95,22 @@ def save_encoder_decoder(model_type: str, folder: Path, *, dtype: str) -> Path:
     shared = {key: _SHARED[key] for key in ("vocab_size", "pad_token_id")}
     config = AutoConfig.for_model(model_type, **{**shared, **SEQUENCE_TO_SEQUENCE[model_type]})
     return _save(AutoModelForSeq2SeqLM, config, folder, dtype)
+
+
+def save_image_classifier(model_type: str, folder: Path, *, dtype: str) -> Path:
+    """A random image classifier of `model_type`, a key of IMAGES, with its image processor's file."""
+    from transformers import AutoConfig, AutoModelForImageClassification
+
+    config = AutoConfig.for_model(model_type, **IMAGES[model_type])
+    _save(AutoModelForImageClassification, config, folder, dtype)
+    processor = {
+        "image_processor_type": "ViTImageProcessor",
+        "size": {"height": IMAGE_EDGE, "width": IMAGE_EDGE},
+        "image_mean": [0.4, 0.5, 0.6],
+        "image_std": [0.3, 0.25, 0.2],
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor), encoding="utf-8")
+    return folder
 
 
 def _save(auto_class: Any, config: Any, folder: Path, dtype: str) -> Path:

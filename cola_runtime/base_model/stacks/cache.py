@@ -103,7 +103,7 @@ def _dropouts(cohort: Cohort, number: int) -> tuple[SegmentDropout, ...]:
             seed=member.adapter.spec.seed,
             version=member.segment.version,
             first_row=member.segment.first_row,
-            lengths=tuple(len(row.tokens) for row in member.segment.rows),
+            lengths=tuple(len(row.tokens) if row.image is None else None for row in member.segment.rows),
         )
         for member in cohort.members
     )
