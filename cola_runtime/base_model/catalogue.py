@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cola_runtime.adapters.patches import positions
 from cola_runtime.adapters.site_modules import module_patch, module_site, site_kind
 from cola_runtime.base_model.encoder_decoders import decode
-from cola_runtime.base_model.images import Shape, traced_images
+from cola_runtime.base_model.images import TRACED_IMAGES, Shape, traced_images
 from cola_runtime.types import Site, SiteKind
 
 TRACED_TOKENS = torch.tensor([[0, 1], [1, 0], [0, 0]])
@@ -59,7 +59,7 @@ def _candidates(model: Any) -> Iterator[tuple[str, nn.Module]]:
 def _positions(site: Site, x: Tensor) -> int:
     """Of one image at the site."""
     if site.patch is None:
-        return x.numel() // (len(x) * x.shape[-1])
+        return x.numel() // (TRACED_IMAGES * x.shape[-1])
     height, width = positions(site.patch, *x.shape[-2:])
     return height * width
 
