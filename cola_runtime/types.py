@@ -31,12 +31,27 @@ class Task(enum.StrEnum):
 class SiteKind(enum.StrEnum):
     """How a site stores its weight: `linear` is [out, in], `conv1d` (GPT-2) is [in, out].
 
-    `head` is no module of the base model: a task's own head over the pooled hidden state.
+    `conv2d` is a linear map of patches, one row per position of its output; `embedding` ([in, out]) one of
+    one-hot rows, which are held as their ids. `head` is no module of the base model: a task's own head over
+    the pooled hidden state.
     """
 
     LINEAR = "linear"
     CONV1D = "conv1d"
+    CONV2D = "conv2d"
+    EMBEDDING = "embedding"
     HEAD = "head"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patch:
+    """What a conv2d site sees at each position of its output: `in_features` numbers, channel by channel."""
+
+    kernel: tuple[int, int]  # height, width; so are stride and dilation
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]  # zeros left, right, above and below the image
+    dilation: tuple[int, int]
+    groups: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +64,19 @@ class Site:
     in_features: int
     out_features: int
     input_group: int  # sites with one number receive the very same input x (q, k, v; gate, up)
+    patch: Patch | None = None  # of a conv2d site
+    positions: int | None = None  # rows of x that an image has there; None: one for every token
+    padding_index: int | None = None  # of an embedding: the id whose weights never train, as in torch
+
+    @property
+    def groups(self) -> int:
+        """Into how many equal runs inputs and outputs are divided, without weights from one to another."""
+        return 1 if self.patch is None else self.patch.groups
+
+    @property
+    def takes_ids(self) -> bool:
+        """Its x is held as ids, int [rows, 1], which stand for one-hot rows [rows, in_features]."""
+        return self.kind is SiteKind.EMBEDDING
 
 
 class TensorKind(enum.IntEnum):
@@ -57,7 +85,7 @@ class TensorKind(enum.IntEnum):
     A weight's gradient has its shape and its id plus 64.
     """
 
-    LORA_A = 1  # [rank, in_features]
+    LORA_A = 1  # [rank, in_features]; conv2d: adapters/shapes.py
     LORA_B = 2  # [out_features, rank]
     WEIGHT = 3  # linear: [out_features, in_features]
     BIAS = 4  # linear: [out_features]
@@ -82,6 +110,7 @@ class TensorKind(enum.IntEnum):
     GRAD_MODULE = 75
 
     INPUT = 128  # x, [rows, in_features]; its site is the first one of those that share it (dropout: its own)
+    # (embedding: ids, int32 [rows, 1])
     OUTPUT_GRADIENT = 129  # g, [rows, out_features]
     WEIGHT_GRADIENT = 130  # g^T [x, 1], [out_features, in_features + 1]: G, and the sum of g for a bias
     WEIGHT_GRADIENT_FACTORS = (

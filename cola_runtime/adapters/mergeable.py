@@ -24,7 +24,8 @@ def check_mergeable(spec: AdapterSpec, *, dtype: str, tied_sites: Collection[int
 
     `MERGED_NEEDS_LINEAR`: a kind that is not linear in x. `MERGED_DROPOUT`: dropout inside the adapter.
     `MERGED_DTYPE`: a base model in half precision.
-    `MERGED_TIED_WEIGHT`: a site whose weight is another module's too.
+    `MERGED_TIED_WEIGHT`: a site whose weight is another module's too. `MERGED_GROUPED_LORA`: a LoRA at a
+    convolution in groups.
     """
     _check_dtype(dtype)
     for part in spec.parts:
@@ -45,6 +46,14 @@ def check_mergeable(spec: AdapterSpec, *, dtype: str, tied_sites: Collection[int
                 remedy="Use dropout 0, or mode unmerged.",
             )
     for site in spec.sites:
+        if site.groups > 1 and isinstance(spec.kinds[site.index], LoraKind):
+            raise InvalidInput(
+                "MERGED_GROUPED_LORA",
+                f"peft's LoRA at {site.name} mixes the channels of its {site.groups} groups, which no weight "
+                "of that convolution does",
+                where="job.adapter.target_modules",
+                remedy="Use kind linear there, leave the module out, or train with mode unmerged.",
+            )
         if site.index in tied_sites:
             raise InvalidInput(
                 "MERGED_TIED_WEIGHT",

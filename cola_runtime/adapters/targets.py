@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
+from cola_runtime.adapters.site_kinds import WHOLE_ROWS
 from cola_runtime.errors import InvalidInput, Violation
 from cola_runtime.types import Site
 
@@ -30,7 +31,8 @@ _LISTED_NAMES = 12
 def resolve_target_sites(catalogue: Sequence[Site], target_modules: str | Sequence[str]) -> tuple[Site, ...]:
     """The sites that `target_modules` names, in catalogue order, each once; never empty.
 
-    `all-linear` is the whole catalogue (it has no LM head); `attention` and `mlp` go by the names in PRESETS.
+    `all-linear` is every Linear and Conv1D of the catalogue (it has no LM head); `attention` and `mlp` go by
+    the names in PRESETS. Convolutions and embeddings are in no preset: they are named.
     Anything else is matched as PEFT does: a module's full name, or its last dotted parts. Raises InvalidInput
     `NO_MODULE_MATCHED`, with near names, if a given name or a preset matches no site.
     """
@@ -46,9 +48,8 @@ def resolve_target_sites(catalogue: Sequence[Site], target_modules: str | Sequen
 
 
 def _preset_sites(catalogue: Sequence[Site], preset: str) -> tuple[Site, ...]:
-    if preset == ALL_LINEAR:
-        return tuple(catalogue)
-    return tuple(site for site in catalogue if _preset_of(site) == preset)
+    named = (site for site in catalogue if site.kind in WHOLE_ROWS)
+    return tuple(site for site in named if preset in (ALL_LINEAR, _preset_of(site)))
 
 
 def _preset_of(site: Site) -> str | None:

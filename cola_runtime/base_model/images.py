@@ -165,8 +165,8 @@ def _holds(x: Tensor, last: Tensor) -> bool:
     if x.numel() != TRACED_IMAGES * last.numel() or x.shape[-1] != last.shape[-1]:
         return False
     ending = x.reshape(TRACED_IMAGES, -1)[-1]
-    difference = ending - last.reshape(-1)  # rounding, or another image
-    return bool(difference.norm() < 0.1 * last.norm())
+    difference = (ending - last.reshape(-1)).double()  # rounding, or another image
+    return bool(difference.norm() < 0.1 * last.double().norm())
 
 
 def _drawn(model: Any, shape: Shape) -> Tensor:

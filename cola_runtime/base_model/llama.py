@@ -28,7 +28,7 @@ from cola_runtime.base_model.llama_weights import LlamaLayer, Projection, llama_
 from cola_runtime.base_model.segments import MixedBatch
 from cola_runtime.base_model.stacks.cache import Stacks
 from cola_runtime.base_model.stacks.protocol import Kept
-from cola_runtime.base_model.tapped import SiteGroup
+from cola_runtime.base_model.site_groups import SiteGroup
 from cola_runtime.base_model.workspace import Workspace
 
 
@@ -57,7 +57,9 @@ class _Step:
     shape: tuple[int, int]
     stacks: Stacks
     rotary: Rotary
-    lowest: int  # the lowest adapted input group, by its place in the forward pass
+    lowest: int  # the lowest adapted input group, by its place in the forward pass; -1: the embedding
+    tokens_BT1: Tensor
+    embedding_kept: list[Kept]
     records: dict[int, _LayerRecord] = field(default_factory=dict)
     last_ND: Tensor | None = None  # the residual stream before the final norm
     last_inverse_N1: Tensor | None = None
@@ -83,17 +85,22 @@ class LlamaBody:
             for depth, layer in enumerate(self._layers)
             for place, projection in enumerate(layer.projections)
         }
+        self._embedding = groups[-1].sites[0].input_group
+        self._places[self._embedding] = -1
         self._step: _Step | None = None
 
     @torch.no_grad()
     def forward(self, batch: MixedBatch, stacks: Stacks, *, train: bool) -> Tensor:
         tokens_BT = batch.tokens_BT
         embedded_BTD = self._model.embed_tokens(tokens_BT)
+        embedding = stacks.get(self._embedding, [])
         step = _Step(
             shape=(tokens_BT.shape[0], tokens_BT.shape[1]),
             stacks=stacks,
             rotary=self._rotary(embedded_BTD),
             lowest=min((self._places[group] for group in stacks), default=4 * len(self._layers)),
+            tokens_BT1=tokens_BT[..., None],
+            embedding_kept=[stack.add_to([embedded_BTD], tokens_BT[..., None]) for stack in embedding],
         )
         h_ND = embedded_BTD.flatten(0, 1)
         for depth, layer in enumerate(self._layers):
@@ -121,6 +128,9 @@ class LlamaBody:
             depth, record = step.records.popitem()  # the deepest left
             if self._mlp_backward(self._layers[depth], record, step, dh_ND):
                 self._attention_backward(self._layers[depth], record, step, dh_ND)
+        grads_BTD = [dh_ND.view(*step.shape, -1)]
+        for stack, kept in zip(step.stacks.get(self._embedding, []), step.embedding_kept, strict=True):
+            stack.backward(step.tokens_BT1, kept, grads_BTD, None)
 
     def finish(self) -> None:
         self._step = None

@@ -25,8 +25,8 @@ from cola_runtime.base_model.images import (
 from cola_runtime.base_model.llama_weights import is_plain_llama
 from cola_runtime.base_model.loss import VocabularyProjection
 from cola_runtime.base_model.product_rate import matrix_product_flops
+from cola_runtime.base_model.site_groups import SiteGroup, site_group
 from cola_runtime.base_model.stock import open_frozen
-from cola_runtime.base_model.tapped import SiteGroup
 from cola_runtime.errors import InvalidInput
 from cola_runtime.types import Site, Task
 
@@ -177,7 +177,7 @@ def _site_groups(model: Any, sites: Sequence[Site]) -> tuple[SiteGroup, ...]:
     for site in sites:
         members.setdefault(site.input_group, []).append(site)
     groups = [
-        SiteGroup(group, [model.get_submodule(site.name) for site in group]) for group in members.values()
+        site_group(group, [model.get_submodule(site.name) for site in group]) for group in members.values()
     ]
     shared = _shared_storages(model)
     for group in groups:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cola_runtime.types import TensorKey, TensorKind
+from cola_runtime.adapters.features import outer
+from cola_runtime.types import Site, TensorKey, TensorKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +31,13 @@ def activation_tensors(x_NI: Tensor, grads: Mapping[int, Tensor]) -> dict[Tensor
     """x under the first site, g [N, O] under each of `grads`' sites; only rows where any g is not zero.
 
     A row with g = 0 adds nothing to any gradient, so dropping it is exact. Zero is tested on g itself: a mask
-    would keep rows that reach no loss. The tensors are copies.
+    would keep rows that reach no loss. The tensors are copies; ids (an embedding's x, [N, 1]) are int32.
     """
     rows = _any_nonzero(list(grads.values())).nonzero().squeeze(1)
-    tensors = {TensorKey(next(iter(grads)), TensorKind.INPUT): x_NI.index_select(0, rows)}
+    used_NI = x_NI.index_select(0, rows)
+    if not used_NI.is_floating_point():
+        used_NI = used_NI.int()
+    tensors = {TensorKey(next(iter(grads)), TensorKind.INPUT): used_NI}
     for site, grad_NO in grads.items():
         tensors[TensorKey(site, TensorKind.OUTPUT_GRADIENT)] = grad_NO.index_select(0, rows)
     return tensors
@@ -46,16 +50,24 @@ def _any_nonzero(grads: Sequence[Tensor]) -> Tensor:
     return used_N
 
 
-def product_tensors(x_NI: Tensor, grads: Mapping[int, Tensor], dtype: torch.dtype) -> dict[TensorKey, Tensor]:
-    """g^T [x, 1] of every site in `grads`, [O, I + 1]: all that a kind linear in x needs, whatever N."""
+def product_tensors(
+    x_NI: Tensor, grads: Mapping[int, Tensor], site: Site, dtype: torch.dtype
+) -> dict[TensorKey, Tensor]:
+    """g^T [x, 1] of every site in `grads`, [O, I + 1]: all that a kind linear in x needs, whatever N.
+
+    `site` is any of them. The product is whole at grouped convolutions, too.
+    """
     return {
-        TensorKey(site, TensorKind.WEIGHT_GRADIENT): _product(x_NI, grad_NO).to(dtype)
-        for site, grad_NO in grads.items()
+        TensorKey(index, TensorKind.WEIGHT_GRADIENT): _product(x_NI, grad_NO, site).to(dtype)
+        for index, grad_NO in grads.items()
     }
 
 
-def _product(x_NI: Tensor, grad_NO: Tensor) -> Tensor:
-    product = x_NI.new_empty(grad_NO.shape[1], x_NI.shape[1] + 1)
-    torch.mm(grad_NO.T, x_NI, out=product[:, :-1])
+def _product(x_NI: Tensor, grad_NO: Tensor, site: Site) -> Tensor:
+    product = grad_NO.new_empty(grad_NO.shape[1], site.in_features + 1)
+    if site.takes_ids:
+        product[:, :-1] = outer(grad_NO, x_NI, site)
+    else:
+        torch.mm(grad_NO.T, x_NI, out=product[:, :-1])
     torch.sum(grad_NO, dim=0, out=product[:, -1])
     return product

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from cola_runtime.adapter_spec import AdapterPart, AdapterSpec, head_part
 from cola_runtime.adapters.mergeable import check_mergeable
+from cola_runtime.adapters.site_kinds import check_kind
 from cola_runtime.adapters.targets import resolve_target_sites
 from cola_runtime.config import PlannerSettings
 from cola_runtime.errors import InvalidInput
@@ -70,7 +71,12 @@ def job_taps(
     microbatches = min(job.adaptation_interval, rows)
     tokens = rows * data.tokens / data.rows / microbatches
     parts = math.ceil(tokens / costs.token_budget)
-    workload = Workload(tokens=tokens / parts, microbatches=microbatches * parts, base_dtype=base.dtype)
+    workload = Workload(
+        tokens=tokens / parts,
+        rows=rows / microbatches / parts,
+        microbatches=microbatches * parts,
+        base_dtype=base.dtype,
+    )
     return plan_taps(
         adapter, workload, costs, requested=_requested(job), compression=Compression(job.compression)
     )
@@ -112,7 +118,8 @@ def wire_costs(settings: PlannerSettings, base: BaseModelDescription, *, token_b
 
 def training_plan(spec: JobSpec, base: BaseModelDescription, *, total_steps: int) -> TrainingPlan:
     """Raises InvalidInput: `NO_MODULE_MATCHED` when target modules name no site of the base model,
-    `SITE_TWICE` when two parts of the adapter name the same one, `TASK_UNSUPPORTED` when the base model does
+    `SITE_TWICE` when two parts of the adapter name the same one, `SITE_UNSUPPORTED` when one is at a site that
+    it cannot be at, `TASK_UNSUPPORTED` when the base model does
     not serve the job's task, and those of `check_mergeable`.
     """
     _check_task(spec, base)
@@ -151,6 +158,7 @@ def _parts(spec: JobSpec, base: BaseModelDescription) -> Iterator[AdapterPart]:
                     where=f"job.adapter.{number}.target_modules",
                     remedy="Name each module in one part only; nothing was created.",
                 )
+        check_kind(part.adapter_kind, sites, where=f"job.adapter.{number}.target_modules")
         yield AdapterPart(kind=part.adapter_kind, sites=sites)
     if spec.task.head is not None:
         yield head_part(spec.task.head, base.sites, hidden_size=base.hidden_size)

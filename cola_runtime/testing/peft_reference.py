@@ -97,11 +97,16 @@ def peft_model(model_path: Path, spec: AdapterSpec, *, dtype: str, attention: st
 def adapter_parameters(model: Any, spec: AdapterSpec) -> dict[TensorKey, Parameter]:
     """The peft model's own factor parameters, by our names, in catalogue order."""
     base = model.get_base_model()
-    return {
-        TensorKey(site.index, kind): getattr(base.get_submodule(site.name), factor)["default"].weight
-        for site in spec.sites
-        for kind, factor in _FACTORS.items()
-    }
+    found: dict[TensorKey, Parameter] = {}
+    for site in spec.sites:
+        module = base.get_submodule(site.name)
+        for kind, factor in _FACTORS.items():
+            key = TensorKey(site.index, kind)
+            if site.takes_ids:
+                found[key] = getattr(module, factor.replace("lora_", "lora_embedding_"))["default"]
+            else:
+                found[key] = getattr(module, factor)["default"].weight
+    return found
 
 
 def batch_loss(model: Any, rows: Sequence[Row]) -> Tensor:

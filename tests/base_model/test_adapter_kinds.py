@@ -16,7 +16,7 @@ from cola_runtime.base_model.model import TappedModel
 from cola_runtime.testing.peft_reference import batch_loss, relative_difference
 from cola_runtime.types import Encoding, TensorKey, TensorKind
 from tests.base_model.conftest import TinyFolder
-from tests.base_model.kind_samples import BOUNDS, KINDS, assert_exact, everywhere, mixed_kinds, tenant
+from tests.base_model.kind_samples import BOUNDS, KINDS, assert_exact, everywhere, fitting, mixed_kinds, tenant
 from tests.base_model.mixed_samples import gradients_of, install_all, run_segments
 
 
@@ -62,7 +62,7 @@ def test_kinds_mixed_within_one_job_by_site_are_autograds(
     """Two kinds at one input group (q and v against k), a module elsewhere, and sites without any."""
     path = tiny_folder(model, "float64")
     tapped = TappedModel.load(path, dtype="float64", attention="eager")
-    sites = tapped.sites
+    sites = fitting(KINDS["mlp-relu"], tapped.sites)
     parts = (
         AdapterPart(kind=KINDS["lora"], sites=(sites[0], sites[2])),
         AdapterPart(kind=KINDS["linear-bias"], sites=(sites[1],)),
@@ -92,7 +92,7 @@ def test_a_registered_module_trains_like_autograd(
     for position, member in enumerate(tenants):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, attn_implementation="eager")
         named = {}
-        for site in tapped.sites:
+        for site in member.spec.sites:
             module = Gated(site.in_features, site.out_features, 3).double()
             for slot, parameter in enumerate(module.parameters()):
                 key = TensorKey(site.index, TensorKind.MODULE, slot)

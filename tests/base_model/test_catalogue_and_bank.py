@@ -26,8 +26,8 @@ def shapes_by_group(model: TappedModel) -> dict[int, list[str]]:
 def test_llamas_sites_share_inputs_as_its_layers_do(tiny_folder: TinyFolder) -> None:
     model = TappedModel.load(tiny_folder("llama", "float32"), dtype="float32", threads=1)
     layer = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
-    assert list(shapes_by_group(model).values()) == layer * 3
-    assert [site.index for site in model.sites] == list(range(21))
+    assert list(shapes_by_group(model).values()) == [*layer * 3, ["embed_tokens"]]
+    assert [site.index for site in model.sites] == list(range(22))
     key = model.sites[1]
     assert (key.name, key.kind) == ("model.layers.0.self_attn.k_proj", SiteKind.LINEAR)
     assert (key.in_features, key.out_features) == (64, 32)
@@ -35,8 +35,9 @@ def test_llamas_sites_share_inputs_as_its_layers_do(tiny_folder: TinyFolder) -> 
 
 def test_gpt2s_sites_are_conv1d_and_its_head_is_none(tiny_folder: TinyFolder) -> None:
     model = TappedModel.load(tiny_folder("gpt2", "float32"), dtype="float32", threads=1)
-    assert list(shapes_by_group(model).values()) == [["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]] * 3
-    assert {site.kind for site in model.sites} == {SiteKind.CONV1D}
+    layer = [["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]]
+    assert list(shapes_by_group(model).values()) == [*layer * 3, ["wte"]]  # wpe is looked up once for all rows
+    assert [site.kind for site in model.sites] == [SiteKind.CONV1D] * 12 + [SiteKind.EMBEDDING]
     assert (model.sites[0].in_features, model.sites[0].out_features) == (64, 192)
 
 
@@ -103,7 +104,7 @@ def test_the_bank_refuses_old_epochs_and_wrong_tensors(tiny_folder: TinyFolder) 
         (member.spec, {key: w for key, w in member.weights.items() if key != first}),
         (member.spec, {**member.weights, first: member.weights[first][:2]}),
         (at_sites(member.spec, (foreign, *member.spec.sites[1:])), member.weights),
-        (at_sites(member.spec, (replace(foreign, index=21),)), member.weights),
+        (at_sites(member.spec, (replace(foreign, index=22),)), member.weights),
     ]
     for spec, weights in wrong:
         with pytest.raises(InvalidInput):

@@ -15,7 +15,7 @@ from cola_runtime.testing.architectures import IMAGES, save_image_classifier
 from cola_runtime.testing.peft_reference import relative_difference
 from cola_runtime.testing.sequence_reference import sequence_model, sequence_output
 from cola_runtime.types import Encoding, Image, Row, Task
-from tests.base_model.kind_samples import BOUNDS, KINDS, NONLINEAR, ZERO, random_weights
+from tests.base_model.kind_samples import BOUNDS, KINDS, NONLINEAR, ZERO, fitting, random_weights
 from tests.base_model.mixed_samples import (
     Tenant,
     Weights,
@@ -40,7 +40,7 @@ def member(tapped: TappedModel, kind: str, *, body: bool = True) -> Tenant:
     number = list(KINDS).index(kind)
     parts = []
     if body and tapped.sites:
-        parts.append(AdapterPart(kind=KINDS[kind], sites=tapped.sites))
+        parts.append(AdapterPart(kind=KINDS[kind], sites=fitting(KINDS[kind], tapped.sites)))
     head = HeadKind(labels=2 + number)
     parts.append(head_part(head, tapped.sites, hidden_size=tapped.describe("", "").hidden_size))
     spec = AdapterSpec(parts=tuple(parts), seed=number, dtype="float64")

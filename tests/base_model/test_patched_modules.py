@@ -15,7 +15,8 @@ from cola_runtime.base_model.bank import AdapterBank
 from cola_runtime.base_model.segments import Cohort, Member
 from cola_runtime.base_model.stacks.cache import StackCache, group_stacks
 from cola_runtime.base_model.stacks.lora import LoraStack
-from cola_runtime.base_model.tapped import SiteGroup, TappedModules
+from cola_runtime.base_model.site_groups import SiteGroup
+from cola_runtime.base_model.tapped import TappedModules
 from cola_runtime.types import Lease, Segment, Site, SiteKind
 from tests.base_model.mixed_samples import random_row
 

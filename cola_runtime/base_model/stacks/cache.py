@@ -16,6 +16,7 @@ from cola_runtime.base_model.segments import Cohort
 from cola_runtime.base_model.stacks.protocol import CohortRows, SiteStack
 from cola_runtime.base_model.stacks.taps import GroupTaps
 from cola_runtime.gradients.taps import TapSink
+from cola_runtime.types import Site
 
 Stacks = dict[int, list[SiteStack]]
 """Input group -> the stacks of every cohort's parts that have sites there."""
@@ -85,8 +86,9 @@ def group_stacks(
             dropouts = () if sink is None else _dropouts(cohort, number)
             rows = CohortRows(cohort.first_row, cohort.stop_row, scalings, dropouts)
             for group, of_group in of_part.items():
-                taps = None if sink is None else cohort_taps(cohort, group, scalings, sink)
-                places = tuple(positions[site.index] for site in part.groups[group])
+                sites = part.groups[group]
+                taps = None if sink is None else cohort_taps(cohort, sites[0], scalings, sink)
+                places = tuple(positions[site.index] for site in sites)
                 stacks.setdefault(group, []).append(part.stack(of_group, rows, places, taps))
     return stacks
 
@@ -107,10 +109,11 @@ def _dropouts(cohort: Cohort, number: int) -> tuple[SegmentDropout, ...]:
     )
 
 
-def cohort_taps(cohort: Cohort, group: int, scalings: tuple[float, ...], sink: TapSink) -> GroupTaps:
-    """Where the taps of one cohort's part at an input group go."""
+def cohort_taps(cohort: Cohort, site: Site, scalings: tuple[float, ...], sink: TapSink) -> GroupTaps:
+    """Where the taps of one cohort's part at a site's input group go."""
     return GroupTaps(
-        cohort.taps.encoding_of(group),
+        cohort.taps.encoding_of(site.input_group),
+        site=site,
         segments=[member.position for member in cohort.members],
         scalings=scalings,
         dtype=torch_dtype(cohort.members[0].adapter.spec),

@@ -18,7 +18,7 @@ from cola_runtime.base_model.segments import Cohort
 from cola_runtime.base_model.stacks.cache import Stacks, cohort_taps
 from cola_runtime.base_model.stacks.protocol import CohortRows, Kept
 from cola_runtime.base_model.stacks.taps import GroupTaps
-from cola_runtime.base_model.tapped import SiteGroup
+from cola_runtime.base_model.site_groups import SiteGroup
 from cola_runtime.gradients.taps import TapSink
 from cola_runtime.types import Site, TensorKey
 
@@ -42,7 +42,7 @@ def tap_stacks(
         rows = CohortRows(cohort.first_row, cohort.stop_row, (1.0,) * len(members))
         for part in cohort.members[0].adapter.layout.parts:
             for group, sites in part.groups.items():
-                taps = cohort_taps(cohort, group, rows.scalings, sink)
+                taps = cohort_taps(cohort, sites[0], rows.scalings, sink)
                 places = tuple(positions[site.index] for site in sites)
                 stacks.setdefault(group, []).append(TapStack(rows, places, sites, members, taps))
     return stacks

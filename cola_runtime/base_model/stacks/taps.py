@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cola_runtime.gradients.taps import Tap, TapSink, activation_tensors, product_tensors
-from cola_runtime.types import Encoding, TensorKey
+from cola_runtime.types import Encoding, Site, TensorKey
 
 OwnGradients = Callable[[], Mapping[TensorKey, Tensor]]
 """The kind's own gradients, [S, ...] each, scaled, in the wire's dtype. Called only when needed."""
@@ -24,6 +24,7 @@ class GroupTaps:
         self,
         encoding: Encoding,
         *,
+        site: Site,
         segments: Sequence[int],
         scalings: Sequence[float],
         dtype: torch.dtype,
@@ -32,6 +33,7 @@ class GroupTaps:
         self.scalings = scalings  # s of each segment
         self.dtype = dtype  # of gradients on the wire
         self._encoding = encoding
+        self._site = site  # any of those that share x
         self._segments = segments  # positions in BaseStep.segments
         self._sink = sink
 
@@ -51,7 +53,7 @@ class GroupTaps:
         return grad.to(self.dtype) * scalings.view(-1, *(1,) * (grad.ndim - 1))
 
     def _products(self, x_MI: Tensor, grads: Mapping[int, Tensor]) -> dict[TensorKey, Tensor]:
-        return product_tensors(x_MI, grads, self.dtype)
+        return product_tensors(x_MI, grads, self._site, self.dtype)
 
     def _hand_out(self, gradients: Mapping[TensorKey, Tensor]) -> None:
         """One dict per segment out of the stacked gradients; views, no copies."""
