@@ -25,6 +25,16 @@ class CausalLmTask(Frozen):
         """The vocabulary is the base model's own."""
 
 
+class SequenceToSequenceTask(Frozen):
+    """Learn to write the completion of a prompt that an encoder reads."""
+
+    kind: Literal["sequence_to_sequence"] = "sequence_to_sequence"
+
+    @property
+    def head(self) -> None:
+        """The vocabulary is the base model's own."""
+
+
 class ClassificationTask(Frozen):
     """Learn which of a few labels a text, or a pair of texts, has."""
 
@@ -59,9 +69,12 @@ class RegressionTask(Frozen):
         return HeadKind(labels=1, problem="regression")
 
 
-TaskSpec = Annotated[CausalLmTask | ClassificationTask | RegressionTask, Field(discriminator="kind")]
+LabelledTask = ClassificationTask | RegressionTask
+AnyTask = CausalLmTask | SequenceToSequenceTask | LabelledTask
+TaskSpec = Annotated[AnyTask, Field(discriminator="kind")]
 TASK_MODELS: dict[str, type[BaseModel]] = {
     "causal_lm": CausalLmTask,
+    "sequence_to_sequence": SequenceToSequenceTask,
     "sequence_classification": ClassificationTask,
     "regression": RegressionTask,
 }

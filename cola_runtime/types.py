@@ -154,10 +154,16 @@ class Metric(enum.StrEnum):
     MATTHEWS = "matthews"
     PEARSON = "pearson"
     SPEARMAN = "spearman"
+    ROUGE_L = "rouge_l"  # mean F-measure of generated answers against the completions
 
     @property
     def greater_is_better(self) -> bool:
         return self not in (Metric.LOSS, Metric.PERPLEXITY)
+
+    @property
+    def generates(self) -> bool:
+        """It needs an answer to every held-out prompt, which costs a forward pass per token."""
+        return self is Metric.ROUGE_L
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -352,6 +358,11 @@ class BaseModelDescription:
     tasks: tuple[Task, ...] = (Task.CAUSAL_LM,)
     details: dict[str, str] = field(default_factory=dict)  # attention implementation, threads, device
     tied_sites: tuple[int, ...] = ()  # their weights are other modules' too, so nothing may be merged there
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """Its rows have a source, and their tokens begin with its decoder's start."""
+        return Task.SEQUENCE_TO_SEQUENCE in self.tasks
 
     @property
     def bidirectional(self) -> bool:

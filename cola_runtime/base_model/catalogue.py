@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ def site_catalogue(model: Any) -> tuple[Site, ...]:
     A module called more than once belongs to the group of its first call.
     """
     modules = dict(_candidates(model))
-    inputs = _first_inputs(model, modules)
+    inputs = _first_inputs(modules, lambda: _traced(model))
     group_of: dict[int, int] = {}
     sites: list[Site] = []
     for name, module in modules.items():
@@ -43,6 +43,20 @@ def site_catalogue(model: Any) -> tuple[Site, ...]:
     return tuple(sites)
 
 
+def source_groups(model: Any, sites: Sequence[Site]) -> frozenset[int]:
+    """Of an encoder-decoder the input groups whose x is of the source's tokens: the encoder's, and those by
+    which the decoder attends to what it encoded. Traces rows of two source tokens and three target tokens.
+    """
+    source_BS = TRACED_TOKENS
+    target_BT = torch.zeros(len(source_BS), source_BS.shape[1] + 1, dtype=torch.int64)
+    modules = {site.name: model.get_submodule(site.name) for site in sites}
+    inputs = _first_inputs(modules, lambda: decode(model, source_BS, torch.ones_like(source_BS), target_BT))
+    tokens = source_BS.numel()
+    return frozenset(
+        site.input_group for site in sites if inputs[site.name].numel() == tokens * site.in_features
+    )
+
+
 def _candidates(model: Any) -> Iterator[tuple[str, nn.Module]]:
     from transformers.pytorch_utils import Conv1D
 
@@ -53,7 +67,14 @@ def _candidates(model: Any) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _first_inputs(model: Any, modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+def _traced(model: Any) -> None:
+    if model.config.is_encoder_decoder:
+        decode(model, TRACED_TOKENS, torch.ones_like(TRACED_TOKENS), TRACED_TOKENS)
+    else:
+        model.base_model(input_ids=TRACED_TOKENS, use_cache=False)
+
+
+def _first_inputs(modules: dict[str, nn.Module], forward: Callable[[], object]) -> dict[str, Tensor]:
     """The x of every module's first call. All are kept until the end, so that no two share an id."""
     seen: dict[str, Tensor] = {}
 
@@ -63,10 +84,7 @@ def _first_inputs(model: Any, modules: dict[str, nn.Module]) -> dict[str, Tensor
     ]
     try:
         with torch.no_grad():
-            if model.config.is_encoder_decoder:
-                decode(model, TRACED_TOKENS, torch.ones_like(TRACED_TOKENS), TRACED_TOKENS)
-            else:
-                model.base_model(input_ids=TRACED_TOKENS, use_cache=False)
+            forward()
     finally:
         for hook in hooks:
             hook.remove()

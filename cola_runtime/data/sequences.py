@@ -20,7 +20,7 @@ from cola_runtime.data.labels import label_value
 from cola_runtime.data.records import LabelledRecord
 from cola_runtime.data.template import Piece
 from cola_runtime.data.violations import Problem, Problems
-from cola_runtime.task_spec import ClassificationTask, RegressionTask
+from cola_runtime.task_spec import LabelledTask
 from cola_runtime.types import Row
 
 PAIR_SEPARATOR = "\n"  # between a decoder's two texts
@@ -116,7 +116,7 @@ class RowShape:
 def labelled_rows(
     records: Sequence[LabelledRecord],
     encoder: SequenceEncoder,
-    task: ClassificationTask | RegressionTask,
+    task: LabelledTask,
     shape: RowShape,
     problems: Problems,
 ) -> tuple[list[Row], int]:
@@ -141,11 +141,11 @@ def _encoded_records(
         yield from zip(batch, encoder.encode(batch, longest=longest), strict=True)
 
 
-def check_length(length: int, shape: RowShape, *, shortest: int = 1) -> None:
+def check_length(length: int, shape: RowShape, *, shortest: int = 1, of: str = "row") -> None:
     """Raises Problem `ROW_TOO_LONG` for a row that may not be cut, or not below `shortest`."""
     if length > shape.longest and (not shape.truncate or shortest > shape.longest):
         limit, actual = f"{shape.longest} tokens", f"{length} tokens"
-        raise Problem("ROW_TOO_LONG", f"the row has {actual}, {limit} fit", limit=limit, actual=actual)
+        raise Problem("ROW_TOO_LONG", f"the {of} has {actual}, {limit} fit", limit=limit, actual=actual)
 
 
 def _row(encoded: Encoded, label: int | float) -> Row:

@@ -263,7 +263,7 @@ def _step_record(adapter: LeasedAdapter, rows: list[Row], outcome: StepOutcome) 
         loss=outcome.loss.mean,
         learning_rate=outcome.applied.learning_rate,
         gradient_norm=outcome.applied.gradient_norm,
-        tokens=sum(len(row.tokens) for row in rows),
+        tokens=sum(row.length for row in rows),
         label_tokens=sum(row.label_tokens for row in rows),
         device_id=adapter.lease.device_id,
         bytes_up=outcome.applied.bytes_up,

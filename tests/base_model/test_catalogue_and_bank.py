@@ -134,11 +134,11 @@ def test_the_bank_keeps_the_version_before_of_adapters_that_may_be_stale(tiny_fo
 def test_generating_with_an_unknown_adapter_or_beyond_the_context_is_refused(tiny_folder: TinyFolder) -> None:
     model = TappedModel.load(tiny_folder("llama", "float32"), dtype="float32", threads=1)
     with pytest.raises(NotFound):
-        model.generate("job-9", [5, 6], max_new_tokens=1)
+        model.generate("job-9", [[5, 6]], max_new_tokens=1)
     with pytest.raises(InvalidInput, match="context"):
-        model.generate(None, [5] * 250, max_new_tokens=7)
+        model.generate(None, [[5] * 250], max_new_tokens=7)
     with pytest.raises(InvalidInput):
-        model.generate(None, [], max_new_tokens=1)
+        model.generate(None, [[]], max_new_tokens=1)
 
 
 def at_sites(spec: AdapterSpec, sites: tuple[Site, ...]) -> AdapterSpec:
