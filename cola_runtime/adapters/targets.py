@@ -9,8 +9,8 @@ from cola_runtime.errors import InvalidInput, Violation
 from cola_runtime.types import Site
 
 ALL_LINEAR = "all-linear"
-# Names of Llama's family (q_proj ...; Phi's fused qkv_proj, gate_up_proj), GPT-2's (c_attn ...), BERT's, BART's
-# and OPT's (out_proj, fc1 ...) and T5's; an encoder-decoder's attention is each side's own and that across.
+# Names of Llama's family (q_proj ...; Phi's fused qkv_proj, gate_up_proj), GPT-2's (c_attn ...), BERT's,
+# BART's and OPT's (out_proj, fc1 ...) and T5's; an encoder-decoder's attention is on each side and across.
 # `c_proj` alone would name both of GPT-2's projections, hence the two parts; `output.dense` does name both of
 # BERT's, hence a site belongs to the first preset that names it.
 PRESETS: dict[str, tuple[str, ...]] = {
