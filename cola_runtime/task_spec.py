@@ -25,6 +25,16 @@ class CausalLmTask(Frozen):
         """The vocabulary is the base model's own."""
 
 
+class SequenceToSequenceTask(Frozen):
+    """Learn to write the completion of a prompt that an encoder reads."""
+
+    kind: Literal["sequence_to_sequence"] = "sequence_to_sequence"
+
+    @property
+    def head(self) -> None:
+        """The vocabulary is the base model's own."""
+
+
 class _Labels(Frozen):
     """What the classification tasks have in common."""
 
@@ -71,10 +81,11 @@ class RegressionTask(Frozen):
 
 
 LabelledTask = ClassificationTask | RegressionTask | ImageClassificationTask
-AnyTask = CausalLmTask | LabelledTask
+AnyTask = CausalLmTask | SequenceToSequenceTask | LabelledTask
 TaskSpec = Annotated[AnyTask, Field(discriminator="kind")]
 TASK_MODELS: dict[str, type[BaseModel]] = {
     "causal_lm": CausalLmTask,
+    "sequence_to_sequence": SequenceToSequenceTask,
     "sequence_classification": ClassificationTask,
     "regression": RegressionTask,
     "image_classification": ImageClassificationTask,

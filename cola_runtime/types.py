@@ -184,10 +184,16 @@ class Metric(enum.StrEnum):
     MATTHEWS = "matthews"
     PEARSON = "pearson"
     SPEARMAN = "spearman"
+    ROUGE_L = "rouge_l"  # mean F-measure of generated answers against the completions
 
     @property
     def greater_is_better(self) -> bool:
         return self not in (Metric.LOSS, Metric.PERPLEXITY)
+
+    @property
+    def generates(self) -> bool:
+        """It needs an answer to every held-out prompt, which costs a forward pass per token."""
+        return self is Metric.ROUGE_L
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -406,6 +412,11 @@ class BaseModelDescription:
     def takes_images(self) -> bool:
         """Its rows are images, and nothing else."""
         return Task.IMAGE_CLASSIFICATION in self.tasks
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """Its rows have a source, and their tokens begin with its decoder's start."""
+        return Task.SEQUENCE_TO_SEQUENCE in self.tasks
 
     @property
     def bidirectional(self) -> bool:

@@ -11,18 +11,22 @@ from cola_runtime.types import Site
 
 ALL_LINEAR = "all-linear"
 # Names of Llama's family (q_proj ...; Phi's fused qkv_proj, gate_up_proj), GPT-2's (c_attn ...), BERT's,
-# ViT's (q_proj ..., mlp.fc1) and ConvNeXt's (pwconv1).
+# ViT's (q_proj ..., mlp.fc1), ConvNeXt's (pwconv1), BART's and OPT's (out_proj, fc1 ...) and T5's; an
+# encoder-decoder's attention is on each side and across.
 # `c_proj` alone would name both of GPT-2's projections, hence the two parts; `output.dense` does name both of
 # BERT's, hence a site belongs to the first preset that names it.
 PRESETS: dict[str, tuple[str, ...]] = {
     "attention": (
         *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "c_attn", "attn.c_proj"),
         *("self.query", "self.key", "self.value", "attention.output.dense"),
+        *("self_attn.out_proj", "encoder_attn.out_proj"),
+        *(f"{attention}.{part}" for attention in ("SelfAttention", "EncDecAttention") for part in "qkvo"),
     ),
     "mlp": (
         *("gate_proj", "up_proj", "down_proj", "gate_up_proj", "mlp.c_fc", "mlp.c_proj"),
         *("intermediate.dense", "output.dense"),
-        *("mlp.fc1", "mlp.fc2", "pwconv1", "pwconv2"),
+        *("fc1", "fc2", "pwconv1", "pwconv2"),
+        *("DenseReluDense.wi", "DenseReluDense.wi_0", "DenseReluDense.wi_1", "DenseReluDense.wo"),
     ),
 }
 _LISTED_NAMES = 12

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +32,8 @@ def site_catalogue(model: Any, image_shape: Shape | None = None) -> tuple[Site, 
     """
     modules = dict(_candidates(model))
     if image_shape is None:
-        inputs = _first_inputs(model, modules)
+        seen = _first_inputs(modules, lambda: _traced(model))
+        inputs = {name: x for name, x in seen.items() if _holds_every_token(modules[name], x)}
     else:
         inputs = traced_images(model, image_shape, modules)
     group_of: dict[object, int] = {}
@@ -45,6 +46,17 @@ def site_catalogue(model: Any, image_shape: Shape | None = None) -> tuple[Site, 
         site = module_site(module, index=len(sites), name=name, input_group=group)
         sites.append(site if image_shape is None else replace(site, positions=_positions(site, inputs[name])))
     return tuple(sites)
+
+
+def source_groups(model: Any, sites: Sequence[Site]) -> frozenset[int]:
+    """Of an encoder-decoder the input groups whose x is of the source's tokens: the encoder's, and those by
+    which the decoder attends to what it encoded. Traces rows of two source tokens and three target tokens.
+    """
+    source_BS = TRACED_TOKENS
+    target_BT = torch.zeros(len(source_BS), source_BS.shape[1] + 1, dtype=torch.int64)
+    modules = {site.name: model.get_submodule(site.name) for site in sites}
+    inputs = _first_inputs(modules, lambda: decode(model, source_BS, torch.ones_like(source_BS), target_BT))
+    return frozenset(site.input_group for site in sites if inputs[site.name].shape[:2] == source_BS.shape)
 
 
 def _candidates(model: Any) -> Iterator[tuple[str, nn.Module]]:
@@ -67,15 +79,23 @@ def _positions(site: Site, x: Tensor) -> int:
 def _holds_every_token(module: nn.Module, x: Tensor) -> bool:
     if site_kind(module) is SiteKind.CONV2D:
         return False  # of text nothing is known
-    if site_kind(module) is SiteKind.EMBEDDING:
-        return x.shape == TRACED_TOKENS.shape
-    return x.numel() == TRACED_TOKENS.numel() * x.shape[-1]
+    return _token_count(module, x) == TRACED_TOKENS.numel()
 
 
-def _first_inputs(model: Any, modules: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """The x of every module's first call, if it holds every token. All are kept until the end, so that no
-    two share an id.
-    """
+def _token_count(module: nn.Module, x: Tensor) -> int:
+    """Rows and tokens may be flattened into one dimension; an embedding's x are the tokens themselves."""
+    return x.numel() if site_kind(module) is SiteKind.EMBEDDING else x.numel() // x.shape[-1]
+
+
+def _traced(model: Any) -> None:
+    if model.config.is_encoder_decoder:
+        decode(model, TRACED_TOKENS, torch.ones_like(TRACED_TOKENS), TRACED_TOKENS)
+    else:
+        model.base_model(input_ids=TRACED_TOKENS, use_cache=False)
+
+
+def _first_inputs(modules: dict[str, nn.Module], forward: Callable[[], object]) -> dict[str, Tensor]:
+    """The x of every module's first call. All are kept until the end, so that no two share an id."""
     seen: dict[str, Tensor] = {}
 
     hooks = [
@@ -84,14 +104,11 @@ def _first_inputs(model: Any, modules: dict[str, nn.Module]) -> dict[str, Tensor
     ]
     try:
         with torch.no_grad():
-            if model.config.is_encoder_decoder:
-                decode(model, TRACED_TOKENS, torch.ones_like(TRACED_TOKENS), TRACED_TOKENS)
-            else:
-                model.base_model(input_ids=TRACED_TOKENS, use_cache=False)
+            forward()
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: x for name, x in seen.items() if _holds_every_token(modules[name], x)}
+    return seen
 
 
 def _note(seen: dict[str, Tensor], name: str, x: Tensor) -> None:

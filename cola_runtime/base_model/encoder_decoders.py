@@ -30,6 +30,7 @@ def read_encoder_decoder(
     from transformers import AutoModelForSeq2SeqLM
 
     model = open_frozen(AutoModelForSeq2SeqLM, path, dtype, attention)
+    _check_decoder_start(model)
     return model, _vocabulary_projection(model)
 
 
@@ -54,6 +55,20 @@ def decoder_hidden(model: Any, batch: MixedBatch) -> Tensor:
     """The decoder's last hidden state [B, T, D] of a mixed batch."""
     assert batch.sources is not None  # rows without a source are refused
     return decode(model, batch.sources.tokens_BS, batch.sources.real_BS, batch.tokens_BT)
+
+
+def _check_decoder_start(model: Any) -> None:
+    """Rows are the labels behind the start that the folder names, or behind their own last one."""
+    labels = torch.tensor([[5, 6, 7]])
+    shifted = model.prepare_decoder_input_ids_from_labels(labels)[0].tolist()
+    start = model.generation_config.decoder_start_token_id
+    if start is None or shifted[0] not in (start, 7) or shifted[1:] != [5, 6]:
+        raise InvalidInput(
+            "BASE_MODEL_UNSUPPORTED",
+            f"{type(model).__name__} does not begin its labels with the decoder_start_token_id that it names",
+            where="base_model",
+            remedy="Name one in the folder's config.json, or use another base model.",
+        )
 
 
 @torch.no_grad()

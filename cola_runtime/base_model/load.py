@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cola_runtime.base_model.catalogue import site_catalogue
+from cola_runtime.base_model.catalogue import site_catalogue, source_groups
 from cola_runtime.base_model.encoder_decoders import is_encoder_decoder, read_encoder_decoder
 from cola_runtime.base_model.encoders import is_encoder, read_encoder
 from cola_runtime.base_model.heads import Pooling
@@ -50,6 +50,7 @@ class LoadedModel:
     by_hand: bool  # LlamaBody can compute it
     product_flops: float  # FLOP/s of matrix products in its dtype here
     tied_sites: tuple[int, ...]  # sites whose parameters another module uses too
+    source_groups: frozenset[int]  # of an encoder-decoder: input groups whose x is of the source's tokens
     images: ImageInput | None = None  # of an image classifier, which takes nothing else
     image_tokens: int = 0  # computed for every image
 
@@ -131,6 +132,7 @@ def load_frozen_model(path: Path, *, dtype: str, attention: str) -> LoadedModel:
         images=images,
         image_tokens=0 if images is None else image_tokens(model, sites, images.shape),
         product_flops=matrix_product_flops(DTYPES[dtype]),
+        source_groups=source_groups(model, sites) if model.config.is_encoder_decoder else frozenset(),
     )
 
 

@@ -15,7 +15,7 @@ from cola_runtime.adapter_spec import AdapterSpec
 from cola_runtime.base_model.bank import AdapterBank, BankBytes
 from cola_runtime.base_model.body import Body, LastHidden, PatchedBody, causal_hidden, encoder_hidden
 from cola_runtime.base_model.encoder_decoders import decoder_hidden
-from cola_runtime.base_model.generate import Sampling, generate_tokens
+from cola_runtime.base_model.generate import Sampling, generate_tokens, keep_own_settings_only
 from cola_runtime.base_model.head_loss import HeadOutcome, head_losses
 from cola_runtime.base_model.images import ImageInput, pooled_hidden
 from cola_runtime.base_model.llama import LlamaBody
@@ -30,7 +30,7 @@ from cola_runtime.base_model.segments import (
     mixed_batch,
     row_refusal,
 )
-from cola_runtime.base_model.stacks.cache import StackCache, Stacks, group_stacks
+from cola_runtime.base_model.stacks.cache import GroupPlaces, StackCache, Stacks, group_stacks
 from cola_runtime.base_model.stacks.merged import bias_stacks, tap_stacks
 from cola_runtime.base_model.tapped import TappedModules
 from cola_runtime.base_model.workspace import Workspace
@@ -75,9 +75,14 @@ class TappedModel:
             image_shape=None if loaded.images is None else loaded.images.shape,
         )
         self._cache = StackCache()
-        self._positions = {
-            site.index: place for group in loaded.groups for place, site in enumerate(group.sites)
-        }
+        self._places = GroupPlaces(
+            positions={
+                site.index: place for group in loaded.groups for place, site in enumerate(group.sites)
+            },
+            source_groups=loaded.source_groups,
+        )
+        if not loaded.bidirectional:
+            keep_own_settings_only(loaded.model)
 
     @classmethod
     def load(cls, path: Path, *, dtype: str, attention: str = "auto", threads: int = 1) -> TappedModel:
@@ -186,26 +191,27 @@ class TappedModel:
     def generate(
         self,
         job_id: str | None,
-        token_ids: Sequence[int],
+        prompts: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
         temperature: float = 0.0,
         seed: int = 0,
         stop_ids: Collection[int] = (),
-    ) -> list[int]:
-        """Continue `token_ids` with the job's current adapter, or with the bare base model for None.
+    ) -> list[list[int]]:
+        """Continue each prompt with the job's current adapter, or with the bare base model for None.
 
-        A merged adapter answers with its whole gang as it is now. Stops before the first of `stop_ids`, which
-        is not returned. Temperature 0 is greedy. Raises NotFound `ADAPTER_UNKNOWN`, InvalidInput
-        `SEQUENCE_TOO_LONG`, `TASK_UNSUPPORTED`.
+        A merged adapter answers with its whole gang as it is now. An encoder-decoder reads the prompts as its
+        sources. Stops before the first of `stop_ids`, which is not returned. Temperature 0 is greedy. Raises
+        NotFound `ADAPTER_UNKNOWN`, InvalidInput `PROMPT_EMPTY`, `SEQUENCE_TOO_LONG`, `TASK_UNSUPPORTED`.
         """
-        self._check_generation(len(token_ids), max_new_tokens)
+        for prompt in prompts:
+            self._check_generation(len(prompt), max_new_tokens)
         sampling = Sampling(
             max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop_ids=frozenset(stop_ids)
         )
-        stacks = self._stacks([] if job_id is None else [self._lone_cohort(job_id)], None)
-        with self._modules.active(stacks, rows=1, training=False):
-            return generate_tokens(self._loaded.model, token_ids, sampling)
+        cohorts = [] if job_id is None else [self._lone_cohort(job_id, rows=len(prompts))]
+        with self._modules.active(self._stacks(cohorts, None), rows=len(prompts), training=False):
+            return generate_tokens(self._loaded.model, prompts, sampling)
 
     def _compute(self, batch: MixedBatch, sink: TapSink | None) -> dict[int, SegmentLoss]:
         """Position in BaseStep.segments -> loss."""
@@ -233,9 +239,9 @@ class TappedModel:
         gang = cohorts[0].members[0].adapter.gang if cohorts else None
         self._merged.put(self._bank.gang(gang))
         if gang is None:
-            return group_stacks(cohorts, self._positions, self._cache, sink)
+            return group_stacks(cohorts, self._places, self._cache, sink)
         stacks = bias_stacks(self._merged.biases, self._loaded.groups)
-        return stacks if sink is None else tap_stacks(stacks, cohorts, self._positions, sink)
+        return stacks if sink is None else tap_stacks(stacks, cohorts, self._places.positions, sink)
 
     def _fastest_body(self) -> Body:
         if self._loaded.by_hand:
@@ -260,7 +266,7 @@ class TappedModel:
         assert adapter is not None  # `_refusal` has looked
         return Member(position=position, segment=segment, adapter=adapter)
 
-    def _lone_cohort(self, job_id: str) -> Cohort:
+    def _lone_cohort(self, job_id: str, *, rows: int) -> Cohort:
         adapter = self._bank.adapter(job_id)
         if adapter is None:
             raise NotFound("ADAPTER_UNKNOWN", f"no adapter of {job_id} is resident", where=job_id)
@@ -268,7 +274,7 @@ class TappedModel:
         segment = Segment(
             lease=adapter.lease,
             version=adapter.version,
-            rows=(row,),
+            rows=(row,) * rows,
             loss_denominator=1.0,
             gang=adapter.gang,
         )
@@ -285,6 +291,8 @@ class TappedModel:
         if prompt_tokens == 0:
             raise InvalidInput("PROMPT_EMPTY", "the prompt has no tokens", where="prompt")
         total = prompt_tokens + max_new_tokens
+        if self._loaded.encoder_decoder:
+            total = max(prompt_tokens, 1 + max_new_tokens)  # each beside its own positions
         if total > self._limits.context_length:
             raise InvalidInput(
                 "SEQUENCE_TOO_LONG",

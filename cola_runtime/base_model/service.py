@@ -126,21 +126,23 @@ class BaseModelService:
     async def generate(
         self,
         job_id: str | None,
-        token_ids: Sequence[int],
+        prompts: Sequence[Sequence[int]],
         *,
         checkpoint: bytes | None = None,
         max_new_tokens: int,
         temperature: float,
         seed: int,
         stop_ids: Sequence[int],
-    ) -> list[int]:
-        """New tokens: from the adapter in the bank, else from the checkpoint; None is the bare base model."""
+    ) -> list[list[int]]:
+        """New tokens for every prompt, in one turn of the compute thread: from the adapter in the bank, else
+        from the checkpoint; None is the bare base model.
+        """
 
-        def ask() -> list[int]:
+        def ask() -> list[list[int]]:
             with self._resident(job_id, checkpoint):
                 return self._model.generate(
                     job_id,
-                    token_ids,
+                    prompts,
                     max_new_tokens=max_new_tokens,
                     temperature=temperature,
                     seed=seed,

@@ -41,7 +41,7 @@ class Encoder:
         self.prefix = self._find_prefix()  # markup that every plain text begins with, often none
         self.end = str(self._tokenizer.eos_token)  # markup that every plain text ends with
         self.turn_end_id = self._find_turn_end()  # None: the template doesn't mark the end of an answer
-        stops = {self._tokenizer.eos_token_id, self.turn_end_id, *_generation_stops(folder)}
+        stops = {self._tokenizer.eos_token_id, self.turn_end_id, *generation_stops(folder)}
         self.stop_ids: tuple[int, ...] = tuple(sorted(stops - {None}))
 
     def ids(self, pieces: Sequence[Piece]) -> list[Sequence[int]]:
@@ -124,7 +124,7 @@ def backend_of(tokenizer: Any, *, text_only: bool) -> Backend:
     return backend
 
 
-def _generation_stops(folder: Path) -> set[int]:
+def generation_stops(folder: Path) -> set[int]:
     """The ids that the model's own generation settings stop at."""
     path = folder / "generation_config.json"
     ids = json.loads(path.read_text("utf-8")).get("eos_token_id") if path.is_file() else None

@@ -11,7 +11,7 @@ from cola_runtime.data.tokenize import TokenizedDataset
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetReport:
-    """A checked dataset in numbers; lengths are in tokens."""
+    """A checked dataset in numbers; lengths are in tokens, of a pair both texts'."""
 
     rows: int
     tokens: int

@@ -141,11 +141,11 @@ def _encoded_records(
         yield from zip(batch, encoder.encode(batch, longest=longest), strict=True)
 
 
-def check_length(length: int, shape: RowShape, *, shortest: int = 1) -> None:
+def check_length(length: int, shape: RowShape, *, shortest: int = 1, of: str = "row") -> None:
     """Raises Problem `ROW_TOO_LONG` for a row that may not be cut, or not below `shortest`."""
     if length > shape.longest and (not shape.truncate or shortest > shape.longest):
         limit, actual = f"{shape.longest} tokens", f"{length} tokens"
-        raise Problem("ROW_TOO_LONG", f"the row has {actual}, {limit} fit", limit=limit, actual=actual)
+        raise Problem("ROW_TOO_LONG", f"the {of} has {actual}, {limit} fit", limit=limit, actual=actual)
 
 
 def _row(encoded: Encoded, label: int | float) -> Row:

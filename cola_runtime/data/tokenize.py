@@ -32,11 +32,17 @@ from cola_runtime.data.sequences import (
     check_length,
     labelled_rows,
 )
+from cola_runtime.data.source_target import SourceTargetEncoder
 from cola_runtime.data.template import Piece
 from cola_runtime.data.violations import Problem, Problems
 from cola_runtime.errors import InvalidInput
 from cola_runtime.spec import JobSpec
-from cola_runtime.task_spec import AnyTask, CausalLmTask, ImageClassificationTask
+from cola_runtime.task_spec import (
+    AnyTask,
+    CausalLmTask,
+    ImageClassificationTask,
+    SequenceToSequenceTask,
+)
 from cola_runtime.types import BaseModelDescription, Row
 
 BATCH_RECORDS = 512  # encoded at a time; bounds the memory that the encoder's own results take
@@ -45,6 +51,7 @@ _CAUSAL = CausalLmTask()
 _FORMATS: dict[type, tuple[DatasetFormat, ...]] = {
     CausalLmTask: (DatasetFormat.CHAT, DatasetFormat.PROMPT_COMPLETION, DatasetFormat.TEXT),
     ImageClassificationTask: (DatasetFormat.LABELLED_IMAGE,),
+    SequenceToSequenceTask: (DatasetFormat.PROMPT_COMPLETION,),
 }
 """What a task's records may be; any other task's are labelled."""
 _FORMAT_REMEDIES = {
@@ -52,6 +59,8 @@ _FORMAT_REMEDIES = {
     _FORMATS[
         ImageClassificationTask
     ]: 'Write every record as {"image": ..., "label": ...}, the image in base64.',
+    _FORMATS[SequenceToSequenceTask]: 'Write every record as {"prompt": ..., "completion": ...}: '
+    "the encoder reads the prompt, and a text or a conversation has none.",
     (DatasetFormat.LABELLED,): 'Label every record, {"text": ..., "label": ...}, or name another task.',
 }
 _REMEDY = "Shorten or correct these rows, or change max_length or truncate; nothing was created."
@@ -91,18 +100,24 @@ class Tokenizer:
     """The tokenizer and chat template of the base model in a folder. Safe to use from several threads."""
 
     def __init__(
-        self, path: Path | str, *, bidirectional: bool = False, image_tokens: int | None = None
+        self,
+        path: Path | str,
+        *,
+        bidirectional: bool = False,
+        encoder_decoder: bool = False,
+        image_tokens: int | None = None,
     ) -> None:
         """`bidirectional`: the base model is an encoder, or with `image_tokens` it reads images, not texts.
 
         Raises InvalidInput `TOKENIZER_UNSUPPORTED`, `IMAGE_PROCESSOR_UNSUPPORTED`.
         """
         self._images = None if image_tokens is None else ImageReader(Path(path), tokens=image_tokens)
-        self._causal = None if bidirectional else Encoder(Path(path))
+        self._pairs = SourceTargetEncoder(Path(path)) if encoder_decoder else None
+        self._causal = None if bidirectional or encoder_decoder else Encoder(Path(path))
         self._sequences: SequenceEncoder | None = None
         if self._causal is not None:
             self._sequences = PlainSequences(self._causal)
-        elif self._images is None:
+        elif self._images is None and self._pairs is None:
             self._sequences = FramedSequences(Path(path))
 
     @classmethod
@@ -111,13 +126,14 @@ class Tokenizer:
         return cls(
             base.tokenizer_path,
             bidirectional=base.bidirectional,
+            encoder_decoder=base.encoder_decoder,
             image_tokens=base.context_length if base.takes_images else None,
         )
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end a generation: end of text, end of turn, and what the model's settings name."""
-        return self._encoder.stop_ids
+        return self._encoder.stop_ids if self._pairs is None else self._pairs.stop_ids
 
     def tokenize(
         self,
@@ -130,15 +146,21 @@ class Tokenizer:
     ) -> TokenizedDataset:
         """One row per record. Labels are the answers and their ends (`completion`), or all tokens (`full`).
 
-        Of prompt and completion the completion is the answer, of plain text all of it; another task's rows
-        are labelled as a whole. Raises InvalidInput with the first 20 wrong rows and the number of all:
-        ROW_TOO_LONG, ROW_WITHOUT_LABELS, ROW_NOT_RENDERED, LABEL_INVALID, _UNKNOWN, _OUT_OF_RANGE,
-        IMAGE_FORMAT, _TOO_LARGE, _BROKEN; or TASK_FORMAT, TEMPLATE_MISSING.
+        Of prompt and completion the completion is the answer, of plain text all of it; an encoder-decoder
+        reads the prompt as its source; another task's rows are labelled as a whole. Raises InvalidInput with
+        the first 20 wrong rows and the number of all: ROW_TOO_LONG, ROW_WITHOUT_LABELS, ROW_NOT_RENDERED,
+        LABEL_INVALID, _UNKNOWN, _OUT_OF_RANGE, IMAGE_FORMAT, _TOO_LARGE, _BROKEN; or TASK_FORMAT,
+        TEMPLATE_MISSING.
         """
         _check_format(dataset, task)
         problems = Problems(dataset.file_name, remedy=_REMEDY)
+        shape = RowShape(max_length, truncate)
         if isinstance(task, CausalLmTask):
-            rows, truncated = self._causal_rows(dataset, RowShape(max_length, truncate), loss, problems)
+            rows, truncated = self._causal_rows(dataset, shape, loss, problems)
+        elif isinstance(task, SequenceToSequenceTask):
+            assert self._pairs is not None  # admission lets the task to encoder-decoders only
+            pairs = [record for record in dataset.records if isinstance(record, CompletionRecord)]
+            rows, truncated = self._pairs.rows(pairs, shape, problems)
         elif isinstance(task, ImageClassificationTask):
             assert self._images is not None  # admission lets the task to image classifiers only
             images = [record for record in dataset.records if isinstance(record, ImageRecord)]
@@ -146,7 +168,6 @@ class Tokenizer:
         else:
             assert self._sequences is not None
             records = [record for record in dataset.records if isinstance(record, LabelledRecord)]
-            shape = RowShape(max_length, truncate)
             rows, truncated = labelled_rows(records, self._sequences, task, shape, problems)
         problems.raise_if_any()
         literal = sum(self._spells_markup(record) for record in dataset.records)
@@ -167,10 +188,14 @@ class Tokenizer:
         return rows, truncated
 
     def encode_prompt(self, prompt: str | Sequence[Message]) -> list[int]:
-        """What to continue: plain text, or messages followed by the head of an answer.
+        """What to continue: plain text, or messages followed by the head of an answer; or a source.
 
         Raises InvalidInput `TEMPLATE_MISSING`, `ROW_NOT_RENDERED`.
         """
+        if self._pairs is not None:
+            if not isinstance(prompt, str):
+                raise _no_messages()
+            return self._pairs.source(prompt)
         if isinstance(prompt, str):
             pieces = [Piece(self._encoder.prefix, True, False), Piece(prompt, False, False)]
         else:
@@ -179,7 +204,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, special tokens left out."""
-        return self._encoder.decode(ids)
+        return (self._pairs or self._encoder).decode(ids)
 
     def _drafts(self, dataset: Dataset, problems: Problems) -> Iterator[tuple[Record, _Draft]]:
         """Each record that can be rendered, encoded; the others become problems."""
@@ -218,7 +243,7 @@ class Tokenizer:
             raise InvalidInput(problem.reason, problem.message, where="messages") from problem
 
     def _spells_markup(self, record: Record) -> bool:
-        spells = self._sequences
+        spells = self._pairs or self._sequences
         return spells is not None and any(map(spells.spells_markup, _texts(record)))
 
     @property
@@ -257,6 +282,15 @@ def _check_format(dataset: Dataset, task: AnyTask) -> None:
             where=dataset.file_name,
             remedy=_FORMAT_REMEDIES[taken],
         )
+
+
+def _no_messages() -> InvalidInput:
+    return InvalidInput(
+        "TEMPLATE_MISSING",
+        "an encoder-decoder reads one text and has no chat template, so it takes no messages",
+        where="messages",
+        remedy="Ask with a plain prompt.",
+    )
 
 
 def _labelled(row: Row) -> Row:

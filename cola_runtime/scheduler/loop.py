@@ -14,10 +14,11 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 
 from cola_runtime.config import SchedulerSettings
 from cola_runtime.errors import ColaError, Unavailable
-from cola_runtime.scheduler.packing import longest_row
+from cola_runtime.scheduler.packing import PaddedRow, padded_row
 from cola_runtime.scheduler.policy import Share, Waiting, admit, charge, choose
 from cola_runtime.scheduler.ports import BaseModelPort
 from cola_runtime.types import BaseStep, BaseStepResult, Segment, SegmentLoss
@@ -84,7 +85,7 @@ class SchedulerLoop:
                 tenant_id=tenant_id,
                 job_id=segment.lease.job_id,
                 rows=len(segment.rows),
-                longest=longest_row(segment.rows),
+                padded=padded_row(segment.rows),
                 train=train,
                 gang=segment.gang,
             ),
@@ -209,4 +210,5 @@ class SchedulerLoop:
 
 
 def _padded_tokens(tickets: list[_Ticket]) -> int:
-    return sum(t.waiting.rows for t in tickets) * max(t.waiting.longest for t in tickets)
+    padded = reduce(PaddedRow.beside, (ticket.waiting.padded for ticket in tickets))
+    return padded.total * sum(ticket.waiting.rows for ticket in tickets)

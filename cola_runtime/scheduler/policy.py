@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from cola_runtime.scheduler.packing import PaddedRow
 from cola_runtime.types import Gang
 
 WORTH = 1.25  # beyond this, a base step of its own is cheaper than the padding
@@ -23,14 +24,14 @@ class Waiting:
     tenant_id: str
     job_id: str
     rows: int
-    longest: int  # tokens of the longest row
+    padded: PaddedRow  # what each row costs, padded to the longest
     train: bool  # forward and backward, or forward only: the two never share a base step
     gang: Gang | None = None  # merged weights belong to one gang: a base step has one, or none
 
     @property
     def tokens(self) -> int:
         """What it costs alone, padding included."""
-        return self.rows * self.longest
+        return self.rows * self.padded.total
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,17 +56,17 @@ def choose(
     in_fair_order = sorted(waiting, key=lambda entry: (_served(shares, entry), entry.ticket))
     chosen: list[Waiting] = []
     considered_jobs: set[str] = set()
-    rows = longest = 0
+    rows, padded = 0, PaddedRow()
     for entry in in_fair_order:
         if entry.job_id in considered_jobs or (chosen and not _together(entry, chosen[0])):
             continue
         considered_jobs.add(entry.job_id)
-        grown_rows, grown_longest = rows + entry.rows, max(longest, entry.longest)
-        grown_tokens = grown_rows * grown_longest
-        if chosen and (grown_tokens > token_budget or grown_tokens - rows * longest > WORTH * entry.tokens):
+        grown_rows, grown = rows + entry.rows, padded.beside(entry.padded)
+        more = grown_rows * grown.total - rows * padded.total
+        if chosen and (grown_rows * grown.total > token_budget or more > WORTH * entry.tokens):
             continue
         chosen.append(entry)
-        rows, longest = grown_rows, grown_longest
+        rows, padded = grown_rows, grown
     return tuple(chosen)
 
 

@@ -14,14 +14,15 @@ from itertools import accumulate
 from typing import Any, TypeVar
 
 from cola_runtime.adapter_spec import LeaseTerms
-from cola_runtime.errors import ColaError
+from cola_runtime.data.held_out import HeldOutPrompts
+from cola_runtime.errors import ColaError, NotFound
 from cola_runtime.jobs.plan import TrainingPlan
 from cola_runtime.jobs.records import JobRecord
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.scheduler.device_pool import DevicePool
 from cola_runtime.scheduler.leases import LeaseBook, LeaseLost
 from cola_runtime.scheduler.loop import Computed, SchedulerLoop
-from cola_runtime.scheduler.packing import split_rows
+from cola_runtime.scheduler.packing import first_prompts, split_rows
 from cola_runtime.scheduler.ports import BaseModelPort
 from cola_runtime.storage.objects import ObjectStorage
 from cola_runtime.types import Gang, Lease, Row, Segment, StepApplied, TapPlan
@@ -148,6 +149,40 @@ class AdapterPrimitives:
         ]
         computed = await self._compute(adapter, segments, train=False)
         return _total(computed)
+
+    async def answer(self, adapter: LeasedAdapter, asked: HeldOutPrompts) -> list[list[int]]:
+        """Greedy answers under the adapter's current version.
+
+        In parts that fill a base step's token budget with prompts and answers, one after the other: each is a
+        turn of the base model's compute thread, and whatever else waits there goes in between.
+        """
+        answers: list[list[int]] = []
+        while len(answers) < len(asked.prompts):
+            part = first_prompts(
+                asked.prompts[len(answers) :],
+                new_tokens=asked.max_new_tokens,
+                token_budget=self._loop.token_budget,
+            )
+            answers += await self._answer_part(adapter, part, asked)
+        return answers
+
+    async def _answer_part(
+        self, adapter: LeasedAdapter, part: Sequence[Sequence[int]], asked: HeldOutPrompts
+    ) -> list[list[int]]:
+        self._book.check(adapter.lease)
+        generating = self._base.generate(
+            adapter.lease.job_id,
+            part,
+            checkpoint=None,
+            max_new_tokens=asked.max_new_tokens,
+            temperature=0.0,
+            seed=0,
+            stop_ids=asked.stop_ids,
+        )
+        try:
+            return await self._unless_lost(adapter.lease, asyncio.ensure_future(generating))
+        except NotFound as gone:  # with the base model that held it
+            raise LeaseLost(adapter.lease, gone.reason, gone.message) from gone
 
     async def take(
         self,

@@ -138,9 +138,9 @@ class JobRunner:
         version, checkpoint = 0, None
         if job_id is not None:
             version, checkpoint = await self._adapter_to_ask(await self._store.job(job_id))
-        tokens = await self._base.generate(
+        [tokens] = await self._base.generate(
             job_id,
-            list(prompt_ids),
+            [list(prompt_ids)],
             checkpoint=checkpoint,
             max_new_tokens=max_new_tokens,
             temperature=temperature,

@@ -34,6 +34,7 @@ from cola_runtime.server.admission import Admission, CheckedJob, Submission
 from cola_runtime.server.base_models import BaseModels
 from cola_runtime.server.limits import Limits
 from cola_runtime.server.prompts import Completion, Prompts
+from cola_runtime.spec import JobSpec
 from cola_runtime.storage.objects import ObjectStorage
 from cola_runtime.types import BaseModelDescription
 
@@ -172,7 +173,7 @@ class FineTuningService:
             if version is None:
                 raise _no_best(job)
         checkpoint = _pick(await self.store.checkpoints(job.job_id), job, version)
-        return await asyncio.to_thread(self._adapter_files, checkpoint, job.base_model)
+        return await asyncio.to_thread(self._adapter_files, checkpoint, job)
 
     async def generate(
         self,
@@ -252,7 +253,7 @@ class FineTuningService:
                 for key in contents:
                     await asyncio.to_thread(self._storage.delete, key)
 
-    def _adapter_files(self, checkpoint: CheckpointRecord, base_model: str) -> dict[str, bytes]:
+    def _adapter_files(self, checkpoint: CheckpointRecord, job: JobRecord) -> dict[str, bytes]:
         content = self._storage.get(checkpoint.storage_key)
         if hashlib.sha256(content).hexdigest() != checkpoint.sha256:
             raise Unavailable(
@@ -261,7 +262,8 @@ class FineTuningService:
                 remedy="Export another version: `cola jobs checkpoints` lists them.",
             )
         spec, _version, weights = checkpoint_weights(content)
-        return adapter_folder(spec, weights, base_model)
+        task = JobSpec.model_validate_json(job.spec_json).task.kind
+        return adapter_folder(spec, weights, job.base_model, task=task)
 
     def _page(self, limit: int) -> int:
         return min(limit, self.limits.page) if limit > 0 else self.limits.page

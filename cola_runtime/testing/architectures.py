@@ -41,7 +41,15 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "stablelm": {"num_key_value_heads": 4},
 }
 
-_RELATIVE = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+_RELATIVE = {
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 96,
+    "num_layers": 2,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
+    "eos_token_id": 2,
+}
 _ENCODER_DECODER = {
     "d_model": 64,
     "encoder_layers": 2,
@@ -52,6 +60,8 @@ _ENCODER_DECODER = {
     "decoder_ffn_dim": 96,
     "dropout": 0.0,
     "decoder_start_token_id": 1,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
     "forced_eos_token_id": None,
 }
 SEQUENCE_TO_SEQUENCE: dict[str, dict[str, Any]] = {

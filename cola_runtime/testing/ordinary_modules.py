@@ -27,7 +27,7 @@ from cola_runtime.adapter_spec import (
     ModuleKind,
 )
 from cola_runtime.adapters.module_registry import build_module
-from cola_runtime.testing.peft_reference import Recipe, TrainedAlone, train_parameters
+from cola_runtime.testing.peft_reference import Recipe, TrainedAlone, stock_model, train_parameters
 from cola_runtime.types import Patch, Site, SiteKind, TensorKey, TensorKind
 
 _ACTIVATIONS: dict[str, type[nn.Module] | Any] = {
@@ -93,8 +93,10 @@ class OrdinaryAdapter(nn.Module):
     def _second(self, weight: TensorKind, bias: TensorKind | None = None) -> _Layer:
         """What the first layer's output goes through: of the same positions, one at a time."""
         site = self._site
-        patch = None if site.patch is None else Patch(
-            kernel=(1, 1), stride=(1, 1), padding=(0, 0, 0, 0), dilation=(1, 1)
+        patch = (
+            None
+            if site.patch is None
+            else Patch(kernel=(1, 1), stride=(1, 1), padding=(0, 0, 0, 0), dilation=(1, 1))
         )
         kind = SiteKind.LINEAR if patch is None else site.kind
         over_hidden = replace(site, kind=kind, patch=patch, padding_index=None)
@@ -195,11 +197,7 @@ def _adding(adapter: OrdinaryAdapter) -> Any:
 
 def train_ordinary(model_path: Path, recipe: Recipe, *, dtype: str, attention: str = "sdpa") -> TrainedAlone:
     """As `peft_reference.train_alone`, for every kind, on the model in `dtype` throughout."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        model_path, dtype=getattr(torch, dtype), attn_implementation=attention
-    )
+    model = stock_model(model_path, dtype=dtype, attention=attention)
     wide_norms(model.requires_grad_(False).eval())
     return train_parameters(model, add_adapter(model, recipe.spec, recipe.initial_weights), recipe)
 

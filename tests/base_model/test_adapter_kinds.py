@@ -16,7 +16,15 @@ from cola_runtime.base_model.model import TappedModel
 from cola_runtime.testing.peft_reference import batch_loss, relative_difference
 from cola_runtime.types import Encoding, TensorKey, TensorKind
 from tests.base_model.conftest import TinyFolder
-from tests.base_model.kind_samples import BOUNDS, KINDS, assert_exact, everywhere, fitting, mixed_kinds, tenant
+from tests.base_model.kind_samples import (
+    BOUNDS,
+    KINDS,
+    assert_exact,
+    everywhere,
+    fitting,
+    mixed_kinds,
+    tenant,
+)
 from tests.base_model.mixed_samples import gradients_of, install_all, run_segments
 
 

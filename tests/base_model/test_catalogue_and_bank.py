@@ -36,7 +36,10 @@ def test_llamas_sites_share_inputs_as_its_layers_do(tiny_folder: TinyFolder) -> 
 def test_gpt2s_sites_are_conv1d_and_its_head_is_none(tiny_folder: TinyFolder) -> None:
     model = TappedModel.load(tiny_folder("gpt2", "float32"), dtype="float32", threads=1)
     layer = [["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]]
-    assert list(shapes_by_group(model).values()) == [*layer * 3, ["wte"]]  # wpe is looked up once for all rows
+    assert list(shapes_by_group(model).values()) == [
+        *layer * 3,
+        ["wte"],
+    ]  # wpe is looked up once for all rows
     assert [site.kind for site in model.sites] == [SiteKind.CONV1D] * 12 + [SiteKind.EMBEDDING]
     assert (model.sites[0].in_features, model.sites[0].out_features) == (64, 192)
 
@@ -135,11 +138,11 @@ def test_the_bank_keeps_the_version_before_of_adapters_that_may_be_stale(tiny_fo
 def test_generating_with_an_unknown_adapter_or_beyond_the_context_is_refused(tiny_folder: TinyFolder) -> None:
     model = TappedModel.load(tiny_folder("llama", "float32"), dtype="float32", threads=1)
     with pytest.raises(NotFound):
-        model.generate("job-9", [5, 6], max_new_tokens=1)
+        model.generate("job-9", [[5, 6]], max_new_tokens=1)
     with pytest.raises(InvalidInput, match="context"):
-        model.generate(None, [5] * 250, max_new_tokens=7)
+        model.generate(None, [[5] * 250], max_new_tokens=7)
     with pytest.raises(InvalidInput):
-        model.generate(None, [], max_new_tokens=1)
+        model.generate(None, [[]], max_new_tokens=1)
 
 
 def at_sites(spec: AdapterSpec, sites: tuple[Site, ...]) -> AdapterSpec:

@@ -106,4 +106,4 @@ def test_greedy_generation_is_transformers_own(model_type: str, tmp_path: Path) 
     expected = model.generate(
         input_ids=torch.tensor([source]), max_new_tokens=12, do_sample=False, num_beams=1, eos_token_id=None
     )
-    assert tapped.generate(None, source, max_new_tokens=12) == expected[0, 1:].tolist()
+    assert tapped.generate(None, [source], max_new_tokens=12) == [expected[0, 1:].tolist()]

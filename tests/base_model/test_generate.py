@@ -44,11 +44,11 @@ def test_greedy_tokens_equal_pefts_and_without_adapter_transformers(
     member = four_tenants(model.sites, "float32")[0]
     install_all(model, [member])
     reference = with_peft(path, member)
-    adapted = model.generate(member.job_id, PROMPT, max_new_tokens=12)
+    adapted = model.generate(member.job_id, [PROMPT], max_new_tokens=12)[0]
     assert adapted == greedy(reference, 12)
     with reference.disable_adapter():
         plain = greedy(reference, 12)
-    assert model.generate(None, PROMPT, max_new_tokens=12) == plain
+    assert model.generate(None, [PROMPT], max_new_tokens=12) == [plain]
     assert adapted != plain
 
 
@@ -58,8 +58,8 @@ def test_sampling_repeats_with_its_seed_and_stops_before_a_stop_token(
 ) -> None:
     model = TappedModel.load(tiny_folder(kind, "float32"), dtype="float32", threads=1)
     options = {"max_new_tokens": 10, "temperature": 1.5}
-    first = model.generate(None, PROMPT, seed=1, **options)
-    assert model.generate(None, PROMPT, seed=1, **options) == first
-    assert model.generate(None, PROMPT, seed=2, **options) != first
+    [first] = model.generate(None, [PROMPT], seed=1, **options)
+    assert model.generate(None, [PROMPT], seed=1, **options) == [first]
+    assert model.generate(None, [PROMPT], seed=2, **options) != [first]
     cut = first.index(first[5])
-    assert model.generate(None, PROMPT, seed=1, stop_ids={first[5]}, **options) == first[:cut]
+    assert model.generate(None, [PROMPT], seed=1, stop_ids={first[5]}, **options) == [first[:cut]]

@@ -271,7 +271,7 @@ def test_an_encoder_generates_nothing(tiny_folder: TinyFolder) -> None:
     tapped = TappedModel.load(tiny_folder("bert", "float64"), dtype="float64", attention="eager")
     assert isinstance(tapped._body, PatchedBody)
     with pytest.raises(InvalidInput) as caught:
-        tapped.generate(None, [1, 2], max_new_tokens=1)
+        tapped.generate(None, [[1, 2]], max_new_tokens=1)
     assert caught.value.reason == "TASK_UNSUPPORTED"
 
 

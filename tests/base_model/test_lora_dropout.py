@@ -159,7 +159,7 @@ def test_evaluation_and_generation_drop_nothing(tiny_folder: TinyFolder, model: 
         tapped = loaded(path, [member])
         evaluated, _ = run_segments(tapped, [segment(member)], train=False)
         trained, _ = run_segments(tapped, [segment(member)])
-        tokens = tapped.generate(member.job_id, [5, 6, 7], max_new_tokens=8)
+        tokens = tapped.generate(member.job_id, [[5, 6, 7]], max_new_tokens=8)
         results.append((evaluated.losses, tokens, trained.losses))
     (evaluated, tokens, trained), (plain_evaluated, plain_tokens, plain_trained) = results
     assert (evaluated, tokens) == (plain_evaluated, plain_tokens)

@@ -134,9 +134,10 @@ def test_a_merged_adapter_generates_as_it_does_beside_the_base(tiny_folder: Tiny
     tapped = load(tiny_folder, model)
     member = alone(collaborator(0, KINDS["linear-bias"], tapped.sites, SUM))
     tapped.install(member.tenant.lease, member.tenant.spec, 0, member.tenant.weights)
-    prompt, bare = [7, 8, 9], tapped.generate(None, [7, 8, 9], max_new_tokens=12)
-    beside = tapped.generate("job-0", prompt, max_new_tokens=12)
+    prompts = [[7, 8, 9]]
+    bare = tapped.generate(None, prompts, max_new_tokens=12)
+    beside = tapped.generate("job-0", prompts, max_new_tokens=12)
     member.install(tapped)
-    assert tapped.generate("job-0", prompt, max_new_tokens=12) == beside != bare
-    assert tapped.generate(None, prompt, max_new_tokens=12) == bare
+    assert tapped.generate("job-0", prompts, max_new_tokens=12) == beside != bare
+    assert tapped.generate(None, prompts, max_new_tokens=12) == bare
     assert torch.is_grad_enabled()

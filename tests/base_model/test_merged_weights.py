@@ -255,7 +255,7 @@ def test_a_failed_merge_is_done_again(tiny_folder: TinyFolder, monkeypatch: pyte
         for _ in range(2):
             with pytest.raises(MemoryError):
                 run_segments(model, [member.segment()])
-        model.generate(None, [5], max_new_tokens=1)
+        model.generate(None, [[5]], max_new_tokens=1)
         assert_pristine(model, before)
         with pytest.raises(MemoryError):
             run_segments(model, [member.segment()])

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cola_runtime.scheduler.packing import split_rows
+from cola_runtime.scheduler.packing import PaddedRow, split_rows
 from cola_runtime.scheduler.policy import Share, Waiting, admit, charge, choose
 from cola_runtime.types import Gang, Row
 
@@ -28,7 +28,7 @@ def waiting(
         tenant_id=tenant,
         job_id=job or tenant,
         rows=rows,
-        longest=longest,
+        padded=PaddedRow(longest),
         train=train,
         gang=gang,
     )

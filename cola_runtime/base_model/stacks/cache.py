@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from cola_runtime.base_model.segments import Cohort
 from cola_runtime.base_model.stacks.protocol import CohortRows, SiteStack
 from cola_runtime.base_model.stacks.taps import GroupTaps
 from cola_runtime.gradients.taps import TapSink
-from cola_runtime.types import Site
+from cola_runtime.types import Row, Site
 
 Stacks = dict[int, list[SiteStack]]
 """Input group -> the stacks of every cohort's parts that have sites there."""
@@ -68,10 +69,18 @@ class _Slot:
                 self._held[place] = flat
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupPlaces:
+    """What is known of the base model's input groups."""
+
+    positions: Mapping[int, int]  # a site's index -> its place within its group
+    source_groups: frozenset[int]  # of an encoder-decoder: those whose x is of the source's tokens
+
+
 def group_stacks(
-    cohorts: Sequence[Cohort], positions: Mapping[int, int], cache: StackCache, sink: TapSink | None
+    cohorts: Sequence[Cohort], places: GroupPlaces, cache: StackCache, sink: TapSink | None
 ) -> Stacks:
-    """The stacks of one mixed batch. `positions` maps a site's index to its place within its group."""
+    """The stacks of one mixed batch."""
     stacks: Stacks = {}
     counts: dict[tuple[AdapterLayout, int], int] = {}
     for cohort in cohorts:
@@ -83,18 +92,22 @@ def group_stacks(
         views = cache.views(cohort, ordinal)
         for number, (part, of_part) in enumerate(zip(adapter.layout.parts, views, strict=True)):
             scalings = tuple(member.adapter.spec.parts[number].kind.scaling for member in cohort.members)
-            dropouts = () if sink is None else _dropouts(cohort, number)
-            rows = CohortRows(cohort.first_row, cohort.stop_row, scalings, dropouts)
             for group, of_group in of_part.items():
                 sites = part.groups[group]
+                of_source = group in places.source_groups
+                dropouts = () if sink is None else _dropouts(cohort, number, of_source=of_source)
+                rows = CohortRows(cohort.first_row, cohort.stop_row, scalings, dropouts)
                 taps = None if sink is None else cohort_taps(cohort, sites[0], scalings, sink)
-                places = tuple(positions[site.index] for site in sites)
-                stacks.setdefault(group, []).append(part.stack(of_group, rows, places, taps))
+                positions = tuple(places.positions[site.index] for site in sites)
+                stacks.setdefault(group, []).append(part.stack(of_group, rows, positions, taps))
     return stacks
 
 
-def _dropouts(cohort: Cohort, number: int) -> tuple[SegmentDropout, ...]:
-    """Who draws each segment's masks for the part; none where nothing is dropped (equal within a cohort)."""
+def _dropouts(cohort: Cohort, number: int, *, of_source: bool) -> tuple[SegmentDropout, ...]:
+    """Who draws each segment's masks for the part; none where nothing is dropped (equal within a cohort).
+
+    A site masks the tokens that it sees: the encoder's, and where a decoder attends to it, the source's.
+    """
     if not input_dropout(cohort.members[0].adapter.spec.parts[number].kind):
         return ()
     return tuple(
@@ -103,10 +116,20 @@ def _dropouts(cohort: Cohort, number: int) -> tuple[SegmentDropout, ...]:
             seed=member.adapter.spec.seed,
             version=member.segment.version,
             first_row=member.segment.first_row,
-            lengths=tuple(len(row.tokens) if row.image is None else None for row in member.segment.rows),
+            lengths=tuple(_seen(row, of_source=of_source) for row in member.segment.rows),
         )
         for member in cohort.members
     )
+
+
+def _seen(row: Row, *, of_source: bool) -> int | None:
+    """Tokens of the row that the part sees; None for an image, whose positions differ from site to site."""
+    if row.image is not None:
+        return None
+    if not of_source:
+        return len(row.tokens)
+    assert row.source is not None  # rows without a source are refused
+    return len(row.source)
 
 
 def cohort_taps(cohort: Cohort, site: Site, scalings: tuple[float, ...], sink: TapSink) -> GroupTaps:
