@@ -29,7 +29,7 @@ from cola_runtime.base_model.segments import (
     mixed_batch,
     row_refusal,
 )
-from cola_runtime.base_model.stacks.cache import StackCache, Stacks, group_stacks
+from cola_runtime.base_model.stacks.cohorts import Stacks, group_stacks
 from cola_runtime.base_model.stacks.merged import bias_stacks, tap_stacks
 from cola_runtime.base_model.tapped import TappedModules
 from cola_runtime.base_model.workspace import Workspace
@@ -72,7 +72,6 @@ class TappedModel:
             causal=not loaded.bidirectional,
             encoder_decoder=loaded.encoder_decoder,
         )
-        self._cache = StackCache()
         self._positions = {
             site.index: place for group in loaded.groups for place, site in enumerate(group.sites)
         }
@@ -226,7 +225,7 @@ class TappedModel:
         gang = cohorts[0].members[0].adapter.gang if cohorts else None
         self._merged.put(self._bank.gang(gang))
         if gang is None:
-            return group_stacks(cohorts, self._positions, self._cache, sink)
+            return group_stacks(cohorts, self._positions, self._space, sink)
         stacks = bias_stacks(self._merged.biases, self._loaded.groups)
         return stacks if sink is None else tap_stacks(stacks, cohorts, self._positions, sink)
 

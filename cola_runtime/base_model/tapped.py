@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cola_runtime.base_model.stacks.cache import Stacks
+from cola_runtime.base_model.stacks.cohorts import Stacks
 from cola_runtime.base_model.stacks.protocol import Kept, SiteStack
 from cola_runtime.types import Site, SiteKind
 

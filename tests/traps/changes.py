@@ -57,9 +57,7 @@ CHANGES: tuple[Change, ...] = (
         f"{_STACKS}/linear.py",
         ("if dx_BTI is not None:", _DETACHED),
     ),
-    _change(
-        1, "MLP detached from the path to x", f"{_STACKS}/mlp.py", ("if dx_BTI is not None:", _DETACHED)
-    ),
+    _change(1, "MLP detached from the path to x", f"{_STACKS}/mlp.py", ("if dx_BTI is not None:", _DETACHED)),
     _change(
         1,
         "registered module detached from the path to x",
@@ -103,19 +101,28 @@ CHANGES: tuple[Change, ...] = (
         2,
         "mean over rows instead of a sum on the device",
         "adapters/lora.py",
-        ("(grad_NO.T @ (x_NI @ weights[self._a].T))", "(grad_NO.T @ (x_NI @ weights[self._a].T)) / len(x_NI)"),
+        (
+            "(grad_NO.T @ (x_NI @ weights[self._a].T))",
+            "(grad_NO.T @ (x_NI @ weights[self._a].T)) / len(x_NI)",
+        ),
     ),
     _change(
         2,
         "mean over rows instead of a sum in the base model",
         f"{_STACKS}/lora.py",
-        ("torch.bmm(h_SMR.transpose(1, 2), grad_SMO)", "torch.bmm(h_SMR.transpose(1, 2), grad_SMO) / h_SMR.shape[1]"),
+        (
+            "torch.bmm(h_SMR.transpose(1, 2), grad_SMO)",
+            "torch.bmm(h_SMR.transpose(1, 2), grad_SMO) / h_SMR.shape[1]",
+        ),
     ),
     _change(
         2,
         "mean over rows instead of a sum in a weight gradient",
         "gradients/taps.py",
-        ("torch.mm(grad_NO.T, x_NI, out=product[:, :-1])", "torch.mm(grad_NO.T / len(x_NI), x_NI, out=product[:, :-1])"),
+        (
+            "torch.mm(grad_NO.T, x_NI, out=product[:, :-1])",
+            "torch.mm(grad_NO.T / len(x_NI), x_NI, out=product[:, :-1])",
+        ),
     ),
     _change(
         3,
@@ -142,7 +149,10 @@ CHANGES: tuple[Change, ...] = (
         4,
         "microbatches weighted alike",
         "scheduler/primitives.py",
-        ("loss_denominator=denominator,", "loss_denominator=len(parts) * sum(row.loss_weight for row in part),"),
+        (
+            "loss_denominator=denominator,",
+            "loss_denominator=len(parts) * sum(row.loss_weight for row in part),",
+        ),
     ),
     _change(
         4,
@@ -239,7 +249,10 @@ CHANGES: tuple[Change, ...] = (
         8,
         "Conv1D's shape taken as [out, in]",
         "base_model/catalogue.py",
-        ("return (rows, columns) if _kind(module) is SiteKind.LINEAR else (columns, rows)", "return rows, columns"),
+        (
+            "return (rows, columns) if _kind(module) is SiteKind.LINEAR else (columns, rows)",
+            "return rows, columns",
+        ),
     ),
     _change(
         8,
@@ -259,7 +272,8 @@ CHANGES: tuple[Change, ...] = (
         "base_model/attention.py",
         (
             "        q_ZQE = q.view(products, -1, self.head_size)\n",
-            "        q_ZQE = q.unflatten(1, (self.groups, -1)).transpose(1, 2).reshape(products, -1, self.head_size)\n",
+            "        q_ZQE = q.unflatten(1, (self.groups, -1)).transpose(1, 2)\n"
+            "        q_ZQE = q_ZQE.reshape(products, -1, self.head_size)\n",
         ),
     ),
     _change(
@@ -294,7 +308,8 @@ CHANGES: tuple[Change, ...] = (
         "base_model/loss.py",
         (
             "sums = [float(part.sum()) for part in torch.split(weighted_K, list(labels.counts))]",
-            "owner_K = torch.repeat_interleave(torch.arange(len(labels.counts)), torch.tensor(labels.counts))\n"
+            "members = torch.arange(len(labels.counts))\n"
+            "    owner_K = torch.repeat_interleave(members, torch.tensor(labels.counts))\n"
             "    sums = [float((weighted_K * (owner_K == k)).sum()) for k in range(len(labels.counts))]",
         ),
     ),
@@ -329,8 +344,10 @@ CHANGES: tuple[Change, ...] = (
             "            if index in member.sites:\n"
             "                self._add(index, member, share)\n",
             "        from dataclasses import replace\n\n"
-            "        keys = shares[0][0].weights[index]\n"
-            "        mean = {key: sum(share * member.weights[index][key] for member, share in shares) for key in keys}\n"
+            "        mean = {\n"
+            "            key: sum(share * member.weights[index][key] for member, share in shares)\n"
+            "            for key in shares[0][0].weights[index]\n"
+            "        }\n"
             "        self._add(index, replace(shares[0][0], weights={index: mean}), 1.0)\n",
         ),
     ),
@@ -344,13 +361,19 @@ CHANGES: tuple[Change, ...] = (
         11,
         "a stale tap taken at the present weights",
         "device/session.py",
-        ("self._accumulator.add(key, tensor, self._previous)", "self._accumulator.add(key, tensor, self._weights)"),
+        (
+            "self._accumulator.add(key, tensor, self._previous)",
+            "self._accumulator.add(key, tensor, self._weights)",
+        ),
     ),
     _change(
         11,
         "rows computed with whatever version is in the bank",
         "base_model/bank.py",
-        ("(\n                segment.lease.epoch,\n                segment.version,\n            )", "(\n                segment.lease.epoch,\n                adapter.version,\n            )"),
+        (
+            "(\n                segment.lease.epoch,\n                segment.version,\n            )",
+            "(\n                segment.lease.epoch,\n                adapter.version,\n            )",
+        ),
     ),
-)  # fmt: skip
+)
 QUICK = CHANGES[5]  # what every run of the tests takes

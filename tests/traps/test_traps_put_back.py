@@ -35,7 +35,9 @@ def test_only_an_assertion_counts_as_caught() -> None:
         "left_out": "<skipped/>",
         "fine": "",
     }
-    written = "".join(f'<testcase classname="t" name="{name}">{found}</testcase>' for name, found in cases.items())
+    written = "".join(
+        f'<testcase classname="t" name="{name}">{found}</testcase>' for name, found in cases.items()
+    )
     outcome = outcome_of(f"<testsuites><testsuite>{written}</testsuite></testsuites>")
     assert outcome.asserted == ("t::judged", "t::raised_nothing")
     assert outcome.broken == ("t::wrong_shape", "t::timed_out", "t::not_imported")
