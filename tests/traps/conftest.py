@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.traps.changes import CHANGES, Change
+from tests.traps.change import Change
 
 Caught = dict[Change, str]  # change -> the test that caught it
 CAUGHT = pytest.StashKey[Caught]()
@@ -38,7 +38,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if not config.getoption("--traps") or not caught:
         return
     lines = ["| trap | put back as | in | caught by |", "|---|---|---|---|"]
-    for change in (change for change in CHANGES if change in caught):
+    for change in caught:
         file = change.file.removeprefix("cola_runtime/")
         lines.append(f"| {change.trap} | {change.form} | `{file}` | `{caught[change]}` |")
     terminalreporter.section("traps put back")

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from tests.traps.changes import Change
+from tests.traps.change import Change
 
 TIMEOUT_SECONDS = 300
-ENOUGH_FAILURES = 3
 # What a test that judged says. Anything else, a collection error or a broken shape, judged nothing.
 _ASSERTED = ("AssertionError", "assert ", "Failed: DID NOT RAISE", "Failed: DID NOT WARN")
 
@@ -51,13 +50,13 @@ def put_back(change: Change, copy: Path) -> None:
 
 
 def run_tests(copy: Path, tests: Sequence[str]) -> Outcome:
-    """Run `tests` in `copy`, which is the only place that cola_runtime can come from."""
+    """Run `tests` in `copy`, the only place that cola_runtime can come from, until the first one fails."""
     report = copy / "report.xml"
     # The copy's own Python path, and no cache of compiled files that a change could hide behind.
     environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", *tests, "-q", "-p", "no:cacheprovider"]
     finished = subprocess.run(
-        [*command, f"--maxfail={ENOUGH_FAILURES}", f"--junitxml={report}"],
+        [*command, "-x", f"--junitxml={report}"],
         cwd=copy,
         env=environment,
         capture_output=True,
