@@ -52,6 +52,11 @@ class BankedAdapter:
     def gang(self) -> Gang | None:
         return None if self.merged is None else self.merged.membership.gang
 
+    @property
+    def nbytes(self) -> int:
+        """On the model's device."""
+        return self.flat.nbytes + (0 if self.head is None else self.head.nbytes)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BankBytes:
@@ -153,9 +158,9 @@ class AdapterBank:
 
     @property
     def nbytes(self) -> BankBytes:
-        adapters = self._adapters.values()
+        adapters = [*self._adapters.values(), *self._previous.values()]
         return BankBytes(
-            model_device=sum(adapter.flat.nbytes for adapter in adapters),
+            model_device=sum(adapter.nbytes for adapter in adapters),
             host=sum(adapter.merged.nbytes for adapter in adapters if adapter.merged is not None),
         )
 

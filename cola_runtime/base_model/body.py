@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cola_runtime.base_model.segments import MixedBatch
-from cola_runtime.base_model.stacks.cache import Stacks
+from cola_runtime.base_model.stacks.cohorts import Stacks
 from cola_runtime.base_model.tapped import TappedModules
 
 

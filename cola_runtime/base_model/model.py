@@ -30,7 +30,7 @@ from cola_runtime.base_model.segments import (
     mixed_batch,
     row_refusal,
 )
-from cola_runtime.base_model.stacks.cache import GroupPlaces, StackCache, Stacks, group_stacks
+from cola_runtime.base_model.stacks.cohorts import GroupPlaces, Stacks, group_stacks
 from cola_runtime.base_model.stacks.merged import bias_stacks, tap_stacks
 from cola_runtime.base_model.tapped import TappedModules
 from cola_runtime.base_model.workspace import Workspace
@@ -74,7 +74,6 @@ class TappedModel:
             encoder_decoder=loaded.encoder_decoder,
             image_shape=None if loaded.images is None else loaded.images.shape,
         )
-        self._cache = StackCache()
         self._places = GroupPlaces(
             positions={
                 site.index: place for group in loaded.groups for place, site in enumerate(group.sites)
@@ -239,7 +238,7 @@ class TappedModel:
         gang = cohorts[0].members[0].adapter.gang if cohorts else None
         self._merged.put(self._bank.gang(gang))
         if gang is None:
-            return group_stacks(cohorts, self._places, self._cache, sink)
+            return group_stacks(cohorts, self._places, self._space, sink)
         stacks = bias_stacks(self._merged.biases, self._loaded.groups)
         return stacks if sink is None else tap_stacks(stacks, cohorts, self._places.positions, sink)
 

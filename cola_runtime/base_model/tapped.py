@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cola_runtime.base_model.site_groups import SiteGroup
-from cola_runtime.base_model.stacks.cache import Stacks
+from cola_runtime.base_model.stacks.cohorts import Stacks
 from cola_runtime.base_model.stacks.protocol import Kept, SiteStack
 
 

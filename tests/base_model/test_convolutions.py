@@ -17,8 +17,9 @@ from cola_runtime.base_model.bank import AdapterBank
 from cola_runtime.base_model.merge import MergedWeights
 from cola_runtime.base_model.segments import Member, mixed_batch
 from cola_runtime.base_model.site_groups import site_group
-from cola_runtime.base_model.stacks.cache import StackCache, group_stacks
+from cola_runtime.base_model.stacks.cohorts import GroupPlaces, group_stacks
 from cola_runtime.base_model.tapped import TappedModules
+from cola_runtime.base_model.workspace import Workspace
 from cola_runtime.errors import InvalidInput
 from cola_runtime.gradients.taps import Tap
 from cola_runtime.testing.ordinary_modules import add_adapter
@@ -108,7 +109,8 @@ def mixed_taps(
         ]
     )
     taps: list[Tap] = []
-    stacks = group_stacks(batch.cohorts, {site.index: 0 for site in sites}, StackCache(), taps.append)
+    places = GroupPlaces(positions={site.index: 0 for site in sites}, source_groups=frozenset())
+    stacks = group_stacks(batch.cohorts, places, Workspace(), taps.append)
     x_BCHW = torch.cat([images_of(members[placed.position]) for placed in batch.members])
     with modules.active(stacks, rows=len(x_BCHW), training=True):
         output = tapped_net(x_BCHW)

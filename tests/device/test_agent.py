@@ -219,6 +219,20 @@ async def test_two_jobs_on_two_devices_do_not_touch_each_other(fabric: Fabric) -
         assert_same(update.weights, reference(training, 3))
 
 
+async def test_an_absent_tenant_gets_no_step_and_no_decay(fabric: Fabric) -> None:
+    """Trap 5: two adapters on one device, of which one has no rows while the other makes three steps."""
+    present, absent = (lease_of(number) for number in range(2))
+    training = definition()
+    await fabric.device()
+    for lease in (present, absent):
+        await fabric.grant(lease, training)
+    for version in range(3):
+        busy = await fabric.step(present, version, training)
+    waited = await fabric.step(absent, 0, training)
+    assert_same(busy.weights, reference(training, 3))
+    assert_same(waited.weights, reference(training, 1))
+
+
 async def test_checkpoints_come_on_schedule_and_at_the_last_step(fabric: Fabric) -> None:
     training = definition(total_steps=3)
     await fabric.device()

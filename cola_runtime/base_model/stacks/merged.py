@@ -16,7 +16,7 @@ from torch import Tensor
 from cola_runtime.base_model.bank import MergedAdapter
 from cola_runtime.base_model.segments import Cohort
 from cola_runtime.base_model.site_groups import SiteGroup
-from cola_runtime.base_model.stacks.cache import Stacks, cohort_taps
+from cola_runtime.base_model.stacks.cohorts import Stacks, cohort_taps
 from cola_runtime.base_model.stacks.protocol import CohortRows, Kept
 from cola_runtime.base_model.stacks.taps import GroupTaps
 from cola_runtime.gradients.taps import TapSink
@@ -40,8 +40,8 @@ def tap_stacks(
     for cohort in cohorts:
         members = tuple(m.adapter.merged for m in cohort.members if m.adapter.merged is not None)
         rows = CohortRows(cohort.first_row, cohort.stop_row, (1.0,) * len(members))
-        for part in cohort.members[0].adapter.layout.parts:
-            for group, sites in part.groups.items():
+        for piece in cohort.members[0].adapter.layout.pieces:
+            for group, sites in piece.layout.groups.items():
                 taps = cohort_taps(cohort, sites[0], rows.scalings, sink)
                 places = tuple(positions[site.index] for site in sites)
                 stacks.setdefault(group, []).append(TapStack(rows, places, sites, members, taps))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from cola_runtime.gradients.taps import Tap, TapSink, activation_tensors, product_tensors
+from cola_runtime.gradients.taps import Tap, TapSink, activation_tensors, product_tensors, used_rows
 from cola_runtime.types import Encoding, Site, TensorKey
 
 OwnGradients = Callable[[], Mapping[TensorKey, Tensor]]
@@ -42,18 +42,21 @@ class GroupTaps:
         if self._encoding is Encoding.ADAPTER_GRADIENT:
             self._hand_out(own())
             return
-        of_segment = activation_tensors if self._encoding is Encoding.ACTIVATIONS else self._products
+        activations = self._encoding is Encoding.ACTIVATIONS
+        rows = used_rows(list(grads_SMO.values())) if activations else []
         for s, segment in enumerate(self._segments):
-            tensors = of_segment(x_SMI[s], {site: grad[s] for site, grad in grads_SMO.items()})
+            x_MI, grads = x_SMI[s], {site: grad[s] for site, grad in grads_SMO.items()}
+            tensors = (
+                activation_tensors(x_MI, grads, rows[s])
+                if activations
+                else product_tensors(x_MI, grads, self._site, self.dtype)
+            )
             self._sink(Tap(segment, tensors))
 
     def scale(self, grad: Tensor) -> Tensor:
         """s times a gradient [S, ...], in the wire's dtype; a new tensor."""
         scalings = torch.tensor(self.scalings, dtype=self.dtype)
         return grad.to(self.dtype) * scalings.view(-1, *(1,) * (grad.ndim - 1))
-
-    def _products(self, x_MI: Tensor, grads: Mapping[int, Tensor]) -> dict[TensorKey, Tensor]:
-        return product_tensors(x_MI, grads, self._site, self.dtype)
 
     def _hand_out(self, gradients: Mapping[TensorKey, Tensor]) -> None:
         """One dict per segment out of the stacked gradients; views, no copies."""
