@@ -38,6 +38,7 @@ from torch.nn.functional import cross_entropy
 
 from cola_runtime.adapter_spec import lora_spec
 from cola_runtime.adapters.adapter import initial_weights
+from cola_runtime.adapters.site_kinds import WHOLE_ROWS
 from cola_runtime.base_model.bank import AdapterBank
 from cola_runtime.base_model.load import load_frozen_model
 from cola_runtime.base_model.merge import MergedWeights
@@ -216,7 +217,8 @@ def merge_costs(path: Path, case: Case) -> dict[str, float]:
     """Thread CPU seconds of merging all tenants, as a new version makes it necessary, and of undoing it."""
     loaded = load_frozen_model(path, dtype=case.dtype, attention="eager")
     bank, weights = AdapterBank(loaded.sites, getattr(torch, case.dtype)), MergedWeights(loaded.groups)
-    spec = lora_spec(loaded.sites, rank=RANK, alpha=ALPHA)
+    sites = tuple(site for site in loaded.sites if site.kind in WHOLE_ROWS)
+    spec = lora_spec(sites, rank=RANK, alpha=ALPHA)
     for k in range(case.tenants):
         lease = Lease(job_id=f"job-{k}", epoch=1, device_id="device")
         bank.install(lease, spec, 0, initial_weights(spec), membership=Membership(gang=GANG))

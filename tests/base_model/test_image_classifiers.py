@@ -39,10 +39,10 @@ def member(tapped: TappedModel, kind: str, *, body: bool = True) -> Tenant:
     """A tenant of the kind at every site, with another number of labels than the others."""
     number = list(KINDS).index(kind)
     parts = []
-    if body and tapped.sites:
-        parts.append(AdapterPart(kind=KINDS[kind], sites=fitting(KINDS[kind], tapped.sites)))
+    if body:
+        parts.append(AdapterPart(kind=KINDS[kind], sites=fitting(KINDS[kind], tapped.catalogue)))
     head = HeadKind(labels=2 + number)
-    parts.append(head_part(head, tapped.sites, hidden_size=tapped.describe("", "").hidden_size))
+    parts.append(head_part(head, tapped.catalogue, hidden_size=tapped.describe("", "").hidden_size))
     spec = AdapterSpec(parts=tuple(parts), seed=number, dtype="float64")
     rows = [image_row(tapped, seed=10 * number + place, labels=2 + number) for place in range(1 + number % 3)]
     return Tenant(job_id=f"job-{number}", spec=spec, weights=random_weights(spec), rows=tuple(rows))
@@ -90,7 +90,7 @@ def test_tenants_of_all_kinds_in_one_batch_are_autograds(
     result, taps = run_segments(
         tapped,
         [
-            each.segment(Encoding.ACTIVATIONS if kind in NONLINEAR and tapped.sites else encoding)
+            each.segment(Encoding.ACTIVATIONS if kind in NONLINEAR else encoding)
             for kind, each in zip(kinds, tenants, strict=True)
         ],
     )

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from cola_runtime.adapter_spec import AdapterPart, AdapterSpec, HeadKind, head_part
 from cola_runtime.adapters.adapter import initial_weights
 from cola_runtime.adapters.checkpoint_format import TrainingDefinition
+from cola_runtime.adapters.site_kinds import unfit
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.device.session import AdapterSession
 from cola_runtime.testing.architectures import save_causal_model, save_encoder_decoder
@@ -31,6 +32,7 @@ from cola_runtime.types import (
     OptimizerHyperparameters,
     Row,
     Segment,
+    Site,
     Task,
     TensorKey,
 )
@@ -124,14 +126,14 @@ def member(setting: Setting, kind: str) -> Tenant:
     number = list(KINDS).index(kind)
     model = tapped_model(setting)
     parts = [
-        AdapterPart(kind=KINDS[kind], sites=tuple(s for s in model.sites if _has_gradient(s.name, kind)))
+        AdapterPart(kind=KINDS[kind], sites=tuple(s for s in model.catalogue if _fits(s, kind, model)))
     ]
     if setting.task in (Task.SEQUENCE_CLASSIFICATION, Task.REGRESSION):
         regression = setting.task is Task.REGRESSION
         head = HeadKind(
             labels=1 if regression else 2 + number, problem="regression" if regression else "classification"
         )
-        parts.append(head_part(head, model.sites, hidden_size=model.describe("", "").hidden_size))
+        parts.append(head_part(head, model.catalogue, hidden_size=model.describe("", "").hidden_size))
     spec = AdapterSpec(parts=tuple(parts), seed=number, dtype=setting.dtype)
     rows = tuple(
         _row(setting.task, length, seed=100 * number + place, labels=2 + number)
@@ -199,6 +201,11 @@ def _segment(tenant: Tenant, encoding: Encoding, mode: str) -> Segment:
 def _at_step(tenant: Tenant, step: int) -> Tenant:
     """Other tokens every step."""
     return replace(tenant, rows=tuple(replace(row, tokens=np.roll(row.tokens, step)) for row in tenant.rows))
+
+
+def _fits(site: Site, kind: str, model: TappedModel) -> bool:
+    tied = model.describe("", "").tied_sites  # may not be merged
+    return unfit(KINDS[kind], site) is None and site.index not in tied and _has_gradient(site.name, kind)
 
 
 def _has_gradient(site: str, kind: str) -> bool:
