@@ -31,7 +31,7 @@ from cola_runtime.adapter_spec import (
     ModuleKind,
 )
 from cola_runtime.errors import InvalidInput, Violation
-from cola_runtime.task_spec import TASK_MODELS, CausalLmTask, TaskSpec
+from cola_runtime.task_spec import TASK_MODELS, CausalLmTask, ImageClassificationTask, TaskSpec
 from cola_runtime.types import Metric
 
 MAX_STEPS = 1_000_000
@@ -251,6 +251,12 @@ class JobSpec(Frozen):
     def _no_unmerged_collaboration(self) -> JobSpec:
         if self.collaboration is not None and self.mode != "merged":
             raise ValueError("a collaboration is always merged: leave mode out")
+        return self
+
+    @model_validator(mode="after")
+    def _images_are_never_cut(self) -> JobSpec:
+        if isinstance(self.task, ImageClassificationTask) and (self.max_length is not None or self.truncate):
+            raise ValueError("image_classification has no max_length and no truncate: all images are alike")
         return self
 
     @model_validator(mode="after")

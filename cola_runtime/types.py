@@ -249,11 +249,19 @@ class Membership:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedImage:
+    """A checked PNG or JPEG, as it was sent; the base model's service decodes it."""
+
+    content: bytes
+    tokens: int  # what the base model computes for it: BaseModelDescription.context_length
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Image:
     """An image as the base model takes it, but for the normalisation of its values."""
 
     pixels: NDArray[np.uint8]  # [channels, height, width]
-    tokens: int  # what the base model computes for it: BaseModelDescription.context_length
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,7 +276,7 @@ class Row:
     label: int | float | None = None  # a class from 0, or a value; `weights` is empty then
     token_types: NDArray[np.int8] | None = None  # [length], of a pair of texts; None is 0 throughout
     source: NDArray[np.int32] | None = None  # an encoder-decoder's input; `tokens` are its decoder's
-    image: Image | None = None  # instead of tokens, which are empty then
+    image: Image | EncodedImage | None = None  # instead of tokens, which are empty then
 
     @property
     def length(self) -> int:
@@ -393,6 +401,11 @@ class BaseModelDescription:
     tasks: tuple[Task, ...] = (Task.CAUSAL_LM,)
     details: dict[str, str] = field(default_factory=dict)  # attention implementation, threads, device
     tied_sites: tuple[int, ...] = ()  # their weights are other modules' too, so nothing may be merged there
+
+    @property
+    def takes_images(self) -> bool:
+        """Its rows are images, and nothing else."""
+        return Task.IMAGE_CLASSIFICATION in self.tasks
 
     @property
     def bidirectional(self) -> bool:

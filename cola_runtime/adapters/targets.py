@@ -10,7 +10,8 @@ from cola_runtime.errors import InvalidInput, Violation
 from cola_runtime.types import Site
 
 ALL_LINEAR = "all-linear"
-# Names of Llama's family (q_proj ...; Phi's fused qkv_proj, gate_up_proj), GPT-2's (c_attn ...) and BERT's.
+# Names of Llama's family (q_proj ...; Phi's fused qkv_proj, gate_up_proj), GPT-2's (c_attn ...), BERT's,
+# ViT's (q_proj ..., mlp.fc1) and ConvNeXt's (pwconv1).
 # `c_proj` alone would name both of GPT-2's projections, hence the two parts; `output.dense` does name both of
 # BERT's, hence a site belongs to the first preset that names it.
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -21,6 +22,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "mlp": (
         *("gate_proj", "up_proj", "down_proj", "gate_up_proj", "mlp.c_fc", "mlp.c_proj"),
         *("intermediate.dense", "output.dense"),
+        *("mlp.fc1", "mlp.fc2", "pwconv1", "pwconv2"),
     ),
 }
 _LISTED_NAMES = 12

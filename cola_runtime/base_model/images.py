@@ -6,7 +6,7 @@ Shapes: B images, C channels, H height, W width, D features of the pooled hidden
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from cola_runtime.base_model.segments import MixedBatch
 from cola_runtime.base_model.stock import check_complete, open_classifier
 from cola_runtime.errors import InvalidInput
-from cola_runtime.image_processing import read_image_processing
-from cola_runtime.types import Site
+from cola_runtime.image_decoding import ImageRefused, decode_image
+from cola_runtime.image_processing import ImageProcessing, read_image_processing
+from cola_runtime.types import BaseStep, EncodedImage, Image, Row, Site
 
 # Their classifier is one dense layer over what the model pools by itself.
 IMAGE_CLASSIFIERS = ("vit", "deit", "dinov2", "dinov2_with_registers", "convnext", "convnextv2", "resnet")
@@ -32,7 +33,7 @@ Shape = tuple[int, int, int]
 class ImageInput:
     """What an image classifier takes."""
 
-    shape: Shape
+    processing: ImageProcessing
     values_CV: Tensor  # [channels, 256]: what a pixel's value is normalised to, in the model's dtype
     hidden_size: int  # of what the classifier is given
 
@@ -41,7 +42,27 @@ class ImageInput:
         """Raises InvalidInput `IMAGE_PROCESSOR_UNSUPPORTED`."""
         processing = read_image_processing(path)
         values_CV = torch.from_numpy(processing.normalised()).to(model.dtype)
-        return ImageInput(shape=processing.shape, values_CV=values_CV, hidden_size=hidden_size)
+        return ImageInput(processing=processing, values_CV=values_CV, hidden_size=hidden_size)
+
+    @property
+    def shape(self) -> Shape:
+        return self.processing.shape
+
+    def decoded(self, step: BaseStep) -> BaseStep:
+        """The step with its images decoded. One that cannot be is left as it is: its segment is refused."""
+        segments = (
+            replace(segment, rows=tuple(map(self._decoded, segment.rows))) for segment in step.segments
+        )
+        return replace(step, segments=tuple(segments))
+
+    def _decoded(self, row: Row) -> Row:
+        if not isinstance(row.image, EncodedImage):
+            return row
+        try:
+            pixels = decode_image(row.image.content, self.processing)
+        except ImageRefused:
+            return row
+        return replace(row, image=Image(pixels=pixels, tokens=row.image.tokens))
 
     def normalised(self, pixels_BCHW: Tensor) -> Tensor:
         """uint8 to the model's dtype."""

@@ -18,7 +18,7 @@ from cola_runtime.base_model.body import Body, LastHidden, PatchedBody, causal_h
 from cola_runtime.base_model.encoder_decoders import decoder_hidden
 from cola_runtime.base_model.generate import Sampling, generate_tokens
 from cola_runtime.base_model.head_loss import HeadOutcome, head_losses
-from cola_runtime.base_model.images import pooled_hidden
+from cola_runtime.base_model.images import ImageInput, pooled_hidden
 from cola_runtime.base_model.llama import LlamaBody
 from cola_runtime.base_model.load import DTYPES, LoadedModel, load_frozen_model
 from cola_runtime.base_model.loss import label_loss, segment_loss_sums
@@ -184,6 +184,11 @@ class TappedModel:
             computed_tokens=computed_tokens,
             real_tokens=sum(member.segment.tokens for member in members),
         )
+
+    @property
+    def images(self) -> ImageInput | None:
+        """What decodes its rows' images; None where it takes no images."""
+        return self._loaded.images
 
     def generate(
         self,

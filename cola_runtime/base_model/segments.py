@@ -116,7 +116,7 @@ def mixed_batch(members: Sequence[Member]) -> MixedBatch:
         lengths_B=torch.tensor([len(row.tokens) for row in rows]),
         token_types_BT=_token_types(rows, tokens.shape),
         sources=_sources([row.source for row in rows if row.source is not None]),
-        images_BCHW=_images([row.image for row in rows if row.image is not None]),
+        images_BCHW=_images([row.image for row in rows if isinstance(row.image, Image)]),
         image_tokens=sum(row.image.tokens for row in rows if row.image is not None),
         cohorts=tuple(cohorts),
         labels=_labels(ordered, tokens, weights),
@@ -222,7 +222,7 @@ def _is_image(row: Row, limits: RowLimits) -> bool:
     image = row.image
     texts = (row.token_types, row.source)
     return (
-        image is not None
+        isinstance(image, Image)
         and len(row.tokens) == 0
         and all(text is None for text in texts)
         and image.pixels.dtype == np.uint8

@@ -59,6 +59,7 @@ class BaseModelService:
         self._model = model
         self._name = name
         self._lane = ComputeLane()
+        self._decoding = asyncio.Lock()  # steps are decoded, and so computed, in the order they came
         self._compressor = TapCompressor()  # the lane's alone
         self._events = EventLog()
         self._server = GradientServer(
@@ -101,6 +102,9 @@ class BaseModelService:
         The ends are queued by the compute thread, too: else the next step's taps, which it may begin to hand
         out before this coroutine goes on, would be ahead of them and count as this microbatch's.
         """
+        if self._model.images is not None:
+            async with self._decoding:
+                step = await asyncio.to_thread(self._model.images.decoded, step)
         tensors: Counter[int] = Counter()
 
         def sink(tap: Tap) -> None:

@@ -18,18 +18,7 @@ def open_frozen(auto_class: Any, path: Path, dtype: torch.dtype, attention: str 
     `attention` None is transformers' own choice: some architectures have one only. Raises InvalidInput
     `BASE_MODEL_UNSUPPORTED` for an architecture without that attention, or that the class does not open.
     """
-    try:
-        model = auto_class.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention, use_safetensors=True, local_files_only=True
-        )
-    except ValueError as error:
-        raise InvalidInput(
-            "BASE_MODEL_UNSUPPORTED",
-            str(error),
-            where="base_model",
-            remedy="Set base_model.attention to auto, or serve another base model.",
-        ) from error
-    return model.eval().requires_grad_(False)
+    return _read(auto_class, path, dtype, attention)[0]
 
 
 def open_classifier(
@@ -37,6 +26,14 @@ def open_classifier(
 ) -> tuple[Any, set[str]]:
     """As `open_frozen`, with a classifier that may be new; and what else the folder has no weights for."""
     with _quiet_loading():
+        model, info = _read(auto_class, path, dtype, attention)
+    return model, {name for name in info["missing_keys"] if not name.startswith("classifier.")}
+
+
+def _read(
+    auto_class: Any, path: Path, dtype: torch.dtype, attention: str | None
+) -> tuple[Any, dict[str, Any]]:
+    try:
         model, info = auto_class.from_pretrained(
             path,
             dtype=dtype,
@@ -45,8 +42,14 @@ def open_classifier(
             local_files_only=True,
             output_loading_info=True,
         )
-    missing = {name for name in info["missing_keys"] if not name.startswith("classifier.")}
-    return model.eval().requires_grad_(False), missing
+    except ValueError as error:
+        raise InvalidInput(
+            "BASE_MODEL_UNSUPPORTED",
+            str(error),
+            where="base_model",
+            remedy="Set base_model.attention to auto, or serve another base model.",
+        ) from error
+    return model.eval().requires_grad_(False), info
 
 
 def check_complete(model: Any, missing: Collection[str]) -> None:

@@ -11,7 +11,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cola_runtime.task_spec import CausalLmTask, ClassificationTask, RegressionTask
+from cola_runtime.task_spec import (
+    AnyTask,
+    CausalLmTask,
+    ClassificationTask,
+    ImageClassificationTask,
+    RegressionTask,
+)
 from cola_runtime.types import Metric
 
 Floats = NDArray[np.float64]
@@ -24,7 +30,7 @@ _MOST_NATS = 700.0  # exp of more is no float64
 
 
 def evaluate(
-    task: CausalLmTask | ClassificationTask | RegressionTask,
+    task: AnyTask,
     *,
     mean_loss: float,
     labels: Sequence[float] = (),
@@ -52,9 +58,9 @@ def evaluate(
     return measures
 
 
-def metrics_of(task: CausalLmTask | ClassificationTask | RegressionTask) -> frozenset[Metric]:
+def metrics_of(task: AnyTask) -> frozenset[Metric]:
     """The names that `evaluate` gives."""
-    if isinstance(task, ClassificationTask):
+    if isinstance(task, ClassificationTask | ImageClassificationTask):
         return _CLASSES | {Metric.F1} if task.head.labels == 2 else _CLASSES
     return _VALUES if isinstance(task, RegressionTask) else _TOKENS
 

@@ -20,7 +20,7 @@ from cola_runtime.data.labels import label_value
 from cola_runtime.data.records import LabelledRecord
 from cola_runtime.data.template import Piece
 from cola_runtime.data.violations import Problem, Problems
-from cola_runtime.task_spec import ClassificationTask, RegressionTask
+from cola_runtime.task_spec import LabelledTask
 from cola_runtime.types import Row
 
 PAIR_SEPARATOR = "\n"  # between a decoder's two texts
@@ -116,7 +116,7 @@ class RowShape:
 def labelled_rows(
     records: Sequence[LabelledRecord],
     encoder: SequenceEncoder,
-    task: ClassificationTask | RegressionTask,
+    task: LabelledTask,
     shape: RowShape,
     problems: Problems,
 ) -> tuple[list[Row], int]:

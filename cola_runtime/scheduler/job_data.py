@@ -47,7 +47,7 @@ async def load_job_data(
 
 
 def _load(record: JobRecord, spec: JobSpec, base: BaseModelDescription, storage: ObjectStorage) -> JobData:
-    tokenizer = Tokenizer(base.tokenizer_path, bidirectional=base.bidirectional)
+    tokenizer = Tokenizer.of(base)
 
     def rows(key: str | None, name: str) -> Sequence[Row]:
         if key is None:

@@ -113,7 +113,7 @@ def train_modules(job: MixedJob, base: BaseModelDescription, model: Path, *, att
 
 def _recipe(job: MixedJob, base: BaseModelDescription, model: Path) -> Recipe:
     dataset = parse_dataset(job.training, file_name="training.jsonl")
-    tokenizer = Tokenizer(model, bidirectional=base.bidirectional)
+    tokenizer = Tokenizer.of(base)
     rows = tokenizer.tokenize(
         dataset, max_length=base.context_length, loss=job.spec.loss, task=job.spec.task
     ).rows

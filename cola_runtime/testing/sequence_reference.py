@@ -6,13 +6,14 @@ itself, autograd differentiates it.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from PIL import Image as Pillow
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -21,7 +22,9 @@ from cola_runtime.adapters.schedule import learning_rate
 from cola_runtime.image_processing import PROCESSOR_FILE
 from cola_runtime.testing.ordinary_modules import add_adapter, wide_norms
 from cola_runtime.testing.peft_reference import Recipe, TrainedAlone, descend, torch_optimizer
-from cola_runtime.types import Row, TensorKey, TensorKind
+from cola_runtime.types import EncodedImage, Row, TensorKey, TensorKind
+
+_FIRST = "channels_first"
 
 
 class _FirstToken(nn.Module):
@@ -74,17 +77,30 @@ def sequence_output(model: Any, rows: Sequence[Row]) -> Any:
     """The model's own output, with its own mean loss, for images or right-padded tokens."""
     regression = model.config.problem_type == "regression"
     labels = torch.tensor([row.label for row in rows], dtype=model.dtype if regression else torch.int64)
-    images = [row.image.pixels for row in rows if row.image is not None]
-    return model(**(_pixels(model, images) if images else _tokens(model, rows)), labels=labels)
+    of_images = rows[0].image is not None
+    return model(**(_pixels(model, rows) if of_images else _tokens(model, rows)), labels=labels)
 
 
-def _pixels(model: Any, images: Sequence[NDArray[np.uint8]]) -> dict[str, Tensor]:
-    """By transformers' own image processor, but for the resizing, which the rows have behind them."""
+def _pixels(model: Any, rows: Sequence[Row]) -> dict[str, Tensor]:
+    """By transformers' own image processor, from the encoded image where the row has it."""
     from transformers import AutoImageProcessor
 
     processor = AutoImageProcessor.from_pretrained(model.name_or_path)
-    done = processor(list(images), do_resize=False, do_center_crop=False, input_data_format="channels_first")
-    return {"pixel_values": torch.from_numpy(np.stack(done["pixel_values"])).to(model.dtype)}
+    images = [
+        processor(_loaded(row.image.content))
+        if isinstance(row.image, EncodedImage)
+        else processor(row.image.pixels, do_resize=False, do_center_crop=False, input_data_format=_FIRST)
+        for row in rows
+        if row.image is not None
+    ]
+    pixels = np.concatenate([np.stack(image["pixel_values"]) for image in images])
+    return {"pixel_values": torch.from_numpy(pixels).to(model.dtype)}
+
+
+def _loaded(content: bytes) -> Any:
+    from transformers.image_utils import load_image
+
+    return load_image(Pillow.open(io.BytesIO(content)))
 
 
 def _tokens(model: Any, rows: Sequence[Row]) -> dict[str, Tensor]:
