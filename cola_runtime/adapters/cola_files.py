@@ -90,7 +90,9 @@ def _parts(spec: AdapterSpec, by_name: Mapping[str, Site]) -> Iterator[AdapterPa
                 )
         reasons = [unfit(part.kind, site) for site in part.sites if site.kind is not SiteKind.HEAD]
         if any(reasons):
-            raise invalid(CONFIG_FILE, f"has a {part.kind.kind} where none can be: {next(filter(None, reasons))}")
+            raise invalid(
+                CONFIG_FILE, f"has a {part.kind.kind} where none can be: {next(filter(None, reasons))}"
+            )
         yield AdapterPart(kind=part.kind, sites=tuple(by_name[site.name] for site in part.sites))
 
 

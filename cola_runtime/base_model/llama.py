@@ -26,9 +26,9 @@ from cola_runtime.base_model.frozen_ops import (
 )
 from cola_runtime.base_model.llama_weights import LlamaLayer, Projection, llama_layers
 from cola_runtime.base_model.segments import MixedBatch
+from cola_runtime.base_model.site_groups import SiteGroup
 from cola_runtime.base_model.stacks.cache import Stacks
 from cola_runtime.base_model.stacks.protocol import Kept
-from cola_runtime.base_model.site_groups import SiteGroup
 from cola_runtime.base_model.workspace import Workspace
 
 

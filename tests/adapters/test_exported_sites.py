@@ -116,7 +116,6 @@ def test_what_peft_has_no_convolution_for_is_a_folder_of_our_own(tmp_path: Path)
     assert (model["dilated"](images) - before).abs().max() > 1e-3
 
 
-
 def test_a_folder_with_an_adapter_where_none_can_be_is_refused() -> None:
     module = nn.Conv2d(4, 4, 3, groups=4)
     site = module_site(module, index=0, name="grouped", input_group=0)

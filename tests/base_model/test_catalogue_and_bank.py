@@ -37,7 +37,10 @@ def test_llamas_sites_share_inputs_as_its_layers_do(tiny_folder: TinyFolder) -> 
 def test_gpt2s_sites_are_conv1d_and_its_head_is_none(tiny_folder: TinyFolder) -> None:
     model = TappedModel.load(tiny_folder("gpt2", "float32"), dtype="float32", threads=1)
     layer = [["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]]
-    assert list(shapes_by_group(model).values()) == [*layer * 3, ["wte"]]  # wpe is looked up once for all rows
+    assert list(shapes_by_group(model).values()) == [
+        *layer * 3,
+        ["wte"],
+    ]  # wpe is looked up once for all rows
     assert [site.kind for site in model.catalogue] == [SiteKind.CONV1D] * 12 + [SiteKind.EMBEDDING]
     assert (model.sites[0].in_features, model.sites[0].out_features) == (64, 192)
 

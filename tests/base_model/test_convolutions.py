@@ -156,7 +156,10 @@ def test_a_merged_adapter_is_in_the_convolutions_own_weight(geometry: str) -> No
     ordinary = copy.deepcopy(net)
     add_adapter(ordinary, member.spec, member.weights)
     pristine = net.second.weight.clone()
-    bank, merged = AdapterBank(sites_of(net), torch.float64), MergedWeights([site_group([site], [net.second])])
+    bank, merged = (
+        AdapterBank(sites_of(net), torch.float64),
+        MergedWeights([site_group([site], [net.second])]),
+    )
     gang = Gang(name="job/job-0", combine="sum")
     bank.install(member.lease, member.spec, 0, member.weights, membership=Membership(gang=gang))
     merged.put(bank.gang(gang))

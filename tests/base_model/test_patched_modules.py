@@ -13,9 +13,9 @@ from cola_runtime.adapter_spec import lora_spec
 from cola_runtime.adapters.adapter import initial_weights
 from cola_runtime.base_model.bank import AdapterBank
 from cola_runtime.base_model.segments import Cohort, Member
+from cola_runtime.base_model.site_groups import SiteGroup
 from cola_runtime.base_model.stacks.cache import StackCache, group_stacks
 from cola_runtime.base_model.stacks.lora import LoraStack
-from cola_runtime.base_model.site_groups import SiteGroup
 from cola_runtime.base_model.tapped import TappedModules
 from cola_runtime.types import Lease, Segment, Site, SiteKind
 from tests.base_model.mixed_samples import random_row

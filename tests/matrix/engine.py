@@ -125,9 +125,7 @@ def member(setting: Setting, kind: str) -> Tenant:
     """A tenant of the kind at every site; biases leave a BERT's keys out, where their gradient is zero."""
     number = list(KINDS).index(kind)
     model = tapped_model(setting)
-    parts = [
-        AdapterPart(kind=KINDS[kind], sites=tuple(s for s in model.catalogue if _fits(s, kind, model)))
-    ]
+    parts = [AdapterPart(kind=KINDS[kind], sites=tuple(s for s in model.catalogue if _fits(s, kind, model)))]
     if setting.task in (Task.SEQUENCE_CLASSIFICATION, Task.REGRESSION):
         regression = setting.task is Task.REGRESSION
         head = HeadKind(

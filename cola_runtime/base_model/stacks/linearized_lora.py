@@ -67,7 +67,9 @@ class LinearizedLoraStack(LoraStack):
 
     deltas: int  # D
 
-    def _factor_gradients(self, site: Site, grad_a_SRI: Tensor, grad_b_SOR: Tensor) -> dict[TensorKey, Tensor]:
+    def _factor_gradients(
+        self, site: Site, grad_a_SRI: Tensor, grad_b_SOR: Tensor
+    ) -> dict[TensorKey, Tensor]:
         gradients: dict[TensorKey, Tensor] = {}
         if self.rank > self.deltas:
             delta_a_SDI = grad_a_SRI[:, self.deltas :].contiguous()

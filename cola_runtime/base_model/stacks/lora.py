@@ -130,7 +130,9 @@ class LoraStack:
             gradients.update(self._factor_gradients(site, grad_a_SRI, grad_b_SOR))
         return gradients
 
-    def _factor_gradients(self, site: Site, grad_a_SRI: Tensor, grad_b_SOR: Tensor) -> dict[TensorKey, Tensor]:
+    def _factor_gradients(
+        self, site: Site, grad_a_SRI: Tensor, grad_b_SOR: Tensor
+    ) -> dict[TensorKey, Tensor]:
         return {
             TensorKey(site.index, TensorKind.GRAD_LORA_A): input_weight(grad_a_SRI, site),
             TensorKey(site.index, TensorKind.GRAD_LORA_B): output_weight(grad_b_SOR, site),

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from cola_runtime.base_model.bank import MergedAdapter
 from cola_runtime.base_model.segments import Cohort
+from cola_runtime.base_model.site_groups import SiteGroup
 from cola_runtime.base_model.stacks.cache import Stacks, cohort_taps
 from cola_runtime.base_model.stacks.protocol import CohortRows, Kept
 from cola_runtime.base_model.stacks.taps import GroupTaps
-from cola_runtime.base_model.site_groups import SiteGroup
 from cola_runtime.gradients.taps import TapSink
 from cola_runtime.types import Site, TensorKey
 
