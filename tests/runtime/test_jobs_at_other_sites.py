@@ -63,13 +63,11 @@ async def test_jobs_at_an_embedding_train_as_ordinary_modules_do_alone(tmp_path:
     path = save_tiny_model("llama", tmp_path / "model", dtype="float64")
     settings = service_for(tmp_path / "service", model=path, name="tiny", dtype="float64")
     adafactor = {"optimizer": {"kind": "adafactor", "learning_rate": 1e-3}}
-    tangent = {"kind": "linearized_lora", "rank": 2, "target_modules": ["embed_tokens"]}
     jobs = [
         text_job("lora", lora("q_proj", "embed_tokens"), encoding="activations"),
-        text_job("factors", lora("embed_tokens"), encoding="adapter_gradient", max_staleness=0),
+        text_job("factors", lora("embed_tokens"), encoding="adapter_gradient"),
         text_job("table", linear("embed_tokens"), encoding="weight_gradient"),
         text_job("planned", [linear("model.embed_tokens"), lora("v_proj")], **adafactor),
-        text_job("tangent", tangent, encoding="activations", inner_steps=1),
         text_job("merged", lora("embed_tokens", "o_proj"), mode="merged"),
         text_job("without", {"rank": 2}),
     ]
