@@ -61,6 +61,18 @@ PROCESSORS: dict[str, dict[str, Any]] = {
         "crop_pct": 224 / 256,
     },
 }
+# Where a file does not name its processor, as old ones do
+_OF_MODEL_TYPE = {
+    "vit": "ViT",
+    "deit": "DeiT",
+    "dinov2": "Bit",
+    "swin": "ViT",
+    "vit_msn": "ViT",
+    "convnext": "ConvNext",
+    "convnextv2": "ConvNext",
+    "regnet": "ConvNext",
+    "resnet": "ConvNext",
+}
 _EDGE_BY_DEFAULT = ("Bit", "ConvNext")  # a size that is one number is the shortest edge's
 _SUFFIXES = ("ImageProcessorFast", "ImageProcessorPil", "ImageProcessor", "FeatureExtractor")
 
@@ -111,13 +123,10 @@ class ImageProcessing:
 
 def read_image_processing(folder: Path) -> ImageProcessing:
     """Raises InvalidInput `IMAGE_PROCESSOR_UNSUPPORTED`, with the reason, for what we do not do exactly."""
-    fields = _fields(folder / PROCESSOR_FILE)
-    name = str(fields.get("image_processor_type") or fields.get("feature_extractor_type") or "")
-    kind = next((name.removesuffix(s) for s in _SUFFIXES if name.endswith(s)), name)
-    if kind not in PROCESSORS:
-        raise _unsupported(f"{name!r} is no image processor that is known here")
+    fields, config = _fields(folder / PROCESSOR_FILE), _fields(folder / "config.json")
+    kind = _kind(fields, config)
     fields = {**PROCESSORS[kind], **{key: value for key, value in fields.items() if value is not None}}
-    channels = int(_fields(folder / "config.json").get("num_channels", 3))
+    channels = config.get("num_channels", 3)
     if fields.get("do_pad"):
         raise _unsupported("do_pad: images are not padded here")
     if channels not in (1, 3):
@@ -135,6 +144,16 @@ def read_image_processing(folder: Path) -> ImageProcessing:
         mean=_per_channel("image_mean", fields, channels) if normalise else None,
         std=_per_channel("image_std", fields, channels) if normalise else None,
     )
+
+
+def _kind(fields: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """A key of PROCESSORS."""
+    name = str(fields.get("image_processor_type") or fields.get("feature_extractor_type") or "")
+    kind = next((name.removesuffix(s) for s in _SUFFIXES if name.endswith(s)), name)
+    kind = kind or _OF_MODEL_TYPE.get(str(config.get("model_type")), "")
+    if kind not in PROCESSORS:
+        raise _unsupported(f"{name!r} is no image processor that is known here")
+    return kind
 
 
 def _resize_and_crop(kind: str, fields: Mapping[str, Any]) -> tuple[Size | int | None, Size | None]:

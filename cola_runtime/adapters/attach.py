@@ -80,7 +80,7 @@ def _adding(adapter: SiteAdapter, weights: Weights) -> Callable[[nn.Module, Any,
 
 
 def _sites(model: nn.Module) -> Iterator[Site]:
-    """Every module that can be a site, also where no adapter may be; which of them share an x does not matter."""
+    """Every module that can be a site; which of them share an x does not matter."""
     for index, (name, module) in enumerate(model.named_modules()):
         if site_kind(module) is not None:
             yield module_site(module, index=index, name=name, input_group=index)

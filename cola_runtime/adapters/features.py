@@ -7,6 +7,8 @@ Shapes: M rows, I in_features, O out_features, K rows of a weight over x, R rank
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -45,10 +47,10 @@ def input_matrix(weight: Tensor, site: Site) -> Tensor:
 
 
 def input_weight(matrix_KI: Tensor, site: Site) -> Tensor:
-    """The gradient of a weight over x in the site's own shape; in place nothing for an embedding's padding."""
+    """The gradient of a weight over x in the site's own shape; an embedding's padding gets none, in place."""
     if site.padding_index is not None:
         matrix_KI[..., site.padding_index] = 0.0
-    return matrix_KI if site.patch is None else matrix_KI.unflatten(-1, (-1, *site.patch.kernel))
+    return matrix_KI if site.patch is None else divided(matrix_KI, -1, -1, *site.patch.kernel)
 
 
 def output_matrix(factor: Tensor, site: Site) -> Tensor:
@@ -58,7 +60,7 @@ def output_matrix(factor: Tensor, site: Site) -> Tensor:
     if site.patch is None:
         return factor
     blocks_OK = factor.flatten(1)
-    return blocks_OK if site.groups == 1 else torch.block_diag(*blocks_OK.chunk(site.groups))
+    return blocks_OK if site.groups == 1 else _block_diagonal(blocks_OK.chunk(site.groups))
 
 
 def output_weight(matrix_OR: Tensor, site: Site) -> Tensor:
@@ -70,8 +72,19 @@ def diagonal_blocks(matrix_OI: Tensor, groups: int) -> Tensor:
     """[O, I / groups]: of each group's outputs the columns of the same group."""
     if groups == 1:
         return matrix_OI
-    blocks = matrix_OI.unflatten(-2, (groups, -1)).unflatten(-1, (groups, -1))
+    blocks = divided(divided(matrix_OI, -2, groups, -1), -1, groups, -1)
     return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3).flatten(-3, -2)
+
+
+def divided(tensor: Tensor, dimension: int, *sizes: int) -> Tensor:
+    """The dimension as several of these sizes; a view."""
+    view: Tensor = tensor.unflatten(dimension, sizes)  # type: ignore[no-untyped-call]
+    return view
+
+
+def _block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
+    matrix: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    return matrix
 
 
 def _columns(ids_M1: Tensor) -> Tensor:
@@ -81,12 +94,12 @@ def _columns(ids_M1: Tensor) -> Tensor:
 
 def _runs(rows_MF: Tensor, groups: int) -> Tensor:
     """[G, M, F / groups]."""
-    return rows_MF.unflatten(-1, (groups, -1)).transpose(-2, -3)
+    return divided(rows_MF, -1, groups, -1).transpose(-2, -3)
 
 
 def _blocks(weight_KI: Tensor, groups: int) -> Tensor:
     """[G, K / groups, I / groups]."""
-    return weight_KI.unflatten(-2, (groups, -1))
+    return divided(weight_KI, -2, groups, -1)
 
 
 def _joined(runs_GMF: Tensor) -> Tensor:

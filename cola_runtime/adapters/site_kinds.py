@@ -1,4 +1,4 @@
-"""Which adapter kinds can be at which site kinds. Torch-free: admission and the readers of folders ask here."""
+"""Which adapter kinds can be at which site kinds. Torch-free: admission and readers of folders ask here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WHOLE_ROWS = (SiteKind.LINEAR, SiteKind.CONV1D)
 
 
 def check_kind(kind: AdapterKind, sites: Sequence[Site], *, where: str) -> None:
-    """Raises InvalidInput `SITE_UNSUPPORTED`, with the reason, for the first site that `kind` cannot be at."""
+    """Raises InvalidInput `SITE_UNSUPPORTED`, with the reason, for the first site where `kind` cannot be."""
     for site in sites:
         reason = unfit(kind, site)
         if reason is not None:

@@ -22,7 +22,10 @@ from cola_runtime.image_processing import ImageProcessing, read_image_processing
 from cola_runtime.types import BaseStep, EncodedImage, Image, Row, Site
 
 # Their classifier is one dense layer over what the model pools by itself.
-IMAGE_CLASSIFIERS = ("vit", "deit", "dinov2", "dinov2_with_registers", "convnext", "convnextv2", "resnet")
+IMAGE_CLASSIFIERS = (
+    *("vit", "vit_msn", "deit", "dinov2", "dinov2_with_registers", "swin"),
+    *("convnext", "convnextv2", "resnet", "regnet"),
+)
 TRACED_IMAGES = 3
 
 Shape = tuple[int, int, int]

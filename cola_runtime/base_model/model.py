@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cola_runtime.adapter_spec import AdapterSpec
+from cola_runtime.adapters.site_kinds import WHOLE_ROWS
 from cola_runtime.base_model.bank import AdapterBank, BankBytes
 from cola_runtime.base_model.body import Body, LastHidden, PatchedBody, causal_hidden, encoder_hidden
 from cola_runtime.base_model.encoder_decoders import decoder_hidden
@@ -95,8 +96,14 @@ class TappedModel:
         return cls(loaded, path=path, dtype=dtype, threads=threads)
 
     @property
-    def sites(self) -> tuple[Site, ...]:
+    def catalogue(self) -> tuple[Site, ...]:
+        """Every module that can carry an adapter: `sites`, then convolutions and embeddings."""
         return self._loaded.sites
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Every Linear and Conv1D: what `all-linear` names."""
+        return tuple(site for site in self.catalogue if site.kind in WHOLE_ROWS)
 
     def describe(self, name: str, gradient_endpoint: str) -> BaseModelDescription:
         model = self._loaded.model
@@ -106,7 +113,7 @@ class TappedModel:
             context_length=self._limits.context_length,
             vocabulary_size=self._limits.vocabulary_size,
             dtype=self._dtype,
-            sites=self.sites,
+            sites=self.catalogue,
             gradient_endpoint=gradient_endpoint,
             tokenizer_path=str(self._path),
             parameters=sum(parameter.numel() for parameter in model.parameters()),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.grad import conv2d_input
 
+from cola_runtime.adapters.features import divided
 from cola_runtime.adapters.patches import folded, patches, positions
 from cola_runtime.adapters.site_modules import weight_OI
 from cola_runtime.types import Patch, Site, SiteKind
@@ -109,7 +110,7 @@ class ConvolutionGroup(SiteGroup):
         return x
 
     def features(self, x_BCHW: Tensor) -> Tensor:
-        """Patches are made anew for the backward pass: kept, they would take kernel height x width times x."""
+        """Patches are made anew for the backward pass: kept, they would take x kernel size times."""
         return patches(x_BCHW, self._patch).contiguous()
 
     def base_outputs(self, x_BCHW: Tensor) -> list[Tensor]:
@@ -142,13 +143,13 @@ class ConvolutionGroup(SiteGroup):
 
     def _images(self, rows_BTO: Tensor, x_BCHW: Tensor) -> Tensor:
         """[B, O, H', W'], a view."""
-        return rows_BTO.unflatten(1, positions(self._patch, *x_BCHW.shape[-2:])).permute(0, 3, 1, 2)
+        return divided(rows_BTO, 1, *positions(self._patch, *x_BCHW.shape[-2:])).permute(0, 3, 1, 2)
 
     def _convolution_backward(self, grad_BOHW: Tensor, module: Any, x_BCHW: Tensor) -> Tensor:
         left, right, above, below = self._patch.padding
         images, channels, height, width = x_BCHW.shape
         padded = (images, channels, height + above + below, width + left + right)
-        dx = conv2d_input(
+        dx: Tensor = conv2d_input(  # type: ignore[no-untyped-call]
             padded,
             module.weight.detach(),
             grad_BOHW,

@@ -118,8 +118,8 @@ def wire_costs(settings: PlannerSettings, base: BaseModelDescription, *, token_b
 
 def training_plan(spec: JobSpec, base: BaseModelDescription, *, total_steps: int) -> TrainingPlan:
     """Raises InvalidInput: `NO_MODULE_MATCHED` when target modules name no site of the base model,
-    `SITE_TWICE` when two parts of the adapter name the same one, `SITE_UNSUPPORTED` when one is at a site that
-    it cannot be at, `TASK_UNSUPPORTED` when the base model does
+    `SITE_TWICE` when two parts of the adapter name the same one, `SITE_UNSUPPORTED` when one is at a site
+    that it cannot be at, `TASK_UNSUPPORTED` when the base model does
     not serve the job's task, and those of `check_mergeable`.
     """
     _check_task(spec, base)

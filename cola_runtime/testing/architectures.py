@@ -82,12 +82,24 @@ _VIT = {
 _STAGES = {"depths": [1, 2], "hidden_sizes": [16, 24]}
 IMAGES: dict[str, dict[str, Any]] = {
     "vit": {**_VIT, "intermediate_size": 96},
+    "vit_msn": {**_VIT, "intermediate_size": 96},
     "deit": {**_VIT, "intermediate_size": 96, "architectures": ["DeiTForImageClassification"]},  # two tokens
     "dinov2": {**_VIT, "mlp_ratio": 2},  # pools the first token and the patches' mean
     "dinov2_with_registers": {**_VIT, "mlp_ratio": 2, "num_register_tokens": 3},
+    "swin": {  # windows of patches, halved between the stages
+        "image_size": IMAGE_EDGE,
+        "patch_size": 4,
+        "embed_dim": 16,
+        "depths": [2, 1],
+        "num_heads": [2, 4],
+        "window_size": 4,
+    },
     "convnext": {**_STAGES, "num_stages": 2, "image_size": IMAGE_EDGE},  # 1 x 1 products as Linear
+    "convnextv2": {**_STAGES, "num_stages": 2, "image_size": IMAGE_EDGE},
     "resnet": {**_STAGES, "embedding_size": 8, "layer_type": "basic"},
+    "regnet": {**_STAGES, "embedding_size": 8, "groups_width": 8},
 }
+WITHOUT_ATTENTION = ("convnext", "convnextv2", "resnet", "regnet")
 
 
 def save_causal_model(model_type: str, folder: Path, *, dtype: str, **changes: Any) -> Path:

@@ -148,9 +148,10 @@ class _OnPatches(nn.Module):
         patch = self._patch
         padded = functional.pad(x_BCHW, patch.padding)
         columns_BIL = functional.unfold(padded, patch.kernel, patch.dilation, 0, patch.stride)
-        output_BLO = self.module(columns_BIL.transpose(1, 2))
+        output_BLO: Tensor = self.module(columns_BIL.transpose(1, 2))
         height = (padded.shape[2] - patch.dilation[0] * (patch.kernel[0] - 1) - 1) // patch.stride[0] + 1
-        return output_BLO.transpose(1, 2).unflatten(2, (height, -1))
+        images, positions, outputs = output_BLO.shape
+        return output_BLO.transpose(1, 2).reshape(images, outputs, height, positions // height)
 
 
 class _Tangent(nn.Module):

@@ -16,15 +16,7 @@ from cola_runtime.base_model.model import TappedModel
 from cola_runtime.testing.peft_reference import batch_loss, relative_difference
 from cola_runtime.types import Encoding, TensorKey, TensorKind
 from tests.base_model.conftest import TinyFolder
-from tests.base_model.kind_samples import (
-    BOUNDS,
-    KINDS,
-    assert_exact,
-    everywhere,
-    fitting,
-    mixed_kinds,
-    tenant,
-)
+from tests.base_model.kind_samples import BOUNDS, KINDS, assert_exact, everywhere, mixed_kinds, tenant
 from tests.base_model.mixed_samples import gradients_of, install_all, run_segments
 
 
@@ -59,7 +51,7 @@ def test_all_kinds_mixed_in_one_batch_are_autograds(
 ) -> None:
     path = tiny_folder(model, dtype)
     tapped = TappedModel.load(path, dtype=dtype, attention="eager")
-    tenants, encodings = mixed_kinds(tapped.sites, encoding, dtype)
+    tenants, encodings = mixed_kinds(tapped.catalogue, encoding, dtype)
     assert_exact(path, tapped, tenants, encodings, BOUNDS[dtype])
 
 
@@ -70,7 +62,7 @@ def test_kinds_mixed_within_one_job_by_site_are_autograds(
     """Two kinds at one input group (q and v against k), a module elsewhere, and sites without any."""
     path = tiny_folder(model, "float64")
     tapped = TappedModel.load(path, dtype="float64", attention="eager")
-    sites = fitting(KINDS["mlp-relu"], tapped.sites)
+    sites = tapped.sites
     parts = (
         AdapterPart(kind=KINDS["lora"], sites=(sites[0], sites[2])),
         AdapterPart(kind=KINDS["linear-bias"], sites=(sites[1],)),

@@ -18,7 +18,7 @@ from tests.base_model.mixed_samples import Tenant, four_tenants
 
 def shapes_by_group(model: TappedModel) -> dict[int, list[str]]:
     groups: dict[int, list[str]] = {}
-    for site in model.sites:
+    for site in model.catalogue:
         groups.setdefault(site.input_group, []).append(site.name.rpartition(".")[2])
     return groups
 
@@ -27,7 +27,8 @@ def test_llamas_sites_share_inputs_as_its_layers_do(tiny_folder: TinyFolder) -> 
     model = TappedModel.load(tiny_folder("llama", "float32"), dtype="float32", threads=1)
     layer = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
     assert list(shapes_by_group(model).values()) == [*layer * 3, ["embed_tokens"]]
-    assert [site.index for site in model.sites] == list(range(22))
+    assert [site.index for site in model.catalogue] == list(range(22))
+    assert model.sites == model.catalogue[:21]  # what all-linear names
     key = model.sites[1]
     assert (key.name, key.kind) == ("model.layers.0.self_attn.k_proj", SiteKind.LINEAR)
     assert (key.in_features, key.out_features) == (64, 32)
@@ -40,7 +41,7 @@ def test_gpt2s_sites_are_conv1d_and_its_head_is_none(tiny_folder: TinyFolder) ->
         *layer * 3,
         ["wte"],
     ]  # wpe is looked up once for all rows
-    assert [site.kind for site in model.sites] == [SiteKind.CONV1D] * 12 + [SiteKind.EMBEDDING]
+    assert [site.kind for site in model.catalogue] == [SiteKind.CONV1D] * 12 + [SiteKind.EMBEDDING]
     assert (model.sites[0].in_features, model.sites[0].out_features) == (64, 192)
 
 
@@ -64,7 +65,7 @@ def test_the_description_tells_limits_and_how_the_model_runs(tiny_folder: TinyFo
     description = model.describe("tiny", "127.0.0.1:1")
     assert description.architecture == "GPT2LMHeadModel"
     assert (description.context_length, description.vocabulary_size) == (256, 261)
-    assert description.sites == model.sites
+    assert description.sites == model.catalogue
     assert description.details["attention"] in ("eager", "sdpa")
     assert description.details["body"] == "PatchedBody"
     assert description.tokenizer_path == str(path)

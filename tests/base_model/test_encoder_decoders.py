@@ -71,7 +71,7 @@ def test_gradients_of_all_kinds_are_autograds(model_type: str, encoding: Encodin
     path = save_encoder_decoder(model_type, tmp_path, dtype="float64")
     tapped = TappedModel.load(path, dtype="float64")
     attention = tapped.describe("", "").details["attention"]
-    tenants, encodings = mixed_kinds(tapped.sites, encoding, "float64")
+    tenants, encodings = mixed_kinds(tapped.catalogue, encoding, "float64")
     tenants = [with_sources(member) for member in tenants]
     install_all(tapped, tenants)
     result, taps = run_segments(
@@ -91,7 +91,7 @@ def test_gradients_of_all_kinds_are_autograds(model_type: str, encoding: Encodin
 def test_it_serves_sequence_to_sequence_only_and_refuses_rows_without_a_source(tmp_path: Path) -> None:
     tapped = TappedModel.load(save_encoder_decoder("t5", tmp_path, dtype="float32"), dtype="float32")
     assert tapped.describe("", "").tasks == (Task.SEQUENCE_TO_SEQUENCE,)
-    tenants, _ = mixed_kinds(tapped.sites, Encoding.ADAPTER_GRADIENT, "float32")
+    tenants, _ = mixed_kinds(tapped.catalogue, Encoding.ADAPTER_GRADIENT, "float32")
     install_all(tapped, tenants[:2])
     result, _ = run_segments(tapped, [tenants[0].segment(), with_sources(tenants[1]).segment()])
     assert [loss.reason for loss in result.losses] == ["ROW_INVALID", None]

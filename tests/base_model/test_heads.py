@@ -90,7 +90,7 @@ def labelled(tapped: TappedModel, number: int, dtype: str, *, body: bool = True)
     sites = tuple(site for site in tapped.sites if number < 2 or not site.name.endswith(".key"))
     description = tapped.describe("tiny", "")
     parts = [AdapterPart(kind=BODIES[number], sites=sites)] if body else []
-    parts.append(head_part(head, tapped.sites, hidden_size=description.hidden_size))
+    parts.append(head_part(head, tapped.catalogue, hidden_size=description.hidden_size))
     spec = AdapterSpec(parts=tuple(parts), seed=number, dtype=dtype)
     pair = description.architecture.startswith("Bert")
     rows = tuple(

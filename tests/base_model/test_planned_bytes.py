@@ -48,7 +48,7 @@ def tapped(tiny_folder: TinyFolder) -> TappedModel:
 def test_every_input_group_sends_the_bytes_that_were_planned(
     tapped: TappedModel, kind: AdapterKind, encoding: Encoding, compression: Compression
 ) -> None:
-    member = everywhere(1, kind, tapped.sites, "float32")  # one row
+    member = everywhere(1, kind, tapped.catalogue, "float32")  # one row
     install_all(tapped, [member])
     segment = Segment(
         lease=member.lease,
@@ -61,7 +61,7 @@ def test_every_input_group_sends_the_bytes_that_were_planned(
     compressor = TapCompressor()
     for tap in taps:
         sent = compressor.compress(member.lease, compression, tap.tensors)
-        sites = [site for site in tapped.sites if site.index in {key.site for key in tap.tensors}]
+        sites = [site for site in tapped.catalogue if site.index in {key.site for key in tap.tensors}]
         rows = {len(t) for k, t in tap.tensors.items() if k.kind.name == "INPUT"} or {
             len(member.rows[0].tokens)
         }

@@ -115,6 +115,21 @@ def test_pixels_are_those_of_transformers_own_image_processor(
         np.testing.assert_array_equal(ours.normalised()[channels, pixels], expected.astype(np.float32))
 
 
+@pytest.mark.parametrize("model_type", ["vit", "deit", "dinov2", "swin", "convnextv2", "resnet"])
+def test_a_file_that_names_no_processor_is_read_as_the_model_types_own(
+    model_type: str, tmp_path: Path
+) -> None:
+    from transformers import AutoImageProcessor
+
+    folder = folder_of(tmp_path, {"size": 32, "crop_size": 28}, model_type=model_type)
+    processing, processor = read_image_processing(folder), AutoImageProcessor.from_pretrained(folder)
+    content = encoded(picture(50, 70))
+    expected = np.stack(processor(Pillow.open(io.BytesIO(content)))["pixel_values"])[0]
+    channels = np.arange(3)[:, None, None]
+    pixels = decode_image(content, processing)
+    np.testing.assert_array_equal(processing.normalised()[channels, pixels], expected)
+
+
 def test_an_image_is_upright_and_its_transparency_white(vit: Path) -> None:
     from transformers.image_transforms import convert_to_rgb
     from transformers.image_utils import load_image

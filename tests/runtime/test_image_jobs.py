@@ -24,7 +24,7 @@ from cola_runtime.data.cursor import step_indices
 from cola_runtime.errors import InvalidInput
 from cola_runtime.jobs.plan import training_plan
 from cola_runtime.spec import JobSpec
-from cola_runtime.testing.architectures import save_image_classifier
+from cola_runtime.testing.architectures import WITHOUT_ATTENTION, save_image_classifier
 from cola_runtime.testing.exactness import (
     MixedJob,
     exported_weights,
@@ -85,7 +85,12 @@ def job(number: int, labels: int | tuple[str, ...], **fields: Any) -> MixedJob:
 async def train_all(folder: Path, model: Path, jobs: list[MixedJob]) -> tuple[Any, dict[str, Any]]:
     """(base model, per job: exported folder, finished job, its metrics)."""
     settings = service_for(
-        folder / "service", model=model, name="tiny", dtype="float64", attention="auto", token_budget=200
+        folder / "service",
+        model=model,
+        name="tiny",
+        dtype="float64",
+        attention="auto" if model.name in WITHOUT_ATTENTION else "sdpa",
+        token_budget=200,
     )
     async with running_in_process(settings) as (service, _), AsyncExitStack() as stack:
         done: dict[str, Any] = {}
@@ -145,7 +150,7 @@ def _one_thread() -> None:
 
 
 async def test_tenants_of_a_vit_end_as_each_alone_with_peft(tmp_path: Path) -> None:
-    model = save_image_classifier("vit", tmp_path / "model", dtype="float64")
+    model = save_image_classifier("vit", tmp_path / "vit", dtype="float64")
     jobs = [
         job(0, NAMES, evaluation={"every": 4, "metric": "accuracy"}),
         job(1, 5, adaptation_interval=2, encoding="activations"),
@@ -169,7 +174,7 @@ async def test_tenants_of_a_vit_end_as_each_alone_with_peft(tmp_path: Path) -> N
 
 
 async def test_an_export_loads_onto_the_stock_model(tmp_path: Path) -> None:
-    model = save_image_classifier("convnext", tmp_path / "model", dtype="float64")
+    model = save_image_classifier("convnext", tmp_path / "convnext", dtype="float64")
     wanted = job(0, 3, adapter={"rank": 2, "target_modules": "mlp"})
     _, done = await train_all(tmp_path, model, [wanted])
     folder = done["judge-0"]["folder"]

@@ -89,7 +89,7 @@ class TapStack:
         gradients: dict[TensorKey, Tensor] = {}
         for index, grad_SMO in grads_SMO.items():
             of_members = [
-                member.sites[index].gradient(x_MI, grad_MO, _weights(member, index, x_MI))
+                member.sites[index].gradient(x_MI, grad_MO, _weights(member, index, grad_MO))
                 for member, x_MI, grad_MO in zip(self.members, x_SMI, grad_SMO, strict=True)
             ]
             for key in of_members[0]:
