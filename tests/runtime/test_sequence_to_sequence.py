@@ -33,7 +33,7 @@ from cola_runtime.testing.tiny_models import save_tiny_model
 STEPS = 5
 NEW_TOKENS = 16
 WAIT_SECONDS = 60.0
-BOUND = 1e-12
+BOUND = 1e-10
 WORDS = ("river", "stone", "amber", "cloud", "seven", "north", "glass", "paper", "quiet", "lemon")
 TASK = {"kind": "sequence_to_sequence"}
 
