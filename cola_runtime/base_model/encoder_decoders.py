@@ -59,11 +59,12 @@ def decoder_hidden(model: Any, batch: MixedBatch) -> Tensor:
 
 def _check_decoder_start(model: Any) -> None:
     """Rows are the labels behind the start that the folder names, or behind their own last one."""
-    start = model.generation_config.decoder_start_token_id
-    if start is not None:
-        model.config.decoder_start_token_id = start  # the folder may name it in its generation settings only
-        fed = _decoder_inputs(model, [5, 6, 7])
-    if start is None or fed not in ([start, 5, 6], [7, 5, 6]):
+    asked = model.generation_config.decoder_start_token_id
+    start = getattr(model.config, "decoder_start_token_id", None)
+    if start is None:  # the folder may name it in its generation settings only
+        start = model.config.decoder_start_token_id = asked
+    fed = [] if asked is None else _decoder_inputs(model, [5, 6, 7])
+    if fed not in ([start, 5, 6], [7, 5, 6]):
         raise InvalidInput(
             "BASE_MODEL_UNSUPPORTED",
             f"{type(model).__name__} does not begin its labels with the decoder_start_token_id that it names",

@@ -150,11 +150,11 @@ def _framings(tokenizer: Any) -> tuple[Backend, Backend]:
 
 
 def _decoder_start(folder: Path) -> int | None:
-    """The token that every target begins behind, as in generation; None: its own last label."""
+    """The token that every target begins behind; None: its own last label."""
     config = _json(folder / "config.json")
     if config.get("model_type") in _WRAPPING:
         return None
-    for settings in (_json(folder / "generation_config.json"), config):
+    for settings in (config, _json(folder / "generation_config.json")):
         start = settings.get("decoder_start_token_id")
         if isinstance(start, int):
             return start
