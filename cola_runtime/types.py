@@ -238,9 +238,13 @@ class Row:
     source: NDArray[np.int32] | None = None  # an encoder-decoder's input; `tokens` are its decoder's
 
     @property
+    def source_length(self) -> int:
+        return 0 if self.source is None else len(self.source)
+
+    @property
     def length(self) -> int:
         """Tokens that the base model computes for the row."""
-        return len(self.tokens) + (0 if self.source is None else len(self.source))
+        return len(self.tokens) + self.source_length
 
     @property
     def label_tokens(self) -> int:
@@ -358,6 +362,9 @@ class BaseModelDescription:
     tasks: tuple[Task, ...] = (Task.CAUSAL_LM,)
     details: dict[str, str] = field(default_factory=dict)  # attention implementation, threads, device
     tied_sites: tuple[int, ...] = ()  # their weights are other modules' too, so nothing may be merged there
+    source_groups: tuple[
+        int, ...
+    ] = ()  # of an encoder-decoder: input groups whose x is of the source's tokens
 
     @property
     def encoder_decoder(self) -> bool:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from cola_runtime.adapter_spec import (
@@ -67,6 +67,12 @@ class Workload:
     tokens: float  # N, of one microbatch
     microbatches: int  # m, those that the token budget cuts included
     base_dtype: str  # in which x and g travel
+    source_tokens: float = 0.0  # N at an encoder-decoder's `source_groups`; `tokens` are its targets'
+    source_groups: frozenset[int] = frozenset()
+
+    def at(self, group: int) -> Workload:
+        """What the sites of one input group see of it."""
+        return replace(self, tokens=self.source_tokens) if group in self.source_groups else self
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +132,9 @@ def plan_taps(
     groups = _groups(spec)
     efforts = {
         number: {
-            encoding: group_effort(group, workload, encoding, dtype=spec.dtype, compression=compression)
+            encoding: group_effort(
+                group, workload.at(number), encoding, dtype=spec.dtype, compression=compression
+            )
             for encoding in _common_encodings([kind for kind, _ in group])
         }
         for number, group in groups.items()
