@@ -14,6 +14,7 @@ from transformers import AutoModelForSeq2SeqLM, GenerationConfig
 
 from cola_runtime.adapter_spec import AdapterPart, AdapterSpec, LoraKind
 from cola_runtime.adapters.dropout import SegmentDropout
+from cola_runtime.adapters.targets import resolve_target_sites
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.errors import InvalidInput
 from cola_runtime.testing.architectures import SEQUENCE_TO_SEQUENCE, save_encoder_decoder
@@ -91,6 +92,19 @@ def test_gradients_of_all_kinds_are_autograds(model_type: str, encoding: Encodin
         differences = relative_difference(gradients_of(taps, position, member), expected)
         differences = {key: d for key, d in differences.items() if float(expected[key].norm()) > floor}
         assert max(differences.values()) < BOUNDS["float64"]
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_the_presets_name_every_site_once(model_type: str, tmp_path: Path) -> None:
+    sites = TappedModel.load(
+        save_encoder_decoder(model_type, tmp_path, dtype="float32"), dtype="float32"
+    ).sites
+    found = [site for preset in ("attention", "mlp") for site in resolve_target_sites(sites, preset)]
+    assert sorted(found, key=lambda site: site.index) == list(sites)
+    across = resolve_target_sites(
+        sites, ["EncDecAttention.v" if "t5" in model_type else "encoder_attn.v_proj"]
+    )
+    assert len(across) == 2
 
 
 def test_it_serves_sequence_to_sequence_only_and_refuses_rows_without_a_source(tmp_path: Path) -> None:
