@@ -285,11 +285,15 @@ class Row:
     image: Image | EncodedImage | None = None  # instead of tokens, which are empty then
 
     @property
+    def source_length(self) -> int:
+        return 0 if self.source is None else len(self.source)
+
+    @property
     def length(self) -> int:
         """Tokens that the base model computes for the row."""
         if self.image is not None:
             return self.image.tokens
-        return len(self.tokens) + (0 if self.source is None else len(self.source))
+        return len(self.tokens) + self.source_length
 
     @property
     def label_tokens(self) -> int:
@@ -407,6 +411,9 @@ class BaseModelDescription:
     tasks: tuple[Task, ...] = (Task.CAUSAL_LM,)
     details: dict[str, str] = field(default_factory=dict)  # attention implementation, threads, device
     tied_sites: tuple[int, ...] = ()  # their weights are other modules' too, so nothing may be merged there
+    source_groups: tuple[
+        int, ...
+    ] = ()  # of an encoder-decoder: input groups whose x is of the source's tokens
 
     @property
     def takes_images(self) -> bool:

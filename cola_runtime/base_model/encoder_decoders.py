@@ -59,16 +59,32 @@ def decoder_hidden(model: Any, batch: MixedBatch) -> Tensor:
 
 def _check_decoder_start(model: Any) -> None:
     """Rows are the labels behind the start that the folder names, or behind their own last one."""
-    labels = torch.tensor([[5, 6, 7]])
-    shifted = model.prepare_decoder_input_ids_from_labels(labels)[0].tolist()
-    start = model.generation_config.decoder_start_token_id
-    if start is None or shifted[0] not in (start, 7) or shifted[1:] != [5, 6]:
+    asked = model.generation_config.decoder_start_token_id
+    start = getattr(model.config, "decoder_start_token_id", None)
+    if start is None:  # the folder may name it in its generation settings only
+        start = model.config.decoder_start_token_id = asked
+    fed = [] if asked is None else _decoder_inputs(model, [5, 6, 7])
+    if fed not in ([start, 5, 6], [7, 5, 6]):
         raise InvalidInput(
             "BASE_MODEL_UNSUPPORTED",
             f"{type(model).__name__} does not begin its labels with the decoder_start_token_id that it names",
             where="base_model",
-            remedy="Name one in the folder's config.json, or use another base model.",
+            remedy="Name one in the folder's generation_config.json, or use another base model.",
         )
+
+
+@torch.no_grad()
+def _decoder_inputs(model: Any, labels: list[int]) -> list[int]:
+    """What the model feeds its decoder for these labels."""
+    fed: list[int] = []
+    hook = model.get_decoder().register_forward_pre_hook(
+        lambda _module, _args, inputs: fed.extend(inputs["input_ids"][0].tolist()), with_kwargs=True
+    )
+    try:
+        model(input_ids=torch.tensor([[5]]), labels=torch.tensor([labels]))
+    finally:
+        hook.remove()
+    return fed
 
 
 @torch.no_grad()

@@ -128,6 +128,7 @@ class TappedModel:
                 PRODUCT_FLOPS: repr(self._loaded.product_flops),
             },
             tied_sites=self._loaded.tied_sites,
+            source_groups=tuple(sorted(self._loaded.source_groups)),
         )
 
     def install(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from cola_runtime.data.template import ChatTemplate, Piece
 from cola_runtime.errors import InvalidInput
 
 _CACHED_MARKUP = 4096
+_NO_TEXT = secrets.token_hex(16)  # in front of a piece's name: nobody can guess it
 _PROBES = ("\n", "a b", "\nc", " d", "ü")
 
 
@@ -117,11 +119,28 @@ def load_tokenizer(folder: Path) -> Any:
 
 def backend_of(tokenizer: Any, *, text_only: bool) -> Backend:
     """A copy that neither cuts nor pads; with `text_only` the spelling of a special token is plain text."""
-    backend = Backend.from_str(tokenizer.backend_tokenizer.to_str())
+    written = tokenizer.backend_tokenizer.to_str()
+    backend = Backend.from_str(_without_control_pieces(written) if text_only else written)
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = text_only
     return backend
+
+
+def _without_control_pieces(written: str) -> str:
+    """A Unigram model has `</s>` among its pieces and finds it in a text, even where nothing is special.
+
+    Its special pieces keep their numbers, under names that no text can have.
+    """
+    fields = json.loads(written)
+    if fields["model"]["type"] != "Unigram":
+        return written
+    special = {token["content"] for token in fields["added_tokens"] if token["special"]}
+    fields["added_tokens"] = [t for t in fields["added_tokens"] if t["content"] not in special]
+    for piece in fields["model"]["vocab"]:
+        if piece[0] in special:
+            piece[0] = f"{_NO_TEXT}{piece[0]}"
+    return json.dumps(fields)
 
 
 def generation_stops(folder: Path) -> set[int]:

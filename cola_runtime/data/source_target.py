@@ -110,17 +110,15 @@ def _check(source: _Text, labels: _Text, shape: RowShape) -> None:
 
 def _framed(backend: Backend, texts: Sequence[str], longest: int) -> list[_Text]:
     """Too long a text loses its end, never its special tokens, and not its last token."""
-    wholes = backend.encode_batch(list(texts))
-    return [
-        _Text((whole if len(whole) <= longest else _cut(backend, text, longest)).ids, len(whole))
-        for text, whole in zip(texts, wholes, strict=True)
-    ]
-
-
-def _cut(backend: Backend, text: str, longest: int) -> Any:
-    cutting = _copy(backend)
-    cutting.enable_truncation(max(longest, 1 + cutting.num_special_tokens_to_add(False)))
-    return cutting.encode(text)
+    wholes = [whole.ids for whole in backend.encode_batch(list(texts))]
+    found = dict(enumerate(wholes))
+    long = [place for place, ids in found.items() if len(ids) > longest]
+    if long:
+        cutting = _copy(backend)
+        cutting.enable_truncation(max(longest, 1 + cutting.num_special_tokens_to_add(False)))
+        cuts = cutting.encode_batch([texts[place] for place in long])
+        found.update(zip(long, (cut.ids for cut in cuts), strict=True))
+    return [_Text(found[place], len(whole)) for place, whole in enumerate(wholes)]
 
 
 def _copy(backend: Backend) -> Backend:

@@ -71,6 +71,12 @@ class Workload:
     rows: float = 1.0  # of data, of one microbatch: sites of images have positions of their own
     microbatches: int  # m, those that the token budget cuts included
     base_dtype: str  # in which x and g travel
+    source_tokens: float = 0.0  # N at an encoder-decoder's `source_groups`; `tokens` are its targets'
+    source_groups: frozenset[int] = frozenset()
+
+    def at(self, group: int) -> Workload:
+        """What the sites of one input group see of it."""
+        return replace(self, tokens=self.source_tokens) if group in self.source_groups else self
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +136,9 @@ def plan_taps(
     groups = _groups(spec)
     efforts = {
         number: {
-            encoding: group_effort(group, workload, encoding, dtype=spec.dtype, compression=compression)
+            encoding: group_effort(
+                group, workload.at(number), encoding, dtype=spec.dtype, compression=compression
+            )
             for encoding in _common_encodings([kind for kind, _ in group])
         }
         for number, group in groups.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from cola_runtime.adapter_spec import AdapterPart, AdapterSpec, head_part
@@ -23,6 +23,7 @@ from cola_runtime.types import (
     LearningRateSchedule,
     Membership,
     OptimizerHyperparameters,
+    Row,
     TapPlan,
 )
 
@@ -57,7 +58,15 @@ class DataSize:
     """What the encodings' planner needs to know of a job's training data."""
 
     rows: int
-    tokens: int
+    tokens: int  # of an encoder-decoder its targets'
+    source_tokens: int = 0
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> DataSize:
+        of_sources = sum(row.source_length for row in rows)
+        return cls(
+            rows=len(rows), tokens=sum(row.length for row in rows) - of_sources, source_tokens=of_sources
+        )
 
 
 def job_taps(
@@ -69,13 +78,15 @@ def job_taps(
     """
     rows = min(job.rows_per_step, data.rows)
     microbatches = min(job.adaptation_interval, rows)
-    tokens = rows * data.tokens / data.rows / microbatches
-    parts = math.ceil(tokens / costs.token_budget)
+    share = rows / data.rows / microbatches
+    parts = math.ceil(share * (data.tokens + data.source_tokens) / costs.token_budget)
     workload = Workload(
-        tokens=tokens / parts,
+        tokens=share * data.tokens / parts,
         rows=rows / microbatches / parts,
         microbatches=microbatches * parts,
         base_dtype=base.dtype,
+        source_tokens=share * data.source_tokens / parts,
+        source_groups=frozenset(base.source_groups),
     )
     return plan_taps(
         adapter, workload, costs, requested=_requested(job), compression=Compression(job.compression)

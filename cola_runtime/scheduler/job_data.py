@@ -29,7 +29,7 @@ class JobData:
 
     @property
     def size(self) -> DataSize:
-        return DataSize(rows=len(self.training), tokens=sum(row.length for row in self.training))
+        return DataSize.of(self.training)
 
     def microbatches(self, version: int) -> list[list[Row]]:
         """The rows of the step that makes `version` into `version + 1`."""

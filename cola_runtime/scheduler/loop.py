@@ -100,6 +100,10 @@ class SchedulerLoop:
         finally:
             self._queue.pop(ticket.waiting.ticket, None)
 
+    def charge(self, tenant_id: str, tokens: int) -> None:
+        """Count what the base model computed for a tenant outside of base steps."""
+        self._shares = charge(self._shares, {tenant_id: tokens})
+
     def park(self, device_id: str, *, parked: bool) -> None:
         """A device without credit: its tenants wait, nobody else does."""
         (self._parked.add if parked else self._parked.discard)(device_id)

@@ -64,4 +64,4 @@ def first_prompts(
 
 
 def _of(row: Row) -> PaddedRow:
-    return PaddedRow(len(row.tokens), row.length - len(row.tokens))
+    return PaddedRow(row.length - row.source_length, row.source_length)

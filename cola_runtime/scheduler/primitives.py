@@ -154,7 +154,8 @@ class AdapterPrimitives:
         """Greedy answers under the adapter's current version.
 
         In parts that fill a base step's token budget with prompts and answers, one after the other: each is a
-        turn of the base model's compute thread, and whatever else waits there goes in between.
+        turn of the base model's compute thread, and whatever else waits there goes in between. Their tokens
+        count against the tenant's share of base steps.
         """
         answers: list[list[int]] = []
         while len(answers) < len(asked.prompts):
@@ -164,6 +165,7 @@ class AdapterPrimitives:
                 token_budget=self._loop.token_budget,
             )
             answers += await self._answer_part(adapter, part, asked)
+            self._loop.charge(adapter.tenant_id, len(part) * (max(map(len, part)) + asked.max_new_tokens))
         return answers
 
     async def _answer_part(

@@ -61,8 +61,7 @@ class Admission:
         _check_evaluation(spec, held_out=submission.evaluation is not None)
         tokenizer = await self._base_models.tokenizer(spec.base_model)
         limits = _Limits(most_tokens, base.context_length)
-        report = await asyncio.to_thread(_check_data, submission, spec, tokenizer, limits)
-        data = DataSize(rows=report.rows, tokens=report.tokens)
+        report, data = await asyncio.to_thread(_check_data, submission, spec, tokenizer, limits)
         taps, reason = job_taps(spec, base, adapter, data, self._costs)
         return CheckedJob(spec=spec, report=report, taps=taps, taps_reason=reason)
 
@@ -99,7 +98,7 @@ class _Limits(NamedTuple):
 
 def _check_data(
     submission: Submission, spec: JobSpec, tokenizer: Tokenizer, limits: _Limits
-) -> DatasetReport:
+) -> tuple[DatasetReport, DataSize]:
     def rows(content: bytes, name: str) -> tuple[Dataset, TokenizedDataset]:
         dataset = parse_dataset(content, file_name=name)
         return dataset, tokenizer.tokenize(
@@ -116,7 +115,8 @@ def _check_data(
                 context_length=limits.context_length,
                 new_tokens=spec.evaluation.new_tokens,
             )
-    return dataset_report(dataset, tokenized, steps=total_steps(len(tokenized.rows), spec))
+    report = dataset_report(dataset, tokenized, steps=total_steps(len(tokenized.rows), spec))
+    return report, DataSize.of(tokenized.rows)
 
 
 def _fields(spec_json: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cola_runtime.scheduler.packing import PaddedRow, split_rows
+from cola_runtime.scheduler.packing import PaddedRow, first_prompts, padded_row, split_rows
 from cola_runtime.scheduler.policy import Share, Waiting, admit, charge, choose
 from cola_runtime.types import Gang, Row
 
@@ -152,3 +152,29 @@ def test_split_rows_keeps_every_row_once_in_order_and_under_the_budget(
     for part in parts:
         padded = len(part) * max(len(r.tokens) for r in part)
         assert padded <= budget or len(part) == 1
+
+
+def pair(source: int, target: int) -> Row:
+    tokens = np.zeros(target, np.int32)
+    return Row(tokens=tokens, weights=np.ones(target, np.float32), source=np.zeros(source, np.int32))
+
+
+def test_sources_and_targets_are_padded_each_to_their_longest() -> None:
+    rows = [pair(30, 2), pair(4, 10), pair(30, 10)]
+    assert padded_row(rows[:2]) == PaddedRow(10, 30)
+    assert split_rows(rows, token_budget=79) == [(rows[0],), (rows[1],), (rows[2],)]
+    assert split_rows(rows, token_budget=80) == [(rows[0], rows[1]), (rows[2],)]
+    long_source, long_target = (
+        Waiting(ticket=n, tenant_id=f"t{n}", job_id=f"j{n}", rows=1, padded=padded_row([r]), train=True)
+        for n, r in enumerate([pair(30, 2), pair(2, 30)])
+    )
+    assert (long_source.tokens, long_target.tokens) == (32, 32)
+    alone = choose([long_source, long_target], shares={}, token_budget=119)
+    assert alone == (long_source,), "beside each other they cost two rows of 60"
+
+
+def test_prompts_are_answered_in_parts_of_the_budget() -> None:
+    prompts = [[0] * length for length in (4, 6, 6, 50)]
+    assert list(first_prompts(prompts, new_tokens=4, token_budget=20)) == prompts[:2]
+    assert list(first_prompts(prompts, new_tokens=4, token_budget=3)) == prompts[:1]
+    assert list(first_prompts(prompts[3:], new_tokens=4, token_budget=20)) == prompts[3:]
