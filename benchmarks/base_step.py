@@ -194,7 +194,7 @@ def memory(path: Path, kinds: tuple[str, ...], *, seed: int) -> dict[str, Any]:
 
 
 def _add_team(ours: Ours, side: str, rows_BT: NDArray[np.int32]) -> str | None:
-    """Install the side's team, unless another has the same; its name. None for a side that is not ours."""
+    """Install the side's team, unless another side has the same; its name. None: the side is not ours."""
     if side in KIND_SIDES:
         ours.add_team(side, rows_BT, tenants=len(rows_BT), kinds=KIND_SIDES[side])
         return side

@@ -145,9 +145,13 @@ class AdapterBank:
     def adapter(self, job_id: str) -> BankedAdapter | None:
         return self._adapters.get(job_id)
 
-    def gang(self, gang: Gang | None) -> tuple[MergedAdapter, ...]:
-        """Every resident member of the gang, by job id; nobody for None."""
-        by_job = [self._adapters[job_id] for job_id in sorted(self._adapters)]
+    def gang(self, gang: Gang | None, asked: Collection[BankedAdapter] = ()) -> tuple[MergedAdapter, ...]:
+        """Every resident member of the gang, by job id, in its current version; nobody for None.
+
+        Those of `asked`, which may be the version before, in the version that was asked for.
+        """
+        versions = {**self._adapters, **{adapter.lease.job_id: adapter for adapter in asked}}
+        by_job = [versions[job_id] for job_id in sorted(versions)]
         return tuple(a.merged for a in by_job if a.merged is not None and a.gang == gang)
 
     @property

@@ -163,7 +163,7 @@ class TappedModel:
         A segment that the bank or the base model cannot serve gets a reason (`ADAPTER_UNKNOWN`, `FENCED`,
         `GANG_MISMATCH`, `VERSION_STALE`, `ROW_INVALID`) and is left out; the others are computed as if it
         were not there. The first one that can be served decides whose merged weights are put in place: those
-        of another gang get `GANG_MIXED`.
+        of another gang, or of another version of a member, get `GANG_MIXED`.
         """
         started = time.monotonic()
         refusals = _one_gang(step.segments, [self._refusal(segment) for segment in step.segments])
@@ -244,7 +244,8 @@ class TappedModel:
     def _stacks(self, cohorts: Sequence[Cohort], sink: TapSink | None) -> Stacks:
         """What is computed beside the base weights, which become those that these cohorts must see."""
         gang = cohorts[0].members[0].adapter.gang if cohorts else None
-        self._merged.put(self._bank.gang(gang))
+        asked = [member.adapter for cohort in cohorts for member in cohort.members]
+        self._merged.put(self._bank.gang(gang, asked))
         if gang is None:
             return group_stacks(cohorts, self._places, self._space, sink)
         stacks = bias_stacks(self._merged.biases, self._loaded.groups)
@@ -321,10 +322,19 @@ def _refused(segment: Segment, reason: str | None) -> SegmentLoss:
 
 
 def _one_gang(segments: Sequence[Segment], refusals: Sequence[str | None]) -> list[str | None]:
-    """The refusals, and `GANG_MIXED` for what is of another gang than the first segment without one."""
-    served = [segment.gang for segment, refusal in zip(segments, refusals, strict=True) if refusal is None]
+    """The refusals, and `GANG_MIXED` for what needs other merged weights than the first segment without one.
+
+    That is another gang, or a member in another version than in its first segment.
+    """
+    served = [segment for segment, refusal in zip(segments, refusals, strict=True) if refusal is None]
+    versions = {segment.lease.job_id: segment.version for segment in reversed(served)}
+
+    def fits(segment: Segment) -> bool:
+        same = segment.gang is None or segment.version == versions[segment.lease.job_id]
+        return segment.gang == served[0].gang and same
+
     return [
-        "GANG_MIXED" if refusal is None and segment.gang != served[0] else refusal
+        "GANG_MIXED" if refusal is None and not fits(segment) else refusal
         for segment, refusal in zip(segments, refusals, strict=True)
     ]
 

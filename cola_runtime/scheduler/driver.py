@@ -14,6 +14,7 @@ from cola_runtime.jobs.plan import TrainingPlan
 from cola_runtime.jobs.records import JobRecord, StepRecord
 from cola_runtime.jobs.state import JobState
 from cola_runtime.jobs.store import JobStore
+from cola_runtime.scheduler.device_pool import UNABLE_REASONS
 from cola_runtime.scheduler.evaluation import Evaluations
 from cola_runtime.scheduler.job_data import JobData
 from cola_runtime.scheduler.leases import LeaseLost
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 MAX_LOSSES_WITHOUT_PROGRESS = 8  # leases lost in a row at one version before the job is failed
 RETRY_PAUSE_SECONDS = 0.1
+INTERNAL_MESSAGE = "the service failed; its log has the cause. Submit the job again."
 _LOWER_RATE = "Lower the learning rate or set max_grad_norm; the last checkpoint is kept."
 FATAL_REASONS = {  # trying again would give the same; the remedies
     "NON_FINITE_GRADIENT": _LOWER_RATE,
@@ -103,7 +105,7 @@ class JobDriver:
             logger.exception(
                 "job driver broke", extra={"event": "job.internal_error", "job_id": self._job_id}
             )
-            await self._fail("INTERNAL", "the service failed; its log has the cause. Submit the job again.")
+            await self._fail("INTERNAL", INTERNAL_MESSAGE)
 
     async def _run_leases(self) -> None:
         """Lease, train, and lease again from the last checkpoint whenever the lease is lost."""
@@ -226,8 +228,6 @@ class JobDriver:
 
     async def _note_loss(self, lost: LeaseLost | Unavailable, progress: _Progress) -> None:
         record = await self._store.job(self._job_id)
-        progress.losses = progress.losses + 1 if record.version == progress.version else 1
-        progress.version = record.version
         await self._store.add_event(
             self._job_id,
             "lease.lost",
@@ -235,6 +235,10 @@ class JobDriver:
             level="warning",
             data={"reason": lost.reason, "version": record.version},
         )
+        if lost.reason in UNABLE_REASONS:
+            return  # each device says so once: the job goes to another one, or waits for one
+        progress.losses = progress.losses + 1 if record.version == progress.version else 1
+        progress.version = record.version
         if lost.reason in FATAL_REASONS:
             raise JobFailed(
                 lost.reason,

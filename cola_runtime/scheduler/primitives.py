@@ -130,10 +130,14 @@ class AdapterPrimitives:
 
     async def _take_lease(self, job_id: str) -> Lease:
         """One at a time, so that each sees the load that the ones before it have put on the devices."""
-        async with self._placing:
-            lease = await self._store.grant_lease(job_id, await self._pool.pick())
-            self._book.open(lease)
-            return lease
+        while True:
+            await self._pool.wait_able(job_id)  # not while placing: others may have a device already
+            async with self._placing:
+                device_id = self._pool.pick(job_id)
+                if device_id is not None:
+                    lease = await self._store.grant_lease(job_id, device_id)
+                    self._book.open(lease)
+                    return lease
 
     async def forward(self, adapter: LeasedAdapter, rows: Sequence[Row]) -> Loss:
         """Losses of rows under the adapter's current version; nothing is trained."""

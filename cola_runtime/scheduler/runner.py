@@ -8,14 +8,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from cola_runtime.errors import ColaError, Conflict
+from pydantic import ValidationError
+
+from cola_runtime.errors import ColaError, Conflict, InvalidInput
 from cola_runtime.gradients.planner import Costs
 from cola_runtime.jobs.plan import as_recorded, job_taps, training_plan
 from cola_runtime.jobs.records import CheckpointRecord, JobRecord
 from cola_runtime.jobs.state import TERMINAL_STATES, JobState
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.scheduler.device_pool import DevicePool, DeviceStatus
-from cola_runtime.scheduler.driver import JobDriver, Stop
+from cola_runtime.scheduler.driver import INTERNAL_MESSAGE, JobDriver, Stop
 from cola_runtime.scheduler.job_data import load_job_data
 from cola_runtime.scheduler.leases import LeaseBook
 from cola_runtime.scheduler.loop import SchedulerLoop
@@ -122,7 +124,9 @@ class JobRunner:
 
     def waiting_reason(self, job_id: str) -> str:
         driver = self._drivers.get(job_id)
-        return self._loop.waiting_reason(job_id) or (driver.phase if driver else "")
+        unable = self._pool.unable(job_id) if self._book.current(job_id) is None else ""
+        phase = ": ".join(filter(None, (driver.phase, unable))) if driver else ""
+        return self._loop.waiting_reason(job_id) or phase
 
     async def generate(
         self,
@@ -181,7 +185,7 @@ class JobRunner:
 
     async def _drive(self, record: JobRecord) -> None:
         try:
-            spec = JobSpec.model_validate_json(record.spec_json)
+            spec = _stored_spec(record)
             plan = training_plan(spec, self._description, total_steps=record.total_steps)
             data = await load_job_data(record, spec, self._description, self._storage)
             asked = as_recorded(spec, record.encoding)
@@ -191,16 +195,20 @@ class JobRunner:
             self._drivers[record.job_id] = driver
             await driver.run()
         except ColaError as error:
-            await self._store.transition(
-                record.job_id,
-                JobState.FAILED,
-                message=str(error),
-                failure_reason=error.reason,
-                failure_message=str(error),
+            await self._fail(record.job_id, error.reason, str(error))
+        except Exception:
+            logger.exception(
+                "job could not start", extra={"event": "job.internal_error", "job_id": record.job_id}
             )
+            await self._fail(record.job_id, "INTERNAL", INTERNAL_MESSAGE)
         finally:
             self._drivers.pop(record.job_id, None)
             self._tasks.pop(record.job_id, None)
+
+    async def _fail(self, job_id: str, reason: str, message: str) -> None:
+        await self._store.transition(
+            job_id, JobState.FAILED, message=message, failure_reason=reason, failure_message=message
+        )
 
     async def _stop(self, job_id: str, stop: Stop) -> None:
         record = await self._store.job(job_id)
@@ -262,6 +270,20 @@ class JobRunner:
             logger.warning("base model not back yet: %s", error, extra={"event": "base.waiting"})
             return
         await self._pool.move(self._description.gradient_endpoint)
+
+
+def _stored_spec(record: JobRecord) -> JobSpec:
+    """Raises InvalidInput `STORED_SPEC_INVALID` for what another version accepted and this one does not."""
+    try:
+        return JobSpec.model_validate_json(record.spec_json)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise InvalidInput(
+            "STORED_SPEC_INVALID",
+            f"another version of the service accepted the job's spec, and this one refuses it: {wrong}",
+            where="job",
+            remedy="Correct the spec and submit it again; the job's checkpoints are kept.",
+        ) from error
 
 
 def lost_base_reporter(book: LeaseBook) -> Callable[[Exception], None]:

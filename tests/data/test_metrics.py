@@ -1,4 +1,4 @@
-"""Measures against values computed by hand, and against scikit-learn and scipy where they are installed."""
+"""Measures against values computed by hand, and against values that scikit-learn and scipy gave."""
 
 from __future__ import annotations
 

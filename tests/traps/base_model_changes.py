@@ -201,4 +201,11 @@ BASE_MODEL_CHANGES: tuple[Change, ...] = (
             "(\n                segment.lease.epoch,\n                adapter.version,\n            )",
         ),
     ),
+    changed(
+        11,
+        "a stale tap taken at merged weights of the present version",
+        "test_a_stale_segment_of_a_merged_adapter_sees_the_version_that_it_asks_for",
+        "base_model/model.py",
+        ("self._bank.gang(gang, asked)", "self._bank.gang(gang)"),
+    ),
 )
