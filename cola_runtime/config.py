@@ -64,6 +64,9 @@ class BaseModelSettings(_Settings):
     """A local folder in transformers' format; None looks the alias up."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     attention: Literal["auto", "eager", "sdpa"] = "auto"
+    activation_checkpointing: bool = False
+    """Keep each layer's input only and compute the layer again in the backward pass: less memory, more time
+    (docs/performance.md)."""
     threads: Annotated[int, Field(ge=1, le=256)] = 1
     bind: str = "127.0.0.1:0"
     """Where the base model actor's gradient server listens; port 0 takes a free one."""

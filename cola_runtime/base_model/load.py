@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from cola_runtime.base_model.catalogue import site_catalogue
+from cola_runtime.base_model.checkpointing import checkpoint_layers
 from cola_runtime.base_model.encoder_decoders import is_encoder_decoder, read_encoder_decoder
 from cola_runtime.base_model.encoders import is_encoder, read_encoder
 from cola_runtime.base_model.heads import Pooling
@@ -41,6 +42,7 @@ class LoadedModel:
     by_hand: bool  # LlamaBody can compute it
     product_flops: float  # FLOP/s of matrix products in its dtype here
     tied_sites: tuple[int, ...]  # sites whose parameters another module uses too
+    activation_checkpointing: bool
 
     @property
     def bidirectional(self) -> bool:
@@ -75,11 +77,14 @@ class LoadedModel:
         return int(getattr(self.model.config, "type_vocab_size", 0)) if self.bidirectional else 0
 
 
-def load_frozen_model(path: Path, *, dtype: str, attention: str) -> LoadedModel:
+def load_frozen_model(
+    path: Path, *, dtype: str, attention: str, activation_checkpointing: bool = False
+) -> LoadedModel:
     """Load, freeze, find the sites; of a causal model check that head(last hidden state) is its logits.
 
     Reads safetensors only. Sites of one group get one weight buffer. Raises InvalidInput for an unknown dtype
-    or attention, and `BASE_MODEL_UNSUPPORTED` where the logits are not a plain projection.
+    or attention, `BASE_MODEL_UNSUPPORTED` where the logits are not a plain projection, and
+    `CHECKPOINTING_UNSUPPORTED`.
     """
     if dtype not in DTYPES:
         raise _unknown("dtype", dtype, tuple(DTYPES))
@@ -91,6 +96,8 @@ def load_frozen_model(path: Path, *, dtype: str, attention: str) -> LoadedModel:
     by_hand = is_plain_llama(model, groups)
     if attention == "auto":
         attention = "sdpa" if by_hand else _faster_attention(model)
+    if activation_checkpointing and not by_hand:
+        checkpoint_layers(model, groups)
     return LoadedModel(
         model=model,
         sites=sites,
@@ -101,6 +108,7 @@ def load_frozen_model(path: Path, *, dtype: str, attention: str) -> LoadedModel:
         by_hand=by_hand,
         tied_sites=_tied_sites(model, sites),
         product_flops=matrix_product_flops(DTYPES[dtype]),
+        activation_checkpointing=activation_checkpointing,
     )
 
 

@@ -78,14 +78,25 @@ class TappedModel:
         }
 
     @classmethod
-    def load(cls, path: Path, *, dtype: str, attention: str = "auto", threads: int = 1) -> TappedModel:
+    def load(
+        cls,
+        path: Path,
+        *,
+        dtype: str,
+        attention: str = "auto",
+        threads: int = 1,
+        activation_checkpointing: bool = False,
+    ) -> TappedModel:
         """Load a pretrained folder. Sets the number of torch's threads, for the whole process.
 
         `attention` is `eager`, `sdpa`, or `auto`: whichever is faster here, by a short trial. A plain Llama
-        trains through our own attention and needs none.
+        trains through our own attention and needs none. With `activation_checkpointing` a layer keeps its
+        input alone and is computed again in the backward pass.
         """
         torch.set_num_threads(threads)
-        loaded = load_frozen_model(path, dtype=dtype, attention=attention)
+        loaded = load_frozen_model(
+            path, dtype=dtype, attention=attention, activation_checkpointing=activation_checkpointing
+        )
         return cls(loaded, path=path, dtype=dtype, threads=threads)
 
     @property
@@ -110,6 +121,7 @@ class TappedModel:
                 "tasks": ", ".join(self._loaded.tasks),
                 "attention": self._attention,
                 "body": type(self._body).__name__,
+                "activation_checkpointing": "on" if self._loaded.activation_checkpointing else "off",
                 "threads": str(self._threads),
                 "device": "cpu",
                 PRODUCT_FLOPS: repr(self._loaded.product_flops),
@@ -232,7 +244,12 @@ class TappedModel:
 
     def _fastest_body(self) -> Body:
         if self._loaded.by_hand:
-            return LlamaBody(self._loaded.model, self._loaded.groups, self._space)
+            return LlamaBody(
+                self._loaded.model,
+                self._loaded.groups,
+                self._space,
+                checkpointing=self._loaded.activation_checkpointing,
+            )
         hidden = causal_hidden
         if self._loaded.encoder_decoder:
             hidden = decoder_hidden
