@@ -6,6 +6,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,6 +125,7 @@ class TappedModel:
                 "activation_checkpointing": "on" if self._loaded.activation_checkpointing else "off",
                 "threads": str(self._threads),
                 "device": "cpu",
+                "weight_bytes": str(_weight_bytes(model)),
                 PRODUCT_FLOPS: repr(self._loaded.product_flops),
             },
             tied_sites=self._loaded.tied_sites,
@@ -310,6 +312,12 @@ class TappedModel:
     @property
     def _vocabulary_size(self) -> int:
         return int(self._loaded.model.get_input_embeddings().num_embeddings)
+
+
+def _weight_bytes(model: Any) -> int:
+    """Of the frozen weights, those that several modules share once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def _refused(segment: Segment, reason: str | None) -> SegmentLoss:
