@@ -23,7 +23,12 @@ from cola_runtime.base_model.tapped import SiteGroup
 from cola_runtime.errors import InvalidInput
 from cola_runtime.types import Site, Task
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 ATTENTIONS = ("eager", "sdpa")
 UNBOUNDED_CONTEXT = 4096  # of T5's relative positions, which set no limit: what memory should allow
 _TRIAL_SHAPE = (4, 64)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from cola_runtime.base_model.head_loss import HeadOutcome, head_losses
 from cola_runtime.base_model.llama import LlamaBody
 from cola_runtime.base_model.load import DTYPES, LoadedModel, load_frozen_model
 from cola_runtime.base_model.loss import label_loss, segment_loss_sums
+from cola_runtime.base_model.loss_scales import HeldTaps, LossScales
 from cola_runtime.base_model.merge import MergedWeights
 from cola_runtime.base_model.segments import (
     Cohort,
@@ -74,6 +77,7 @@ class TappedModel:
             encoder_decoder=loaded.encoder_decoder,
         )
         self._cache = StackCache()
+        self._scales = LossScales()
         self._positions = {
             site.index: place for group in loaded.groups for place, site in enumerate(group.sites)
         }
@@ -147,6 +151,7 @@ class TappedModel:
     def evict(self, job_id: str) -> None:
         """Forget the job's adapter; sites that no merged adapter is left at become pristine at once."""
         self._bank.evict(job_id)
+        self._scales.forget(job_id)
         self._merged.release(self._bank.merged_sites)
 
     @property
@@ -163,7 +168,8 @@ class TappedModel:
         A segment that the bank or the base model cannot serve gets a reason (`ADAPTER_UNKNOWN`, `FENCED`,
         `GANG_MISMATCH`, `VERSION_STALE`, `ROW_INVALID`) and is left out; the others are computed as if it
         were not there. The first one that can be served decides whose merged weights are put in place: those
-        of another gang get `GANG_MIXED`.
+        of another gang get `GANG_MIXED`. Taps under a dynamic loss scale leave at the end: a segment whose
+        gradient overflows is computed again at a lower one.
         """
         started = time.monotonic()
         refusals = _one_gang(step.segments, [self._refusal(segment) for segment in step.segments])
@@ -175,9 +181,9 @@ class TappedModel:
         outcomes: dict[int, SegmentLoss] = {}
         computed_tokens = 0
         if members:
-            batch = mixed_batch(members)
-            computed_tokens = batch.computed_tokens
-            outcomes = self._compute(batch, sink if step.train else None)
+            outcomes, computed_tokens = (
+                self._train(members, sink) if step.train else self._pass(members, None)
+            )
         return BaseStepResult(
             number=step.number,
             losses=tuple(
@@ -213,6 +219,37 @@ class TappedModel:
         stacks = self._stacks([] if job_id is None else [self._lone_cohort(job_id)], None)
         with self._modules.active(stacks, rows=1, training=False):
             return generate_tokens(self._loaded.model, token_ids, sampling)
+
+    def _train(self, members: Sequence[Member], sink: TapSink) -> tuple[dict[int, SegmentLoss], int]:
+        """As `_pass`, with taps, and once more for those members alone whose gradients overflowed."""
+        held = HeldTaps(sink, [m.position for m in members if m.segment.loss_scaling.dynamic])
+        scaled = self._scaled(members)
+        outcomes, tokens = self._pass(scaled, held)
+        while scaled := self._scaled([m for m in scaled if self._lowered(m, held, outcomes[m.position])]):
+            _, more = self._pass(scaled, held)
+            tokens += more
+        for member in members:
+            if not held.overflowed(member.position):
+                self._scales.stepped(member.segment)
+        held.release()
+        return outcomes, tokens
+
+    def _scaled(self, members: Sequence[Member]) -> list[Member]:
+        return [replace(member, loss_scale=self._scales.of(member.segment)) for member in members]
+
+    def _lowered(self, member: Member, held: HeldTaps, outcome: SegmentLoss) -> bool:
+        """The member's gradient overflowed, and not its loss: its taps are forgotten, its scale is halved."""
+        if not held.overflowed(member.position) or not math.isfinite(outcome.loss_sum):
+            return False
+        if not self._scales.lower(member.segment):
+            return False
+        held.drop(member.position)
+        return True
+
+    def _pass(self, members: Sequence[Member], sink: TapSink | None) -> tuple[dict[int, SegmentLoss], int]:
+        """Position in BaseStep.segments -> loss, and how many tokens were computed."""
+        batch = mixed_batch(members)
+        return self._compute(batch, sink), batch.computed_tokens
 
     def _compute(self, batch: MixedBatch, sink: TapSink | None) -> dict[int, SegmentLoss]:
         """Position in BaseStep.segments -> loss."""

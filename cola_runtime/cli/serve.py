@@ -29,7 +29,7 @@ def serve(
         str | None, typer.Option(help="A known alias, or any name with --model-path.")
     ] = None,
     model_path: Annotated[Path | None, typer.Option(help="A folder in transformers' format.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float64.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or float64.")] = None,
     activation_checkpointing: Annotated[
         bool | None,
         typer.Option(

@@ -14,7 +14,8 @@ whatever the encoding):
     weight_gradient   d_out (d_in + 1) a site               2 N d_in d_out     4 r d_in d_out (linear: 0)
     adapter_gradient  P a site                              2 N P (L-LoRA 4)   0
 
-Activations travel in the base model's dtype, everything else in the adapter's; compression narrows both.
+Activations travel in the base model's dtype, everything else in the adapter's, also g under loss scaling;
+compression narrows both.
 Left out: what every encoding costs alike (weights on their way back, the optimizer) and frame headers (88
 bytes a tensor). N counts every token: those whose g is zero are dropped on the way, which the coordinator
 cannot foresee.
@@ -46,7 +47,7 @@ AUTO = "auto"
 LOW_RANK = 8
 """k of Compression.LOW_RANK."""
 
-ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
+ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _LEAST_BASE_WORK_FIRST = (Encoding.ACTIVATIONS, Encoding.ADAPTER_GRADIENT, Encoding.WEIGHT_GRADIENT)
 
 
@@ -67,6 +68,7 @@ class Workload:
     tokens: float  # N, of one microbatch
     microbatches: int  # m, those that the token budget cuts included
     base_dtype: str  # in which x and g travel
+    loss_scaled: bool = False  # g has left the base model's dtype with its scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +170,13 @@ def group_effort(
     ]
     once = sum(of_parts, Effort())  # bytes_up counts numbers until here
     wide = workload.base_dtype if encoding is Encoding.ACTIVATIONS else dtype
+    bytes_up = once.bytes_up * _bytes_a_number(wide, compression)
+    if encoding is Encoding.ACTIVATIONS and workload.loss_scaled:
+        outputs = sum(site.out_features for _, sites in group for site in sites)
+        wider = _bytes_a_number(dtype, compression) - _bytes_a_number(wide, compression)
+        bytes_up += workload.tokens * outputs * wider
     return Effort(
-        workload.microbatches * once.bytes_up * _bytes_a_number(wide, compression),
+        workload.microbatches * bytes_up,
         workload.microbatches * once.base_flops,
         workload.microbatches * once.device_flops,
     )

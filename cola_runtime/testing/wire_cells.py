@@ -110,7 +110,12 @@ class _Group:
                 frames.extend(tensor_frames(_address(key), to_wire(tensor)))
 
         taps = _TimedTaps(
-            plan.encoding, segments=[0], scalings=[self._scaling], dtype=torch.float32, sink=sink
+            plan.encoding,
+            segments=[0],
+            scalings=[self._scaling],
+            loss_scales=[1.0],
+            dtype=torch.float32,
+            sink=sink,
         )
         stack = self._stack(taps)
         outputs_BTO = [torch.zeros_like(grad) for grad in self._grads_BTO]

@@ -79,7 +79,7 @@ def fitting(model: TappedModel, member: Tenant) -> Tenant:
             ),
         )
     head = head_part(HeadKind(labels=3), model.sites, hidden_size=description.hidden_size)
-    spec = AdapterSpec(parts=(*member.spec.parts, head), seed=member.spec.seed, dtype="float64")
+    spec = AdapterSpec(parts=(*member.spec.parts, head), seed=member.spec.seed, dtype=member.spec.dtype)
     nothing = np.zeros(0, np.float32)
     rows = tuple(replace(row, weights=nothing, label=len(row.tokens) % 3) for row in member.rows)
     return replace(member, spec=spec, weights=random_weights(spec), rows=rows)

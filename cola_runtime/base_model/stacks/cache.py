@@ -113,6 +113,7 @@ def cohort_taps(cohort: Cohort, group: int, scalings: tuple[float, ...], sink: T
         cohort.taps.encoding_of(group),
         segments=[member.position for member in cohort.members],
         scalings=scalings,
+        loss_scales=[member.loss_scale for member in cohort.members],
         dtype=torch_dtype(cohort.members[0].adapter.spec),
         sink=sink,
     )

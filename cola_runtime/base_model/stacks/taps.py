@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cola_runtime.gradients.taps import Tap, TapSink, activation_tensors, product_tensors
-from cola_runtime.types import Encoding, TensorKey
+from cola_runtime.types import Encoding, TensorKey, TensorKind
 
 OwnGradients = Callable[[], Mapping[TensorKey, Tensor]]
 """The kind's own gradients, [S, ...] each, scaled, in the wire's dtype. Called only when needed."""
@@ -26,12 +26,14 @@ class GroupTaps:
         *,
         segments: Sequence[int],
         scalings: Sequence[float],
+        loss_scales: Sequence[float],
         dtype: torch.dtype,
         sink: TapSink,
     ) -> None:
         self.scalings = scalings  # s of each segment
         self.dtype = dtype  # of gradients on the wire
         self._encoding = encoding
+        self._loss_scales = loss_scales  # of each segment's loss, and so of everything that comes in here
         self._segments = segments  # positions in BaseStep.segments
         self._sink = sink
 
@@ -43,7 +45,7 @@ class GroupTaps:
         of_segment = activation_tensors if self._encoding is Encoding.ACTIVATIONS else self._products
         for s, segment in enumerate(self._segments):
             tensors = of_segment(x_SMI[s], {site: grad[s] for site, grad in grads_SMO.items()})
-            self._sink(Tap(segment, tensors))
+            self._sink(Tap(segment, self._unscaled(tensors, s)))
 
     def scale(self, grad: Tensor) -> Tensor:
         """s times a gradient [S, ...], in the wire's dtype; a new tensor."""
@@ -56,5 +58,16 @@ class GroupTaps:
     def _hand_out(self, gradients: Mapping[TensorKey, Tensor]) -> None:
         """One dict per segment out of the stacked gradients; views, no copies."""
         by_key = [gradient.unbind(0) for gradient in gradients.values()]
-        for segment, tensors in zip(self._segments, zip(*by_key, strict=True), strict=True):
-            self._sink(Tap(segment, dict(zip(gradients, tensors, strict=True))))
+        for s, tensors in enumerate(zip(*by_key, strict=True)):
+            tap = self._unscaled(dict(zip(gradients, tensors, strict=True)), s)
+            self._sink(Tap(self._segments[s], tap))
+
+    def _unscaled(self, tensors: dict[TensorKey, Tensor], s: int) -> dict[TensorKey, Tensor]:
+        """Divided by the segment's loss scale, exactly: in the wire's dtype, which is wider than float16."""
+        scale = self._loss_scales[s]
+        if scale == 1.0:
+            return tensors
+        return {
+            key: tensor if key.kind is TensorKind.INPUT else tensor.to(self.dtype) / scale
+            for key, tensor in tensors.items()
+        }
