@@ -6,11 +6,13 @@ Unknown fields are refused with the nearest known name; every number has a range
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     Discriminator,
     Field,
@@ -46,9 +48,19 @@ MAX_INNER_STEPS = 64
 MAX_PARTS = 16
 EVALUATION_TOKENS = 64
 MAX_EVALUATION_TOKENS = 256
+MAX_LOSS_SCALE = 2.0**24
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 ModulePattern = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,200}$")]
+
+
+def _power_of_two(value: float) -> float:
+    if math.frexp(value)[0] != 0.5:
+        raise ValueError("not a power of two, which alone can be divided by again exactly")
+    return value
+
+
+PowerOfTwo = Annotated[float, Field(ge=1, le=MAX_LOSS_SCALE), AfterValidator(_power_of_two)]
 
 
 class _Targeted(Frozen):
@@ -244,6 +256,9 @@ class JobSpec(Frozen):
     max_staleness: Literal[0, 1] = 0
     """0: a step's gradient is taken at the weights that it changes. 1: it may be those of one step before, so
     that base model and device work on a job at the same time (docs/staleness.md)."""
+    loss_scaling: Literal["none", "dynamic"] | PowerOfTwo | None = None
+    """What the loss is multiplied by in the backward pass, so that small gradients survive a float16 base
+    (docs/base_precision.md). None is `dynamic` beside such a base, else `none`."""
     mode: Literal["unmerged", "merged"] = "unmerged"
     """Compute the adapter beside the base weights, or merge it into them."""
     collaboration: CollaborationSpec | None = None

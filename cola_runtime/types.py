@@ -306,6 +306,17 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LossScaling:
+    """What a job's loss is multiplied by in the backward pass; its taps are divided by it again."""
+
+    scale: float = 1.0  # a power of two; where `dynamic`, the first one
+    dynamic: bool = False  # halved while a gradient overflows, doubled after many steps without
+
+
+UNSCALED = LossScaling()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
     """The rows of one adapter inside a mixed batch, and what to do with their taps."""
 
@@ -319,6 +330,7 @@ class Segment:
     gang: Gang | None = None  # whose merged weights these rows must see; None: adapters beside the base
     first_row: int = 0  # position of the first row within the step, 0-based; dropout's masks go by it
     staleness: int = 0  # steps that the device has applied since `version` when it applies these taps
+    loss_scaling: LossScaling = UNSCALED
 
     @property
     def trained_version(self) -> int:

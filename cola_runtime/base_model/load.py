@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cola_runtime.base_model.catalogue import site_catalogue, source_groups
+from cola_runtime.base_model.checkpointing import checkpoint_layers
 from cola_runtime.base_model.encoder_decoders import is_encoder_decoder, read_encoder_decoder
 from cola_runtime.base_model.encoders import is_encoder, read_encoder
 from cola_runtime.base_model.heads import Pooling
@@ -30,7 +31,12 @@ from cola_runtime.base_model.stock import open_frozen
 from cola_runtime.errors import InvalidInput
 from cola_runtime.types import Site, Task
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 ATTENTIONS = ("eager", "sdpa")
 UNBOUNDED_CONTEXT = 4096  # of T5's relative positions, which set no limit: what memory should allow
 _TRIAL_SHAPE = (4, 64)
@@ -50,6 +56,7 @@ class LoadedModel:
     by_hand: bool  # LlamaBody can compute it
     product_flops: float  # FLOP/s of matrix products in its dtype here
     tied_sites: tuple[int, ...]  # sites whose parameters another module uses too
+    activation_checkpointing: bool
     source_groups: frozenset[int]  # of an encoder-decoder: input groups whose x is of the source's tokens
     images: ImageInput | None = None  # of an image classifier, which takes nothing else
     image_tokens: int = 0  # computed for every image
@@ -98,11 +105,14 @@ class LoadedModel:
         return int(getattr(self.model.config, "type_vocab_size", 0)) if self.bidirectional else 0
 
 
-def load_frozen_model(path: Path, *, dtype: str, attention: str) -> LoadedModel:
+def load_frozen_model(
+    path: Path, *, dtype: str, attention: str, activation_checkpointing: bool = False
+) -> LoadedModel:
     """Load, freeze, find the sites; of a causal model check that head(last hidden state) is its logits.
 
     Reads safetensors only. Sites of one group get one weight buffer. Raises InvalidInput for an unknown dtype
-    or attention, and `BASE_MODEL_UNSUPPORTED` where the logits are not a plain projection.
+    or attention, `BASE_MODEL_UNSUPPORTED` where the logits are not a plain projection, and
+    `CHECKPOINTING_UNSUPPORTED`.
     """
     if dtype not in DTYPES:
         raise _unknown("dtype", dtype, tuple(DTYPES))
@@ -120,6 +130,8 @@ def load_frozen_model(path: Path, *, dtype: str, attention: str) -> LoadedModel:
     by_hand = is_plain_llama(model, groups)
     if attention == "auto":
         attention = "sdpa" if by_hand else _faster_attention(model, images)
+    if activation_checkpointing and not by_hand:
+        checkpoint_layers(model, groups)
     return LoadedModel(
         model=model,
         sites=sites,
@@ -133,6 +145,7 @@ def load_frozen_model(path: Path, *, dtype: str, attention: str) -> LoadedModel:
         image_tokens=0 if images is None else image_tokens(model, sites, images.shape),
         product_flops=matrix_product_flops(DTYPES[dtype]),
         source_groups=source_groups(model, sites) if model.config.is_encoder_decoder else frozenset(),
+        activation_checkpointing=activation_checkpointing,
     )
 
 

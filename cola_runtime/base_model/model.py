@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +25,7 @@ from cola_runtime.base_model.images import ImageInput, pooled_hidden
 from cola_runtime.base_model.llama import LlamaBody
 from cola_runtime.base_model.load import DTYPES, LoadedModel, load_frozen_model
 from cola_runtime.base_model.loss import label_loss, segment_loss_sums
+from cola_runtime.base_model.loss_scales import HeldTaps, LossScales
 from cola_runtime.base_model.merge import MergedWeights
 from cola_runtime.base_model.segments import (
     Cohort,
@@ -75,6 +79,7 @@ class TappedModel:
             encoder_decoder=loaded.encoder_decoder,
             image_shape=None if loaded.images is None else loaded.images.shape,
         )
+        self._scales = LossScales()
         self._places = GroupPlaces(
             positions={
                 site.index: place for group in loaded.groups for place, site in enumerate(group.sites)
@@ -85,14 +90,25 @@ class TappedModel:
             keep_own_settings_only(loaded.model)
 
     @classmethod
-    def load(cls, path: Path, *, dtype: str, attention: str = "auto", threads: int = 1) -> TappedModel:
+    def load(
+        cls,
+        path: Path,
+        *,
+        dtype: str,
+        attention: str = "auto",
+        threads: int = 1,
+        activation_checkpointing: bool = False,
+    ) -> TappedModel:
         """Load a pretrained folder. Sets the number of torch's threads, for the whole process.
 
         `attention` is `eager`, `sdpa`, or `auto`: whichever is faster here, by a short trial. A plain Llama
-        trains through our own attention and needs none.
+        trains through our own attention and needs none. With `activation_checkpointing` a layer keeps its
+        input alone and is computed again in the backward pass.
         """
         torch.set_num_threads(threads)
-        loaded = load_frozen_model(path, dtype=dtype, attention=attention)
+        loaded = load_frozen_model(
+            path, dtype=dtype, attention=attention, activation_checkpointing=activation_checkpointing
+        )
         return cls(loaded, path=path, dtype=dtype, threads=threads)
 
     @property
@@ -123,8 +139,10 @@ class TappedModel:
                 "tasks": ", ".join(self._loaded.tasks),
                 "attention": self._attention,
                 "body": type(self._body).__name__,
+                "activation_checkpointing": "on" if self._loaded.activation_checkpointing else "off",
                 "threads": str(self._threads),
                 "device": "cpu",
+                "weight_bytes": str(_weight_bytes(model)),
                 PRODUCT_FLOPS: repr(self._loaded.product_flops),
             },
             tied_sites=self._loaded.tied_sites,
@@ -147,6 +165,7 @@ class TappedModel:
     def evict(self, job_id: str) -> None:
         """Forget the job's adapter; sites that no merged adapter is left at become pristine at once."""
         self._bank.evict(job_id)
+        self._scales.forget(job_id)
         self._merged.release(self._bank.merged_sites)
 
     @property
@@ -163,7 +182,8 @@ class TappedModel:
         A segment that the bank or the base model cannot serve gets a reason (`ADAPTER_UNKNOWN`, `FENCED`,
         `GANG_MISMATCH`, `VERSION_STALE`, `ROW_INVALID`) and is left out; the others are computed as if it
         were not there. The first one that can be served decides whose merged weights are put in place: those
-        of another gang, or of another version of a member, get `GANG_MIXED`.
+        of another gang, or of another version of a member, get `GANG_MIXED`. Taps under a dynamic loss scale
+        leave at the end: a segment whose gradient overflows is computed again at a lower one.
         """
         started = time.monotonic()
         refusals = _one_gang(step.segments, [self._refusal(segment) for segment in step.segments])
@@ -175,9 +195,9 @@ class TappedModel:
         outcomes: dict[int, SegmentLoss] = {}
         computed_tokens = 0
         if members:
-            batch = mixed_batch(members)
-            computed_tokens = batch.computed_tokens
-            outcomes = self._compute(batch, sink if step.train else None)
+            outcomes, computed_tokens = (
+                self._train(members, sink) if step.train else self._pass(members, None)
+            )
         return BaseStepResult(
             number=step.number,
             losses=tuple(
@@ -220,6 +240,37 @@ class TappedModel:
         with self._modules.active(self._stacks(cohorts, None), rows=len(prompts), training=False):
             return generate_tokens(self._loaded.model, prompts, sampling)
 
+    def _train(self, members: Sequence[Member], sink: TapSink) -> tuple[dict[int, SegmentLoss], int]:
+        """As `_pass`, with taps, and once more for those members alone whose gradients overflowed."""
+        held = HeldTaps(sink, [m.position for m in members if m.segment.loss_scaling.dynamic])
+        scaled = self._scaled(members)
+        outcomes, tokens = self._pass(scaled, held)
+        while scaled := self._scaled([m for m in scaled if self._lowered(m, held, outcomes[m.position])]):
+            _, more = self._pass(scaled, held)
+            tokens += more
+        for member in members:
+            if not held.overflowed(member.position):
+                self._scales.stepped(member.segment)
+        held.release()
+        return outcomes, tokens
+
+    def _scaled(self, members: Sequence[Member]) -> list[Member]:
+        return [replace(member, loss_scale=self._scales.of(member.segment)) for member in members]
+
+    def _lowered(self, member: Member, held: HeldTaps, outcome: SegmentLoss) -> bool:
+        """The member's gradient overflowed, and not its loss: its taps are forgotten, its scale is halved."""
+        if not held.overflowed(member.position) or not math.isfinite(outcome.loss_sum):
+            return False
+        if not self._scales.lower(member.segment):
+            return False
+        held.drop(member.position)
+        return True
+
+    def _pass(self, members: Sequence[Member], sink: TapSink | None) -> tuple[dict[int, SegmentLoss], int]:
+        """Position in BaseStep.segments -> loss, and how many tokens were computed."""
+        batch = mixed_batch(members)
+        return self._compute(batch, sink), batch.computed_tokens
+
     def _compute(self, batch: MixedBatch, sink: TapSink | None) -> dict[int, SegmentLoss]:
         """Position in BaseStep.segments -> loss."""
         stacks = self._stacks(batch.cohorts, sink)
@@ -253,7 +304,12 @@ class TappedModel:
 
     def _fastest_body(self) -> Body:
         if self._loaded.by_hand:
-            return LlamaBody(self._loaded.model, self._loaded.groups, self._space)
+            return LlamaBody(
+                self._loaded.model,
+                self._loaded.groups,
+                self._space,
+                checkpointing=self._loaded.activation_checkpointing,
+            )
         return PatchedBody(self._last_hidden(), self._modules)
 
     def _last_hidden(self) -> LastHidden:
@@ -315,6 +371,12 @@ class TappedModel:
     def _attention(self) -> str:
         loaded = self._loaded
         return f"fused, {loaded.attention} when generating" if loaded.by_hand else loaded.attention
+
+
+def _weight_bytes(model: Any) -> int:
+    """Of the frozen weights, those that several modules share once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def _refused(segment: Segment, reason: str | None) -> SegmentLoss:

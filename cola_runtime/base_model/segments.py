@@ -29,6 +29,12 @@ class Member:
     position: int  # in BaseStep.segments
     segment: Segment
     adapter: BankedAdapter
+    loss_scale: float = 1.0  # what this pass multiplies the segment's loss by
+
+    @property
+    def loss_denominator(self) -> float:
+        """What a pass divides the segment's sum of losses by."""
+        return self.segment.loss_denominator / self.loss_scale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +64,7 @@ class Labels:
     positions_K: Tensor  # int64, ascending, in [0, B*T)
     targets_K: Tensor  # int64
     weights_K: Tensor  # float64
-    scales_K: Tensor  # float64: weight / loss_denominator, the loss's derivative by the cross-entropy
+    scales_K: Tensor  # float64: weight / loss_denominator, the scaled loss's derivative by the cross-entropy
     counts: tuple[int, ...]  # per member, in batch order
 
 
@@ -167,7 +173,7 @@ def _token_types(rows: Sequence[Row], shape: tuple[int, ...]) -> Tensor | None:
 def _labels(members: Sequence[Member], tokens: NDArray[np.int64], weights: NDArray[np.float64]) -> Labels:
     row, column = np.nonzero(weights)
     rows_of = [len(member.segment.rows) for member in members]
-    denominators = np.repeat([member.segment.loss_denominator for member in members], rows_of)
+    denominators = np.repeat([member.loss_denominator for member in members], rows_of)
     label_weights = weights[row, column]
     per_row = np.count_nonzero(weights, axis=1)
     counts = np.add.reduceat(per_row, np.cumsum([0, *rows_of[:-1]]))

@@ -30,6 +30,7 @@ class SiteGroup:
         self.fused_weight: Tensor | None = None  # [sum O, I]; the modules' weights are views of it
         self.fused_bias: Tensor | None = None
         self.widths = [site.out_features for site in sites]
+        self.spans_layers = False  # some of its sites' layers are computed again without the others'
 
     @property
     def dtype(self) -> torch.dtype:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from cola_runtime.base_model.site_groups import SiteGroup
 from cola_runtime.base_model.stacks.cohorts import Stacks
@@ -53,6 +55,20 @@ class TappedModules:
                 tap.forget()
 
 
+@dataclass(frozen=True, slots=True)
+class _Spanning:
+    """What one layer computed for others, which are computed again before it is."""
+
+    x: Tensor
+    computed_at: int  # the sibling whose layer computes all outputs, also the second time
+    outputs_BTO: Sequence[Tensor]
+
+    def has(self, position: int, x: Tensor) -> bool:
+        """Not by identity: a layer that is computed again gets its arguments as new values."""
+        same = x.data_ptr() == self.x.data_ptr() and x.shape == self.x.shape
+        return same and position != self.computed_at
+
+
 class _GroupTap:
     """The forward of one group's modules: computes all siblings at the first one's call."""
 
@@ -62,11 +78,13 @@ class _GroupTap:
         self._number = group.sites[0].input_group
         self._x: Tensor | None = None
         self._waiting: dict[int, Tensor] = {}  # sibling -> its output for x
+        self._spanning: _Spanning | None = None
         for position, module in enumerate(group.modules):
             module.forward = self._forward_of(position)
 
     def forget(self) -> None:
         self._x, self._waiting = None, {}
+        self._spanning = None
 
     def _forward_of(self, position: int) -> Any:
         original = self._group.modules[position].forward
@@ -78,12 +96,17 @@ class _GroupTap:
         return forward
 
     def _output(self, position: int, x: Tensor, stacks: list[SiteStack]) -> Tensor:
+        if self._spanning is not None and self._spanning.has(position, x):
+            return self._spanning.outputs_BTO[position].view(*x.shape[:-1], -1)
         if x is not self._x or position not in self._waiting:
             arranged = self._group.arranged(x, self._owner.rows)
-            self._x, self._waiting = x, dict(enumerate(self._compute(arranged, stacks)))
+            outputs_BTO = self._compute(arranged, stacks)
+            self._x, self._waiting = x, dict(enumerate(outputs_BTO))
+            if self._group.spans_layers and self._owner.training:
+                self._spanning = _Spanning(x, position, outputs_BTO)
         output_BTO = self._waiting.pop(position)
         if not self._waiting:
-            self.forget()
+            self._x = None
         return self._group.output(output_BTO, x)
 
     def _compute(self, x: Tensor, stacks: list[SiteStack]) -> Sequence[Tensor]:
@@ -103,25 +126,33 @@ def _adapted_outputs(
     return outputs, [stack.add_to(outputs, features) for stack in stacks]
 
 
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 class _GroupProduct(torch.autograd.Function):
     """y_j = W_j x + b_j + s a_j(x) for the sites j of one group; backward hands out the taps."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, _anchor: Tensor, group: SiteGroup, stacks: Any) -> tuple[Tensor, ...]:
         x = x.contiguous()
-        outputs, kept = _adapted_outputs(group, stacks, x)
-        ctx.group, ctx.stacks, ctx.kept = group, stacks, kept
-        ctx.save_for_backward(x)
+        # What an adapter differentiates within its own forward is no part of a layer that is computed again.
+        with saved_tensors_hooks(_unchanged, _unchanged):
+            outputs, kept = _adapted_outputs(group, stacks, x)
+        ctx.group, ctx.stacks, ctx.kept_counts = group, stacks, [len(each) for each in kept]
+        # All of it this way: what lay on ctx itself would outlive a layer that is to be computed again.
+        ctx.save_for_backward(x, *(tensor for each in kept for tensor in each))
         ctx.set_materialize_grads(True)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads_BTO: Tensor) -> tuple[Tensor | None, None, None, None]:
-        (x,) = ctx.saved_tensors
+        x, *kept = ctx.saved_tensors
         group, features = ctx.group, ctx.group.features(x)
         grads = [grad.contiguous() for grad in grads_BTO]
         dx = group.input_gradient(grads, x) if ctx.needs_input_grad[0] else None
         dfeatures = None if dx is None else group.feature_gradient(dx, features)
-        for stack, kept in zip(ctx.stacks, ctx.kept, strict=True):
-            stack.backward(features, kept, grads, dfeatures)
+        for stack, count in zip(ctx.stacks, ctx.kept_counts, strict=True):
+            stack.backward(features, tuple(kept[:count]), grads, dfeatures)
+            del kept[:count]
         return None if dx is None else group.with_adapters(dx, dfeatures), None, None, None

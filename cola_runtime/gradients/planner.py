@@ -16,7 +16,8 @@ whatever the encoding):
 
 At an embedding d_in is 1, an id of four bytes, but for what is V wide: P and G.
 
-Activations travel in the base model's dtype, everything else in the adapter's; compression narrows both.
+Activations travel in the base model's dtype, everything else in the adapter's, also g under loss scaling;
+compression narrows both.
 Left out: what every encoding costs alike (weights on their way back, the optimizer) and frame headers (88
 bytes a tensor). N counts every token: those whose g is zero are dropped on the way, which the coordinator
 cannot foresee.
@@ -49,7 +50,7 @@ LOW_RANK = 8
 """k of Compression.LOW_RANK."""
 
 ID_BYTES = 4  # a token's id, which is the whole of an embedding's x; never compressed
-ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
+ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _LEAST_BASE_WORK_FIRST = (Encoding.ACTIVATIONS, Encoding.ADAPTER_GRADIENT, Encoding.WEIGHT_GRADIENT)
 
 
@@ -71,6 +72,7 @@ class Workload:
     rows: float = 1.0  # of data, of one microbatch: sites of images have positions of their own
     microbatches: int  # m, those that the token budget cuts included
     base_dtype: str  # in which x and g travel
+    loss_scaled: bool = False  # g has left the base model's dtype with its scale
     source_tokens: float = 0.0  # N at an encoder-decoder's `source_groups`; `tokens` are its targets'
     source_groups: frozenset[int] = frozenset()
 
@@ -181,10 +183,14 @@ def group_effort(
     tokens = workload.tokens if first.positions is None else workload.rows * first.positions
     of_parts = [_part_effort(kind, sites, tokens, encoding, compression=compression) for kind, sites in group]
     once = sum(of_parts, Effort())  # bytes_up counts numbers until here
+    bytes_up = once.bytes_up * number_bytes
     if encoding is Encoding.ACTIVATIONS and first.takes_ids:
-        once += Effort(len(group) * tokens * ID_BYTES / number_bytes)
+        bytes_up += len(group) * tokens * ID_BYTES
+    if encoding is Encoding.ACTIVATIONS and workload.loss_scaled:
+        outputs = sum(site.out_features for _, sites in group for site in sites)
+        bytes_up += tokens * outputs * (_bytes_a_number(dtype, compression) - number_bytes)
     return Effort(
-        workload.microbatches * once.bytes_up * number_bytes,
+        workload.microbatches * bytes_up,
         workload.microbatches * once.base_flops,
         workload.microbatches * once.device_flops,
     )

@@ -16,16 +16,20 @@ from cola_runtime.gradients.planner import Costs, Workload, plan_taps
 from cola_runtime.spec import CollaborationSpec, JobSpec
 from cola_runtime.types import (
     PRODUCT_FLOPS,
+    UNSCALED,
     BaseModelDescription,
     Compression,
     Encoding,
     Gang,
     LearningRateSchedule,
+    LossScaling,
     Membership,
     OptimizerHyperparameters,
     Row,
     TapPlan,
 )
+
+FIRST_LOSS_SCALE = 2.0**16  # torch.amp.GradScaler's
 
 _UNPLANNED = TapPlan(Encoding.ADAPTER_GRADIENT)
 
@@ -40,6 +44,7 @@ class TrainingPlan:
     checkpoint_every: int
     max_staleness: int
     taps: TapPlan = _UNPLANNED  # `job_taps` plans them for the job's data
+    loss_scaling: LossScaling = UNSCALED
     merged: bool = False
     collaboration: CollaborationSpec | None = None
 
@@ -85,6 +90,7 @@ def job_taps(
         rows=rows / microbatches / parts,
         microbatches=microbatches * parts,
         base_dtype=base.dtype,
+        loss_scaled=_loss_scaling(job, base) != UNSCALED,
         source_tokens=share * data.source_tokens / parts,
         source_groups=frozenset(base.source_groups),
     )
@@ -153,7 +159,17 @@ def training_plan(spec: JobSpec, base: BaseModelDescription, *, total_steps: int
         merged=spec.mode == "merged",
         collaboration=spec.collaboration,
         max_staleness=spec.max_staleness,
+        loss_scaling=_loss_scaling(spec, base),
     )
+
+
+def _loss_scaling(spec: JobSpec, base: BaseModelDescription) -> LossScaling:
+    asked = spec.loss_scaling
+    if asked is None:
+        asked = "dynamic" if base.dtype == "float16" else "none"
+    if asked == "dynamic":
+        return LossScaling(scale=FIRST_LOSS_SCALE, dynamic=True)
+    return UNSCALED if asked == "none" else LossScaling(scale=asked)
 
 
 def _parts(spec: JobSpec, base: BaseModelDescription) -> Iterator[AdapterPart]:

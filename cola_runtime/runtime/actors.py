@@ -44,7 +44,11 @@ class BaseModelActor:
         import_adapter_modules(adapter_modules)
         path = settings.path or resolve_base_model(settings.name, cache_dir)
         model = TappedModel.load(
-            path, dtype=settings.dtype, attention=settings.attention, threads=settings.threads
+            path,
+            dtype=settings.dtype,
+            attention=settings.attention,
+            threads=settings.threads,
+            activation_checkpointing=settings.activation_checkpointing,
         )
         self._service = BaseModelService(model, name=settings.name, join_token=join_token)
         self._bind, self._advertise = settings.bind, settings.advertise

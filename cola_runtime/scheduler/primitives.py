@@ -216,6 +216,7 @@ class AdapterPrimitives:
                 last_microbatch=i == len(parts) - 1,
                 staleness=staleness,
                 gang=adapter.gang,
+                loss_scaling=adapter.plan.loss_scaling,
             )
             for i, part in enumerate(parts)
         ]

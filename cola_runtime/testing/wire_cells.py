@@ -116,6 +116,7 @@ class _Group:
             site=self._sites[0],
             segments=[0],
             scalings=[self._scaling],
+            loss_scales=[1.0],
             dtype=torch.float32,
             sink=sink,
         )

@@ -146,6 +146,7 @@ def cohort_taps(cohort: Cohort, site: Site, scalings: tuple[float, ...], sink: T
         site=site,
         segments=[member.position for member in cohort.members],
         scalings=scalings,
+        loss_scales=[member.loss_scale for member in cohort.members],
         dtype=torch_dtype(cohort.members[0].adapter.spec),
         sink=sink,
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cola_runtime.gradients.taps import Tap, TapSink, activation_tensors, product_tensors, used_rows
-from cola_runtime.types import Encoding, Site, TensorKey
+from cola_runtime.types import Encoding, Site, TensorKey, TensorKind
 
 OwnGradients = Callable[[], Mapping[TensorKey, Tensor]]
 """The kind's own gradients, [S, ...] each, scaled, in the wire's dtype. Called only when needed."""
@@ -27,6 +27,7 @@ class GroupTaps:
         site: Site,
         segments: Sequence[int],
         scalings: Sequence[float],
+        loss_scales: Sequence[float],
         dtype: torch.dtype,
         sink: TapSink,
     ) -> None:
@@ -34,6 +35,7 @@ class GroupTaps:
         self.dtype = dtype  # of gradients on the wire
         self._encoding = encoding
         self._site = site  # any of those that share x
+        self._loss_scales = loss_scales  # of each segment's loss, and so of everything that comes in here
         self._segments = segments  # positions in BaseStep.segments
         self._sink = sink
 
@@ -51,7 +53,7 @@ class GroupTaps:
                 if activations
                 else product_tensors(x_MI, grads, self._site, self.dtype)
             )
-            self._sink(Tap(segment, tensors))
+            self._sink(Tap(segment, self._unscaled(tensors, s)))
 
     def scale(self, grad: Tensor) -> Tensor:
         """s times a gradient [S, ...], in the wire's dtype; a new tensor."""
@@ -61,5 +63,16 @@ class GroupTaps:
     def _hand_out(self, gradients: Mapping[TensorKey, Tensor]) -> None:
         """One dict per segment out of the stacked gradients; views, no copies."""
         by_key = [gradient.unbind(0) for gradient in gradients.values()]
-        for segment, tensors in zip(self._segments, zip(*by_key, strict=True), strict=True):
-            self._sink(Tap(segment, dict(zip(gradients, tensors, strict=True))))
+        for s, tensors in enumerate(zip(*by_key, strict=True)):
+            tap = self._unscaled(dict(zip(gradients, tensors, strict=True)), s)
+            self._sink(Tap(self._segments[s], tap))
+
+    def _unscaled(self, tensors: dict[TensorKey, Tensor], s: int) -> dict[TensorKey, Tensor]:
+        """Divided by the segment's loss scale, exactly: in the wire's dtype, which is wider than float16."""
+        scale = self._loss_scales[s]
+        if scale == 1.0:
+            return tensors
+        return {
+            key: tensor if key.kind is TensorKind.INPUT else tensor.to(self.dtype) / scale
+            for key, tensor in tensors.items()
+        }
