@@ -38,6 +38,7 @@ MAX_STEPS = 1_000_000
 MAX_ROWS_PER_STEP = 4096
 MAX_INNER_STEPS = 64
 MAX_PARTS = 16
+MAX_SHARDS = 8
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 ModulePattern = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,200}$")]
@@ -223,6 +224,8 @@ class JobSpec(Frozen):
     max_staleness: Literal[0, 1] = 0
     """0: a step's gradient is taken at the weights that it changes. 1: it may be those of one step before, so
     that base model and device work on a job at the same time (docs/staleness.md)."""
+    shards: Annotated[int, Field(ge=1, le=MAX_SHARDS, strict=True)] = 1
+    """Devices that the adapter's sites are divided among; training stays the same (docs/sharding.md)."""
     mode: Literal["unmerged", "merged"] = "unmerged"
     """Compute the adapter beside the base weights, or merge it into them."""
     collaboration: CollaborationSpec | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -101,7 +101,7 @@ class BaseModelService:
         The ends are queued by the compute thread, too: else the next step's taps, which it may begin to hand
         out before this coroutine goes on, would be ahead of them and count as this microbatch's.
         """
-        tensors: Counter[int] = Counter()
+        tensors: dict[int, Counter[int]] = defaultdict(Counter)
 
         def sink(tap: Tap) -> None:
             segment = step.segments[tap.segment]

@@ -38,6 +38,15 @@ class Update:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Norms:
+    """A shard's step is complete; it is applied once the base model has the norms of all shards."""
+
+    lease: Lease
+    version: int  # that the step leaves
+    norms: tuple[float, ...]  # of each of the shard's gradients, in catalogue order
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
     lease: Lease
     version: int
@@ -54,12 +63,15 @@ class Refused:
     message: str
 
 
+Answer = Update | Norms | Refused
+
+
 @dataclass(slots=True)
 class Consumed:
     """What a batch of arrivals led to, in order."""
 
     credit_bytes: int = 0
-    answers: list[Update | Refused] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -69,6 +81,8 @@ class _Held:
     lease: Lease
     session: AdapterSession
     checkpoint_every: int
+    sharded: bool  # steps at a GlobalNorm only
+    announced: int | None = None  # a shard's version whose step waits for it
     tensors: int = 0  # of the microbatch under way
     microbatch: int = 0  # the one under way; a gap means that a whole microbatch was lost
     step_seconds: float = 0.0  # gradient work of the step under way
@@ -91,7 +105,7 @@ class DeviceWorker:
             session = _session(grant, checkpoint)
         except ColaError as error:
             return Refused(lease=lease, reason=error.reason, message=str(error))
-        self._held[lease.job_id] = _Held(lease, session, grant.checkpoint_every)
+        self._held[lease.job_id] = _Held(lease, session, grant.checkpoint_every, grant.shards > 1)
         self._count_resident()
         return _update(lease, session)
 
@@ -149,6 +163,7 @@ class DeviceWorker:
         started = time.perf_counter()
         held.tensors += 1
         try:
+            _check_open(held)
             key = TensorKey(address.site, address.kind, address.slot)
             tensor = tap_from_wire(item, held.session.dtype)
             held.session.add(key, tensor, version=address.version)
@@ -157,10 +172,12 @@ class DeviceWorker:
         held.step_seconds += time.perf_counter() - started
         return None
 
-    def _control(self, message: Any) -> Update | Refused | None:
+    def _control(self, message: Any) -> Answer | None:
         kind = message.WhichOneof("message")
         if kind == "microbatch_end":
             return self._end_microbatch(message.microbatch_end)
+        if kind == "global_norm":
+            return self._apply_shard(message.global_norm)
         if kind == "refusal":
             lease = control.lease_from_proto(message.refusal.lease)
             held = self._of(lease)
@@ -169,7 +186,7 @@ class DeviceWorker:
             return None
         raise ProtocolError("CONTROL_INVALID", f"a base model does not send {kind}")
 
-    def _end_microbatch(self, end: control_pb2.MicrobatchEnd) -> Update | Refused | None:
+    def _end_microbatch(self, end: control_pb2.MicrobatchEnd) -> Answer | None:
         held = self._of(control.lease_from_proto(end.lease))
         if held is None or held.refused:
             return None
@@ -181,12 +198,28 @@ class DeviceWorker:
                     f"{end.tensors} of microbatch {end.microbatch}",
                 )
             held.tensors, held.microbatch = 0, held.microbatch + 1
-            return self._apply(held, end.version + end.staleness) if end.apply else None
+            if not end.apply:
+                return None
+            version = end.version + end.staleness
+            return _announce(held, version) if held.sharded else self._apply(held, version)
         except ColaError as error:
             return _refuse(held, error)
 
-    def _apply(self, held: _Held, version: int) -> Update:
-        applied = held.session.apply(version=version)
+    def _apply_shard(self, of_all: control_pb2.GlobalNorm) -> Answer | None:
+        held = self._of(control.lease_from_proto(of_all.lease))
+        if held is None or held.refused:
+            return None
+        try:
+            if held.announced != of_all.version:
+                message = f"a norm of version {of_all.version}, whose step is not complete here"
+                raise ProtocolError("NORM_UNEXPECTED", message, limit=held.announced, actual=of_all.version)
+            held.announced = None
+            return self._apply(held, of_all.version, norm=of_all.norm)
+        except ColaError as error:
+            return _refuse(held, error)
+
+    def _apply(self, held: _Held, version: int, *, norm: float | None = None) -> Update:
+        applied = held.session.apply(version=version, norm=norm)
         seconds = held.step_seconds + applied.seconds
         held.step_seconds, held.microbatch = 0.0, 0
         total = held.session.definition.schedule.total_steps
@@ -244,8 +277,23 @@ def _update(
     )
 
 
+def _check_open(held: _Held) -> None:
+    if held.announced is not None:
+        message = f"a tap behind the step from version {held.announced}, which waits for the other shards"
+        raise ProtocolError("STEP_UNDER_WAY", message)
+
+
+def _announce(held: _Held, version: int) -> Norms:
+    started = time.perf_counter()
+    norms = held.session.gradient_norms().tolist()
+    held.announced = version
+    held.step_seconds += time.perf_counter() - started
+    return Norms(lease=held.lease, version=version, norms=tuple(norms))
+
+
 def _discard(held: _Held, *, refused: bool) -> None:
     held.session.discard()
+    held.announced = None
     held.tensors, held.microbatch, held.step_seconds, held.refused = 0, 0, 0.0, refused
 
 

@@ -56,7 +56,10 @@ class _Device:
 
 
 class DevicePool:
-    """The coordinator's end of every control stream."""
+    """The coordinator's end of every control stream.
+
+    `grant`, `end` and `request_checkpoint` speak to one device; of a sharded adapter's lease, about its part.
+    """
 
     def __init__(
         self, settings: DeviceSettings, *, join_token: str, gradient_endpoint: str, book: LeaseBook
@@ -94,14 +97,18 @@ class DevicePool:
                 message, len(self._devices), count, timeout_seconds, extra={"event": "device.missing"}
             )
 
-    async def pick(self) -> str:
-        """The connected device with the fewest leases; waits until there is one."""
+    async def wait_available(self, count: int) -> None:
+        """Return when so many devices take leases."""
         async with self._joined:
-            await self._joined.wait_for(self._available)
-            return min(self._available(), key=self._load)
+            await self._joined.wait_for(lambda: len(self._available()) >= count)
+
+    def pick(self, count: int) -> list[str]:
+        """The connected devices with the fewest leases; none if they are fewer than `count`."""
+        available = sorted(self._available(), key=self._load)
+        return available[:count] if len(available) >= count else []
 
     async def grant(self, lease: Lease, plan: TrainingPlan, *, checkpoint: bytes | None) -> None:
-        """Tell the device to train the adapter, from its seed or from a checkpoint."""
+        """Tell the device to train the plan's adapter, or its shard, from its seed or from a checkpoint."""
         device = self._device(lease)
         message = lease_grant(
             lease,
@@ -111,6 +118,7 @@ class DevicePool:
             checkpoint_bytes=len(checkpoint or b""),
             checkpoint_every=plan.checkpoint_every,
             max_staleness=plan.max_staleness,
+            shards=plan.shards,
         )
         async with device.sending:
             if checkpoint is not None:
@@ -231,7 +239,7 @@ class DevicePool:
         """Store a whole checkpoint of a current lease; one under an older epoch is ignored."""
         lease = lease_from_proto(made.lease)
         current = self._book.current(lease.job_id)
-        if current != lease or lease.device_id != device.hello.device_id:
+        if current is None or not current.covers(lease) or lease.device_id != device.hello.device_id:
             logger.info("checkpoint of an older lease ignored", extra={"event": "checkpoint.fenced"})
             return
         if blob is None or len(blob.data) != made.bytes:

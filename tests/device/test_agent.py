@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
@@ -137,10 +138,10 @@ class Fabric:
             microbatch=microbatch,
             last_microbatch=last,
         )
-        sent = 0
+        sent: Counter[int] = Counter()
         for key, tensor in tensors.items():
             sent += await asyncio.to_thread(self.server.send_tap, segment, {key: tensor})
-        self.server.end_microbatch(segment, sent if announced is None else announced)
+        self.server.end_microbatch(segment, sent if announced is None else {0: announced})
 
     async def step(self, lease: Lease, version: int, training: TrainingDefinition) -> Update:
         """Two microbatches of one step; returns the update that comes back."""
