@@ -14,9 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from cola_runtime.device.answers import Answer, Checkpoint, Norms, Refused
 from cola_runtime.device.config import DeviceConfig
 from cola_runtime.device.gradient_link import GradientItems, GradientLink
-from cola_runtime.device.worker import Answer, Checkpoint, DeviceWorker, Norms, Refused
+from cola_runtime.device.worker import DeviceWorker
 from cola_runtime.errors import ColaError, ProtocolError, Unavailable
 from cola_runtime.proto import control_pb2
 from cola_runtime.transport import control

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from cola_runtime.device.answers import Norms, Refused, Update
 from cola_runtime.device.config import DeviceConfig
-from cola_runtime.device.worker import Norms, Refused, Update
 from cola_runtime.proto import control_pb2
 from cola_runtime.transport import control
 from cola_runtime.transport.endpoints import GRADIENTS, Connection, connect

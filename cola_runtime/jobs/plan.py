@@ -177,17 +177,13 @@ def _check_task(spec: JobSpec, base: BaseModelDescription) -> None:
 
 
 def _check_shards(spec: JobSpec, adapter: AdapterSpec) -> None:
-    """Each inner step would be clipped by itself; a step ahead would meet one that waits for its norm."""
-    if spec.shards == 1:
-        return
-    for name, most in (("inner_steps", 1), ("max_staleness", 0)):
-        if getattr(spec, name) > most:
-            raise InvalidInput(
-                "SHARDS_UNSUPPORTED",
-                f"an adapter on {spec.shards} devices is not trained with {name} {getattr(spec, name)}",
-                where=f"job.{name}",
-                limit=most,
-                actual=getattr(spec, name),
-                remedy=f"Leave {name} out, or shards; nothing was created.",
-            )
+    if spec.shards > 1 and spec.inner_steps > 1:
+        raise InvalidInput(
+            "SHARDS_UNSUPPORTED",
+            "each inner step is clipped by itself, and the devices of shards agree on one norm a step",
+            where="job.inner_steps",
+            limit=1,
+            actual=spec.inner_steps,
+            remedy="Use shards 1, or inner_steps 1; nothing was created.",
+        )
     check_shards(adapter, spec.shards)

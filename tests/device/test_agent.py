@@ -128,6 +128,7 @@ class Fabric:
         microbatch: int = 0,
         last: bool = True,
         announced: int | None = None,
+        staleness: int = 0,
     ) -> None:
         """What the base model does for one segment, from another thread as there."""
         segment = Segment(
@@ -137,6 +138,7 @@ class Fabric:
             loss_denominator=1.0,
             microbatch=microbatch,
             last_microbatch=last,
+            staleness=staleness,
         )
         sent: Counter[int] = Counter()
         for key, tensor in tensors.items():
