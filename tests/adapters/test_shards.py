@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from math import prod
 
 import pytest
@@ -77,6 +78,16 @@ def test_the_weights_are_balanced_as_well_as_whole_groups_allow() -> None:
         loads = [weight_count(shard) for shard in shard_specs(PLAIN, count)]
         largest_group = 8 * 32 + 32
         assert max(loads) - min(loads) <= largest_group
+
+
+def test_the_largest_groups_are_placed_first() -> None:
+    """In catalogue order the two small ones would be apart, and the large one with one of them."""
+    sites = tuple(
+        replace(site, index=number, input_group=number, out_features=outputs)
+        for number, (site, outputs) in enumerate(zip(SITES, (1, 1, 2), strict=False))
+    )
+    spec = AdapterSpec(parts=(AdapterPart(kind=LinearKind(), sites=sites),), seed=0)
+    assert [[site.index for site in shard.sites] for shard in shard_specs(spec, 2)] == [[2], [0, 1]]
 
 
 def test_an_equal_spec_is_divided_equally_wherever_it_comes_from() -> None:

@@ -13,7 +13,7 @@ from cola_runtime.adapter_spec import LeaseTerms
 from cola_runtime.adapters.checkpoint_format import TrainingDefinition
 from cola_runtime.adapters.joined_checkpoint import join_checkpoints
 from cola_runtime.adapters.shards import shard_specs
-from cola_runtime.base_model.updates import Update
+from cola_runtime.base_model.updates import LeaseTable, Update
 from cola_runtime.device.session import AdapterSession
 from cola_runtime.errors import InvalidInput
 from cola_runtime.types import Lease, StepRefused, TensorKey
@@ -107,8 +107,16 @@ async def test_a_gradient_that_is_not_finite_in_one_shard_stops_all_of_them(fabr
     assert {update.version for update in fabric.updates} == {0}
 
 
+def test_a_lease_is_that_of_each_of_its_devices_and_of_no_other_epoch() -> None:
+    table = LeaseTable()
+    newer = replace(LEASE, epoch=2)
+    table.open(newer, LeaseTerms(spec=kinds_spec()))
+    assert all(table.find(part) is not None for part in (newer, *newer.parts))
+    assert all(table.find(part) is None for part in (LEASE, *LEASE.parts))
+    assert table.of(LEASE.job_id, epoch=2, device_id="d3") is None
+
+
 async def test_a_shard_of_an_older_lease_takes_no_part(fabric: Fabric) -> None:
-    """d2 goes on with another lease's norms only; what d1 sends under the older epoch is refused."""
     training = definition(spec=kinds_spec())
     await grant(fabric, training)
     newer = replace(LEASE, epoch=2)
