@@ -49,6 +49,7 @@ MAX_PARTS = 16
 EVALUATION_TOKENS = 64
 MAX_EVALUATION_TOKENS = 256
 MAX_LOSS_SCALE = 2.0**24
+MAX_SHARDS = 8
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 ModulePattern = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,200}$")]
@@ -256,6 +257,8 @@ class JobSpec(Frozen):
     max_staleness: Literal[0, 1] = 0
     """0: a step's gradient is taken at the weights that it changes. 1: it may be those of one step before, so
     that base model and device work on a job at the same time (docs/staleness.md)."""
+    shards: Annotated[int, Field(ge=1, le=MAX_SHARDS, strict=True)] = 1
+    """Devices that the adapter's sites are divided among; training stays the same (docs/sharding.md)."""
     loss_scaling: Literal["none", "dynamic"] | PowerOfTwo | None = None
     """What the loss is multiplied by in the backward pass, so that small gradients survive a float16 base
     (docs/base_precision.md). None is `dynamic` beside such a base, else `none`."""

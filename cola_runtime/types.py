@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 JOB_ID_PREFIX = "job-"
+MAX_DEVICES_CHARACTERS = 200
 PRODUCT_FLOPS = "matrix_product_flops"
 """Of a base model's details: FLOP/s of matrix products in its dtype, as measured where it was loaded."""
 
@@ -228,11 +229,39 @@ class LearningRateSchedule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
-    """The right of one device to train one adapter. A message with an older epoch is fenced."""
+    """The right of one device to train one adapter. A message with an older epoch is fenced.
+
+    A sharded adapter has one lease, too, of several devices; each of them knows its own part only.
+    """
 
     job_id: str
     epoch: int
-    device_id: str
+    device_id: str  # of a sharded adapter: the one that holds its first shard
+    further_device_ids: tuple[str, ...] = ()  # of a sharded adapter: those of its other shards, in order
+
+    @property
+    def device_ids(self) -> tuple[str, ...]:
+        """By shard; all different."""
+        return self.device_id, *self.further_device_ids
+
+    @property
+    def devices(self) -> str:
+        """Their names, as records and people have them; at most MAX_DEVICES_CHARACTERS."""
+        names = ", ".join(self.device_ids)
+        fits = len(names) <= MAX_DEVICES_CHARACTERS
+        return names if fits else f"{self.device_id} and {len(self.further_device_ids)} more"
+
+    @property
+    def parts(self) -> tuple[Lease, ...]:
+        """By shard: the lease as that shard's device knows it."""
+        return tuple(
+            Lease(job_id=self.job_id, epoch=self.epoch, device_id=device_id) for device_id in self.device_ids
+        )
+
+    def covers(self, part: Lease) -> bool:
+        """`part` is this lease, or the part of one of its devices."""
+        same = (self.job_id, self.epoch) == (part.job_id, part.epoch)
+        return same and part.device_id in self.device_ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -374,13 +403,13 @@ class BaseStepResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepApplied:
-    """A device applied an optimizer step and its new weights are current in the bank."""
+    """A device, or each shard's, applied an optimizer step and the new weights are current in the bank."""
 
     lease: Lease
     version: int  # after the step; the start version right after a lease is granted
     learning_rate: float = 0.0
     gradient_norm: float = 0.0  # before clipping
-    device_seconds: float = 0.0
+    device_seconds: float = 0.0  # of all its devices together
     bytes_up: int = 0  # base model -> device for this step, frame headers included
     bytes_down: int = 0  # device -> base model
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,7 +105,7 @@ class BaseModelService:
         if self._model.images is not None:
             async with self._decoding:
                 step = await asyncio.to_thread(self._model.images.decoded, step)
-        tensors: Counter[int] = Counter()
+        tensors: dict[int, Counter[int]] = defaultdict(Counter)
 
         def sink(tap: Tap) -> None:
             segment = step.segments[tap.segment]

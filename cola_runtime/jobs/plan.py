@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cola_runtime.adapter_spec import AdapterPart, AdapterSpec, head_part
 from cola_runtime.adapters.mergeable import check_mergeable
+from cola_runtime.adapters.shards import check_shards, shard_specs
 from cola_runtime.adapters.site_kinds import check_kind
 from cola_runtime.adapters.targets import resolve_target_sites
 from cola_runtime.config import PlannerSettings
@@ -43,10 +44,15 @@ class TrainingPlan:
     schedule: LearningRateSchedule
     checkpoint_every: int
     max_staleness: int
+    shards: int = 1
     taps: TapPlan = _UNPLANNED  # `job_taps` plans them for the job's data
     loss_scaling: LossScaling = UNSCALED
     merged: bool = False
     collaboration: CollaborationSpec | None = None
+
+    def of_shards(self) -> tuple[TrainingPlan, ...]:
+        """What each shard's device is told."""
+        return tuple(replace(self, adapter=spec) for spec in shard_specs(self.adapter, self.shards))
 
     def membership(self, job_id: str) -> Membership | None:
         """The gang that the job's adapter is merged with; None if it is computed beside the base."""
@@ -136,8 +142,8 @@ def wire_costs(settings: PlannerSettings, base: BaseModelDescription, *, token_b
 def training_plan(spec: JobSpec, base: BaseModelDescription, *, total_steps: int) -> TrainingPlan:
     """Raises InvalidInput: `NO_MODULE_MATCHED` when target modules name no site of the base model,
     `SITE_TWICE` when two parts of the adapter name the same one, `SITE_UNSUPPORTED` when one is at a site
-    that it cannot be at, `TASK_UNSUPPORTED` when the base model does
-    not serve the job's task, and those of `check_mergeable`.
+    that it cannot be at, `TASK_UNSUPPORTED` when the base model does not serve the job's task,
+    `SHARDS_TOO_MANY`, `SHARDS_UNSUPPORTED`, and those of `check_mergeable`.
     """
     _check_task(spec, base)
     adapter = AdapterSpec(
@@ -147,6 +153,7 @@ def training_plan(spec: JobSpec, base: BaseModelDescription, *, total_steps: int
     )
     if spec.mode == "merged":
         check_mergeable(adapter, dtype=base.dtype, tied_sites=base.tied_sites)
+    _check_shards(spec, adapter)
     optimizer = OptimizerHyperparameters(**spec.optimizer.model_dump(), inner_steps=spec.inner_steps)
     schedule = LearningRateSchedule(
         kind=spec.schedule.kind, warmup_steps=spec.schedule.warmup_steps, total_steps=total_steps
@@ -160,6 +167,7 @@ def training_plan(spec: JobSpec, base: BaseModelDescription, *, total_steps: int
         collaboration=spec.collaboration,
         max_staleness=spec.max_staleness,
         loss_scaling=_loss_scaling(spec, base),
+        shards=spec.shards,
     )
 
 
@@ -201,3 +209,16 @@ def _check_task(spec: JobSpec, base: BaseModelDescription) -> None:
             actual=spec.task.kind,
             remedy="Name one of its tasks, or another base model; nothing was created.",
         )
+
+
+def _check_shards(spec: JobSpec, adapter: AdapterSpec) -> None:
+    if spec.shards > 1 and spec.inner_steps > 1:
+        raise InvalidInput(
+            "SHARDS_UNSUPPORTED",
+            "each inner step is clipped by itself, and the devices of shards agree on one norm a step",
+            where="job.inner_steps",
+            limit=1,
+            actual=spec.inner_steps,
+            remedy="Use shards 1, or inner_steps 1; nothing was created.",
+        )
+    check_shards(adapter, spec.shards)

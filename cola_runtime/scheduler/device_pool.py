@@ -60,7 +60,10 @@ class _Device:
 
 
 class DevicePool:
-    """The coordinator's end of every control stream."""
+    """The coordinator's end of every control stream.
+
+    `grant`, `end` and `request_checkpoint` speak to one device; of a sharded adapter's lease, about its part.
+    """
 
     def __init__(
         self, settings: DeviceSettings, *, join_token: str, gradient_endpoint: str, book: LeaseBook
@@ -98,14 +101,15 @@ class DevicePool:
                 message, len(self._devices), count, timeout_seconds, extra={"event": "device.missing"}
             )
 
-    async def wait_able(self, job_id: str) -> None:
-        """Return when a device is connected that can train the job, as far as is known."""
+    async def wait_able(self, job_id: str, count: int) -> None:
+        """Return when so many devices are connected that can train the job, as far as is known."""
         async with self._joined:
-            await self._joined.wait_for(lambda: self._available(job_id))
+            await self._joined.wait_for(lambda: len(self._available(job_id)) >= count)
 
-    def pick(self, job_id: str) -> str | None:
-        """The connected device with the fewest leases of those that can train the job."""
-        return min(self._available(job_id), key=self._load, default=None)
+    def pick(self, job_id: str, count: int) -> list[str]:
+        """The able devices with the fewest leases; none if there are fewer than `count`."""
+        available = sorted(self._available(job_id), key=self._load)
+        return available[:count] if len(available) >= count else []
 
     def unable(self, job_id: str) -> str:
         """Which of the connected devices cannot train the job, and why; "" if each may."""
@@ -113,7 +117,7 @@ class DevicePool:
         return "; ".join(f"{device_id} cannot train it: {why}" for device_id, why in refusals if why)
 
     async def grant(self, lease: Lease, plan: TrainingPlan, *, checkpoint: bytes | None) -> None:
-        """Tell the device to train the adapter, from its seed or from a checkpoint."""
+        """Tell the device to train the plan's adapter, or its shard, from its seed or from a checkpoint."""
         device = self._device(lease)
         message = lease_grant(
             lease,
@@ -123,6 +127,7 @@ class DevicePool:
             checkpoint_bytes=len(checkpoint or b""),
             checkpoint_every=plan.checkpoint_every,
             max_staleness=plan.max_staleness,
+            shards=plan.shards,
         )
         async with device.sending:
             if checkpoint is not None:
@@ -249,7 +254,7 @@ class DevicePool:
         """Store a whole checkpoint of a current lease; one under an older epoch is ignored."""
         lease = lease_from_proto(made.lease)
         current = self._book.current(lease.job_id)
-        if current != lease or lease.device_id != device.hello.device_id:
+        if current is None or not current.covers(lease) or lease.device_id != device.hello.device_id:
             logger.info("checkpoint of an older lease ignored", extra={"event": "checkpoint.fenced"})
             return
         if blob is None or len(blob.data) != made.bytes:

@@ -19,7 +19,7 @@ from cola_runtime.scheduler.evaluation import Evaluations
 from cola_runtime.scheduler.job_data import JobData
 from cola_runtime.scheduler.leases import LeaseLost
 from cola_runtime.scheduler.primitives import AdapterPrimitives, LeasedAdapter, StepOutcome, TakenStep
-from cola_runtime.types import Row
+from cola_runtime.types import Lease, Row
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,10 @@ class JobDriver:
         self._stop: Stop | None = None
         self._stop_asked = asyncio.Event()
         self._stopping = False
-        self.phase = "waiting for a device"
+        self._waiting = "waiting for a device"
+        if plan.shards > 1:
+            self._waiting = f"waiting for {plan.shards} devices at once, one for each shard"
+        self.phase = self._waiting
 
     def ask(self, stop: Stop) -> None:
         """Stop at the next step boundary; a cancel overrides a pause."""
@@ -122,7 +125,7 @@ class JobDriver:
                 await self._note_loss(lost, progress)
 
     async def _run_lease(self) -> None:
-        self.phase = "waiting for a device"
+        self.phase = self._waiting
         record = await self._store.job(self._job_id)
         adapter = await self._unless_stopped(self._primitives.open(record, self._plan))
         try:
@@ -153,7 +156,7 @@ class JobDriver:
         """Apply the next step, taken already or now; returns the one behind it, if that may run ahead."""
         version = adapter.version
         microbatches = self._data.microbatches(version)
-        self.phase = f"step {version + 1} is with device {adapter.lease.device_id}"
+        self.phase = f"step {version + 1} is with {_named(adapter.lease)}"
         if taken is None:
             taken = await self._primitives.take(adapter, microbatches, version=version)
         ahead = self._start_ahead(adapter, version)
@@ -259,6 +262,10 @@ class JobDriver:
         )
 
 
+def _named(lease: Lease) -> str:
+    return f"device {lease.devices}" if len(lease.device_ids) == 1 else f"devices {lease.devices}"
+
+
 def _step_record(adapter: LeasedAdapter, rows: list[Row], outcome: StepOutcome) -> StepRecord:
     return StepRecord(
         job_id=adapter.lease.job_id,
@@ -269,7 +276,7 @@ def _step_record(adapter: LeasedAdapter, rows: list[Row], outcome: StepOutcome) 
         gradient_norm=outcome.applied.gradient_norm,
         tokens=sum(row.length for row in rows),
         label_tokens=sum(row.label_tokens for row in rows),
-        device_id=adapter.lease.device_id,
+        device_id=adapter.lease.devices,
         bytes_up=outcome.applied.bytes_up,
         bytes_down=outcome.applied.bytes_down,
         base_seconds=outcome.base_seconds,

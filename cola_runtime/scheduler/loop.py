@@ -114,8 +114,9 @@ class SchedulerLoop:
         entry = next((t for t in self._queue.values() if t.waiting.job_id == job_id), None)
         if entry is None:
             return None
-        if entry.segment.lease.device_id in self._parked:
-            return f"device {entry.segment.lease.device_id} is still busy with earlier gradients"
+        busy = self._parked.intersection(entry.segment.lease.device_ids)
+        if busy:
+            return f"device {min(busy)} is still busy with earlier gradients"
         ahead = sum(1 for t in self._queue.values() if t.waiting.ticket < entry.waiting.ticket)
         return f"queued for a base step, {ahead} microbatches arrived earlier"
 
@@ -144,7 +145,7 @@ class SchedulerLoop:
         runnable = (
             t.waiting
             for t in self._queue.values()
-            if not (t.waiting.train and t.segment.lease.device_id in self._parked)
+            if not (t.waiting.train and self._parked.intersection(t.segment.lease.device_ids))
         )
         chosen = choose(runnable, shares=self._shares, token_budget=self._settings.token_budget)
         return [self._queue[entry.ticket] for entry in chosen]

@@ -17,14 +17,14 @@ from cola_runtime.adapter_spec import LeaseTerms
 from cola_runtime.data.held_out import HeldOutPrompts
 from cola_runtime.errors import ColaError, NotFound
 from cola_runtime.jobs.plan import TrainingPlan
-from cola_runtime.jobs.records import JobRecord
+from cola_runtime.jobs.records import CheckpointRecord, JobRecord
 from cola_runtime.jobs.store import JobStore
+from cola_runtime.scheduler.checkpoints import CheckpointShelf
 from cola_runtime.scheduler.device_pool import DevicePool
 from cola_runtime.scheduler.leases import LeaseBook, LeaseLost
 from cola_runtime.scheduler.loop import Computed, SchedulerLoop
 from cola_runtime.scheduler.packing import first_prompts, split_rows
 from cola_runtime.scheduler.ports import BaseModelPort
-from cola_runtime.storage.objects import ObjectStorage
 from cola_runtime.types import Gang, Lease, Row, Segment, StepApplied, TapPlan
 
 logger = logging.getLogger(__name__)
@@ -86,14 +86,14 @@ class AdapterPrimitives:
         pool: DevicePool,
         book: LeaseBook,
         store: JobStore,
-        storage: ObjectStorage,
+        checkpoints: CheckpointShelf,
     ) -> None:
         self._base, self._loop, self._pool, self._book = base, loop, pool, book
-        self._store, self._storage = store, storage
+        self._store, self._checkpoints = store, checkpoints
         self._placing = asyncio.Lock()
 
     async def open(self, record: JobRecord, plan: TrainingPlan) -> LeasedAdapter:
-        """Lease the adapter to a device, from the newest usable checkpoint or from its seed.
+        """Lease the adapter to a device (one per shard), from the newest usable checkpoint or from its seed.
 
         A checkpoint above the recorded version is not used: its last steps never became part of the
         record. Steps above the checkpoint leave the record and are computed again.
@@ -102,8 +102,7 @@ class AdapterPrimitives:
         usable = max(
             (c for c in checkpoints if c.version <= record.version), key=lambda c: c.version, default=None
         )
-        blob = await asyncio.to_thread(self._storage.get, usable.storage_key) if usable else None
-        lease = await self._take_lease(record.job_id)
+        lease = await self._take_lease(record.job_id, plan.shards)
         membership = plan.membership(record.job_id)
         adapter = LeasedAdapter(
             lease=lease,
@@ -121,23 +120,32 @@ class AdapterPrimitives:
                 self._book.checkpointed(lease, usable.version)
             terms = LeaseTerms(spec=plan.adapter, membership=membership, max_staleness=plan.max_staleness)
             await self._base.lease(lease, terms)
-            await self._pool.grant(lease, plan, checkpoint=blob)
+            await self._grant(lease, plan, usable)
             await self._book.wait_version(lease, adapter.version, timeout_seconds=OPEN_TIMEOUT_SECONDS)
         except BaseException:
             await self.close(adapter)
             raise
         return adapter
 
-    async def _take_lease(self, job_id: str) -> Lease:
+    async def _take_lease(self, job_id: str, shards: int) -> Lease:
         """One at a time, so that each sees the load that the ones before it have put on the devices."""
         while True:
-            await self._pool.wait_able(job_id)  # not while placing: others may have a device already
+            await self._pool.wait_able(job_id, shards)  # not while placing: others may have a device already
             async with self._placing:
-                device_id = self._pool.pick(job_id)
-                if device_id is not None:
-                    lease = await self._store.grant_lease(job_id, device_id)
+                device_ids = self._pool.pick(job_id, shards)
+                if device_ids:
+                    lease = await self._store.grant_lease(job_id, *device_ids)
                     self._book.open(lease)
                     return lease
+
+    async def _grant(self, lease: Lease, plan: TrainingPlan, usable: CheckpointRecord | None) -> None:
+        """To each shard's device, one after the other: one of the checkpoints at a time is in memory."""
+        self._checkpoints.expect(lease, plan.adapter)
+        for number, (part, of_shard) in enumerate(zip(lease.parts, plan.of_shards(), strict=True)):
+            blob = None
+            if usable is not None:
+                blob = await asyncio.to_thread(self._checkpoints.read_shard, usable, plan, number)
+            await self._pool.grant(part, of_shard, checkpoint=blob)
 
     async def forward(self, adapter: LeasedAdapter, rows: Sequence[Row]) -> Loss:
         """Losses of rows under the adapter's current version; nothing is trained."""
@@ -244,7 +252,8 @@ class AdapterPrimitives:
     async def checkpoint(self, adapter: LeasedAdapter) -> None:
         """Return when a checkpoint of the adapter's current version is stored and recorded."""
         if not self._book.has_checkpoint(adapter.lease, adapter.version):
-            await self._pool.request_checkpoint(adapter.lease)
+            for part in adapter.lease.parts:
+                await self._pool.request_checkpoint(part)
         await self.wait_checkpoint(adapter)
 
     async def wait_checkpoint(self, adapter: LeasedAdapter) -> None:
@@ -255,8 +264,9 @@ class AdapterPrimitives:
     async def close(self, adapter: LeasedAdapter) -> None:
         """Give the lease back. The bank keeps the weights for generation until they are evicted."""
         self._book.close(adapter.lease)
+        self._checkpoints.forget(adapter.lease)
         for ending in (
-            self._pool.end(adapter.lease),
+            *(self._pool.end(part) for part in adapter.lease.parts),
             self._base.end_lease(adapter.lease.job_id, adapter.lease.epoch),
         ):
             try:

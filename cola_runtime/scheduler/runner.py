@@ -13,9 +13,10 @@ from pydantic import ValidationError
 from cola_runtime.errors import ColaError, Conflict, InvalidInput
 from cola_runtime.gradients.planner import Costs
 from cola_runtime.jobs.plan import as_recorded, job_taps, training_plan
-from cola_runtime.jobs.records import CheckpointRecord, JobRecord
+from cola_runtime.jobs.records import JobRecord
 from cola_runtime.jobs.state import TERMINAL_STATES, JobState
 from cola_runtime.jobs.store import JobStore
+from cola_runtime.scheduler.checkpoints import CheckpointShelf, read_checkpoint
 from cola_runtime.scheduler.device_pool import DevicePool, DeviceStatus
 from cola_runtime.scheduler.driver import INTERNAL_MESSAGE, JobDriver, Stop
 from cola_runtime.scheduler.job_data import load_job_data
@@ -29,7 +30,6 @@ from cola_runtime.types import (
     BaseEvent,
     BaseModelDescription,
     DeviceLinkChanged,
-    Lease,
     StepApplied,
     StepRefused,
 )
@@ -37,7 +37,6 @@ from cola_runtime.types import (
 logger = logging.getLogger(__name__)
 
 BASE_RETRY_SECONDS = 0.5
-RECORD_TIMEOUT_SECONDS = 60.0
 STOP_TIMEOUT_SECONDS = 60.0
 
 
@@ -66,8 +65,9 @@ class JobRunner:
         self._costs = costs
         self._base, self._description, self._loop, self._pool = base, description, loop, pool
         self._book, self._store, self._storage = book, store, storage
+        self.checkpoints = CheckpointShelf(book=book, store=store, storage=storage)
         self._primitives = AdapterPrimitives(
-            base=base, loop=loop, pool=pool, book=book, store=store, storage=storage
+            base=base, loop=loop, pool=pool, book=book, store=store, checkpoints=self.checkpoints
         )
         self._drivers: dict[str, JobDriver] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -163,26 +163,6 @@ class JobRunner:
             base_steps=self._loop.steps_done,
         )
 
-    async def store_checkpoint(self, lease: Lease, version: int, content: bytes, sha256: str) -> None:
-        """What the device pool calls when a checkpoint arrived whole: object first, record after.
-
-        It may arrive before the step that it holds is recorded, since that goes by way of the base model.
-        """
-        await self._book.wait_recorded(lease, version, timeout_seconds=RECORD_TIMEOUT_SECONDS)
-        key = f"checkpoints/{lease.job_id}/{version:08d}-{lease.epoch:06d}.safetensors"
-        await asyncio.to_thread(self._storage.put, key, content)
-        await self._store.record_checkpoint(
-            CheckpointRecord(
-                job_id=lease.job_id,
-                version=version,
-                epoch=lease.epoch,
-                storage_key=key,
-                bytes=len(content),
-                sha256=sha256,
-            )
-        )
-        self._book.checkpointed(lease, version)
-
     async def _drive(self, record: JobRecord) -> None:
         try:
             spec = _stored_spec(record)
@@ -231,7 +211,7 @@ class JobRunner:
                 "the job has no checkpoint to generate from yet",
                 remedy="Wait for its first checkpoint: `cola jobs checkpoints`.",
             )
-        return checkpoint.version, await asyncio.to_thread(self._storage.get, checkpoint.storage_key)
+        return checkpoint.version, await asyncio.to_thread(read_checkpoint, self._storage, checkpoint)
 
     async def _hear_base_forever(self) -> None:
         after = 0

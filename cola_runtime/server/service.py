@@ -15,7 +15,7 @@ from typing import Any, Literal
 from cola_runtime.adapters.adapter_files import adapter_folder
 from cola_runtime.adapters.checkpoint_format import checkpoint_weights
 from cola_runtime.data.report import DatasetReport
-from cola_runtime.errors import Conflict, NotFound, QuotaExceeded, Unavailable
+from cola_runtime.errors import Conflict, NotFound, QuotaExceeded
 from cola_runtime.gradients.planner import Costs
 from cola_runtime.jobs.records import (
     CheckpointRecord,
@@ -28,6 +28,7 @@ from cola_runtime.jobs.records import (
 )
 from cola_runtime.jobs.state import TERMINAL_STATES, JobState
 from cola_runtime.jobs.store import JobStore
+from cola_runtime.scheduler.checkpoints import read_checkpoint
 from cola_runtime.scheduler.device_pool import DeviceStatus
 from cola_runtime.scheduler.runner import JobRunner, ServiceStatistics
 from cola_runtime.server.admission import Admission, CheckedJob, Submission
@@ -254,14 +255,7 @@ class FineTuningService:
                     await asyncio.to_thread(self._storage.delete, key)
 
     def _adapter_files(self, checkpoint: CheckpointRecord, job: JobRecord) -> dict[str, bytes]:
-        content = self._storage.get(checkpoint.storage_key)
-        if hashlib.sha256(content).hexdigest() != checkpoint.sha256:
-            raise Unavailable(
-                "CHECKPOINT_DAMAGED",
-                f"the checkpoint of version {checkpoint.version} is not what was stored",
-                remedy="Export another version: `cola jobs checkpoints` lists them.",
-            )
-        spec, _version, weights = checkpoint_weights(content)
+        spec, _version, weights = checkpoint_weights(read_checkpoint(self._storage, checkpoint))
         task = JobSpec.model_validate_json(job.spec_json).task.kind
         return adapter_folder(spec, weights, job.base_model, task=task)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
@@ -127,6 +128,7 @@ class Fabric:
         microbatch: int = 0,
         last: bool = True,
         announced: int | None = None,
+        staleness: int = 0,
     ) -> None:
         """What the base model does for one segment, from another thread as there."""
         segment = Segment(
@@ -136,11 +138,12 @@ class Fabric:
             loss_denominator=1.0,
             microbatch=microbatch,
             last_microbatch=last,
+            staleness=staleness,
         )
-        sent = 0
+        sent: Counter[int] = Counter()
         for key, tensor in tensors.items():
             sent += await asyncio.to_thread(self.server.send_tap, segment, {key: tensor})
-        self.server.end_microbatch(segment, sent if announced is None else announced)
+        self.server.end_microbatch(segment, sent if announced is None else {0: announced})
 
     async def step(self, lease: Lease, version: int, training: TrainingDefinition) -> Update:
         """Two microbatches of one step; returns the update that comes back."""

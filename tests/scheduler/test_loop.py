@@ -57,9 +57,11 @@ class SteppedBase:
         self.running.pop(0)[1].set_exception(RuntimeError("out of memory"))
 
 
-def segment(job: str, *, length: int = 10, device: str = "d0", gang: Gang | None = None) -> Segment:
+def segment(
+    job: str, *, length: int = 10, devices: tuple[str, ...] = ("d0",), gang: Gang | None = None
+) -> Segment:
     row = Row(tokens=np.zeros(length, np.int32), weights=np.ones(length, np.float32))
-    lease = Lease(job_id=job, epoch=1, device_id=device)
+    lease = Lease(job_id=job, epoch=1, device_id=devices[0], further_device_ids=devices[1:])
     return Segment(lease=lease, version=0, rows=(row,), loss_denominator=1.0, gang=gang)
 
 
@@ -143,15 +145,16 @@ async def test_a_part_filled_step_waits_for_company_until_the_running_one_is_abo
         await asyncio.gather(*tasks)
 
 
-async def test_a_parked_device_parks_only_its_own_tenants() -> None:
+@pytest.mark.parametrize("devices", [("slow",), ("d1", "slow")], ids=["whole", "sharded"])
+async def test_a_parked_device_parks_only_its_own_tenants(devices: tuple[str, ...]) -> None:
     base = SteppedBase()
     async with running_loop(base, token_budget=100) as (loop, _):
         loop.park("slow", parked=True)
-        slow = submit(loop, "a", device="slow")
-        fast = submit(loop, "b", device="d0")
+        slow = submit(loop, "a", devices=devices)
+        fast = submit(loop, "b")
         step = await base.next_step()
         assert [s.lease.job_id for s in step.segments] == ["b"]
-        assert "busy with earlier gradients" in (loop.waiting_reason("a") or "")
+        assert loop.waiting_reason("a") == "device slow is still busy with earlier gradients"
         base.finish()
         await fast
         loop.park("slow", parked=False)
