@@ -141,19 +141,19 @@ def films() -> Study:
         target_modules=("query", "value"),
         optimizer=ROBERTA_ADAMW,
         rates={
+            "mlp": (1e-3, 3e-3, 1e-2),
+            "linear": (3e-4, 1e-3, 3e-3),
             "lora": (2e-3, 6e-3),
-            "linear": (3e-4, 1e-3),
-            "mlp": (1e-3, 3e-3),
             "full": (1e-4, 3e-4),
         },
-        chosen={"lora": 1e-3, "linear": 3e-4, "mlp": 1e-3, "full": 1e-4},
+        chosen={"lora": 6e-3, "linear": 1e-3, "mlp": 3e-3, "full": 1e-4},
         metric="accuracy",
         exact_steps=10,
         exact_bound=1e-9,
     )
 
 
-def generation(name: str, task: str, rates: dict[str, Rates]) -> Study:
+def generation(name: str, task: str) -> Study:
     """E2E or WebNLG, rows of at most 48 tokens: longer ones are left out."""
     longest = 48
     tokenizer = Tokenizer(prepare_smollm2(MODELS))
@@ -175,8 +175,8 @@ def generation(name: str, task: str, rates: dict[str, Rates]) -> Study:
         max_length=longest,
         target_modules=("q_proj", "v_proj"),
         optimizer=LLAMA_2_ADAMW,
-        rates=rates,
-        chosen={"lora": 3e-3, "linear": 3e-4, "mlp": 1e-3, "full": 6e-5},
+        rates={},  # not tried: a try costs as much as a result
+        chosen={"lora": 4e-3, "linear": 4e-4, "mlp": 2e-3, "full": 5e-5},
         metric="loss",
         exact_steps=3,
         exact_bound=1e-6,  # transformers keeps Llama's norms and rotary tables in float32: exactness.py
@@ -184,14 +184,7 @@ def generation(name: str, task: str, rates: dict[str, Rates]) -> Study:
 
 
 def studies() -> list[Study]:
-    """WebNLG takes the rates that E2E's validation rows chose."""
-    rates: dict[str, Rates] = {
-        "linear": (2e-4, 6e-4),
-        "mlp": (1e-3, 3e-3),
-        "lora": (2e-3, 6e-3),
-        "full": (3e-5, 1e-4),
-    }
-    return [films(), generation("e2e", "e2e_nlg", rates), generation("webnlg", "webnlg_en", {})]
+    return [films(), generation("e2e", "e2e_nlg"), generation("webnlg", "webnlg_en")]
 
 
 def film_tenants(*, steps: int, held_out: int, seed: int) -> list[HeldOutJob]:
