@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cola_runtime.adapters.site_kinds import WHOLE_ROWS
 from cola_runtime.base_model.segments import MixedBatch
 from cola_runtime.base_model.stock import check_complete, open_classifier
 from cola_runtime.errors import InvalidInput
@@ -121,9 +122,11 @@ def traced_images(model: Any, shape: Shape, modules: Mapping[str, nn.Module]) ->
 def image_tokens(model: Any, sites: Sequence[Site], shape: Shape) -> int:
     """Positions of an image at the sites, their mean weighted by the sites' widths, rounded up.
 
-    Of a ViT exactly its patches and special tokens. Of a convolutional model, which has many positions where
-    it is narrow, what taps of all sites hold; without sites, the positions of the last map.
+    Of the sites that every kind can be at, if there are any: of a ViT exactly its patches and special tokens.
+    Of a convolutional model, which has many positions where it is narrow, what taps of all sites hold;
+    without sites, the positions of the last map.
     """
+    sites = [site for site in sites if site.kind in WHOLE_ROWS] or sites
     positions: dict[int, int] = {}
 
     def count(site: Site, _module: nn.Module, _args: Any, output: Tensor) -> None:
