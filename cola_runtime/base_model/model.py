@@ -33,6 +33,7 @@ from cola_runtime.base_model.segments import (
     MixedBatch,
     RowLimits,
     mixed_batch,
+    one_gang,
     row_refusal,
 )
 from cola_runtime.base_model.stacks.cohorts import GroupPlaces, Stacks, group_stacks
@@ -186,7 +187,7 @@ class TappedModel:
         leave at the end: a segment whose gradient overflows is computed again at a lower one.
         """
         started = time.monotonic()
-        refusals = _one_gang(step.segments, [self._refusal(segment) for segment in step.segments])
+        refusals = one_gang(step.segments, [self._refusal(segment) for segment in step.segments])
         members = [
             self._member(position, segment)
             for position, segment in enumerate(step.segments)
@@ -381,24 +382,6 @@ def _weight_bytes(model: Any) -> int:
 
 def _refused(segment: Segment, reason: str | None) -> SegmentLoss:
     return SegmentLoss(job_id=segment.lease.job_id, reason=reason)
-
-
-def _one_gang(segments: Sequence[Segment], refusals: Sequence[str | None]) -> list[str | None]:
-    """The refusals, and `GANG_MIXED` for what needs other merged weights than the first segment without one.
-
-    That is another gang, or a member in another version than in its first segment.
-    """
-    served = [segment for segment, refusal in zip(segments, refusals, strict=True) if refusal is None]
-    versions = {segment.lease.job_id: segment.version for segment in reversed(served)}
-
-    def fits(segment: Segment) -> bool:
-        same = segment.gang is None or segment.version == versions[segment.lease.job_id]
-        return segment.gang == served[0].gang and same
-
-    return [
-        "GANG_MIXED" if refusal is None and not fits(segment) else refusal
-        for segment, refusal in zip(segments, refusals, strict=True)
-    ]
 
 
 def _segment_loss(

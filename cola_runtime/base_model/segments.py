@@ -243,3 +243,21 @@ def _judged(row: Row, limits: RowLimits, head: HeadKind | None) -> bool:
     if head.problem == "regression":
         return math.isfinite(row.label)
     return isinstance(row.label, int) and 0 <= row.label < head.labels
+
+
+def one_gang(segments: Sequence[Segment], refusals: Sequence[str | None]) -> list[str | None]:
+    """The refusals, and `GANG_MIXED` for what needs other merged weights than the first segment without one.
+
+    That is another gang, or a member in another version than in its first segment.
+    """
+    served = [segment for segment, refusal in zip(segments, refusals, strict=True) if refusal is None]
+    versions = {segment.lease.job_id: segment.version for segment in reversed(served)}
+
+    def fits(segment: Segment) -> bool:
+        same = segment.gang is None or segment.version == versions[segment.lease.job_id]
+        return segment.gang == served[0].gang and same
+
+    return [
+        "GANG_MIXED" if refusal is None and not fits(segment) else refusal
+        for segment, refusal in zip(segments, refusals, strict=True)
+    ]

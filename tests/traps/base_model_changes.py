@@ -150,9 +150,14 @@ BASE_MODEL_CHANGES: tuple[Change, ...] = (
         "test_a_collaboration_is_not_the_joint_gradient",
         f"{_STACKS}/merged.py",
         (
+            "        rows = CohortRows(cohort.first_row, cohort.stop_row, (1.0,) * len(members))\n",
+            "        everybody = [m.adapter.merged.membership.weight for c in cohorts for m in c.members]\n"
+            "        shares = tuple(member.membership.weight / sum(everybody) for member in members)\n"
+            "        rows = CohortRows(cohort.first_row, cohort.stop_row, shares)\n",
+        ),
+        (
             "        self.taps.emit(x_SMI, grads_SMO, lambda: self._gradients(x_SMI, grads_SMO))\n",
-            "        weights = [member.membership.weight for member in self.members]\n"
-            "        shares_S11 = x_SMI.new_tensor(weights)[:, None, None] / sum(weights)\n"
+            "        shares_S11 = x_SMI.new_tensor(self.rows.scalings)[:, None, None]\n"
             "        grads_SMO = {site: grad_SMO * shares_S11 for site, grad_SMO in grads_SMO.items()}\n"
             "        self.taps.emit(x_SMI, grads_SMO, lambda: self._gradients(x_SMI, grads_SMO))\n",
         ),
