@@ -18,10 +18,11 @@ from cola_runtime.base_model.heads import Pooling
 from cola_runtime.base_model.llama_weights import is_plain_llama
 from cola_runtime.base_model.loss import VocabularyProjection
 from cola_runtime.base_model.product_rate import matrix_product_flops
+from cola_runtime.base_model.quantized import QUANTIZATIONS, quantize_sites
 from cola_runtime.base_model.stock import open_frozen
 from cola_runtime.base_model.tapped import SiteGroup
 from cola_runtime.errors import InvalidInput
-from cola_runtime.types import Site, Task
+from cola_runtime.types import UNQUANTIZED, Site, Task
 
 DTYPES = {
     "float32": torch.float32,
@@ -48,6 +49,8 @@ class LoadedModel:
     product_flops: float  # FLOP/s of matrix products in its dtype here
     tied_sites: tuple[int, ...]  # sites whose parameters another module uses too
     activation_checkpointing: bool
+    quantization: str
+    parameters: int
 
     @property
     def bidirectional(self) -> bool:
@@ -83,20 +86,31 @@ class LoadedModel:
 
 
 def load_frozen_model(
-    path: Path, *, dtype: str, attention: str, activation_checkpointing: bool = False
+    path: Path,
+    *,
+    dtype: str,
+    attention: str,
+    activation_checkpointing: bool = False,
+    quantization: str = UNQUANTIZED,
 ) -> LoadedModel:
     """Load, freeze, find the sites; of a causal model check that head(last hidden state) is its logits.
 
     Reads safetensors only. Sites of one group get one weight buffer. Raises InvalidInput for an unknown dtype
-    or attention, `BASE_MODEL_UNSUPPORTED` where the logits are not a plain projection, and
-    `CHECKPOINTING_UNSUPPORTED`.
+    or attention, `BASE_MODEL_UNSUPPORTED` where the logits are not a plain projection,
+    `CHECKPOINTING_UNSUPPORTED`, and `QUANTIZATION_UNSUPPORTED`.
     """
     if dtype not in DTYPES:
         raise _unknown("dtype", dtype, tuple(DTYPES))
     if attention not in ("auto", *ATTENTIONS):
         raise _unknown("attention", attention, ("auto", *ATTENTIONS))
+    if quantization not in (UNQUANTIZED, *QUANTIZATIONS):
+        raise _unknown("quantization", quantization, (UNQUANTIZED, *QUANTIZATIONS))
     model, head, pooling = _opened(path, DTYPES[dtype], None if attention == "auto" else attention)
     sites = site_catalogue(model)
+    tied_sites = _tied_sites(model, sites)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if quantization != UNQUANTIZED:
+        quantize_sites(model, sites, quantization, tied_sites=tied_sites)
     groups = _site_groups(model, sites)
     by_hand = is_plain_llama(model, groups)
     if attention == "auto":
@@ -111,9 +125,11 @@ def load_frozen_model(
         pooling=pooling,
         attention=attention,
         by_hand=by_hand,
-        tied_sites=_tied_sites(model, sites),
+        tied_sites=tied_sites,
         product_flops=matrix_product_flops(DTYPES[dtype]),
         activation_checkpointing=activation_checkpointing,
+        quantization=quantization,
+        parameters=parameters,
     )
 
 

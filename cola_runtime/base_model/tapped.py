@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
+from cola_runtime.base_model.quantized import QuantizedLinear
 from cola_runtime.base_model.stacks.cache import Stacks
 from cola_runtime.base_model.stacks.protocol import Kept, SiteStack
 from cola_runtime.types import Site, SiteKind
@@ -63,7 +64,9 @@ class SiteGroup:
 
 
 def weight_OI(module: nn.Module, site: Site) -> Tensor:
-    """The site's weight as [out, in], whichever way it is stored; a view."""
+    """The site's weight as [out, in], whichever way it is stored; a view, unless it is quantised."""
+    if isinstance(module, QuantizedLinear):
+        return module.weight
     parameter: Any = module.weight
     weight: Tensor = parameter.detach()
     return weight if site.kind is SiteKind.LINEAR else weight.t()

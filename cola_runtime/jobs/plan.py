@@ -15,6 +15,8 @@ from cola_runtime.gradients.planner import Costs, Workload, plan_taps
 from cola_runtime.spec import CollaborationSpec, JobSpec
 from cola_runtime.types import (
     PRODUCT_FLOPS,
+    QUANTIZATION,
+    UNQUANTIZED,
     UNSCALED,
     BaseModelDescription,
     Compression,
@@ -132,7 +134,12 @@ def training_plan(spec: JobSpec, base: BaseModelDescription, *, total_steps: int
         dtype="float64" if base.dtype == "float64" else "float32",
     )
     if spec.mode == "merged":
-        check_mergeable(adapter, dtype=base.dtype, tied_sites=base.tied_sites)
+        check_mergeable(
+            adapter,
+            dtype=base.dtype,
+            tied_sites=base.tied_sites,
+            quantization=base.details.get(QUANTIZATION, UNQUANTIZED),
+        )
     optimizer = OptimizerHyperparameters(**spec.optimizer.model_dump(), inner_steps=spec.inner_steps)
     schedule = LearningRateSchedule(
         kind=spec.schedule.kind, warmup_steps=spec.schedule.warmup_steps, total_steps=total_steps
