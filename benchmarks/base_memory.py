@@ -39,11 +39,13 @@ class Case:
     dtype: str = "float32"
     by_hand: bool = True
     checkpointing: bool = False
+    quantization: str = "none"
 
     @property
     def name(self) -> str:
         body = "by_hand" if self.by_hand else "stock"
-        return f"{self.dtype}_{body}{'_checkpointed' if self.checkpointing else ''}"
+        parts = [self.dtype, self.quantization if self.quantization != "none" else body]
+        return "_".join([*parts, *(["checkpointed"] if self.checkpointing else [])])
 
 
 CASES = (
@@ -53,6 +55,10 @@ CASES = (
     Case(by_hand=False, checkpointing=True),
     Case(dtype="bfloat16"),
     Case(dtype="bfloat16", checkpointing=True),
+    Case(dtype="float16"),
+    Case(quantization="int8", by_hand=False),
+    Case(quantization="nf4", by_hand=False),
+    Case(dtype="bfloat16", quantization="nf4", by_hand=False, checkpointing=True),
 )
 QUICK = CASES[:4]
 
@@ -78,7 +84,7 @@ def _measure(path: Path, case: Case, rows: tuple[Row, ...], steps: int) -> dict[
         segments=(Segment(lease=LEASE, version=0, rows=rows, loss_denominator=denominator),),
     )
     with LiveBytes() as counted:
-        model.run(step, lambda tap: None)
+        (loss,) = model.run(step, lambda tap: None).losses
     seconds = []
     for _ in range(steps):
         began = time.thread_time()
@@ -88,6 +94,7 @@ def _measure(path: Path, case: Case, rows: tuple[Row, ...], steps: int) -> dict[
         "weight_bytes": int(model.describe("", "").details["weight_bytes"]),
         "peak_bytes": counted.peak,
         "seconds": median(seconds),
+        "loss": float(loss.loss_sum / loss.weight_sum),
     }
 
 
@@ -102,6 +109,7 @@ def _model(path: Path, case: Case) -> TappedModel:
             attention="auto" if case.by_hand else "sdpa",
             threads=1,
             activation_checkpointing=case.checkpointing,
+            quantization=case.quantization,
         )
     finally:
         load.is_plain_llama = plain_llama

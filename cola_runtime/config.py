@@ -64,6 +64,8 @@ class BaseModelSettings(_Settings):
     """A local folder in transformers' format; None looks the alias up."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     attention: Literal["auto", "eager", "sdpa"] = "auto"
+    quantization: Literal["none", "int8", "nf4"] = "none"
+    """How the adapted layers' frozen weights are held (docs/base_precision.md); needs bitsandbytes."""
     activation_checkpointing: bool = False
     """Keep each layer's input only and compute the layer again in the backward pass: less memory, more time
     (docs/performance.md)."""

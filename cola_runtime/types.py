@@ -19,6 +19,11 @@ PRODUCT_FLOPS = "matrix_product_flops"
 """Of a base model's details: FLOP/s of matrix products in its dtype, as measured where it was loaded."""
 
 
+QUANTIZATION = "quantization"
+"""Of a base model's details: how its sites' weights are held."""
+UNQUANTIZED = "none"
+
+
 class Task(enum.StrEnum):
     """What a job trains for; the value is `task.kind` in its spec."""
 

@@ -20,7 +20,7 @@ from cola_runtime.adapters.site_adapter import LinearSiteAdapter
 from cola_runtime.base_model.heads import BankedHead
 from cola_runtime.base_model.layout import AdapterLayout, layout_key
 from cola_runtime.errors import Fenced, InvalidInput
-from cola_runtime.types import Gang, Lease, Membership, Segment, Site, TensorKey
+from cola_runtime.types import UNQUANTIZED, Gang, Lease, Membership, Segment, Site, TensorKey
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -76,11 +76,13 @@ class AdapterBank:
         *,
         hidden_size: int = 0,
         tied_sites: Collection[int] = (),
+        quantization: str = UNQUANTIZED,
     ) -> None:
         self._sites = tuple(sites)
         self._hidden_size = hidden_size
         self._dtype = dtype
         self._tied_sites = frozenset(tied_sites)
+        self._quantization = quantization
         self._adapters: dict[str, BankedAdapter] = {}
         self._previous: dict[str, BankedAdapter] = {}  # the version before, of those that may be stale by one
         self._layouts: dict[object, AdapterLayout] = {}
@@ -193,7 +195,12 @@ class AdapterBank:
     def _merged(
         self, job_id: str, spec: AdapterSpec, weights: Mapping[TensorKey, Tensor], membership: Membership
     ) -> MergedAdapter:
-        check_mergeable(spec, dtype=str(self._dtype).removeprefix("torch."), tied_sites=self._tied_sites)
+        check_mergeable(
+            spec,
+            dtype=str(self._dtype).removeprefix("torch."),
+            tied_sites=self._tied_sites,
+            quantization=self._quantization,
+        )
         if not all(bool(weight.isfinite().all()) for weight in weights.values()):
             self.evict(job_id)
             raise InvalidInput(

@@ -26,10 +26,11 @@ from cola_runtime.base_model.images import (
 from cola_runtime.base_model.llama_weights import is_plain_llama
 from cola_runtime.base_model.loss import VocabularyProjection
 from cola_runtime.base_model.product_rate import matrix_product_flops
+from cola_runtime.base_model.quantized import QUANTIZATIONS, quantize_sites
 from cola_runtime.base_model.site_groups import SiteGroup, site_group
 from cola_runtime.base_model.stock import open_frozen
 from cola_runtime.errors import InvalidInput
-from cola_runtime.types import Site, Task
+from cola_runtime.types import UNQUANTIZED, Site, Task
 
 DTYPES = {
     "float32": torch.float32,
@@ -57,6 +58,8 @@ class LoadedModel:
     product_flops: float  # FLOP/s of matrix products in its dtype here
     tied_sites: tuple[int, ...]  # sites whose parameters another module uses too
     activation_checkpointing: bool
+    quantization: str
+    parameters: int
     source_groups: frozenset[int]  # of an encoder-decoder: input groups whose x is of the source's tokens
     images: ImageInput | None = None  # of an image classifier, which takes nothing else
     image_tokens: int = 0  # computed for every image
@@ -106,18 +109,25 @@ class LoadedModel:
 
 
 def load_frozen_model(
-    path: Path, *, dtype: str, attention: str, activation_checkpointing: bool = False
+    path: Path,
+    *,
+    dtype: str,
+    attention: str,
+    activation_checkpointing: bool = False,
+    quantization: str = UNQUANTIZED,
 ) -> LoadedModel:
     """Load, freeze, find the sites; of a causal model check that head(last hidden state) is its logits.
 
     Reads safetensors only. Sites of one group get one weight buffer. Raises InvalidInput for an unknown dtype
-    or attention, `BASE_MODEL_UNSUPPORTED` where the logits are not a plain projection, and
-    `CHECKPOINTING_UNSUPPORTED`.
+    or attention, `BASE_MODEL_UNSUPPORTED` where the logits are not a plain projection,
+    `CHECKPOINTING_UNSUPPORTED`, and `QUANTIZATION_UNSUPPORTED`.
     """
     if dtype not in DTYPES:
         raise _unknown("dtype", dtype, tuple(DTYPES))
     if attention not in ("auto", *ATTENTIONS):
         raise _unknown("attention", attention, ("auto", *ATTENTIONS))
+    if quantization not in (UNQUANTIZED, *QUANTIZATIONS):
+        raise _unknown("quantization", quantization, (UNQUANTIZED, *QUANTIZATIONS))
     chosen = None if attention == "auto" else attention
     images = None
     if is_image_classifier(path):
@@ -126,6 +136,10 @@ def load_frozen_model(
     else:
         model, head, pooling = _opened(path, DTYPES[dtype], chosen)
     sites = site_catalogue(model, None if images is None else images.shape)
+    tied_sites = _tied_sites(model, sites)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if quantization != UNQUANTIZED:
+        quantize_sites(model, sites, quantization, tied_sites=tied_sites)
     groups = _site_groups(model, sites)
     by_hand = is_plain_llama(model, groups)
     if attention == "auto":
@@ -140,12 +154,14 @@ def load_frozen_model(
         pooling=pooling,
         attention=attention,
         by_hand=by_hand,
-        tied_sites=_tied_sites(model, sites),
+        tied_sites=tied_sites,
         images=images,
         image_tokens=0 if images is None else image_tokens(model, sites, images.shape),
         product_flops=matrix_product_flops(DTYPES[dtype]),
         source_groups=source_groups(model, sites) if model.config.is_encoder_decoder else frozenset(),
         activation_checkpointing=activation_checkpointing,
+        quantization=quantization,
+        parameters=parameters,
     )
 
 

@@ -44,6 +44,8 @@ from cola_runtime.errors import InvalidInput, NotFound
 from cola_runtime.gradients.taps import TapSink
 from cola_runtime.types import (
     PRODUCT_FLOPS,
+    QUANTIZATION,
+    UNQUANTIZED,
     BaseModelDescription,
     BaseStep,
     BaseStepResult,
@@ -66,9 +68,13 @@ class TappedModel:
         self._dtype = dtype
         self._threads = threads
         self._bank = AdapterBank(
-            loaded.sites, DTYPES[dtype], hidden_size=loaded.hidden_size, tied_sites=loaded.tied_sites
+            loaded.sites,
+            DTYPES[dtype],
+            hidden_size=loaded.hidden_size,
+            tied_sites=loaded.tied_sites,
+            quantization=loaded.quantization,
         )
-        self._merged = MergedWeights(loaded.groups)
+        self._merged = MergedWeights(loaded.groups if loaded.quantization == UNQUANTIZED else ())
         self._modules = TappedModules(loaded.groups)
         self._space = Workspace()
         self._body = self._fastest_body()
@@ -99,16 +105,21 @@ class TappedModel:
         attention: str = "auto",
         threads: int = 1,
         activation_checkpointing: bool = False,
+        quantization: str = UNQUANTIZED,
     ) -> TappedModel:
         """Load a pretrained folder. Sets the number of torch's threads, for the whole process.
 
         `attention` is `eager`, `sdpa`, or `auto`: whichever is faster here, by a short trial. A plain Llama
         trains through our own attention and needs none. With `activation_checkpointing` a layer keeps its
-        input alone and is computed again in the backward pass.
+        input alone and is computed again in the backward pass. `quantization` is `none`, `int8` or `nf4`.
         """
         torch.set_num_threads(threads)
         loaded = load_frozen_model(
-            path, dtype=dtype, attention=attention, activation_checkpointing=activation_checkpointing
+            path,
+            dtype=dtype,
+            attention=attention,
+            activation_checkpointing=activation_checkpointing,
+            quantization=quantization,
         )
         return cls(loaded, path=path, dtype=dtype, threads=threads)
 
@@ -133,7 +144,7 @@ class TappedModel:
             sites=self.catalogue,
             gradient_endpoint=gradient_endpoint,
             tokenizer_path=str(self._path),
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            parameters=self._loaded.parameters,
             hidden_size=self._loaded.hidden_size,
             tasks=self._loaded.tasks,
             details={
@@ -143,6 +154,7 @@ class TappedModel:
                 "activation_checkpointing": "on" if self._loaded.activation_checkpointing else "off",
                 "threads": str(self._threads),
                 "device": "cpu",
+                QUANTIZATION: self._loaded.quantization,
                 "weight_bytes": str(_weight_bytes(model)),
                 PRODUCT_FLOPS: repr(self._loaded.product_flops),
             },

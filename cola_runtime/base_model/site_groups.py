@@ -18,6 +18,7 @@ from torch.nn.grad import conv2d_input
 from cola_runtime.adapters.features import divided
 from cola_runtime.adapters.patches import folded, patches, positions
 from cola_runtime.adapters.site_modules import weight_OI
+from cola_runtime.base_model.quantized import QuantizedLinear
 from cola_runtime.types import Patch, Site, SiteKind
 
 
@@ -30,14 +31,9 @@ class SiteGroup:
         self.fused_weight: Tensor | None = None  # [sum O, I]; the modules' weights are views of it
         self.fused_bias: Tensor | None = None
         self.widths = [site.out_features for site in sites]
+        weight: Any = modules[0].weight
+        self.dtype: torch.dtype = weight.dtype  # of the outputs
         self.spans_layers = False  # some of its sites' layers are computed again without the others'
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the outputs."""
-        weight: Any = self.modules[0].weight
-        found: torch.dtype = weight.dtype
-        return found
 
     def fuse(self) -> None:
         """Move the weights of several plain Linear sites into one buffer. Each keeps its own as a view."""
@@ -77,7 +73,7 @@ class SiteGroup:
         if self.fused_weight is not None:
             return torch.cat(list(grads_BTO), dim=-1) @ self.fused_weight
         products = [
-            grad @ weight_OI(module, site)
+            grad @ _dense_OI(module, site)
             for grad, module, site in zip(grads_BTO, self.modules, self.sites, strict=True)
         ]
         return sum(products[1:], start=products[0])
@@ -89,6 +85,10 @@ class SiteGroup:
     def with_adapters(self, dx: Tensor, dfeatures: Tensor) -> Tensor:
         """The arranged input's gradient, the adapters' share included."""
         return dx
+
+
+def _dense_OI(module: nn.Module, site: Site) -> Tensor:
+    return module.weight if isinstance(module, QuantizedLinear) else weight_OI(module, site)
 
 
 class EmbeddingGroup(SiteGroup):

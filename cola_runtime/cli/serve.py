@@ -30,6 +30,9 @@ def serve(
     ] = None,
     model_path: Annotated[Path | None, typer.Option(help="A folder in transformers' format.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or float64.")] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="none, int8 or nf4: how the frozen weights are held.")
+    ] = None,
     activation_checkpointing: Annotated[
         bool | None,
         typer.Option(
@@ -62,6 +65,7 @@ def serve(
             "name": base_model,
             "path": model_path,
             "dtype": dtype,
+            "quantization": quantization,
             "activation_checkpointing": activation_checkpointing,
             "threads": threads,
         },

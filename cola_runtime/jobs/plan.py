@@ -17,6 +17,8 @@ from cola_runtime.gradients.planner import Costs, Workload, plan_taps
 from cola_runtime.spec import CollaborationSpec, JobSpec
 from cola_runtime.types import (
     PRODUCT_FLOPS,
+    QUANTIZATION,
+    UNQUANTIZED,
     UNSCALED,
     BaseModelDescription,
     Compression,
@@ -152,7 +154,12 @@ def training_plan(spec: JobSpec, base: BaseModelDescription, *, total_steps: int
         dtype="float64" if base.dtype == "float64" else "float32",
     )
     if spec.mode == "merged":
-        check_mergeable(adapter, dtype=base.dtype, tied_sites=base.tied_sites)
+        check_mergeable(
+            adapter,
+            dtype=base.dtype,
+            tied_sites=base.tied_sites,
+            quantization=base.details.get(QUANTIZATION, UNQUANTIZED),
+        )
     _check_shards(spec, adapter)
     optimizer = OptimizerHyperparameters(**spec.optimizer.model_dump(), inner_steps=spec.inner_steps)
     schedule = LearningRateSchedule(

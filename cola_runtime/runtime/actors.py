@@ -49,6 +49,7 @@ class BaseModelActor:
             attention=settings.attention,
             threads=settings.threads,
             activation_checkpointing=settings.activation_checkpointing,
+            quantization=settings.quantization,
         )
         self._service = BaseModelService(model, name=settings.name, join_token=join_token)
         self._bind, self._advertise = settings.bind, settings.advertise

@@ -67,6 +67,7 @@ async def running_base_model(settings: ServiceSettings) -> AsyncIterator[BaseMod
         attention=chosen.attention,
         threads=chosen.threads,
         activation_checkpointing=chosen.activation_checkpointing,
+        quantization=chosen.quantization,
     )
     service = BaseModelService(model, name=chosen.name, join_token=JOIN_TOKEN)
     await service.start(chosen.bind)
