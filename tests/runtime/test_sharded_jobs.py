@@ -134,6 +134,10 @@ async def test_two_devices_train_bit_for_bit_what_one_trains(tmp_path: Path) -> 
             steps, of_shards = await alone.metrics(), await sharded.metrics()
             assert [s.gradient_norm for s in of_shards] == [s.gradient_norm for s in steps], name
             assert all(step.gradient_norm > 0.2 for step in steps), "or nothing was clipped"
+            assert all(step.device_seconds > 0 for step in of_shards)
+            for one, both in zip(steps, of_shards, strict=True):
+                assert 0 < both.bytes_up - one.bytes_up < 2000, "two ends and norms instead of an end"
+                assert 0 < both.bytes_down - one.bytes_down < 2000, "two ends and norms instead of an end"
             assert {step.device_id for step in of_shards} <= {"device-0, device-1", "device-1, device-0"}
 
 
