@@ -111,12 +111,14 @@ def everything(cells: Cells, seeds: tuple[int, ...], pictures: Path | None) -> d
 
 
 def plan(names: tuple[str, ...], seeds: tuple[int, ...]) -> Iterator[tuple[str, str, int]]:
-    """(study, arm, seed): the first seed whole, then the others, each time the intervals last."""
+    """(study, arm, seed): what says most for its time comes first, LoRA's intervals last."""
     intervals = [f"interval-{interval}" for interval in INTERVALS]
     main = [arm for arm in ARMS if arm not in (*intervals, "float64")]
-    for group, extra in (seeds[:1], ("float64",)), (seeds[1:], ()):
-        for arms in (main, [*extra, *intervals]):
-            yield from ((name, arm, seed) for seed in group for name in names for arm in arms)
+    yield from ((name, arm, seeds[0]) for name in names for arm in main)
+    yield from ((names[0], arm, seed) for seed in seeds[1:] for arm in main)
+    yield from ((name, arm, seeds[0]) for name in names for arm in (*intervals, "float64"))
+    yield from ((name, arm, seed) for seed in seeds[1:] for name in names[1:] for arm in main)
+    yield from ((name, arm, seed) for seed in seeds[1:] for name in names for arm in intervals)
 
 
 def make(cells: Cells, cell: Cell, train: Callable[[], Made]) -> dict[str, Any]:
