@@ -114,11 +114,13 @@ def plan(names: tuple[str, ...], seeds: tuple[int, ...]) -> Iterator[tuple[str, 
     """(study, arm, seed): what says most for its time comes first, LoRA's intervals last."""
     intervals = [f"interval-{interval}" for interval in INTERVALS]
     main = [arm for arm in ARMS if arm not in (*intervals, "float64")]
+    late = [*intervals, "float64"]
     yield from ((name, arm, seeds[0]) for name in names for arm in main)
-    yield from ((names[0], arm, seed) for seed in seeds[1:] for arm in main)
-    yield from ((name, arm, seeds[0]) for name in names for arm in (*intervals, "float64"))
+    yield from ((names[0], arm, seeds[0]) for arm in late)
+    yield from ((names[0], arm, seed) for seed in seeds[1:] for arm in (*main, *intervals))
+    yield from ((name, arm, seeds[0]) for name in names[1:] for arm in late)
     yield from ((name, arm, seed) for seed in seeds[1:] for name in names[1:] for arm in main)
-    yield from ((name, arm, seed) for seed in seeds[1:] for name in names for arm in intervals)
+    yield from ((name, arm, seed) for seed in seeds[1:] for name in names[1:] for arm in intervals)
 
 
 def make(cells: Cells, cell: Cell, train: Callable[[], Made]) -> dict[str, Any]:
