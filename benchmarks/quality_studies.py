@@ -117,7 +117,9 @@ def cell_of(study: Study, arm: str, seed: int) -> Cell:
     configuration = {
         "arm": arm,
         "seed": seed,
-        "spec": study.spec(kind if kind in study.chosen else "lora", seed).model_dump(mode="json"),
+        "spec": study.spec(kind if kind in study.chosen else "lora", seed).model_dump(
+            mode="json", exclude_unset=True
+        ),
         "data_sha256": hashlib.sha256(texts.encode()).hexdigest(),
         "exact_steps": study.exact_steps if arm == "float64" else None,
     }
