@@ -1,6 +1,6 @@
 """Does ColA train real models as well as peft and full fine-tuning, and what do its kinds and modes give?
 
-    python benchmarks/quality.py [--quick] [--json] [--seed N] [--fresh] [--sweep] [--pictures FOLDER]
+    python benchmarks/quality.py [--quick|--report|--sweep] [--fresh] [--json] [--seed N] [--pictures FOLDER]
 
 Three data sets: films' sentiment on MiniLM, E2E NLG and WebNLG on SmolLM2 (quality_studies.py). Arms, for
 three seeds from N on: full fine-tuning, peft's LoRA, and through the whole service in this process ColA's
@@ -8,8 +8,9 @@ LoRA, linear and MLP adapters, LoRA at adaptation intervals 2, 4 and 8, and eigh
 data each, alone or in collaboration. `lora` is the joint one. All see 8 rows a step, for as many steps.
 
 Each result is kept as a file under benchmarks/results/quality as soon as it is there; another run goes on
-with what is missing (--fresh makes all of them again). --sweep tries learning rates on validation rows
-instead. --quick: a few steps of two tenants mixed on MiniLM against peft. LoRA must coincide with peft's.
+with what is missing (--fresh makes all of them again, --report none). --sweep tries learning rates on
+validation rows instead. --quick: a few steps of two tenants mixed on MiniLM against peft. LoRA must coincide
+with peft's.
 
 Optimizers are AdamW with RoBERTa's and Llama 2's settings: at eps 1e-8 a float32 rounding that turns the sign
 of a tiny gradient costs twice the rate, whoever computes it (exactness.py).
@@ -57,6 +58,7 @@ def main() -> None:
     parser = argument_parser(__doc__ or "")
     parser.add_argument("--fresh", action="store_true", help="make every result again")
     parser.add_argument("--sweep", action="store_true", help="try the learning rates on validation rows")
+    parser.add_argument("--report", action="store_true", help="make nothing: only say what is there")
     parser.add_argument(
         "--pictures", type=Path, help="draw quality.png and quality_loss.png into this folder"
     )
@@ -70,7 +72,9 @@ def main() -> None:
         if arguments.fresh:
             cells.clear()
         seeds = tuple(range(arguments.seed, arguments.seed + SEEDS))
-        results = sweep(cells) if arguments.sweep else everything(cells, seeds, arguments.pictures)
+        if not arguments.sweep and not arguments.report:
+            make_all(cells, seeds)
+        results = sweep(cells) if arguments.sweep else report(cells, seeds, arguments.pictures)
     emit(record("quality", results, seed=arguments.seed, started=started), arguments.json)
     if not results["within_bounds"]:
         raise SystemExit("a difference is above its bound")
@@ -98,25 +102,33 @@ Made = tuple[dict[str, Any], Weights]
 Arm = Callable[[Study, int], Made]
 
 
-def everything(cells: Cells, seeds: tuple[int, ...], pictures: Path | None) -> dict[str, Any]:
-    """All cells that are missing, the most important first; then what they all say."""
+def make_all(cells: Cells, seeds: tuple[int, ...]) -> None:
     by_name = {study.name: study for study in studies()}
     for name, arm, seed in plan(tuple(by_name), seeds):
         make(cells, cell_of(by_name[name], arm, seed), partial(ARMS[arm], by_name[name], seed))
-    results = summary(cells, list(by_name.values()), seeds)
+
+
+def report(cells: Cells, seeds: tuple[int, ...], pictures: Path | None) -> dict[str, Any]:
+    """What the cells say; those that are missing are named."""
+    found = studies()
+    results = summary(cells, found, seeds)
     print(table(results), flush=True)
     if pictures is not None:
-        draw(results, cells, list(by_name.values()), pictures)
+        draw(results, cells, found, pictures)
     return results
 
 
 def plan(names: tuple[str, ...], seeds: tuple[int, ...]) -> Iterator[tuple[str, str, int]]:
-    """(study, arm, seed): the first seed whole, then the others, each time the intervals last."""
+    """(study, arm, seed): what says most for its time comes first, LoRA's intervals last."""
     intervals = [f"interval-{interval}" for interval in INTERVALS]
     main = [arm for arm in ARMS if arm not in (*intervals, "float64")]
-    for group, extra in (seeds[:1], ("float64",)), (seeds[1:], ()):
-        for arms in (main, [*extra, *intervals]):
-            yield from ((name, arm, seed) for seed in group for name in names for arm in arms)
+    late = [*intervals, "float64"]
+    yield from ((name, arm, seeds[0]) for name in names for arm in main)
+    yield from ((names[0], arm, seeds[0]) for arm in late)
+    yield from ((names[0], arm, seed) for seed in seeds[1:] for arm in (*main, *intervals))
+    yield from ((name, arm, seeds[0]) for name in names[1:] for arm in late)
+    yield from ((name, arm, seed) for seed in seeds[1:] for name in names[1:] for arm in main)
+    yield from ((name, arm, seed) for seed in seeds[1:] for name in names[1:] for arm in intervals)
 
 
 def make(cells: Cells, cell: Cell, train: Callable[[], Made]) -> dict[str, Any]:

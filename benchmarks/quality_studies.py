@@ -59,7 +59,7 @@ class Study:
     target_modules: tuple[str, ...]
     optimizer: dict[str, Any]
     rates: dict[str, Rates]  # tried, by kind of training; "full" is full fine-tuning
-    chosen: dict[str, float]  # of those
+    chosen: dict[str, float]  # of those; for tenants with a row a step LoRA's over the root of 8
     metric: str
     exact_steps: int  # of the comparison in float64
     exact_bound: float  # and its bound
@@ -93,12 +93,11 @@ class Study:
 
     def tenants(self, seed: int, *, together: bool) -> list[MixedJob]:
         """Eight tenants with a share of the data each and a row a step: together as many rows as `job`."""
-        common = {"collaboration": {"group": GROUP}} if together else {}
+        arm = "collaboration" if together else "alone"
+        common = {"rows_per_step": 1, **({"collaboration": {"group": GROUP}} if together else {})}
         return [
             MixedJob(
-                spec=self.spec(
-                    "lora", seed * TENANTS + number, name=f"tenant-{number}", rows_per_step=1, **common
-                ),
+                spec=self.spec(arm, seed * TENANTS + number, **common, name=f"tenant-{number}"),
                 training=self.lines(share),
             )
             for number, share in enumerate(shards(self.training, TENANTS, seed=SPLIT_SEED))
@@ -118,7 +117,9 @@ def cell_of(study: Study, arm: str, seed: int) -> Cell:
     configuration = {
         "arm": arm,
         "seed": seed,
-        "spec": study.spec(kind if kind in study.chosen else "lora", seed).model_dump(mode="json"),
+        "spec": study.spec(kind if kind in study.chosen else "lora", seed).model_dump(
+            mode="json", exclude_unset=True
+        ),
         "data_sha256": hashlib.sha256(texts.encode()).hexdigest(),
         "exact_steps": study.exact_steps if arm == "float64" else None,
     }
@@ -146,7 +147,14 @@ def films() -> Study:
             "lora": (2e-3, 6e-3),
             "full": (1e-4, 3e-4),
         },
-        chosen={"lora": 6e-3, "linear": 1e-3, "mlp": 3e-3, "full": 1e-4},
+        chosen={
+            "lora": 6e-3,
+            "linear": 1e-3,
+            "mlp": 3e-3,
+            "full": 1e-4,
+            "alone": 2e-3,
+            "collaboration": 2e-3,
+        },
         metric="accuracy",
         exact_steps=10,
         exact_bound=1e-9,
@@ -176,7 +184,14 @@ def generation(name: str, task: str) -> Study:
         target_modules=("q_proj", "v_proj"),
         optimizer=LLAMA_2_ADAMW,
         rates={},  # not tried: a try costs as much as a result
-        chosen={"lora": 4e-3, "linear": 4e-4, "mlp": 2e-3, "full": 5e-5},
+        chosen={
+            "lora": 4e-3,
+            "linear": 4e-4,
+            "mlp": 2e-3,
+            "full": 5e-5,
+            "alone": 1.4e-3,
+            "collaboration": 1.4e-3,
+        },
         metric="loss",
         exact_steps=3,
         exact_bound=1e-6,  # transformers keeps Llama's norms and rotary tables in float32: exactness.py
