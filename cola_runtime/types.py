@@ -250,7 +250,7 @@ class Membership:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedImage:
-    """A checked PNG or JPEG, as it was sent; the base model's service decodes it."""
+    """A checked PNG or JPEG, as it was sent, where that is smaller; the base model's service decodes it."""
 
     content: bytes
     tokens: int  # what the base model computes for it: BaseModelDescription.context_length

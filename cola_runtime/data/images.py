@@ -1,4 +1,7 @@
-"""Labelled images to rows, which hold them as they were sent: the base model's service decodes them again."""
+"""Labelled images to rows, which hold them as sent or as pixels, whichever is smaller.
+
+So a job's rows take no more memory than its data. What is encoded the base model's service decodes again.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from cola_runtime.data.violations import Problem, Problems
 from cola_runtime.image_decoding import ImageRefused, decode_image
 from cola_runtime.image_processing import read_image_processing
 from cola_runtime.task_spec import LabelledTask
-from cola_runtime.types import EncodedImage, Row
+from cola_runtime.types import EncodedImage, Image, Row
 
 _NO_TOKENS, _NO_WEIGHTS = np.empty(0, np.int32), np.empty(0, np.float32)
 
@@ -39,10 +42,12 @@ class ImageReader:
     def _row(self, record: ImageRecord, task: LabelledTask) -> Row:
         label = label_value(record, task)
         try:
-            decode_image(record.image, self._processing)
+            pixels = decode_image(record.image, self._processing)
         except ImageRefused as refused:
             raise Problem(
                 refused.reason, f"image: {refused.message}", limit=refused.limit, actual=refused.actual
             ) from refused
-        image = EncodedImage(content=record.image, tokens=self._tokens)
+        image: Image | EncodedImage = EncodedImage(content=record.image, tokens=self._tokens)
+        if pixels.nbytes <= len(record.image):  # a large photograph: smaller, and never decoded again
+            image = Image(pixels=pixels, tokens=self._tokens)
         return Row(tokens=_NO_TOKENS, weights=_NO_WEIGHTS, label=label, image=image)

@@ -68,11 +68,15 @@ def vit(tmp_path: Path) -> Path:
     return folder_of(tmp_path, VIT)
 
 
-def test_rows_hold_images_as_sent_and_the_report_counts_the_base_models_tokens(vit: Path) -> None:
-    content = lines((encoded(picture(30, 40)), "dog"), (encoded(picture(9, 7), "JPEG"), 0))
+def test_rows_hold_what_is_smaller_and_the_report_counts_the_base_models_tokens(vit: Path) -> None:
+    large, small = encoded(picture(60, 80)), encoded(picture(9, 7), "JPEG")
+    content = lines((large, "dog"), (small, 0))
     tokenized = rows_of(vit, content)
     assert [row.label for row in tokenized.rows] == [1, 0]
-    assert tokenized.rows[0].image.content == encoded(picture(30, 40))
+    pixels, sent = (row.image for row in tokenized.rows)
+    np.testing.assert_array_equal(pixels.pixels, decode_image(large, read_image_processing(vit)))
+    assert sent.content == small
+    assert len(small) < pixels.pixels.nbytes < len(large)
     dataset = parse_dataset(content, file_name="pets.jsonl")
     report = dataset_report(dataset, tokenized, steps=1)
     assert dataset.format is DatasetFormat.LABELLED_IMAGE
