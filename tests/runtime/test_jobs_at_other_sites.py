@@ -82,15 +82,15 @@ async def test_jobs_at_convolutions_train_as_ordinary_modules_do_alone(
     model_type: str, tmp_path: Path
 ) -> None:
     """ViT's patches; ConvNeXt's depthwise kernels of 7 x 7 in 16 and 24 groups; ResNet's strided ones."""
-    model = save_image_classifier(model_type, tmp_path / "model", dtype="float64")
+    model = save_image_classifier(model_type, tmp_path / model_type, dtype="float64")
     modules = {"vit": "projection", "convnext": "dwconv", "resnet": "convolution"}[model_type]
     rank = 48 if model_type == "convnext" else 4
     adafactor = {"kind": "adafactor", "learning_rate": 2e-3}
     jobs = [
-        image_job(0, 2, adapter=lora(modules, rank=rank), encoding="activations"),
-        image_job(1, 3, adapter=linear(modules), adaptation_interval=2, optimizer=adafactor),
-        image_job(2, 2, adapter=linear(modules), mode="merged"),
-        image_job(3, 4, adapter=[]),
+        image_job(0, 2, steps=STEPS, adapter=lora(modules, rank=rank), encoding="activations"),
+        image_job(1, 3, steps=STEPS, adapter=linear(modules), adaptation_interval=2, optimizer=adafactor),
+        image_job(2, 2, steps=STEPS, adapter=linear(modules), mode="merged"),
+        image_job(3, 4, steps=STEPS, adapter=[]),
     ]
     base, done = await train_all(tmp_path, model, jobs)
     for wanted in jobs:
