@@ -20,8 +20,9 @@ def counted_after(model: TappedModel, tenants: list[Tenant]) -> int:
     return living_bytes()
 
 
-@pytest.mark.parametrize("kind", [LoraKind(rank=4, alpha=6.0), LinearKind(bias=True)], ids=["lora", "linear"])
-@pytest.mark.parametrize("model_kind", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("model_kind", "kind"), [("llama", LoraKind(rank=4, alpha=6.0)), ("gpt2", LinearKind(bias=True))]
+)
 def test_a_resident_tenant_takes_its_weights_once(
     tiny_folder: TinyFolder, model_kind: str, kind: LoraKind | LinearKind
 ) -> None:
