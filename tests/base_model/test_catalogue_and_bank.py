@@ -71,7 +71,7 @@ def test_the_description_tells_limits_and_how_the_model_runs(tiny_folder: TinyFo
     assert description.tokenizer_path == str(path)
 
 
-@pytest.mark.parametrize(("field", "value"), [("dtype", "float16"), ("attention", "flash")])
+@pytest.mark.parametrize(("field", "value"), [("dtype", "float8"), ("attention", "flash")])
 def test_unknown_options_are_refused_by_name(tiny_folder: TinyFolder, field: str, value: str) -> None:
     options = {"dtype": "float32", "attention": "eager", field: value}
     with pytest.raises(InvalidInput, match=value):
