@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cola_runtime.base_model.load import LoadedModel
+from cola_runtime.errors import InvalidInput
+
 _SAMPLERS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
@@ -24,6 +27,31 @@ class Sampling:
     temperature: float = 0.0
     seed: int = 0
     stop_ids: Collection[int] = field(default_factory=frozenset)
+
+
+def check_prompt(loaded: LoadedModel, prompt_tokens: int, max_new_tokens: int) -> None:
+    """Raises InvalidInput `PROMPT_EMPTY`, `SEQUENCE_TOO_LONG`, `TASK_UNSUPPORTED`."""
+    if loaded.bidirectional:
+        raise InvalidInput(
+            "TASK_UNSUPPORTED",
+            f"{type(loaded.model).__name__} predicts no tokens and generates nothing",
+            where="base_model",
+            remedy="Ask a causal language model.",
+        )
+    if prompt_tokens == 0:
+        raise InvalidInput("PROMPT_EMPTY", "the prompt has no tokens", where="prompt")
+    total = prompt_tokens + max_new_tokens
+    if loaded.encoder_decoder:
+        total = max(prompt_tokens, 1 + max_new_tokens)  # each beside its own positions
+    if total > loaded.context_length:
+        raise InvalidInput(
+            "SEQUENCE_TOO_LONG",
+            f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones do not fit the context",
+            where="prompt",
+            limit=loaded.context_length,
+            actual=total,
+            remedy="Shorten the prompt or ask for fewer tokens.",
+        )
 
 
 def keep_own_settings_only(model: Any) -> None:

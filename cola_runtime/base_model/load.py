@@ -49,6 +49,8 @@ class LoadedModel:
     """A frozen transformers model in evaluation mode and what was found out about it."""
 
     model: Any
+    path: Path
+    dtype: str
     sites: tuple[Site, ...]
     groups: tuple[SiteGroup, ...]
     head: VocabularyProjection | None  # None: an encoder, which predicts no tokens
@@ -148,6 +150,8 @@ def load_frozen_model(
         checkpoint_layers(model, groups)
     return LoadedModel(
         model=model,
+        path=path,
+        dtype=dtype,
         sites=sites,
         groups=groups,
         head=head,

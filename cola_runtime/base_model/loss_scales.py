@@ -8,16 +8,23 @@ with their neighbours' rows, and no scale either.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 
+from cola_runtime.base_model.segments import Member
 from cola_runtime.gradients.taps import Tap, TapSink
-from cola_runtime.types import Segment
+from cola_runtime.types import Segment, SegmentLoss
 
 GROWTH_INTERVAL = 2000  # steps in a row without overflow; this and the factors are torch.amp.GradScaler's
 LOWEST, HIGHEST = 1.0, 2.0**32
 
 logger = logging.getLogger(__name__)
+
+Outcomes = dict[int, SegmentLoss]
+"""Position in BaseStep.segments -> loss."""
+OnePass = Callable[[Sequence[Member], TapSink], tuple[Outcomes, int]]
+"""One forward and backward pass: the outcomes, and how many tokens were computed."""
 
 
 @dataclass(slots=True)
@@ -64,6 +71,32 @@ class LossScales:
 
     def forget(self, job_id: str) -> None:
         self._scales.pop(job_id, None)
+
+    def train(self, members: Sequence[Member], sink: TapSink, one_pass: OnePass) -> tuple[Outcomes, int]:
+        """`one_pass` under the members' scales, and once more for those alone whose gradients overflowed."""
+        held = HeldTaps(sink, [m.position for m in members if m.segment.loss_scaling.dynamic])
+        scaled = self._scaled(members)
+        outcomes, tokens = one_pass(scaled, held)
+        while scaled := self._scaled([m for m in scaled if self._lowered(m, held, outcomes[m.position])]):
+            _, more = one_pass(scaled, held)
+            tokens += more
+        for member in members:
+            if not held.overflowed(member.position):
+                self.stepped(member.segment)
+        held.release()
+        return outcomes, tokens
+
+    def _scaled(self, members: Sequence[Member]) -> list[Member]:
+        return [replace(member, loss_scale=self.of(member.segment)) for member in members]
+
+    def _lowered(self, member: Member, held: HeldTaps, outcome: SegmentLoss) -> bool:
+        """The member's gradient overflowed, and not its loss: its taps are forgotten, its scale is halved."""
+        if not held.overflowed(member.position) or not math.isfinite(outcome.loss_sum):
+            return False
+        if not self.lower(member.segment):
+            return False
+        held.drop(member.position)
+        return True
 
     def _scale(self, segment: Segment) -> _Scale:
         lease = segment.lease

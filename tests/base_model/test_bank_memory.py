@@ -16,7 +16,7 @@ def counted_after(model: TappedModel, tenants: list[Tenant]) -> int:
     """After steps of one, two, three, ... of them; without the buffers that all steps share."""
     for count in range(1, len(tenants) + 1):
         run_segments(model, [member.segment() for member in tenants[:count]])
-    model._space.release()
+    model._pass.space.release()
     return living_bytes()
 
 

@@ -210,7 +210,7 @@ BASE_MODEL_CHANGES: tuple[Change, ...] = (
         11,
         "a stale tap taken at merged weights of the present version",
         "test_a_stale_segment_of_a_merged_adapter_sees_the_version_that_it_asks_for",
-        "base_model/model.py",
+        "base_model/mixed_pass.py",
         ("self._bank.gang(gang, asked)", "self._bank.gang(gang)"),
     ),
 )
