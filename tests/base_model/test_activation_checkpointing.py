@@ -61,8 +61,7 @@ def tenants_of(model: TappedModel, encoding: Encoding) -> tuple[list[Tenant], li
     )
     half = model.sites[len(model.sites) // 2 :]
     members.append(lora_tenant(21, half, rank=3, lengths=(7, 11), dtype="float64"))
-    if "sequence_to_sequence" not in model.describe("", "").tasks:
-        members.append(dropping)
+    members.append(dropping)
     encodings += [encoding] * (len(members) - len(encodings))
     return [fitting(model, member) for member in members], encodings
 
@@ -78,7 +77,7 @@ def fitting(model: TappedModel, member: Tenant) -> Tenant:
                 for row in member.rows
             ),
         )
-    head = head_part(HeadKind(labels=3), model.sites, hidden_size=description.hidden_size)
+    head = head_part(HeadKind(labels=3), model.catalogue, hidden_size=description.hidden_size)
     spec = AdapterSpec(parts=(*member.spec.parts, head), seed=member.spec.seed, dtype=member.spec.dtype)
     nothing = np.zeros(0, np.float32)
     rows = tuple(replace(row, weights=nothing, label=len(row.tokens) % 3) for row in member.rows)
@@ -162,7 +161,7 @@ def test_rows_without_gradients_compute_no_layer_twice(
     step = BaseStep(number=1, segments=tuple(member.segment() for member in members), train=False)
     result = model.run(step, lambda tap: None)
     assert all(loss.reason is None for loss in result.losses)
-    assert len(model.generate("job-0", [5, 6, 7], max_new_tokens=2)) == 2
+    assert len(model.generate("job-0", [[5, 6, 7]], max_new_tokens=2)[0]) == 2
 
 
 def test_a_model_without_such_layers_is_refused() -> None:

@@ -73,7 +73,7 @@ def test_generation_continues_with_the_embeddings_adapter(tiny_folder: TinyFolde
     expected = stock.generate(
         torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
     )
-    assert tapped.generate(member.job_id, prompt, max_new_tokens=8) == expected[0, len(prompt) :].tolist()
+    assert tapped.generate(member.job_id, [prompt], max_new_tokens=8) == [expected[0, len(prompt) :].tolist()]
 
 
 def test_activations_of_an_embedding_are_ids(tiny_folder: TinyFolder) -> None:

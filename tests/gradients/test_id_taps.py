@@ -22,7 +22,7 @@ from cola_runtime.errors import ProtocolError
 from cola_runtime.gradients.accumulate import GradientAccumulator
 from cola_runtime.gradients.compression import Int8Blocks, TapCompressor
 from cola_runtime.gradients.planner import Workload, group_effort
-from cola_runtime.gradients.taps import activation_tensors, product_tensors
+from cola_runtime.gradients.taps import activation_tensors, product_tensors, used_rows
 from cola_runtime.types import Compression, Encoding, Lease, Site, SiteKind, TensorKey, TensorKind
 
 WORDS, OUTPUTS, PADDING = 11, 5, 2
@@ -75,17 +75,19 @@ def without_padding(gradients: dict[TensorKey, Tensor]) -> dict[TensorKey, Tenso
     return copies
 
 
+def used(x: Tensor, grads: dict[int, Tensor]) -> dict[TensorKey, Tensor]:
+    """The tap of one segment with these rows."""
+    (rows,) = used_rows([grad[None] for grad in grads.values()])
+    return activation_tensors(x, grads, rows)
+
+
 @pytest.mark.parametrize("encoding", ["activations", "weight_gradient"])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.kind)
 def test_ids_give_the_gradients_of_one_hot_rows(kind: AdapterKind, encoding: str) -> None:
     weights, found = drawn_weights(kind, 0), []
     for site in (EMBEDDING, DENSE):
         x, grads = rows_at(site), {0: drawn_gradient()}
-        made = (
-            activation_tensors(x, grads)
-            if encoding == "activations"
-            else product_tensors(x, grads, site, torch.float64)
-        )
+        made = used(x, grads) if encoding == "activations" else product_tensors(x, grads, site, torch.float64)
         accumulator = GradientAccumulator(spec_at(site, kind))
         for key, tensor in made.items():
             accumulator.add(key, tensor, weights)
@@ -101,7 +103,7 @@ def test_inner_steps_keep_ids_and_train_the_same_surrogate(kind: AdapterKind) ->
     start, moved, found = drawn_weights(kind, 0), drawn_weights(kind, 1), []
     for site in (EMBEDDING, DENSE):
         accumulator = GradientAccumulator(spec_at(site, kind), keep_taps=True)
-        for key, tensor in activation_tensors(rows_at(site), {0: drawn_gradient()}).items():
+        for key, tensor in used(rows_at(site), {0: drawn_gradient()}).items():
             accumulator.add(key, tensor, start)
         found.append(accumulator.surrogate_gradients(moved, start))
     for key, gradient in without_padding(found[1]).items():
@@ -147,7 +149,7 @@ def test_ids_must_be_as_many_as_the_gradients_rows() -> None:
 
 @pytest.mark.parametrize("compression", [Compression.BFLOAT16, Compression.INT8])
 def test_compression_leaves_ids_alone(compression: Compression) -> None:
-    tensors = activation_tensors(IDS, {0: drawn_gradient()})
+    tensors = used(IDS, {0: drawn_gradient()})
     lease = Lease(job_id="job-1", epoch=1, device_id="device")
     sent = TapCompressor().compress(lease, compression, tensors)
     assert torch.equal(sent[INPUT], tensors[INPUT])
