@@ -43,7 +43,7 @@ class MixedPass:
         )
 
     def compute(self, members: Sequence[Member], sink: TapSink | None) -> tuple[dict[int, SegmentLoss], int]:
-        """Position in BaseStep.segments -> loss, and the number of computed tokens; taps if there is a sink."""
+        """Position in BaseStep.segments -> loss, and the computed tokens; taps if there is a sink."""
         batch = mixed_batch(members)
         stacks = self._stacks(batch.cohorts, sink)
         train = sink is not None and bool(stacks)  # heads alone need no backward pass through the body
