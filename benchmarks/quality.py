@@ -221,7 +221,7 @@ def sweep(cells: Cells) -> dict[str, Any]:
     for study in studies():
         for kind, rates in study.rates.items():
             for rate in rates:
-                tried = replace(study, chosen={kind: rate}, held_out=study.validation)
+                tried = replace(study, chosen={**study.chosen, kind: rate}, held_out=study.validation)
                 cell = cell_of(tried, f"sweep-{kind}-{rate:g}", SWEEP_SEED)
                 result = make(cells, cell, partial(SWEPT[kind], tried, SWEEP_SEED))
                 measure = result["measures"][study.metric]
@@ -229,7 +229,7 @@ def sweep(cells: Cells) -> dict[str, Any]:
     return {"sweep": found, "within_bounds": True}
 
 
-SWEPT: dict[str, Arm] = {"lora": peft_arm, "full": full_arm, "linear": ARMS["linear"], "mlp": ARMS["mlp"]}
+SWEPT: dict[str, Arm] = {**ARMS, "lora": peft_arm}
 
 
 @cache

@@ -138,25 +138,24 @@ def draw(results: dict[str, Any], cells: Cells, studies: Sequence[Study], folder
         for panel, study in zip(panels, studies, strict=True):
             panel_of(panel, results, cells, study)
             panel.grid(alpha=0.3)
-        panels[0].legend(frameon=False, fontsize=8)
+            panel.tick_params(labelleft=panel is panels[0] or panel_of is _loss_panel)
+        if panel_of is _loss_panel:
+            panels[0].legend(frameon=False, fontsize=8)
         figure.savefig(folder / name)
 
 
 def _arms_panel(panel: Any, results: dict[str, Any], cells: Cells, study: Study) -> None:
-    arms = list(reversed(LABELS))
-    for place, arm in enumerate(arms):
+    """Each seed a dot, their mean a bar."""
+    for place, arm in enumerate(LABELS):
         values = results["arms"][study.name][arm][study.metric]
         if values:
             colour = COLOURS.get(arm, "#56B4E9" if arm.startswith("interval") else "#CC79A7")
-            seeds = "each seed" if place == 0 else None
-            panel.plot(values, [place] * len(values), "o", color=colour, markersize=4, alpha=0.5, label=seeds)
-            mean = "their mean" if place == 0 else None
-            panel.plot(statistics.fmean(values), place, "|", color=colour, markersize=16, label=mean)
-    panel.set_yticks(range(len(arms)), [LABELS[arm] for arm in arms], fontsize=8)
-    better = "held-out accuracy (right is better)"
-    panel.set_xlabel(
-        better if study.metric == "accuracy" else "held-out loss, nats a label token (left is better)"
-    )
+            panel.plot(values, [place] * len(values), "o", color=colour, markersize=4, alpha=0.5)
+            panel.plot(statistics.fmean(values), place, "|", color=colour, markersize=16, markeredgewidth=2)
+    panel.set_yticks(range(len(LABELS)), LABELS.values(), fontsize=8)
+    panel.set_ylim(len(LABELS) - 0.5, -0.5)
+    right, left = "held-out accuracy (right is better)", "held-out loss, nats a label token (left is better)"
+    panel.set_xlabel(right if study.metric == "accuracy" else left)
     before = results["untrained"][study.name].get(study.metric, float("nan"))
     panel.set_title(f"{study.name}, {study.base_model}; untrained {before:.3f}", fontsize=9)
 
@@ -171,8 +170,9 @@ def _loss_panel(panel: Any, results: dict[str, Any], cells: Cells, study: Study)
         smooth = [statistics.fmean(mean[max(0, at + 1 - window) : at + 1]) for at in range(len(mean))]
         wide = 5 if arm == "peft" else 1.5
         panel.plot(range(1, len(smooth) + 1), smooth, color=colour, linewidth=wide, label=LABELS[arm])
+    over = f" and of {window} steps" if window > 1 else ""
     panel.set_title(
-        f"{study.name}: training loss, mean of seeds, of the last {window} step{'s' * (window > 1)}",
+        f"{study.name}: training loss, mean of seeds{over}",
         fontsize=9,
     )
     panel.set_xlabel("step")
