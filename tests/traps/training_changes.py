@@ -48,14 +48,14 @@ TRAINING_CHANGES: tuple[Change, ...] = (
         "scaling twice in dB on the device",
         "test_gradient_is_autograds_with_the_scaling_exactly_once",
         "adapters/lora.py",
-        ("self._b: s * (grad_NO.T @ (x_NI", "self._b: s * s * (grad_NO.T @ (x_NI"),
+        ("grad_NO.T @ times(x_NI, a_RI))", "self._kind.scaling * grad_NO.T @ times(x_NI, a_RI))"),
     ),
     changed(
         2,
         "scaling never in dB of a weight gradient",
         "test_every_tenant_gets_the_gradient_and_loss_it_gets_alone",
         "adapters/lora.py",
-        ("self._b: s * (product_OI @", "self._b: (product_OI @"),
+        ("product_OI @ a_RI.T)", "product_OI @ a_RI.T / self._kind.scaling)"),
     ),
     changed(
         2,
@@ -70,8 +70,8 @@ TRAINING_CHANGES: tuple[Change, ...] = (
         "test_every_tenant_gets_the_gradient_and_loss_it_gets_alone",
         f"{_STACKS}/lora.py",
         (
-            "torch.bmm(gb_SMQ.transpose(1, 2), x_SMI).to(self.taps.dtype)",
-            "self.taps.scale(torch.bmm(gb_SMQ.transpose(1, 2), x_SMI))",
+            "outer(gb_SMQ, x_SMI, self.factors.sites[0]).to(self.taps.dtype)",
+            "self.taps.scale(outer(gb_SMQ, x_SMI, self.factors.sites[0]))",
         ),
     ),
     changed(
@@ -87,8 +87,8 @@ TRAINING_CHANGES: tuple[Change, ...] = (
         "test_gradient_sums_over_rows",
         "adapters/lora.py",
         (
-            "(grad_NO.T @ (x_NI @ weights[self._a].T))",
-            "(grad_NO.T @ (x_NI @ weights[self._a].T)) / len(x_NI)",
+            "grad_NO.T @ times(x_NI, a_RI))",
+            "grad_NO.T @ times(x_NI, a_RI) / len(x_NI))",
         ),
     ),
     changed(
@@ -193,11 +193,11 @@ TRAINING_CHANGES: tuple[Change, ...] = (
         "test_an_absent_tenant_gets_no_step_and_no_decay",
         "device/worker.py",
         (
-            "        applied = held.session.apply(version=version)\n",
+            "        applied = held.session.apply(version=version, norm=norm)\n",
             "        for other in self._held.values():\n"
             "            if other is not held:\n"
             "                other.session._step(other.session._accumulator.gradients())\n"
-            "        applied = held.session.apply(version=version)\n",
+            "        applied = held.session.apply(version=version, norm=norm)\n",
         ),
     ),
 )
