@@ -117,13 +117,6 @@ BASE_MODEL_CHANGES: tuple[Change, ...] = (
         ("if kept and not self._checkpointing:", "if kept:"),
     ),
     changed(
-        8,
-        "a group of several layers computed, and tapped, by each of them",
-        "test_every_tap_leaves_once_and_is_that_of_the_plain_pass",
-        "base_model/tapped.py",
-        ("return same and position != self.computed_at", "return False"),
-    ),
-    changed(
         9,
         "adapters selected by a one-hot product",
         "test_a_nan_adapter_leaves_its_neighbours_bit_identical",
