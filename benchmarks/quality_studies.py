@@ -153,7 +153,7 @@ def films() -> Study:
             "mlp": 3e-3,
             "full": 1e-4,
             "alone": 6e-3,
-            "collaboration": 2e-2,
+            "collaboration": 6e-3,
         },
         metric="accuracy",
         exact_steps=10,
