@@ -31,7 +31,7 @@ from cola_runtime.testing.exactness import (
     tokenized,
 )
 from cola_runtime.testing.in_process import running_in_process
-from cola_runtime.testing.ordinary_modules import add_adapter
+from cola_runtime.testing.ordinary_modules import add_adapter, wide_norms
 from cola_runtime.testing.peft_reference import (
     Recipe,
     adapter_parameters,
@@ -98,6 +98,8 @@ def train_with_peft(job: HeldOutJob, base: BaseModelDescription, path: Path) -> 
     recipe = recipe_for(job, base, path)
     if isinstance(job.spec.task, CausalLmTask):
         model = peft_model(path, recipe.spec, dtype=base.dtype)
+        if base.dtype == "float64":
+            wide_norms(model)
         parameters: dict[TensorKey, Tensor] = dict(adapter_parameters(model, recipe.spec))
         with torch.no_grad():
             for key, parameter in parameters.items():
