@@ -27,6 +27,14 @@ class Task(enum.StrEnum):
     REGRESSION = "regression"
 
 
+class Priority(enum.IntEnum):
+    """Order among the jobs of one tenant; it says nothing about other tenants' jobs."""
+
+    LOW = -1
+    NORMAL = 0
+    HIGH = 1
+
+
 class SiteKind(enum.StrEnum):
     """How a site stores its weight: `linear` is [out, in], `conv1d` (GPT-2) is [in, out].
 
@@ -258,7 +266,7 @@ class Segment:
     microbatch: int = 0  # position within the step, 0-based
     last_microbatch: bool = True  # the device applies the optimizer step after this one
     gang: Gang | None = None  # whose merged weights these rows must see; None: adapters beside the base
-    first_row: int = 0  # position of the first row within the step, 0-based; dropout's masks go by it
+    row_numbers: tuple[int, ...] = ()  # the rows' places within the step; (): 0, 1, ... Dropout goes by them
     staleness: int = 0  # steps that the device has applied since `version` when it applies these taps
 
     @property
@@ -269,6 +277,10 @@ class Segment:
     @property
     def tokens(self) -> int:
         return sum(row.length for row in self.rows)
+
+    def row_number(self, row: int) -> int:
+        """The place within the step of `rows[row]`."""
+        return self.row_numbers[row] if self.row_numbers else row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

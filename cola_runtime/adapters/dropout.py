@@ -27,7 +27,7 @@ class SegmentDropout:
     dropout: float  # p, the share of entries that is zeroed
     seed: int
     version: int
-    first_row: int  # of the segment, within its step
+    rows: tuple[int, ...]  # the rows' numbers within their step
     lengths: tuple[int, ...]  # tokens of each row
 
     @property
@@ -39,8 +39,8 @@ class SegmentDropout:
         """True where x is kept, [rows * T, I] for `tokens` = T; padding is not."""
         mask = np.zeros((len(self.lengths), tokens, site.in_features), np.bool_)
         least = np.uint32(min(round(self.dropout * 2**32), 2**32 - 1))
-        for number, length in enumerate(self.lengths):
-            key = f"dropout/{self.seed}/{self.version}/{self.first_row + number}/{site.name}"
+        for place, (row, length) in enumerate(zip(self.rows, self.lengths, strict=True)):
+            key = f"dropout/{self.seed}/{self.version}/{row}/{site.name}"
             bits = uniform_bits(key, length * site.in_features)
-            np.greater_equal(bits.reshape(length, -1), least, out=mask[number, :length])
+            np.greater_equal(bits.reshape(length, -1), least, out=mask[place, :length])
         return torch.from_numpy(mask).flatten(0, 1)

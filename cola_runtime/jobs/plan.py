@@ -22,6 +22,7 @@ from cola_runtime.types import (
     LearningRateSchedule,
     Membership,
     OptimizerHyperparameters,
+    Priority,
     TapPlan,
 )
 
@@ -40,6 +41,7 @@ class TrainingPlan:
     taps: TapPlan = _UNPLANNED  # `job_taps` plans them for the job's data
     merged: bool = False
     collaboration: CollaborationSpec | None = None
+    priority: Priority = Priority.NORMAL
 
     def membership(self, job_id: str) -> Membership | None:
         """The gang that the job's adapter is merged with; None if it is computed beside the base."""
@@ -134,6 +136,7 @@ def training_plan(spec: JobSpec, base: BaseModelDescription, *, total_steps: int
         checkpoint_every=spec.checkpoint_every,
         merged=spec.mode == "merged",
         collaboration=spec.collaboration,
+        priority=Priority[spec.priority.upper()],
         max_staleness=spec.max_staleness,
     )
 

@@ -10,17 +10,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import time
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 from cola_runtime.config import SchedulerSettings
 from cola_runtime.errors import ColaError, Unavailable
-from cola_runtime.scheduler.packing import longest_row
-from cola_runtime.scheduler.policy import Share, Waiting, admit, charge, choose
+from cola_runtime.scheduler.policy import FairQueue
 from cola_runtime.scheduler.ports import BaseModelPort
-from cola_runtime.types import BaseStep, BaseStepResult, Segment, SegmentLoss
+from cola_runtime.scheduler.tickets import Computed, Flight, PartNumbers, Ticket
+from cola_runtime.scheduler.waiting import Part, Share, Standing, padded_tokens
+from cola_runtime.types import BaseStep, BaseStepResult, Priority, Segment
 
 logger = logging.getLogger(__name__)
 
@@ -28,31 +26,8 @@ FILLED_ENOUGH = 0.5  # share of the token budget at which the next base step is 
 SEND_AHEAD_SECONDS = 0.02  # a part-filled step is sent this long before the running one should end
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Computed:
-    """What one segment cost and gave."""
-
-    loss: SegmentLoss
-    base_seconds: float  # the segment's share of its base step, by padded tokens
-    base_step: int
-
-
-@dataclass(slots=True, kw_only=True)
-class _Ticket:
-    waiting: Waiting
-    segment: Segment
-    done: asyncio.Future[Computed]
-
-
-@dataclass(slots=True, kw_only=True)
-class _Flight:
-    tickets: list[_Ticket]
-    padded_tokens: int
-    sent: float
-
-
 class SchedulerLoop:
-    """Owns the queue and the shares; `compute` is the only way into a base step."""
+    """Owns the fair queue; `compute` is the only way into a base step. Its clock is the event loop's."""
 
     def __init__(
         self, base: BaseModelPort, settings: SchedulerSettings, *, on_base_lost: Callable[[Exception], None]
@@ -60,59 +35,64 @@ class SchedulerLoop:
         self._base = base
         self._settings = settings
         self._on_base_lost = on_base_lost
-        self._queue: dict[int, _Ticket] = {}
-        self._shares: dict[str, Share] = {}
-        self._flights: dict[int, _Flight] = {}
+        self._queue = FairQueue()
+        self._tickets: dict[int, Ticket] = {}
+        self._of_job: dict[str, dict[int, Ticket]] = {}
+        self._of_device: dict[str, dict[int, Ticket]] = {}  # those that train
+        self._part_numbers = PartNumbers()
+        self._flights: dict[int, Flight] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._parked: set[str] = set()
         self._wake = asyncio.Event()
-        self._tickets = itertools.count(1)
-        self._numbers = itertools.count(1)
+        self._ticket_numbers = itertools.count(1)
+        self._step_numbers = itertools.count(1)
         self._seconds_per_token = 0.0
         self.busy_seconds = 0.0
         self.steps_done = 0
 
-    @property
-    def token_budget(self) -> int:
-        return self._settings.token_budget
+    def set_share(self, tenant_id: str, share: Share) -> None:
+        """From the tenant's next tokens on."""
+        self._queue.set_share(tenant_id, share)
 
-    async def compute(self, segment: Segment, *, tenant_id: str, train: bool) -> Computed:
-        """Wait for a place in a base step and return the segment's loss. Cancelling gives the place back."""
-        ticket = _Ticket(
-            waiting=Waiting(
-                ticket=next(self._tickets),
-                tenant_id=tenant_id,
-                job_id=segment.lease.job_id,
-                rows=len(segment.rows),
-                longest=longest_row(segment.rows),
-                train=train,
-                gang=segment.gang,
-            ),
+    async def compute(
+        self, segment: Segment, *, tenant_id: str, train: bool, priority: Priority = Priority.NORMAL
+    ) -> Computed:
+        """Wait until all rows were in base steps; return their loss. Cancelling gives the places back."""
+        ticket = Ticket(
+            number=next(self._ticket_numbers),
+            tenant_id=tenant_id,
             segment=segment,
+            train=train,
+            priority=priority,
             done=asyncio.get_running_loop().create_future(),
         )
-        self._shares = admit(self._shares, tenant_id, active=self._active_tenants())
-        self._queue[ticket.waiting.ticket] = ticket
+        self._keep(ticket)
+        self._queue_up(ticket)
         self._wake.set()
         try:
             return await ticket.done
         finally:
-            self._queue.pop(ticket.waiting.ticket, None)
+            self._queue.remove(ticket.number, now=_now())
+            self._forget(ticket)
 
     def park(self, device_id: str, *, parked: bool) -> None:
         """A device without credit: its tenants wait, nobody else does."""
         (self._parked.add if parked else self._parked.discard)(device_id)
+        for ticket in self._of_device.get(device_id, {}).values():
+            if parked:
+                self._queue.remove(ticket.number, now=_now())
+            elif ticket.left and ticket.number not in self._queue:
+                self._queue_up(ticket)
         self._wake.set()
 
     def waiting_reason(self, job_id: str) -> str | None:
-        """Why this job's microbatch is not in a base step; None when it has none waiting."""
-        entry = next((t for t in self._queue.values() if t.waiting.job_id == job_id), None)
-        if entry is None:
+        """Why this job's oldest microbatch is not in a base step; None when it has none waiting."""
+        ticket = next((t for t in self._of_job.get(job_id, {}).values() if t.left), None)
+        if ticket is None:
             return None
-        if entry.segment.lease.device_id in self._parked:
-            return f"device {entry.segment.lease.device_id} is still busy with earlier gradients"
-        ahead = sum(1 for t in self._queue.values() if t.waiting.ticket < entry.waiting.ticket)
-        return f"queued for a base step, {ahead} microbatches arrived earlier"
+        if ticket.number not in self._queue:
+            return f"device {ticket.device_id} is still busy with earlier gradients"
+        return _said(self._queue.standing(ticket.number), now=_now())
 
     async def run_forever(self) -> None:
         while True:
@@ -126,47 +106,42 @@ class SchedulerLoop:
     def _send_when_due(self) -> float | None:
         """Send what should be sent now; return after how many seconds to look again (None: when woken)."""
         while len(self._flights) < self._settings.base_steps_in_flight:
-            chosen = self._choose()
-            if not chosen:
-                return None
-            wait_seconds = self._hold_seconds(chosen)
+            parts = self._queue.choose(token_budget=self._settings.token_budget, now=_now())
+            if not parts:
+                ready_at = self._queue.next_ready()
+                return None if ready_at is None else max(0.0, ready_at - _now())
+            wait_seconds = self._hold_seconds(padded_tokens(parts))
             if wait_seconds > 0:
                 return wait_seconds
-            self._send(chosen)
+            self._send(parts)
         return None
 
-    def _choose(self) -> list[_Ticket]:
-        runnable = (
-            t.waiting
-            for t in self._queue.values()
-            if not (t.waiting.train and t.segment.lease.device_id in self._parked)
-        )
-        chosen = choose(runnable, shares=self._shares, token_budget=self._settings.token_budget)
-        return [self._queue[entry.ticket] for entry in chosen]
-
-    def _hold_seconds(self, chosen: list[_Ticket]) -> float:
+    def _hold_seconds(self, tokens: int) -> float:
         """How long a part-filled step should wait for company while another one runs."""
-        if not self._flights or _padded_tokens(chosen) >= FILLED_ENOUGH * self._settings.token_budget:
+        if not self._flights or tokens >= FILLED_ENOUGH * self._settings.token_budget:
             return 0.0
         running = self._flights[min(self._flights)]
         expected_end = running.sent + running.padded_tokens * self._seconds_per_token
-        return expected_end - time.monotonic() - SEND_AHEAD_SECONDS
+        return expected_end - _now() - SEND_AHEAD_SECONDS
 
-    def _send(self, tickets: list[_Ticket]) -> None:
-        number = next(self._numbers)
-        for ticket in tickets:
-            del self._queue[ticket.waiting.ticket]
-        self._flights[number] = _Flight(
-            tickets=tickets, padded_tokens=_padded_tokens(tickets), sent=time.monotonic()
+    def _send(self, parts: Sequence[Part]) -> None:
+        number, now = next(self._step_numbers), _now()
+        self._queue.take(parts, now=now)
+        tickets = [self._tickets[part.ticket] for part in parts]
+        self._flights[number] = Flight(
+            tickets=tickets, parts=parts, padded_tokens=padded_tokens(parts), sent=now
         )
-        step = BaseStep(
-            number=number,
-            segments=tuple(ticket.segment for ticket in tickets),
-            train=tickets[0].waiting.train,
-        )
+        segments = tuple(self._segment(ticket, part) for ticket, part in zip(tickets, parts, strict=True))
+        step = BaseStep(number=number, segments=segments, train=tickets[0].train)
         task = asyncio.create_task(self._run(step), name=f"base-step-{number}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _segment(self, ticket: Ticket, part: Part) -> Segment:
+        segment = ticket.part(part, microbatch=self._part_numbers.take(ticket.segment))
+        if segment.last_microbatch:
+            self._part_numbers.step_sent(segment.lease.job_id)
+        return segment
 
     async def _run(self, step: BaseStep) -> None:
         try:
@@ -182,18 +157,13 @@ class SchedulerLoop:
 
     def _finish(self, result: BaseStepResult) -> None:
         flight = self._flights[result.number]
-        tokens: Counter[str] = Counter()
-        for ticket in flight.tickets:
-            tokens[ticket.waiting.tenant_id] += ticket.waiting.tokens
-        self._shares = charge(self._shares, tokens)
         self.busy_seconds += result.seconds
         self.steps_done += 1
         self._seconds_per_token = result.seconds / max(1, result.computed_tokens)
-        for ticket, loss in zip(flight.tickets, result.losses, strict=True):
-            share = ticket.waiting.tokens / max(1, sum(tokens.values()))
-            computed = Computed(loss=loss, base_seconds=result.seconds * share, base_step=result.number)
-            if not ticket.done.done():
-                ticket.done.set_result(computed)
+        tokens = sum(part.tokens for part in flight.parts)
+        for ticket, part, loss in zip(flight.tickets, flight.parts, result.losses, strict=True):
+            seconds = result.seconds * part.tokens / max(1, tokens)
+            ticket.add(part, loss, base_seconds=seconds, base_step=result.number)
 
     def _fail(self, number: int, error: Exception) -> None:
         cause = error if isinstance(error, ColaError) else Unavailable("BASE_MODEL_LOST", str(error))
@@ -203,10 +173,44 @@ class SchedulerLoop:
         if isinstance(cause, Unavailable):
             self._on_base_lost(error)
 
-    def _active_tenants(self) -> set[str]:
-        flying = {t.waiting.tenant_id for flight in self._flights.values() for t in flight.tickets}
-        return flying | {ticket.waiting.tenant_id for ticket in self._queue.values()}
+    def _queue_up(self, ticket: Ticket) -> None:
+        if not (ticket.train and ticket.device_id in self._parked):
+            self._queue.add(ticket.waiting(), now=_now())
+
+    def _keep(self, ticket: Ticket) -> None:
+        self._tickets[ticket.number] = ticket
+        self._of_job.setdefault(ticket.segment.lease.job_id, {})[ticket.number] = ticket
+        if ticket.train:
+            self._of_device.setdefault(ticket.device_id, {})[ticket.number] = ticket
+
+    def _forget(self, ticket: Ticket) -> None:
+        del self._tickets[ticket.number]
+        for index, name in ((self._of_job, ticket.segment.lease.job_id), (self._of_device, ticket.device_id)):
+            index.get(name, {}).pop(ticket.number, None)
+            if not index.get(name, True):
+                del index[name]
 
 
-def _padded_tokens(tickets: list[_Ticket]) -> int:
-    return sum(t.waiting.rows for t in tickets) * max(t.waiting.longest for t in tickets)
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _said(standing: Standing, *, now: float) -> str:
+    """For the tenant, who learns nothing of other tenants but how many are before it."""
+    if standing.ready_at is not None:
+        return (
+            f"its tenant's {standing.tokens_per_minute} tokens per minute are spent; "
+            f"it may go on in {max(0.0, standing.ready_at - now):.1f} s"
+        )
+    before = [
+        f"{count} {noun}{'' if count == 1 else 's'} before it"
+        for count, noun in (
+            (standing.tenants_ahead, "tenant"),
+            (standing.jobs_ahead, "job of its tenant"),
+            (standing.earlier_microbatches, "microbatch of its own"),
+        )
+        if count
+    ]
+    place = ", ".join(before) or "next in the fair order"
+    turn = "; the next base step is of other merged weights" if standing.gang_first != standing.gang else ""
+    return f"queued for a base step: {place}{turn}"

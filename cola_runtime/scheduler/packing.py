@@ -1,30 +1,85 @@
-"""Splits a microbatch that is too large for one base step. Pure.
+"""Which rows go together: cuts the lengths of what waits into bands, so that little is padding. Pure.
 
-Splitting changes nobody's gradient: every row carries the loss denominator of its whole step, so the
-parts' gradients add up to the step's (README, "The numbered life of a step").
+Sending rows of one microbatch in different base steps changes nobody's gradient: every row carries the loss
+denominator of its whole step, so the parts' gradients add up to the step's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from cola_runtime.types import Row
+import numpy as np
+from numpy.typing import NDArray
 
-
-def split_rows(rows: Sequence[Row], *, token_budget: int) -> list[tuple[Row, ...]]:
-    """Cut rows, in order, into parts of at most `token_budget` padded tokens; a longer row is one part."""
-    parts: list[list[Row]] = []
-    longest = 0
-    for row in rows:
-        grown = max(longest, len(row.tokens))
-        if parts and (len(parts[-1]) + 1) * grown <= token_budget:
-            parts[-1].append(row)
-            longest = grown
-        else:
-            parts.append([row])
-            longest = len(row.tokens)
-    return [tuple(part) for part in parts]
+STEP_TOKENS = 64  # what a further base step costs, in computed tokens (docs/scheduling.md)
+PART_TOKENS = 4  # what a further part of a microbatch costs: its taps travel once more
+MOST_LENGTHS = 24  # that are told apart; of more, neighbours count as the longer one
 
 
-def longest_row(rows: Sequence[Row]) -> int:
-    return max(len(row.tokens) for row in rows)
+@dataclass(frozen=True, slots=True)
+class Band:
+    """Rows with low < length <= high may share a base step."""
+
+    low: int
+    high: int
+
+    def __contains__(self, length: int) -> bool:
+        return self.low < length <= self.high
+
+
+def length_bands(entries: Sequence[Sequence[int]], *, token_budget: int) -> list[Band]:
+    """Cut the lengths of all rows of `entries` (microbatches) into the cheapest bands, longest first.
+
+    A band of n rows up to length h costs n * h tokens, STEP_TOKENS per base step that it fills, and
+    PART_TOKENS per microbatch with rows in it. So a row is padded only where that costs less than a base step
+    and a part of its own. O(rows + entries * lengths^2) with at most MOST_LENGTHS lengths.
+    """
+    lengths_R = np.array([length for entry in entries for length in entry])
+    tops_U = _told_apart(lengths_R)
+    if len(tops_U) == 1:
+        return [Band(0, int(tops_U[0]))]
+    of_row_R = np.searchsorted(tops_U, lengths_R)
+    entry_R = np.repeat(np.arange(len(entries)), [len(entry) for entry in entries])
+    costs = _band_costs(tops_U, of_row_R, entry_R, token_budget)
+    return _cheapest_cuts([int(top) for top in tops_U], costs)
+
+
+def _told_apart(lengths_R: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Ascending lengths, the longest among them, that the others are rounded up to."""
+    lengths_U = np.unique(lengths_R)
+    if len(lengths_U) <= MOST_LENGTHS:
+        return lengths_U
+    ranks = np.arange(1, MOST_LENGTHS + 1) * len(lengths_R) // MOST_LENGTHS - 1
+    return np.unique(np.sort(lengths_R)[ranks])
+
+
+def _band_costs(
+    tops_U: NDArray[np.int64], of_row_R: NDArray[np.int64], entry_R: NDArray[np.int64], token_budget: int
+) -> list[list[float]]:
+    """[first length, last length] -> tokens that the band between them costs."""
+    lengths = len(tops_U)
+    before_U = np.concatenate([[0], np.cumsum(np.bincount(of_row_R, minlength=lengths))])
+    rows_UU = before_U[None, 1:] - before_U[:-1, None]
+    newest_EU = np.full((int(entry_R[-1]) + 1, lengths), -1)
+    newest_EU[entry_R, of_row_R] = of_row_R
+    newest_EU = np.maximum.accumulate(newest_EU, axis=1)
+    parts_UU = (newest_EU[None, :, :] >= np.arange(lengths)[:, None, None]).sum(axis=1)
+    tokens_UU = rows_UU * tops_U[None, :]
+    costs_UU = tokens_UU - STEP_TOKENS * (-tokens_UU // token_budget) + PART_TOKENS * parts_UU
+    costs: list[list[float]] = costs_UU.tolist()
+    return costs
+
+
+def _cheapest_cuts(tops: list[int], costs: list[list[float]]) -> list[Band]:
+    best, cut = [0.0], []
+    for last in range(len(tops)):
+        cost, first = min((best[first] + costs[first][last], first) for first in range(last + 1))
+        best.append(cost)
+        cut.append(first)
+    bands, last = [], len(tops) - 1
+    while last >= 0:
+        first = cut[last]
+        bands.append(Band(tops[first - 1] if first else 0, tops[last]))
+        last = first - 1
+    return bands

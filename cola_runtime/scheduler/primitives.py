@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, TypeVar
 
@@ -20,9 +20,9 @@ from cola_runtime.jobs.records import JobRecord
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.scheduler.device_pool import DevicePool
 from cola_runtime.scheduler.leases import LeaseBook, LeaseLost
-from cola_runtime.scheduler.loop import Computed, SchedulerLoop
-from cola_runtime.scheduler.packing import split_rows
+from cola_runtime.scheduler.loop import SchedulerLoop
 from cola_runtime.scheduler.ports import BaseModelPort
+from cola_runtime.scheduler.tickets import Computed
 from cola_runtime.storage.objects import ObjectStorage
 from cola_runtime.types import Gang, Lease, Row, Segment, StepApplied, TapPlan
 
@@ -136,17 +136,14 @@ class AdapterPrimitives:
 
     async def forward(self, adapter: LeasedAdapter, rows: Sequence[Row]) -> Loss:
         """Losses of rows under the adapter's current version; nothing is trained."""
-        segments = [
-            Segment(
-                lease=adapter.lease,
-                version=adapter.version,
-                rows=part,
-                loss_denominator=1.0,
-                gang=adapter.gang,
-            )
-            for part in split_rows(rows, token_budget=self._loop.token_budget)
-        ]
-        computed = await self._compute(adapter, segments, train=False)
+        segment = Segment(
+            lease=adapter.lease,
+            version=adapter.version,
+            rows=tuple(rows),
+            loss_denominator=1.0,
+            gang=adapter.gang,
+        )
+        computed = await self._compute(adapter, [segment], train=False)
         return _total(computed)
 
     async def take(
@@ -158,28 +155,23 @@ class AdapterPrimitives:
         staleness: int = 0,
     ) -> TakenStep:
         """Compute a step's rows at `version`; their taps train the version that is `staleness` steps on."""
-        parts = [
-            part
-            for microbatch in microbatches
-            for part in split_rows(microbatch, token_budget=self._loop.token_budget)
-        ]
-        denominator = sum(row.loss_weight for part in parts for row in part)
+        denominator = sum(row.loss_weight for microbatch in microbatches for row in microbatch)
+        starts = accumulate((len(microbatch) for microbatch in microbatches), initial=0)
         segments = [
             Segment(
                 lease=adapter.lease,
                 version=version,
-                rows=part,
+                rows=tuple(microbatch),
+                row_numbers=tuple(range(start, start + len(microbatch))),
                 loss_denominator=denominator,
                 taps=adapter.taps,
                 microbatch=i,
-                last_microbatch=i == len(parts) - 1,
+                last_microbatch=i == len(microbatches) - 1,
                 staleness=staleness,
                 gang=adapter.gang,
             )
-            for i, part in enumerate(parts)
+            for i, (start, microbatch) in enumerate(zip(starts, microbatches, strict=False))
         ]
-        first_rows = accumulate((len(part) for part in parts[:-1]), initial=0)
-        segments = [replace(s, first_row=row) for s, row in zip(segments, first_rows, strict=True)]
         computed = await self._compute(adapter, segments, train=True)
         return TakenStep(
             version=version + staleness + 1,
@@ -227,7 +219,12 @@ class AdapterPrimitives:
     ) -> list[Computed]:
         self._book.check(adapter.lease)
         together = asyncio.gather(
-            *(self._loop.compute(segment, tenant_id=adapter.tenant_id, train=train) for segment in segments)
+            *(
+                self._loop.compute(
+                    segment, tenant_id=adapter.tenant_id, train=train, priority=adapter.plan.priority
+                )
+                for segment in segments
+            )
         )
         computed = await self._unless_lost(adapter.lease, together)
         for entry in computed:

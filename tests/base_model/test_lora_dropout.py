@@ -50,7 +50,11 @@ def mixed_tenants(sites: tuple[Site, ...]) -> list[Tenant]:
 
 
 def segment(member: Tenant, encoding: Encoding = Encoding.ADAPTER_GRADIENT) -> Segment:
-    return replace(member.segment(encoding), version=VERSION, first_row=FIRST_ROW)
+    return replace(member.segment(encoding), version=VERSION, row_numbers=numbers(member))
+
+
+def numbers(member: Tenant) -> tuple[int, ...]:
+    return tuple(range(FIRST_ROW, FIRST_ROW + len(member.rows)))
 
 
 def loaded(path: Path, tenants: list[Tenant]) -> TappedModel:
@@ -68,7 +72,7 @@ def masks_of(member: Tenant, site: Site, tokens: int) -> Tensor:
         dropout=kind.dropout,
         seed=member.spec.seed,
         version=VERSION,
-        first_row=FIRST_ROW,
+        rows=numbers(member),
         lengths=tuple(len(row.tokens) for row in member.rows),
     )
     mask = draw.mask(site, tokens).view(len(member.rows), tokens, -1)
@@ -139,8 +143,8 @@ def test_a_tenant_has_the_same_masks_and_gradients_in_every_mix_and_split(
     for site, entries in dropped_entries(mixed, 3).items():
         assert torch.equal(entries, dropped_entries(alone, 0)[site])
     parts = [
-        replace(wanted, rows=wanted.rows[:1]),
-        replace(wanted, rows=wanted.rows[1:], microbatch=1, first_row=FIRST_ROW + 1),
+        replace(wanted, rows=wanted.rows[1:], row_numbers=wanted.row_numbers[1:]),
+        replace(wanted, rows=wanted.rows[:1], row_numbers=wanted.row_numbers[:1], microbatch=1),
     ]
     expected = gradients_of(alone, 0, first)
     assert max(relative_difference(gradients_of(mixed, 3, first), expected).values()) < 1e-10

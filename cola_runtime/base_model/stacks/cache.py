@@ -100,7 +100,7 @@ def _dropouts(cohort: Cohort, number: int) -> tuple[SegmentDropout, ...]:
             dropout=input_dropout(member.adapter.spec.parts[number].kind),
             seed=member.adapter.spec.seed,
             version=member.segment.version,
-            first_row=member.segment.first_row,
+            rows=tuple(map(member.segment.row_number, range(len(member.segment.rows)))),
             lengths=tuple(len(row.tokens) for row in member.segment.rows),
         )
         for member in cohort.members

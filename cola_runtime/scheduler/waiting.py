@@ -1,0 +1,65 @@
+"""What waits for the base model, and what is said of it: the values of the fair queue."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cola_runtime.types import Gang, Priority
+
+Class = tuple[bool, Gang | None]
+"""(train, gang): only rows of one class share a base step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waiting:
+    """One microbatch that could go into base steps now, whole or in parts."""
+
+    ticket: int  # order of arrival
+    tenant_id: str
+    job_id: str
+    rows: tuple[int, ...]  # numbers of those that wait, distinct
+    lengths: tuple[int, ...]  # their tokens
+    train: bool  # forward and backward, or forward only: the two never share a base step
+    gang: Gang | None = None  # merged weights belong to one gang: a base step has one, or none
+    priority: Priority = Priority.NORMAL
+
+    @property
+    def of_class(self) -> Class:
+        return self.train, self.gang
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Rows of one microbatch that go into one base step."""
+
+    ticket: int
+    rows: tuple[int, ...]  # their numbers within the microbatch, ascending
+    tokens: int  # of these rows, without padding
+    longest: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What a tenant is entitled to."""
+
+    weight: float = 1.0
+    tokens_per_minute: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """Where a waiting microbatch stands in the fair order."""
+
+    tenants_ahead: int
+    jobs_ahead: int  # of its own tenant
+    earlier_microbatches: int  # of its own job
+    ready_at: float | None  # the tenant's tokens per minute are spent until then
+    tokens_per_minute: int | None
+    gang_first: Gang | None  # whose turn it is
+    gang: Gang | None
+
+
+def padded_tokens(parts: Sequence[Part]) -> int:
+    """What the base model computes for them: all rows as long as the longest."""
+    return sum(len(part.rows) for part in parts) * max(part.longest for part in parts)
