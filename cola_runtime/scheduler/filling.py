@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cola_runtime.scheduler.packing import Band
@@ -57,41 +57,43 @@ def fill(
     """
     filling = _Filling(token_budget)
     heap = [(offer.counter, place) for place, offer in enumerate(offers)]
-    rows_of: dict[int, Iterator[tuple[int, int, int]]] = {}
-    pending: dict[int, tuple[int, int, int] | None] = {}
+    pending: dict[int, list[tuple[int, int, int]]] = {}
     while heap and not filling.is_full:
         counter, place = heapq.heappop(heap)
-        offer, taken = offers[place], False
-        rows = rows_of.setdefault(place, _rows(offer, band))
-        row = pending.get(place) or next(rows, None)
-        least = min(outside, heap[0][0]) if heap else outside
-        while row is not None and (counter - least) * offer.weight <= lead and filling.has_room(row[1]):
-            filling.take(*row)
-            counter, taken = counter + row[1] / offer.weight, True
-            offer.waiting_rows -= 1
-            row = next(rows, None)
-        pending[place] = row
-        if row is not None and taken and heap:
+        offer = offers[place]
+        rows = pending.get(place) or _rows(offer, band)
+        before, least = len(rows), min(outside, heap[0][0]) if heap else outside
+        while rows and (counter - least) * offer.weight <= lead and filling.has_room(rows[-1][1]):
+            filling.take(*rows[-1])
+            counter += rows.pop()[1] / offer.weight
+        taken = before - len(rows)
+        offer.waiting_rows -= taken
+        if rows and taken and heap:
+            pending[place] = rows
             heapq.heappush(heap, (counter, place))  # its turn may come again when others have caught up
         elif offer.waiting_rows:
             outside = min(outside, counter)
     return tuple(_part(ticket, taken) for ticket, taken in filling.parts.items())
 
 
-def _rows(offer: Offer, band: Band) -> Iterator[tuple[int, int, int]]:
-    """(ticket, length, row)"""
-    for ticket, rows in offer.microbatches:
-        for length, row in rows:
-            if band.low < length <= band.high:
-                yield ticket, length, row
+def _rows(offer: Offer, band: Band) -> list[tuple[int, int, int]]:
+    """(ticket, length, row) of those in the band, the first one last."""
+    low, high = band.low, band.high
+    return [
+        (ticket, length, row)
+        for ticket, rows in reversed(offer.microbatches)
+        for length, row in reversed(rows)
+        if low < length <= high
+    ]
 
 
 def _part(ticket: int, taken: list[Row]) -> Part:
+    lengths = [length for length, _ in taken]
     return Part(
         ticket=ticket,
-        rows=tuple(sorted(row for _, row in taken)),
-        tokens=sum(length for length, _ in taken),
-        longest=max(length for length, _ in taken),
+        rows=tuple(sorted([row for _, row in taken])),
+        tokens=sum(lengths),
+        longest=lengths[0],
     )
 
 

@@ -53,6 +53,7 @@ class SchedulerLoop:
     def set_share(self, tenant_id: str, share: Share) -> None:
         """From the tenant's next tokens on."""
         self._queue.set_share(tenant_id, share)
+        self._wake.set()
 
     async def compute(
         self, segment: Segment, *, tenant_id: str, train: bool, priority: Priority = Priority.NORMAL

@@ -6,6 +6,7 @@ denominator of its whole step, so the parts' gradients add up to the step's.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 STEP_TOKENS = 64  # what a further base step costs, in computed tokens (docs/scheduling.md)
 PART_TOKENS = 4  # what a further part of a microbatch costs: its taps travel once more
-MOST_LENGTHS = 24  # that are told apart; of more, neighbours count as the longer one
+MOST_LENGTHS = 20  # that are told apart, evenly by their logarithm; others count as the next longer one
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,46 +38,46 @@ def length_bands(entries: Sequence[Sequence[int]], *, token_budget: int) -> list
     """
     lengths_R = np.array([length for entry in entries for length in entry])
     tops_U = _told_apart(lengths_R)
-    if len(tops_U) == 1:
-        return [Band(0, int(tops_U[0]))]
-    of_row_R = np.searchsorted(tops_U, lengths_R)
     entry_R = np.repeat(np.arange(len(entries)), [len(entry) for entry in entries])
-    costs = _band_costs(tops_U, of_row_R, entry_R, token_budget)
-    return _cheapest_cuts([int(top) for top in tops_U], costs)
+    costs = _band_costs(tops_U, np.searchsorted(tops_U, lengths_R), entry_R, token_budget)
+    return _cheapest_cuts(tops_U.tolist(), costs)
 
 
 def _told_apart(lengths_R: NDArray[np.int64]) -> NDArray[np.int64]:
     """Ascending lengths, the longest among them, that the others are rounded up to."""
-    lengths_U = np.unique(lengths_R)
-    if len(lengths_U) <= MOST_LENGTHS:
-        return lengths_U
-    ranks = np.arange(1, MOST_LENGTHS + 1) * len(lengths_R) // MOST_LENGTHS - 1
-    return np.unique(np.sort(lengths_R)[ranks])
+    sorted_R = np.sort(lengths_R)
+    firsts_R = np.flatnonzero(sorted_R[1:] != sorted_R[:-1])
+    if len(firsts_R) < MOST_LENGTHS:
+        return np.append(sorted_R[firsts_R], sorted_R[-1])
+    edges_U = np.geomspace(sorted_R[0], sorted_R[-1], MOST_LENGTHS)
+    edges_U[-1] = sorted_R[-1]
+    return np.unique(sorted_R[np.searchsorted(sorted_R, edges_U, side="right") - 1])
 
 
 def _band_costs(
     tops_U: NDArray[np.int64], of_row_R: NDArray[np.int64], entry_R: NDArray[np.int64], token_budget: int
 ) -> list[list[float]]:
-    """[first length, last length] -> tokens that the band between them costs."""
+    """[last length, first length] -> tokens that the band between them costs."""
     lengths = len(tops_U)
     before_U = np.concatenate([[0], np.cumsum(np.bincount(of_row_R, minlength=lengths))])
-    rows_UU = before_U[None, 1:] - before_U[:-1, None]
+    rows_UU = before_U[1:, None] - before_U[None, :-1]
     newest_EU = np.full((int(entry_R[-1]) + 1, lengths), -1)
     newest_EU[entry_R, of_row_R] = of_row_R
     newest_EU = np.maximum.accumulate(newest_EU, axis=1)
-    parts_UU = (newest_EU[None, :, :] >= np.arange(lengths)[:, None, None]).sum(axis=1)
-    tokens_UU = rows_UU * tops_U[None, :]
+    parts_UU = (newest_EU[:, :, None] >= np.arange(lengths)).sum(axis=0)
+    tokens_UU = rows_UU * tops_U[:, None]
     costs_UU = tokens_UU - STEP_TOKENS * (-tokens_UU // token_budget) + PART_TOKENS * parts_UU
     costs: list[list[float]] = costs_UU.tolist()
     return costs
 
 
 def _cheapest_cuts(tops: list[int], costs: list[list[float]]) -> list[Band]:
-    best, cut = [0.0], []
-    for last in range(len(tops)):
-        cost, first = min((best[first] + costs[first][last], first) for first in range(last + 1))
-        best.append(cost)
-        cut.append(first)
+    best: list[float] = [0]
+    cut = []
+    for to_last in costs:
+        with_first = [*map(operator.add, best, to_last)]  # as many as `best` has
+        best.append(min(with_first))
+        cut.append(with_first.index(best[-1]))
     bands, last = [], len(tops) - 1
     while last >= 0:
         first = cut[last]

@@ -33,11 +33,8 @@ JobKey = tuple[int, float, int, str]  # -priority, counter, oldest ticket, job
 @dataclass(slots=True)
 class _Entry:
     waiting: Waiting
+    of_class: Class
     rows: list[Row]  # that are left, longest first
-
-    @property
-    def of_class(self) -> Class:
-        return self.waiting.of_class
 
 
 @dataclass(slots=True)
@@ -86,7 +83,11 @@ class FairQueue:
 
     def set_share(self, tenant_id: str, share: Share) -> None:
         """From the next token on."""
-        self._tenants.setdefault(tenant_id, _Tenant(tenant_id)).share = share
+        tenant = self._tenants.setdefault(tenant_id, _Tenant(tenant_id))
+        tenant.share = share
+        if share.tokens_per_minute is None:
+            tenant.ready_at = -math.inf
+            heapq.heappush(self._kept_back, (tenant.ready_at, tenant_id))
 
     def counter(self, tenant_id: str) -> float:
         """Tokens served / weight, and what the tenant was lifted by whenever it came back."""
@@ -96,7 +97,7 @@ class FairQueue:
         tenant = self._tenants.setdefault(waiting.tenant_id, _Tenant(waiting.tenant_id))
         job = tenant.jobs.setdefault(waiting.job_id, _Job(waiting.job_id))
         longest_first = sorted(zip(waiting.lengths, waiting.rows, strict=True), key=_longest_first)
-        self._entries[waiting.ticket] = _Entry(waiting, longest_first)
+        self._entries[waiting.ticket] = _Entry(waiting, waiting.of_class, longest_first)
         if not tenant.rows:
             tenant.counter, tenant.since = max(tenant.counter, self._floor), waiting.ticket
         if not job.tickets:
@@ -183,7 +184,7 @@ class FairQueue:
                 break
             tenant = self._tenants[tenant_id]
             microbatches = self._microbatches(tenant, of_class, most=each, lead=lead)
-            rows += sum(len(left) for _, left in microbatches)
+            rows += len(microbatches[0][1]) * len(microbatches) if microbatches else 0
             offers.append(Offer(tenant_id, counter, tenant.share.weight, tenant.rows, microbatches))
         return offers
 
@@ -191,7 +192,10 @@ class FairQueue:
         self, tenant: _Tenant, of_class: Class, *, most: int, lead: float
     ) -> list[tuple[int, list[Row]]]:
         """Of the tenant's first jobs: none of a lower priority, none further ahead than `lead`."""
-        rank, least = tenant.order.first[:2]
+        rank, least, ticket, _ = tenant.order.first
+        first = self._entries[ticket]
+        if most == 1 and first.of_class == of_class:
+            return [(ticket, first.rows)]
         found: list[tuple[int, list[Row]]] = []
         for job_rank, counter, ticket, _ in islice(tenant.order, LOOK_AHEAD):
             if job_rank != rank or counter - least > lead or len(found) == most:
@@ -285,9 +289,10 @@ class FairQueue:
     def _let_back(self, now: float) -> None:
         while self._kept_back and self._kept_back[0][0] <= now:
             tenant = self._tenants[heapq.heappop(self._kept_back)[1]]
-            tenant.kept_back = False
-            tenant.counter = max(tenant.counter, self._floor)
-            self._enter(tenant, now)
+            if tenant.kept_back and tenant.ready_at <= now:
+                tenant.kept_back = False
+                tenant.counter = max(tenant.counter, self._floor)
+                self._enter(tenant, now)
 
 
 def _longest_first(row: Row) -> Row:

@@ -33,7 +33,10 @@ class PlainQueue:
         self.floor = 0.0
 
     def set_share(self, tenant_id: str, share: Share) -> None:
-        self.tenants.setdefault(tenant_id, PlainTenant()).share = share
+        tenant = self.tenants.setdefault(tenant_id, PlainTenant())
+        tenant.share = share
+        if share.tokens_per_minute is None:
+            tenant.ready_at = -math.inf
 
     def add(self, waiting: Waiting, *, now: float) -> None:
         tenant = self.tenants.setdefault(waiting.tenant_id, PlainTenant())
@@ -77,7 +80,7 @@ class PlainQueue:
                 and w.priority == jobs[0].priority
                 and self.jobs[member, w.job_id] - least <= lead
             ][:each]
-            rows += sum(len(r) for _, r in found)
+            rows += len(found[0][1]) * len(found) if found else 0
             tenant = self.tenants[member]
             count = sum(len(self.left[t]) for t, w in self.waiting.items() if w.tenant_id == member)
             offers.append(Offer(member, tenant.counter, tenant.share.weight, count, found))

@@ -177,7 +177,7 @@ def test_tenants_that_always_wait_stay_within_the_stated_distance(tenants: list[
 def test_nobody_who_waits_is_overtaken_by_more_than_the_stated_tokens(
     tenants: list[Any], arrivals: list[int], budget: int
 ) -> None:
-    """While i waits for its next row, j gets at most (w_j / w_i) * (budget + 2 rows) + LEAD * budget + row."""
+    """While i waits for a row, j gets at most (w_j / w_i) * (budget + 2 rows) + LEAD * budget + row."""
     weights = {f"t{n}": tenant[0] for n, tenant in enumerate(tenants)}
     queue = queue_of(**{name: Share(weight=weight) for name, weight in weights.items()})
     owner: dict[int, str] = {}
