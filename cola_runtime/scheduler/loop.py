@@ -1,13 +1,14 @@
 """Keeps base steps in flight: takes what waits, lets the policy choose, runs it, hands the losses back.
 
 One loop per base model. Two base steps are in flight, so that the base model starts the next one the
-moment it ends the last; the second is sent when it is well filled or the first is about to end, since a
-step sent early is a step packed badly.
+moment it ends the last; the second is sent when the first is about to end, a filled one a little earlier: a
+step sent early is a step packed badly, and whoever comes back meanwhile waits for it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Sequence
@@ -22,8 +23,10 @@ from cola_runtime.types import BaseStep, BaseStepResult, Priority, Segment
 
 logger = logging.getLogger(__name__)
 
-FILLED_ENOUGH = 0.5  # share of the token budget at which the next base step is sent ahead
+FILLED_ENOUGH = 0.5  # share of the token budget at which a base step counts as filled
+FILLED_AHEAD = 0.25  # share of the running one's time by which a filled step is sent ahead
 SEND_AHEAD_SECONDS = 0.02  # a part-filled step is sent this long before the running one should end
+LEAST_HOLD_SECONDS = 0.001  # less is not worth a timer
 
 
 class SchedulerLoop:
@@ -99,10 +102,9 @@ class SchedulerLoop:
         while True:
             timeout = self._send_when_due()
             self._wake.clear()
-            try:
-                await asyncio.wait_for(self._wake.wait(), timeout)
-            except TimeoutError:
-                continue
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout):  # wait_for may swallow a cancellation (Python 3.11)
+                    await self._wake.wait()
 
     def _send_when_due(self) -> float | None:
         """Send what should be sent now; return after how many seconds to look again (None: when woken)."""
@@ -112,25 +114,27 @@ class SchedulerLoop:
                 ready_at = self._queue.next_ready()
                 return None if ready_at is None else max(0.0, ready_at - _now())
             wait_seconds = self._hold_seconds(padded_tokens(parts))
-            if wait_seconds > 0:
+            if wait_seconds > LEAST_HOLD_SECONDS:
                 return wait_seconds
             self._send(parts)
         return None
 
     def _hold_seconds(self, tokens: int) -> float:
-        """How long a part-filled step should wait for company while another one runs."""
-        if not self._flights or tokens >= FILLED_ENOUGH * self._settings.token_budget:
+        """How long a step should wait, while another one runs, for company and for who is owed more."""
+        if not self._flights:
             return 0.0
         running = self._flights[min(self._flights)]
-        expected_end = running.sent + running.padded_tokens * self._seconds_per_token
-        return expected_end - _now() - SEND_AHEAD_SECONDS
+        expected_seconds = running.padded_tokens * self._seconds_per_token
+        filled = tokens >= FILLED_ENOUGH * self._settings.token_budget
+        ahead = max(FILLED_AHEAD * expected_seconds if filled else 0.0, SEND_AHEAD_SECONDS)
+        return running.started + expected_seconds - ahead - _now()
 
     def _send(self, parts: Sequence[Part]) -> None:
         number, now = next(self._step_numbers), _now()
         self._queue.take(parts, now=now)
         tickets = [self._tickets[part.ticket] for part in parts]
         self._flights[number] = Flight(
-            tickets=tickets, parts=parts, padded_tokens=padded_tokens(parts), sent=now
+            tickets=tickets, parts=parts, padded_tokens=padded_tokens(parts), started=now
         )
         segments = tuple(self._segment(ticket, part) for ticket, part in zip(tickets, parts, strict=True))
         step = BaseStep(number=number, segments=segments, train=tickets[0].train)
@@ -154,6 +158,8 @@ class SchedulerLoop:
             self._finish(result)
         finally:
             self._flights.pop(step.number, None)
+            if self._flights:
+                self._flights[min(self._flights)].started = _now()
             self._wake.set()
 
     def _finish(self, result: BaseStepResult) -> None:

@@ -97,7 +97,7 @@ class Flight:
     tickets: Sequence[Ticket]
     parts: Sequence[Part]
     padded_tokens: int
-    sent: float
+    started: float  # when it was sent; once the one before it has ended: that moment
 
 
 class PartNumbers:
