@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 
 from cola_runtime.config import SchedulerSettings
 from cola_runtime.errors import Unavailable
-from cola_runtime.scheduler.loop import Computed, SchedulerLoop
+from cola_runtime.scheduler.loop import SchedulerLoop
+from cola_runtime.scheduler.tickets import Computed
 from cola_runtime.types import BaseStep, BaseStepResult, Gang, Lease, Row, Segment, SegmentLoss
 
 
@@ -36,11 +38,13 @@ class SteppedBase:
                 await self.arrived.wait()
         return self.running[count - 1][0]
 
-    def finish(self, *, seconds: float = 1.0) -> None:
+    def finish(self, *, seconds: float = 1.0, predictions: Sequence[tuple[float, ...]] = ()) -> None:
         step, future = self.running.pop(0)
+        predicted = predictions or [()] * len(step.segments)
         tokens = sum(segment.tokens for segment in step.segments)
         losses = tuple(
-            SegmentLoss(job_id=s.lease.job_id, loss_sum=1.0, weight_sum=2.0) for s in step.segments
+            SegmentLoss(job_id=s.lease.job_id, loss_sum=1.0, weight_sum=2.0, predictions=values)
+            for s, values in zip(step.segments, predicted, strict=True)
         )
         future.set_result(
             BaseStepResult(
@@ -186,3 +190,44 @@ async def test_cancelling_gives_the_place_in_the_queue_back() -> None:
         await asyncio.sleep(0.01)
         assert base.running == []
         assert loop.waiting_reason("b") is None
+
+
+async def test_a_microbatch_in_parts_ends_its_step_with_the_last_one_and_gives_one_loss() -> None:
+    base = SteppedBase()
+    async with running_loop(base, token_budget=500, base_steps_in_flight=1) as (loop, _):
+        whole = segment("a")
+        rows = tuple(
+            Row(tokens=np.zeros(length, np.int32), weights=np.zeros(0, np.float32), label=0)
+            for length in (10, 200, 11, 200)
+        )
+        whole = replace(whole, rows=rows, row_numbers=(4, 5, 6, 7), microbatch=0)
+        later = asyncio.create_task(loop.compute(whole, tenant_id="a", train=True))
+        first = await base.next_step()
+        base.finish(predictions=[(1.0, 3.0)])
+        second = await base.next_step()
+        base.finish(predictions=[(0.0, 2.0)])
+        computed = await later
+    parts = [step.segments[0] for step in (first, second)]
+    assert [part.row_numbers for part in parts] == [(5, 7), (4, 6)], "longest rows first"
+    assert [(part.microbatch, part.last_microbatch) for part in parts] == [(0, False), (1, True)]
+    assert (computed.loss.loss_sum, computed.loss.weight_sum) == (2.0, 4.0)
+    assert computed.loss.predictions == (0.0, 1.0, 2.0, 3.0)
+    assert computed.base_seconds == pytest.approx(2.0)
+
+
+async def test_rows_that_were_parked_on_the_way_go_on_where_they_were() -> None:
+    base = SteppedBase()
+    async with running_loop(base, token_budget=20, base_steps_in_flight=1) as (loop, _):
+        whole = segment("a")
+        whole = replace(whole, rows=whole.rows * 3)
+        task = asyncio.create_task(loop.compute(whole, tenant_id="a", train=True))
+        await base.next_step()
+        loop.park("d0", parked=True)
+        base.finish()
+        await asyncio.sleep(0.01)
+        assert base.running == []
+        loop.park("d0", parked=False)
+        last = (await base.next_step()).segments[0]
+        assert (len(last.rows), last.microbatch, last.last_microbatch) == (1, 1, True)
+        base.finish()
+        await task
