@@ -41,7 +41,7 @@ from cola_runtime.testing.virtual_time import run_in_virtual_time
 TOKEN_BUDGET = 2048
 WINDOW = 100
 WEIGHTS = {"small": 1.0, "long": 1.0, "wide": 2.0, "mixed": 4.0}
-JOBS = {"small": 60, "long": 12, "wide": 8, "mixed": 60}
+JOBS = {"small": 200, "long": 40, "wide": 10, "mixed": 150}
 ROWS = {"small": 2, "long": 4, "wide": 64, "mixed": 8}
 FLOOD_JOBS = 1000
 SHORT_BUDGET = 512

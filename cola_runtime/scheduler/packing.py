@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 STEP_TOKENS = 64  # what a further base step costs, in computed tokens (docs/scheduling.md)
 PART_TOKENS = 4  # what a further part of a microbatch costs: its taps travel once more
 MOST_LENGTHS = 20  # that are told apart, evenly by their logarithm; others count as the next longer one
+_EVENLY = np.linspace(0.0, 1.0, MOST_LENGTHS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +50,9 @@ def _told_apart(lengths_R: NDArray[np.int64]) -> NDArray[np.int64]:
     firsts_R = np.flatnonzero(sorted_R[1:] != sorted_R[:-1])
     if len(firsts_R) < MOST_LENGTHS:
         return np.append(sorted_R[firsts_R], sorted_R[-1])
-    edges_U = np.geomspace(sorted_R[0], sorted_R[-1], MOST_LENGTHS)
-    edges_U[-1] = sorted_R[-1]
+    shortest, longest = float(sorted_R[0]), float(sorted_R[-1])
+    edges_U = shortest * (longest / shortest) ** _EVENLY
+    edges_U[-1] = longest
     return np.unique(sorted_R[np.searchsorted(sorted_R, edges_U, side="right") - 1])
 
 

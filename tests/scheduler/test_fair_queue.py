@@ -68,7 +68,7 @@ SHARES = st.lists(
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 2**32), st.sampled_from([4, 40]), SHARES, st.sampled_from([30, 100, 400]))
+@given(st.integers(0, 2**32), st.sampled_from([4, 80]), SHARES, st.sampled_from([30, 100, 400]))
 def test_decisions_are_those_of_the_plain_sorted_queue(
     seed: int, tenants: int, shares: list[Share], budget: int
 ) -> None:
@@ -76,7 +76,7 @@ def test_decisions_are_those_of_the_plain_sorted_queue(
     for number in range(tenants):
         for queue in (fast, plain):
             queue.set_share(f"t{number}", shares[number % len(shares)])
-    for now in range(150):
+    for now in range(250):
         event = drawn.random()
         if event < 0.7:
             entry = random_entry(now, f"t{drawn.randrange(tenants)}", drawn)
@@ -101,7 +101,7 @@ def random_entry(ticket: int, tenant: str, drawn: Random) -> Waiting:
         *(drawn.randint(1, LONGEST) for _ in range(drawn.randint(1, 6))),
         job=f"j{drawn.randrange(4)}",
         train=drawn.random() < 0.8,
-        gang=drawn.choice(GANGS),
+        gang=drawn.choice([None, None, None, *GANGS]),
         priority=drawn.choice(list(Priority)),
     )
 
