@@ -70,7 +70,8 @@ def create(
     }
     created = _create(tenant, scope or [], terms, data_dir, url)
     if as_json:
-        print_json(created)
+        now = {name: getattr(getattr(created, "terms", created), name) for name in terms}
+        print_json({"key": created.key, "tenant": created.tenant, "scopes": list(created.scopes), **now})
         return
     print_text(f"Key for {clean(created.tenant)} ({', '.join(map(clean, created.scopes))}), shown this once:")
     typer.echo(created.key)
