@@ -8,9 +8,10 @@
    queue) and wall time beside it, each decision at its fastest of three identical runs (--quick: one), as the
    machine is shared.
 2. Padding, as a share of computed tokens, of K tenants with one job each (8 rows a step, in turn film
-   dialogue, text messages, German talk and chat; a device takes one base step to train): by length bands
-   over the look-ahead window, and by the rule before it (whole microbatches in fair order, each joining if
-   the padding that it brings costs less than 1.25 times what it costs alone).
+   dialogue, text messages, German talk and chat; a device takes one base step to train): by bands of near
+   length over the look-ahead window, and by the rule before it (in fair order, each microbatch joining if
+   the padding that it brings costs less than 1.25 times what it costs alone). Both take microbatches whole,
+   so `within_microbatches` is the padding that neither can avoid.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from cola_runtime.scheduler.packing import PaddedRow
 from cola_runtime.scheduler.policy import FairQueue
-from cola_runtime.scheduler.waiting import Part, Waiting, padded_tokens
+from cola_runtime.scheduler.waiting import Waiting, padded_tokens
 from cola_runtime.testing.real_lengths import demo_row_lengths
 from cola_runtime.testing.record import argument_parser, emit, record
 
@@ -35,7 +37,7 @@ TENANTS = (1, 4, 16, 64)
 BUDGETS = (512, 1024, 2048)
 WORTH = 1.25  # of the former rule
 
-Choose = Callable[[int], Sequence[Part]]
+Choose = Callable[[int], Sequence[Waiting]]
 
 
 def main() -> None:
@@ -73,12 +75,14 @@ class Draw:
 
     def microbatch(self, tenant: int, job: int) -> Waiting:
         self._ticket += 1
+        lengths = self._random.choices(self._lengths[tenant % len(self._lengths)], k=ROWS)
         return Waiting(
             ticket=self._ticket,
             tenant_id=f"tenant-{tenant}",
             job_id=f"job-{job}",
-            rows=tuple(range(ROWS)),
-            lengths=tuple(self._random.choices(self._lengths[tenant % len(self._lengths)], k=ROWS)),
+            rows=ROWS,
+            tokens=sum(lengths),
+            padded=PaddedRow(max(lengths)),
             train=True,
         )
 
@@ -109,28 +113,26 @@ def play(size: int, draw: Draw, *, decisions: int) -> tuple[list[float], list[fl
     for turn in range(decisions + 20):
         follow = {ticket: draw.microbatch(*_numbers(waiting[ticket])) for ticket in _likely(queue)}
         started = time.perf_counter(), time.thread_time()
-        parts = queue.choose(token_budget=TOKEN_BUDGET, now=0.0)
-        queue.take(parts, now=0.0)
-        for part in parts:
-            if part.ticket not in queue:
-                queue.add(follow[part.ticket], now=0.0)
+        chosen = queue.choose(token_budget=TOKEN_BUDGET, now=0.0)
+        queue.take(chosen, now=0.0)
+        for entry in chosen:
+            queue.add(follow[entry.ticket], now=0.0)
         if cancelled in queue:
             queue.remove(cancelled, now=0.0)
             queue.add(waiting[cancelled], now=0.0)
         if turn >= 20:
             wall.append(time.perf_counter() - started[0])
             cpu.append(time.thread_time() - started[1])
-        for part in parts:
-            if part.ticket not in queue:
-                del waiting[part.ticket]
-                cancelled = follow[part.ticket].ticket
-                waiting[cancelled] = follow[part.ticket]
+        for entry in chosen:
+            del waiting[entry.ticket]
+            cancelled = follow[entry.ticket].ticket
+            waiting[cancelled] = follow[entry.ticket]
     return wall, cpu
 
 
 def _likely(queue: FairQueue) -> list[int]:
     """The tickets that the coming decision takes, so that what follows them is drawn outside the timing."""
-    return [part.ticket for part in queue.choose(token_budget=TOKEN_BUDGET, now=0.0)]
+    return [entry.ticket for entry in queue.choose(token_budget=TOKEN_BUDGET, now=0.0)]
 
 
 def _numbers(waiting: Waiting) -> tuple[int, int]:
@@ -151,7 +153,7 @@ def packing(tenants: int, budget: int, lengths: dict[str, list[int]], *, steps: 
         "padding": new["padding"],
         "former_padding": old["padding"],
         "computed_over_former": (1 - old["padding"]) / (1 - new["padding"]),
-        "parts_per_microbatch": new["parts_per_microbatch"],
+        "within_microbatches": new["within_microbatches"],
         "step_tokens": new["step_tokens"],
         "former_step_tokens": old["step_tokens"],
     }
@@ -167,27 +169,26 @@ class Steady:
         for tenant in range(tenants):
             self._arrive(tenant)
 
-    def run(self, steps: int, choose: Callable[[], Sequence[Part]]) -> dict[str, float]:
-        real = computed = sent = parts_sent = done = 0
+    def run(self, steps: int, choose: Callable[[], Sequence[Waiting]]) -> dict[str, float]:
+        real = computed = alone = sent = 0
         training: list[int] = []
         for _ in range(steps):
             arriving, training = training, []
-            parts = choose()
-            if parts:
-                self.queue.take(parts, now=0.0)
-                real += sum(part.tokens for part in parts)
-                computed += padded_tokens(parts)
-                sent, parts_sent = sent + 1, parts_sent + len(parts)
-            for part in parts:
-                if part.ticket not in self.queue:
-                    training.append(_numbers(self.waiting.pop(part.ticket))[0])
-                    done += 1
+            chosen = choose()
+            if chosen:
+                self.queue.take(chosen, now=0.0)
+                real += sum(entry.tokens for entry in chosen)
+                alone += sum(entry.padded_tokens for entry in chosen)
+                computed += padded_tokens(chosen)
+                sent += 1
+            for entry in chosen:
+                training.append(_numbers(self.waiting.pop(entry.ticket))[0])
             for tenant in arriving:
                 self._arrive(tenant)
         return {
             "padding": 1 - real / computed,
             "step_tokens": computed / sent,
-            "parts_per_microbatch": parts_sent / max(1, done),
+            "within_microbatches": 1 - real / alone,
         }
 
     def _arrive(self, tenant: int) -> None:
@@ -196,20 +197,14 @@ class Steady:
         self.queue.add(entry, now=0.0)
 
 
-def former_rule(state: Steady, budget: int) -> list[Part]:
-    """Whole microbatches by counter; one joins if both sides' padding costs less than WORTH times itself."""
-    chosen: list[Part] = []
-    rows = longest = 0
+def former_rule(state: Steady, budget: int) -> list[Waiting]:
+    """By counter; one joins if both sides' padding costs less than WORTH times itself."""
+    chosen: list[Waiting] = []
     for entry in sorted(state.waiting.values(), key=lambda w: (state.queue.counter(w.tenant_id), w.ticket)):
-        alone = ROWS * max(entry.lengths)
-        grown_rows, grown_longest = rows + ROWS, max(longest, *entry.lengths)
-        grown = grown_rows * grown_longest
-        if chosen and (grown > budget or grown - rows * longest > WORTH * alone):
+        grown = padded_tokens([*chosen, entry])
+        if chosen and (grown > budget or grown - padded_tokens(chosen) > WORTH * entry.padded_tokens):
             continue
-        chosen.append(
-            Part(ticket=entry.ticket, rows=entry.rows, tokens=sum(entry.lengths), longest=max(entry.lengths))
-        )
-        rows, longest = grown_rows, grown_longest
+        chosen.append(entry)
     return chosen
 
 

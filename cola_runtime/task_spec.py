@@ -25,15 +25,24 @@ class CausalLmTask(Frozen):
         """The vocabulary is the base model's own."""
 
 
-class ClassificationTask(Frozen):
-    """Learn which of a few labels a text, or a pair of texts, has."""
+class SequenceToSequenceTask(Frozen):
+    """Learn to write the completion of a prompt that an encoder reads."""
 
-    kind: Literal["sequence_classification"] = "sequence_classification"
+    kind: Literal["sequence_to_sequence"] = "sequence_to_sequence"
+
+    @property
+    def head(self) -> None:
+        """The vocabulary is the base model's own."""
+
+
+class _Labels(Frozen):
+    """What the classification tasks have in common."""
+
     labels: LabelCount | LabelNames
     """How many, or their names in the order of the classes."""
 
     @model_validator(mode="after")
-    def _names_differ(self) -> ClassificationTask:
+    def _names_differ(self) -> _Labels:
         if len(set(self.label_names)) < len(self.label_names):
             raise ValueError("two labels have the same name")
         return self
@@ -49,6 +58,18 @@ class ClassificationTask(Frozen):
         return HeadKind(labels=count, problem="classification")
 
 
+class ClassificationTask(_Labels):
+    """Learn which of a few labels a text, or a pair of texts, has."""
+
+    kind: Literal["sequence_classification"] = "sequence_classification"
+
+
+class ImageClassificationTask(_Labels):
+    """Learn which of a few labels an image has."""
+
+    kind: Literal["image_classification"] = "image_classification"
+
+
 class RegressionTask(Frozen):
     """Learn a number for a text, or a pair of texts."""
 
@@ -59,9 +80,13 @@ class RegressionTask(Frozen):
         return HeadKind(labels=1, problem="regression")
 
 
-TaskSpec = Annotated[CausalLmTask | ClassificationTask | RegressionTask, Field(discriminator="kind")]
+LabelledTask = ClassificationTask | RegressionTask | ImageClassificationTask
+AnyTask = CausalLmTask | SequenceToSequenceTask | LabelledTask
+TaskSpec = Annotated[AnyTask, Field(discriminator="kind")]
 TASK_MODELS: dict[str, type[BaseModel]] = {
     "causal_lm": CausalLmTask,
+    "sequence_to_sequence": SequenceToSequenceTask,
     "sequence_classification": ClassificationTask,
     "regression": RegressionTask,
+    "image_classification": ImageClassificationTask,
 }

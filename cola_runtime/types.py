@@ -14,8 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 JOB_ID_PREFIX = "job-"
+MAX_DEVICES_CHARACTERS = 200
 PRODUCT_FLOPS = "matrix_product_flops"
 """Of a base model's details: FLOP/s of matrix products in its dtype, as measured where it was loaded."""
+
+
+QUANTIZATION = "quantization"
+"""Of a base model's details: how its sites' weights are held."""
+UNQUANTIZED = "none"
 
 
 class Task(enum.StrEnum):
@@ -25,6 +31,7 @@ class Task(enum.StrEnum):
     SEQUENCE_TO_SEQUENCE = "sequence_to_sequence"
     SEQUENCE_CLASSIFICATION = "sequence_classification"
     REGRESSION = "regression"
+    IMAGE_CLASSIFICATION = "image_classification"
 
 
 class Priority(enum.IntEnum):
@@ -38,12 +45,27 @@ class Priority(enum.IntEnum):
 class SiteKind(enum.StrEnum):
     """How a site stores its weight: `linear` is [out, in], `conv1d` (GPT-2) is [in, out].
 
-    `head` is no module of the base model: a task's own head over the pooled hidden state.
+    `conv2d` is a linear map of patches, one row per position of its output; `embedding` ([in, out]) one of
+    one-hot rows, which are held as their ids. `head` is no module of the base model: a task's own head over
+    the pooled hidden state.
     """
 
     LINEAR = "linear"
     CONV1D = "conv1d"
+    CONV2D = "conv2d"
+    EMBEDDING = "embedding"
     HEAD = "head"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patch:
+    """What a conv2d site sees at each position of its output: `in_features` numbers, channel by channel."""
+
+    kernel: tuple[int, int]  # height, width; so are stride and dilation
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]  # zeros left, right, above and below the image
+    dilation: tuple[int, int]
+    groups: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +78,19 @@ class Site:
     in_features: int
     out_features: int
     input_group: int  # sites with one number receive the very same input x (q, k, v; gate, up)
+    patch: Patch | None = None  # of a conv2d site
+    positions: int | None = None  # rows of x that an image has there; None: one for every token
+    padding_index: int | None = None  # of an embedding: the id whose weights never train, as in torch
+
+    @property
+    def groups(self) -> int:
+        """Into how many equal runs inputs and outputs are divided, without weights from one to another."""
+        return 1 if self.patch is None else self.patch.groups
+
+    @property
+    def takes_ids(self) -> bool:
+        """Its x is held as ids, int [rows, 1], which stand for one-hot rows [rows, in_features]."""
+        return self.kind is SiteKind.EMBEDDING
 
 
 class TensorKind(enum.IntEnum):
@@ -64,7 +99,7 @@ class TensorKind(enum.IntEnum):
     A weight's gradient has its shape and its id plus 64.
     """
 
-    LORA_A = 1  # [rank, in_features]
+    LORA_A = 1  # [rank, in_features]; conv2d: adapters/shapes.py
     LORA_B = 2  # [out_features, rank]
     WEIGHT = 3  # linear: [out_features, in_features]
     BIAS = 4  # linear: [out_features]
@@ -89,6 +124,7 @@ class TensorKind(enum.IntEnum):
     GRAD_MODULE = 75
 
     INPUT = 128  # x, [rows, in_features]; its site is the first one of those that share it (dropout: its own)
+    # (embedding: ids, int32 [rows, 1])
     OUTPUT_GRADIENT = 129  # g, [rows, out_features]
     WEIGHT_GRADIENT = 130  # g^T [x, 1], [out_features, in_features + 1]: G, and the sum of g for a bias
     WEIGHT_GRADIENT_FACTORS = (
@@ -162,10 +198,16 @@ class Metric(enum.StrEnum):
     MATTHEWS = "matthews"
     PEARSON = "pearson"
     SPEARMAN = "spearman"
+    ROUGE_L = "rouge_l"  # mean F-measure of generated answers against the completions
 
     @property
     def greater_is_better(self) -> bool:
         return self not in (Metric.LOSS, Metric.PERPLEXITY)
+
+    @property
+    def generates(self) -> bool:
+        """It needs an answer to every held-out prompt, which costs a forward pass per token."""
+        return self is Metric.ROUGE_L
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,11 +242,39 @@ class LearningRateSchedule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
-    """The right of one device to train one adapter. A message with an older epoch is fenced."""
+    """The right of one device to train one adapter. A message with an older epoch is fenced.
+
+    A sharded adapter has one lease, too, of several devices; each of them knows its own part only.
+    """
 
     job_id: str
     epoch: int
-    device_id: str
+    device_id: str  # of a sharded adapter: the one that holds its first shard
+    further_device_ids: tuple[str, ...] = ()  # of a sharded adapter: those of its other shards, in order
+
+    @property
+    def device_ids(self) -> tuple[str, ...]:
+        """By shard; all different."""
+        return self.device_id, *self.further_device_ids
+
+    @property
+    def devices(self) -> str:
+        """Their names, as records and people have them; at most MAX_DEVICES_CHARACTERS."""
+        names = ", ".join(self.device_ids)
+        fits = len(names) <= MAX_DEVICES_CHARACTERS
+        return names if fits else f"{self.device_id} and {len(self.further_device_ids)} more"
+
+    @property
+    def parts(self) -> tuple[Lease, ...]:
+        """By shard: the lease as that shard's device knows it."""
+        return tuple(
+            Lease(job_id=self.job_id, epoch=self.epoch, device_id=device_id) for device_id in self.device_ids
+        )
+
+    def covers(self, part: Lease) -> bool:
+        """`part` is this lease, or the part of one of its devices."""
+        same = (self.job_id, self.epoch) == (part.job_id, part.epoch)
+        return same and part.device_id in self.device_ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,6 +297,22 @@ class Membership:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedImage:
+    """A checked PNG or JPEG, as it was sent, where that is smaller; the base model's service decodes it."""
+
+    content: bytes
+    tokens: int  # what the base model computes for it: BaseModelDescription.context_length
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Image:
+    """An image as the base model takes it, but for the normalisation of its values."""
+
+    pixels: NDArray[np.uint8]  # [channels, height, width]
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One tokenised training row. `weights[t]` weighs the loss of predicting `tokens[t]` (0: not a label).
 
@@ -238,11 +324,18 @@ class Row:
     label: int | float | None = None  # a class from 0, or a value; `weights` is empty then
     token_types: NDArray[np.int8] | None = None  # [length], of a pair of texts; None is 0 throughout
     source: NDArray[np.int32] | None = None  # an encoder-decoder's input; `tokens` are its decoder's
+    image: Image | EncodedImage | None = None  # instead of tokens, which are empty then
+
+    @property
+    def source_length(self) -> int:
+        return 0 if self.source is None else len(self.source)
 
     @property
     def length(self) -> int:
         """Tokens that the base model computes for the row."""
-        return len(self.tokens) + (0 if self.source is None else len(self.source))
+        if self.image is not None:
+            return self.image.tokens
+        return len(self.tokens) + self.source_length
 
     @property
     def label_tokens(self) -> int:
@@ -252,6 +345,17 @@ class Row:
     def loss_weight(self) -> float:
         """What the row adds to the loss denominator of its step."""
         return float(self.weights.sum()) if self.label is None else 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossScaling:
+    """What a job's loss is multiplied by in the backward pass; its taps are divided by it again."""
+
+    scale: float = 1.0  # a power of two; where `dynamic`, the first one
+    dynamic: bool = False  # halved while a gradient overflows, doubled after many steps without
+
+
+UNSCALED = LossScaling()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,8 +370,9 @@ class Segment:
     microbatch: int = 0  # position within the step, 0-based
     last_microbatch: bool = True  # the device applies the optimizer step after this one
     gang: Gang | None = None  # whose merged weights these rows must see; None: adapters beside the base
-    row_numbers: tuple[int, ...] = ()  # the rows' places within the step; (): 0, 1, ... Dropout goes by them
+    first_row: int = 0  # position of the first row within the step, 0-based; dropout's masks go by it
     staleness: int = 0  # steps that the device has applied since `version` when it applies these taps
+    loss_scaling: LossScaling = UNSCALED
 
     @property
     def trained_version(self) -> int:
@@ -277,10 +382,6 @@ class Segment:
     @property
     def tokens(self) -> int:
         return sum(row.length for row in self.rows)
-
-    def row_number(self, row: int) -> int:
-        """The place within the step of `rows[row]`."""
-        return self.row_numbers[row] if self.row_numbers else row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -315,13 +416,13 @@ class BaseStepResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepApplied:
-    """A device applied an optimizer step and its new weights are current in the bank."""
+    """A device, or each shard's, applied an optimizer step and the new weights are current in the bank."""
 
     lease: Lease
     version: int  # after the step; the start version right after a lease is granted
     learning_rate: float = 0.0
     gradient_norm: float = 0.0  # before clipping
-    device_seconds: float = 0.0
+    device_seconds: float = 0.0  # of all its devices together
     bytes_up: int = 0  # base model -> device for this step, frame headers included
     bytes_down: int = 0  # device -> base model
 
@@ -353,7 +454,7 @@ class BaseModelDescription:
 
     name: str
     architecture: str
-    context_length: int
+    context_length: int  # tokens of the longest row; of images, which are all alike, those of every row
     vocabulary_size: int
     dtype: str
     sites: tuple[Site, ...]
@@ -364,6 +465,19 @@ class BaseModelDescription:
     tasks: tuple[Task, ...] = (Task.CAUSAL_LM,)
     details: dict[str, str] = field(default_factory=dict)  # attention implementation, threads, device
     tied_sites: tuple[int, ...] = ()  # their weights are other modules' too, so nothing may be merged there
+    source_groups: tuple[
+        int, ...
+    ] = ()  # of an encoder-decoder: input groups whose x is of the source's tokens
+
+    @property
+    def takes_images(self) -> bool:
+        """Its rows are images, and nothing else."""
+        return Task.IMAGE_CLASSIFICATION in self.tasks
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """Its rows have a source, and their tokens begin with its decoder's start."""
+        return Task.SEQUENCE_TO_SEQUENCE in self.tasks
 
     @property
     def bidirectional(self) -> bool:

@@ -14,24 +14,33 @@ from cola_runtime.adapters.cola_files import FORMAT, cola_folder, read_cola_fold
 from cola_runtime.adapters.folder_files import CONFIG_FILE, AdapterFolder, invalid, read_config
 from cola_runtime.adapters.peft_files import fits_peft, peft_folder, read_peft_folder
 from cola_runtime.adapters.shapes import weight_names
-from cola_runtime.types import Site, TensorKey
+from cola_runtime.types import Site, Task, TensorKey
 
+PEFT_TASKS: dict[str, str] = {
+    Task.CAUSAL_LM: "CAUSAL_LM",
+    Task.SEQUENCE_TO_SEQUENCE: "SEQ_2_SEQ_LM",
+}
+"""peft's words; none for a task with a head, which is not in peft's file."""
 HEAD_FILE = "head.safetensors"  # a task's head, tensors `score/weight` and `score/bias`
 
 
 def adapter_folder(
-    spec: AdapterSpec, weights: Mapping[TensorKey, NDArray[Any]], base_model: str
+    spec: AdapterSpec,
+    weights: Mapping[TensorKey, NDArray[Any]],
+    base_model: str,
+    *,
+    task: str = Task.CAUSAL_LM,
 ) -> dict[str, bytes]:
     """File name -> content; LoRA and linearized LoRA, alone or mixed, make a PEFT folder.
 
-    A task's head has a file of its own, for it is at no module of the base model; the rest then loads onto
-    transformers' classification model of it.
+    `task` is the job's, by which the folder tells peft what to load it for. A task's head has a file of its
+    own, for it is at no module of the base model; the rest then loads onto transformers' classification
+    model of it.
     """
     files: dict[str, bytes] = {}
     body = spec.body
     if body is not None and fits_peft(body):
-        task_type = "CAUSAL_LM" if spec.head is None else None
-        files |= peft_folder(body, weights, base_model, task_type=task_type)
+        files |= peft_folder(body, weights, base_model, task_type=None if spec.head else PEFT_TASKS[task])
     elif body is not None:
         files |= cola_folder(body, weights, base_model)
     if spec.head is not None:

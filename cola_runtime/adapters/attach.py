@@ -23,8 +23,10 @@ from cola_runtime.adapter_spec import AdapterSpec
 from cola_runtime.adapters.adapter import site_adapters
 from cola_runtime.adapters.adapter_files import read_adapter_folder
 from cola_runtime.adapters.folder_files import CONFIG_FILE, WEIGHTS_FILE
+from cola_runtime.adapters.patches import patches
 from cola_runtime.adapters.site_adapter import SiteAdapter, Weights
-from cola_runtime.types import Site, SiteKind
+from cola_runtime.adapters.site_modules import module_site, site_kind
+from cola_runtime.types import Site
 
 
 class AttachedAdapter:
@@ -66,28 +68,19 @@ def attach_adapter(model: nn.Module, folder: str | Path) -> AttachedAdapter:
 
 def _adding(adapter: SiteAdapter, weights: Weights) -> Callable[[nn.Module, Any, Tensor], Tensor]:
     def add(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x_NI = args[0].reshape(-1, adapter.site.in_features)
+        site = adapter.site
+        if site.patch is not None:
+            added_BLO = adapter.forward(patches(args[0], site.patch).flatten(0, 1), weights)
+            images, outputs, *size = output.shape
+            return output + added_BLO.view(images, *size, outputs).permute(0, 3, 1, 2)
+        x_NI = args[0].reshape(-1, 1 if site.takes_ids else site.in_features)
         return output + adapter.forward(x_NI, weights).reshape(output.shape)
 
     return add
 
 
 def _sites(model: nn.Module) -> Iterator[Site]:
-    """Every Linear and Conv1D, also where no adapter may be; which of them share an x does not matter."""
-    from transformers.pytorch_utils import Conv1D
-
+    """Every module that can be a site; which of them share an x does not matter."""
     for index, (name, module) in enumerate(model.named_modules()):
-        if isinstance(module, nn.Linear):
-            kind, (outputs, inputs) = SiteKind.LINEAR, tuple(module.weight.shape)
-        elif isinstance(module, Conv1D):
-            kind, (inputs, outputs) = SiteKind.CONV1D, tuple(module.weight.shape)
-        else:
-            continue
-        yield Site(
-            index=index,
-            name=name,
-            kind=kind,
-            in_features=inputs,
-            out_features=outputs,
-            input_group=index,
-        )
+        if site_kind(module) is not None:
+            yield module_site(module, index=index, name=name, input_group=index)

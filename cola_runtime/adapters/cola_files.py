@@ -24,8 +24,9 @@ from cola_runtime.adapters.folder_files import (
     read_config,
 )
 from cola_runtime.adapters.shapes import weight_names, weight_shapes
+from cola_runtime.adapters.site_kinds import unfit
 from cola_runtime.errors import InvalidInput
-from cola_runtime.types import Site, TensorKey
+from cola_runtime.types import Site, SiteKind, TensorKey
 
 FORMAT = "cola_adapter"
 VERSION = 1
@@ -87,11 +88,17 @@ def _parts(spec: AdapterSpec, by_name: Mapping[str, Site]) -> Iterator[AdapterPa
                     f"expects site {site.name!r} to be {_geometry(site)}, the base model's is "
                     f"{_geometry(found)}",
                 )
+        reasons = [unfit(part.kind, site) for site in part.sites if site.kind is not SiteKind.HEAD]
+        if any(reasons):
+            raise invalid(
+                CONFIG_FILE, f"has a {part.kind.kind} where none can be: {next(filter(None, reasons))}"
+            )
         yield AdapterPart(kind=part.kind, sites=tuple(by_name[site.name] for site in part.sites))
 
 
 def _geometry(site: Site) -> str:
-    return f"{site.kind} {site.in_features} -> {site.out_features}"
+    patch = "" if site.patch is None else f", {site.patch}"
+    return f"{site.kind} {site.in_features} -> {site.out_features}{patch}"
 
 
 def _weights(tensors: TensorFile, spec: AdapterSpec) -> dict[TensorKey, NDArray[Any]]:

@@ -27,8 +27,10 @@ class SegmentDropout:
     dropout: float  # p, the share of entries that is zeroed
     seed: int
     version: int
-    rows: tuple[int, ...]  # the rows' numbers within their step
-    lengths: tuple[int, ...]  # tokens of each row
+    first_row: int  # of the segment, within its step
+    lengths: tuple[
+        int | None, ...
+    ]  # tokens of each row; None: an image, at every site as long as it is there
 
     @property
     def factor(self) -> float:
@@ -39,8 +41,9 @@ class SegmentDropout:
         """True where x is kept, [rows * T, I] for `tokens` = T; padding is not."""
         mask = np.zeros((len(self.lengths), tokens, site.in_features), np.bool_)
         least = np.uint32(min(round(self.dropout * 2**32), 2**32 - 1))
-        for place, (row, length) in enumerate(zip(self.rows, self.lengths, strict=True)):
-            key = f"dropout/{self.seed}/{self.version}/{row}/{site.name}"
+        for number, tokens_of_row in enumerate(self.lengths):
+            length = tokens if tokens_of_row is None else tokens_of_row
+            key = f"dropout/{self.seed}/{self.version}/{self.first_row + number}/{site.name}"
             bits = uniform_bits(key, length * site.in_features)
-            np.greater_equal(bits.reshape(length, -1), least, out=mask[place, :length])
+            np.greater_equal(bits.reshape(length, -1), least, out=mask[number, :length])
         return torch.from_numpy(mask).flatten(0, 1)

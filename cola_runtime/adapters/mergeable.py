@@ -13,19 +13,32 @@ from cola_runtime.adapter_spec import (
     input_dropout,
 )
 from cola_runtime.errors import InvalidInput
+from cola_runtime.types import UNQUANTIZED
 
 LINEAR_KINDS = (LoraKind, LinearizedLoraKind, LinearKind)
 """s * a(x) = delta x + b: the merged base weight gives the same function."""
 WIDE_DTYPES = ("float32", "float64")
 
 
-def check_mergeable(spec: AdapterSpec, *, dtype: str, tied_sites: Collection[int]) -> None:
+def check_mergeable(
+    spec: AdapterSpec, *, dtype: str, tied_sites: Collection[int], quantization: str = UNQUANTIZED
+) -> None:
     """Raises InvalidInput for an adapter that W0 + delta, in the base model's `dtype`, would not be.
 
     `MERGED_NEEDS_LINEAR`: a kind that is not linear in x. `MERGED_DROPOUT`: dropout inside the adapter.
-    `MERGED_DTYPE`: a base model in half precision.
-    `MERGED_TIED_WEIGHT`: a site whose weight is another module's too.
+    `MERGED_QUANTIZED`: base weights of 8 or 4 bits. `MERGED_DTYPE`: a base model in half precision.
+    `MERGED_TIED_WEIGHT`: a site whose weight is another module's too. `MERGED_GROUPED_LORA`: a LoRA at a
+    convolution in groups.
     """
+    if quantization != UNQUANTIZED:
+        raise InvalidInput(
+            "MERGED_QUANTIZED",
+            f"the base weights are held as {quantization}, in which a merged delta would be rounded away",
+            where="job.mode",
+            limit=UNQUANTIZED,
+            actual=quantization,
+            remedy="Train with mode unmerged, or serve the base model in float32.",
+        )
     _check_dtype(dtype)
     for part in spec.parts:
         if not isinstance(part.kind, (*LINEAR_KINDS, HeadKind)):
@@ -45,6 +58,14 @@ def check_mergeable(spec: AdapterSpec, *, dtype: str, tied_sites: Collection[int
                 remedy="Use dropout 0, or mode unmerged.",
             )
     for site in spec.sites:
+        if site.groups > 1 and isinstance(spec.kinds[site.index], LoraKind):
+            raise InvalidInput(
+                "MERGED_GROUPED_LORA",
+                f"peft's LoRA at {site.name} mixes the channels of its {site.groups} groups, which no weight "
+                "of that convolution does",
+                where="job.adapter.target_modules",
+                remedy="Use kind linear there, leave the module out, or train with mode unmerged.",
+            )
         if site.index in tied_sites:
             raise InvalidInput(
                 "MERGED_TIED_WEIGHT",

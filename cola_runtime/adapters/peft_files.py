@@ -34,10 +34,13 @@ from cola_runtime.adapters.folder_files import (
     read_config,
 )
 from cola_runtime.adapters.linearized_base import base_a, base_b
-from cola_runtime.types import Site, SiteKind, TensorKey, TensorKind
+from cola_runtime.adapters.shapes import site_weight_shapes
+from cola_runtime.adapters.site_kinds import unfit
+from cola_runtime.types import Patch, Site, SiteKind, TensorKey, TensorKind
 
 _PREFIX = "base_model.model."
 _SUFFIXES = {TensorKind.LORA_A: ".lora_A.weight", TensorKind.LORA_B: ".lora_B.weight"}
+_EMBEDDING_SUFFIXES = {TensorKind.LORA_A: ".lora_embedding_A", TensorKind.LORA_B: ".lora_embedding_B"}
 # Settings that change what the factors mean; a folder that uses one is not the adapter that we would compute.
 _UNSUPPORTED = (
     "use_dora",
@@ -65,12 +68,20 @@ class _Lora(NamedTuple):
 
 
 Factors = tuple[NDArray[Any], NDArray[Any]]
-"""A [R, I] and B [O, R]."""
+"""A [R, I] and B [O, R], in a convolution's shapes at one."""
 
 
 def fits_peft(spec: AdapterSpec) -> bool:
-    """Whether PEFT has a kind for every part of the adapter."""
-    return all(isinstance(part.kind, LoraKind | LinearizedLoraKind) for part in spec.parts)
+    """Whether PEFT has a kind for every part of the adapter.
+
+    Its LoRA at a convolution leaves the dilation out, so it cannot compute one that has a dilation.
+    """
+    kinds = all(isinstance(part.kind, LoraKind | LinearizedLoraKind) for part in spec.parts)
+    return kinds and not any(site.patch is not None and _is_dilated(site.patch) for site in spec.sites)
+
+
+def _is_dilated(patch: Patch) -> bool:
+    return any(size > 1 and step > 1 for size, step in zip(patch.kernel, patch.dilation, strict=True))
 
 
 def peft_folder(
@@ -108,16 +119,17 @@ def _lora_at(
     if isinstance(kind, LoraKind):
         return lora, (of(TensorKind.LORA_A), of(TensorKind.LORA_B))
     delta_a_RI, delta_b_OR = of(TensorKind.DELTA_A), of(TensorKind.DELTA_B)
-    a_RI = base_a(kind, site).astype(delta_a_RI.dtype)
+    a_RI = base_a(kind, site).astype(delta_a_RI.dtype).reshape(delta_a_RI.shape)
     if kind.initial_b == "zero":
         return lora, (a_RI, delta_b_OR)
-    b_OR = base_b(kind, site).astype(delta_b_OR.dtype)
+    b_OR = base_b(kind, site).astype(delta_b_OR.dtype).reshape(delta_b_OR.shape)
     doubled = _Lora(2 * lora.rank, 2 * lora.plain.alpha, False)
     return doubled, (np.concatenate([a_RI, delta_a_RI]), np.concatenate([delta_b_OR, b_OR], axis=1))
 
 
 def _tensor_name(site: Site, kind: TensorKind) -> str:
-    return f"{_PREFIX}{site.name}{_SUFFIXES[kind]}"
+    suffixes = _EMBEDDING_SUFFIXES if site.takes_ids else _SUFFIXES
+    return f"{_PREFIX}{site.name}{suffixes[kind]}"
 
 
 def _config(loras: Mapping[Site, _Lora], base_model: str) -> dict[str, Any]:
@@ -174,11 +186,8 @@ def read_peft_folder(files: Mapping[str, bytes], catalogue: Sequence[Site]) -> A
     for site in _adapted_sites(tensors, catalogue):
         kind = kinds.at(site)
         parts.setdefault(kind, []).append(site)
-        for tensor, shape in (
-            (TensorKind.LORA_A, (kind.rank, site.in_features)),
-            (TensorKind.LORA_B, (site.out_features, kind.rank)),
-        ):
-            weights[TensorKey(site.index, tensor)] = tensors.array(_tensor_name(site, tensor), shape, dtype)
+        for key, shape in site_weight_shapes(kind, site).items():
+            weights[key] = tensors.array(_tensor_name(site, key.kind), shape, dtype)
     spec = AdapterSpec(
         parts=tuple(AdapterPart(kind=kind, sites=tuple(sites)) for kind, sites in parts.items()),
         seed=0,
@@ -213,12 +222,16 @@ class _Kinds:
         rank = next((value for name, value in self._ranks if _matches(name, site)), self._rank)
         alpha = next((value for name, value in self._alphas if _matches(name, site)), self._alpha)
         try:
-            return LoraKind(rank=int(rank), alpha=alpha, use_rslora=self._use_rslora)
+            kind = LoraKind(rank=int(rank), alpha=alpha, use_rslora=self._use_rslora)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             raise invalid(
                 CONFIG_FILE, f"has {first['loc'][-1]} {first['input']} at {site.name}: {first['msg']}"
             ) from error
+        reason = unfit(kind, site)
+        if reason is not None:
+            raise invalid(CONFIG_FILE, f"has a LoRA at {site.name}, where none can be: {reason}")
+        return kind
 
 
 def _patterns(

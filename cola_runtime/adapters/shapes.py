@@ -27,16 +27,22 @@ def weight_shapes(spec: AdapterSpec) -> dict[TensorKey, Shape]:
 
 
 def site_weight_shapes(kind: AdapterKind, site: Site) -> dict[TensorKey, Shape]:
-    """Raises InvalidInput ADAPTER_MODULE_UNKNOWN for a module that is not registered here, _INVALID."""
+    """At a conv2d site factors and full-rank weights are convolutions' own, as PEFT has them: A is
+    [rank, channels, kernel height, kernel width], B [out, rank / groups, 1, 1].
+
+    Raises InvalidInput ADAPTER_MODULE_UNKNOWN for a module that is not registered here, _INVALID.
+    """
     inputs, outputs = site.in_features, site.out_features
     shapes: dict[TensorKind, Shape]
     match kind:
         case LoraKind():
-            shapes = {TensorKind.LORA_A: (kind.rank, inputs), TensorKind.LORA_B: (outputs, kind.rank)}
+            a, b = _factor_shapes(kind.rank, site)
+            shapes = {TensorKind.LORA_A: a, TensorKind.LORA_B: b}
         case LinearizedLoraKind():
-            shapes = {TensorKind.DELTA_A: (kind.rank, inputs), TensorKind.DELTA_B: (outputs, kind.rank)}
+            a, b = _factor_shapes(kind.rank, site)
+            shapes = {TensorKind.DELTA_A: a, TensorKind.DELTA_B: b}
         case LinearKind():
-            shapes = {TensorKind.WEIGHT: (outputs, inputs)}
+            shapes = {TensorKind.WEIGHT: (outputs, *_input_shape(site, site.groups))}
             if kind.bias:
                 shapes[TensorKind.BIAS] = (outputs,)
         case MlpKind():
@@ -54,6 +60,20 @@ def site_weight_shapes(kind: AdapterKind, site: Site) -> dict[TensorKey, Shape]:
                 for slot, shape in enumerate(module_shapes(kind, inputs, outputs))
             }
     return {TensorKey(site.index, tensor): shape for tensor, shape in shapes.items()}
+
+
+def _factor_shapes(rank: int, site: Site) -> tuple[Shape, Shape]:
+    ones = () if site.patch is None else (1, 1)
+    return (rank, *_input_shape(site)), (site.out_features, rank // site.groups, *ones)
+
+
+def _input_shape(site: Site, groups: int = 1) -> Shape:
+    """The last dimensions of a weight over x, or over one of its groups."""
+    inputs = site.in_features // groups
+    if site.patch is None:
+        return (inputs,)
+    height, width = site.patch.kernel
+    return (inputs // (height * width), height, width)
 
 
 def weight_names(spec: AdapterSpec) -> dict[TensorKey, str]:

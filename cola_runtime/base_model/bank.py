@@ -20,7 +20,7 @@ from cola_runtime.adapters.site_adapter import LinearSiteAdapter
 from cola_runtime.base_model.heads import BankedHead
 from cola_runtime.base_model.layout import AdapterLayout, layout_key
 from cola_runtime.errors import Fenced, InvalidInput
-from cola_runtime.types import Gang, Lease, Membership, Segment, Site, TensorKey
+from cola_runtime.types import UNQUANTIZED, Gang, Lease, Membership, Segment, Site, TensorKey
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -52,6 +52,11 @@ class BankedAdapter:
     def gang(self) -> Gang | None:
         return None if self.merged is None else self.merged.membership.gang
 
+    @property
+    def nbytes(self) -> int:
+        """On the model's device."""
+        return self.flat.nbytes + (0 if self.head is None else self.head.nbytes)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BankBytes:
@@ -71,11 +76,13 @@ class AdapterBank:
         *,
         hidden_size: int = 0,
         tied_sites: Collection[int] = (),
+        quantization: str = UNQUANTIZED,
     ) -> None:
         self._sites = tuple(sites)
         self._hidden_size = hidden_size
         self._dtype = dtype
         self._tied_sites = frozenset(tied_sites)
+        self._quantization = quantization
         self._adapters: dict[str, BankedAdapter] = {}
         self._previous: dict[str, BankedAdapter] = {}  # the version before, of those that may be stale by one
         self._layouts: dict[object, AdapterLayout] = {}
@@ -140,9 +147,13 @@ class AdapterBank:
     def adapter(self, job_id: str) -> BankedAdapter | None:
         return self._adapters.get(job_id)
 
-    def gang(self, gang: Gang | None) -> tuple[MergedAdapter, ...]:
-        """Every resident member of the gang, by job id; nobody for None."""
-        by_job = [self._adapters[job_id] for job_id in sorted(self._adapters)]
+    def gang(self, gang: Gang | None, asked: Collection[BankedAdapter] = ()) -> tuple[MergedAdapter, ...]:
+        """Every resident member of the gang, by job id, in its current version; nobody for None.
+
+        Those of `asked`, which may be the version before, in the version that was asked for.
+        """
+        versions = {**self._adapters, **{adapter.lease.job_id: adapter for adapter in asked}}
+        by_job = [versions[job_id] for job_id in sorted(versions)]
         return tuple(a.merged for a in by_job if a.merged is not None and a.gang == gang)
 
     @property
@@ -153,9 +164,9 @@ class AdapterBank:
 
     @property
     def nbytes(self) -> BankBytes:
-        adapters = self._adapters.values()
+        adapters = [*self._adapters.values(), *self._previous.values()]
         return BankBytes(
-            model_device=sum(adapter.flat.nbytes for adapter in adapters),
+            model_device=sum(adapter.nbytes for adapter in adapters),
             host=sum(adapter.merged.nbytes for adapter in adapters if adapter.merged is not None),
         )
 
@@ -184,7 +195,12 @@ class AdapterBank:
     def _merged(
         self, job_id: str, spec: AdapterSpec, weights: Mapping[TensorKey, Tensor], membership: Membership
     ) -> MergedAdapter:
-        check_mergeable(spec, dtype=str(self._dtype).removeprefix("torch."), tied_sites=self._tied_sites)
+        check_mergeable(
+            spec,
+            dtype=str(self._dtype).removeprefix("torch."),
+            tied_sites=self._tied_sites,
+            quantization=self._quantization,
+        )
         if not all(bool(weight.isfinite().all()) for weight in weights.values()):
             self.evict(job_id)
             raise InvalidInput(

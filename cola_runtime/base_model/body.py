@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from cola_runtime.base_model.segments import MixedBatch
-from cola_runtime.base_model.stacks.cache import Stacks
+from cola_runtime.base_model.stacks.cohorts import Stacks
 from cola_runtime.base_model.tapped import TappedModules
 
 
@@ -36,11 +37,12 @@ class PatchedBody:
     def __init__(self, last_hidden: LastHidden, modules: TappedModules) -> None:
         self._last_hidden = last_hidden
         self._modules = modules
+        self._step = ExitStack()  # the modules compute this step's adapters, also when they do so again
         self._hidden_ND: Tensor | None = None
 
     def forward(self, batch: MixedBatch, stacks: Stacks, *, train: bool) -> Tensor:
-        active = self._modules.active(stacks, rows=len(batch.tokens_BT), training=train)
-        with active, torch.set_grad_enabled(train):
+        self._step.enter_context(self._modules.active(stacks, rows=len(batch.tokens_BT), training=train))
+        with torch.set_grad_enabled(train):
             self._hidden_ND = self._last_hidden(batch).flatten(0, 1)
         return self._hidden_ND.detach()
 
@@ -50,6 +52,7 @@ class PatchedBody:
 
     def finish(self) -> None:
         self._hidden_ND = None
+        self._step.close()
 
 
 def causal_hidden(model: Any, batch: MixedBatch) -> Tensor:

@@ -1,59 +1,100 @@
-"""Finds the sites of a transformer: every Linear and Conv1D that its last hidden state depends on."""
+"""Finds the sites of a model: every Linear, Conv1D, Conv2d and Embedding that its last hidden state needs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cola_runtime.adapters.patches import positions
+from cola_runtime.adapters.site_modules import module_patch, module_site, site_kind
 from cola_runtime.base_model.encoder_decoders import decode
+from cola_runtime.base_model.images import TRACED_IMAGES, Shape, traced_images
 from cola_runtime.types import Site, SiteKind
 
 TRACED_TOKENS = torch.tensor([[0, 1], [1, 0], [0, 0]])
 
 
-def site_catalogue(model: Any) -> tuple[Site, ...]:
-    """All sites in `named_modules()` order, numbered from 0; sites that get the very same x share a group.
+_PLACES = (SiteKind.LINEAR, SiteKind.CONV1D), (SiteKind.CONV2D, SiteKind.EMBEDDING)
 
-    Traces one forward pass over rows of two tokens. A module that this pass never calls is no site, nor is
-    one that does not see every token of every row (an expert's), for tenants could not be told apart there.
-    A module called more than once belongs to the group of its first call.
+
+def site_catalogue(model: Any, image_shape: Shape | None = None) -> tuple[Site, ...]:
+    """All sites, numbered from 0: Linear and Conv1D modules in `named_modules()` order, then the others.
+
+    Sites that get the very same x share a group; convolutions of one x do if their patches are alike, too.
+    Traces one forward pass over rows of two tokens, or over images of `image_shape`. A module that this pass
+    never calls is no site, nor is one that does not see every token of every row (an expert's, or positions
+    that are embedded once for all rows), for tenants could not be told apart there. A module called more than
+    once belongs to the group of its first call.
     """
     modules = dict(_candidates(model))
-    inputs = _first_inputs(model, modules)
-    group_of: dict[int, int] = {}
+    if image_shape is None:
+        seen = _first_inputs(modules, lambda: _traced(model))
+        inputs = {name: x for name, x in seen.items() if _holds_every_token(modules[name], x)}
+    else:
+        inputs = traced_images(model, image_shape, modules)
+    group_of: dict[object, int] = {}
     sites: list[Site] = []
     for name, module in modules.items():
-        if name not in inputs or inputs[name].numel() != TRACED_TOKENS.numel() * inputs[name].shape[-1]:
+        if name not in inputs:
             continue
-        group = group_of.setdefault(id(inputs[name]), len(group_of))
-        out_features, in_features = _shape(module)
-        sites.append(
-            Site(
-                index=len(sites),
-                name=name,
-                kind=_kind(module),
-                in_features=in_features,
-                out_features=out_features,
-                input_group=group,
-            )
-        )
+        key = (id(inputs[name]), module_patch(module))
+        group = group_of.setdefault(key, len(group_of))
+        site = module_site(module, index=len(sites), name=name, input_group=group)
+        sites.append(site if image_shape is None else replace(site, positions=_positions(site, inputs[name])))
     return tuple(sites)
 
 
-def _candidates(model: Any) -> Iterator[tuple[str, nn.Module]]:
-    from transformers.pytorch_utils import Conv1D
+def source_groups(model: Any, sites: Sequence[Site]) -> frozenset[int]:
+    """Of an encoder-decoder the input groups whose x is of the source's tokens: the encoder's, and those by
+    which the decoder attends to what it encoded. Traces rows of two source tokens and three target tokens.
+    """
+    source_BS = TRACED_TOKENS
+    target_BT = torch.zeros(len(source_BS), source_BS.shape[1] + 1, dtype=torch.int64)
+    modules = {site.name: model.get_submodule(site.name) for site in sites}
+    inputs = _first_inputs(modules, lambda: decode(model, source_BS, torch.ones_like(source_BS), target_BT))
+    return frozenset(site.input_group for site in sites if inputs[site.name].shape[:2] == source_BS.shape)
 
+
+def _candidates(model: Any) -> Iterator[tuple[str, nn.Module]]:
     pooler = getattr(model.base_model, "pooler", None)  # behind the last hidden state
     pooling = set(pooler.modules()) if pooler is not None else set()
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)) and module not in pooling:
-            yield name, module
+    for kinds in _PLACES:
+        for name, module in model.named_modules():
+            if site_kind(module) in kinds and module not in pooling:
+                yield name, module
 
 
-def _first_inputs(model: Any, modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+def _positions(site: Site, x: Tensor) -> int:
+    """Of one image at the site."""
+    if site.patch is None:
+        return x.numel() // (TRACED_IMAGES * x.shape[-1])
+    height, width = positions(site.patch, *x.shape[-2:])
+    return height * width
+
+
+def _holds_every_token(module: nn.Module, x: Tensor) -> bool:
+    if site_kind(module) is SiteKind.CONV2D:
+        return False  # of text nothing is known
+    return _token_count(module, x) == TRACED_TOKENS.numel()
+
+
+def _token_count(module: nn.Module, x: Tensor) -> int:
+    """Rows and tokens may be flattened into one dimension; an embedding's x are the tokens themselves."""
+    return x.numel() if site_kind(module) is SiteKind.EMBEDDING else x.numel() // x.shape[-1]
+
+
+def _traced(model: Any) -> None:
+    if model.config.is_encoder_decoder:
+        decode(model, TRACED_TOKENS, torch.ones_like(TRACED_TOKENS), TRACED_TOKENS)
+    else:
+        model.base_model(input_ids=TRACED_TOKENS, use_cache=False)
+
+
+def _first_inputs(modules: dict[str, nn.Module], forward: Callable[[], object]) -> dict[str, Tensor]:
     """The x of every module's first call. All are kept until the end, so that no two share an id."""
     seen: dict[str, Tensor] = {}
 
@@ -63,10 +104,7 @@ def _first_inputs(model: Any, modules: dict[str, nn.Module]) -> dict[str, Tensor
     ]
     try:
         with torch.no_grad():
-            if model.config.is_encoder_decoder:
-                decode(model, TRACED_TOKENS, torch.ones_like(TRACED_TOKENS), TRACED_TOKENS)
-            else:
-                model.base_model(input_ids=TRACED_TOKENS, use_cache=False)
+            forward()
     finally:
         for hook in hooks:
             hook.remove()
@@ -75,14 +113,3 @@ def _first_inputs(model: Any, modules: dict[str, nn.Module]) -> dict[str, Tensor
 
 def _note(seen: dict[str, Tensor], name: str, x: Tensor) -> None:
     seen.setdefault(name, x)
-
-
-def _kind(module: nn.Module) -> SiteKind:
-    return SiteKind.LINEAR if isinstance(module, nn.Linear) else SiteKind.CONV1D
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    """(out_features, in_features)."""
-    weight: Any = module.weight
-    rows, columns = weight.shape
-    return (rows, columns) if _kind(module) is SiteKind.LINEAR else (columns, rows)

@@ -30,6 +30,7 @@ def read_encoder_decoder(
     from transformers import AutoModelForSeq2SeqLM
 
     model = open_frozen(AutoModelForSeq2SeqLM, path, dtype, attention)
+    _check_decoder_start(model)
     return model, _vocabulary_projection(model)
 
 
@@ -54,6 +55,36 @@ def decoder_hidden(model: Any, batch: MixedBatch) -> Tensor:
     """The decoder's last hidden state [B, T, D] of a mixed batch."""
     assert batch.sources is not None  # rows without a source are refused
     return decode(model, batch.sources.tokens_BS, batch.sources.real_BS, batch.tokens_BT)
+
+
+def _check_decoder_start(model: Any) -> None:
+    """Rows are the labels behind the start that the folder names, or behind their own last one."""
+    asked = model.generation_config.decoder_start_token_id
+    start = getattr(model.config, "decoder_start_token_id", None)
+    if start is None:  # the folder may name it in its generation settings only
+        start = model.config.decoder_start_token_id = asked
+    fed = [] if asked is None else _decoder_inputs(model, [5, 6, 7])
+    if fed not in ([start, 5, 6], [7, 5, 6]):
+        raise InvalidInput(
+            "BASE_MODEL_UNSUPPORTED",
+            f"{type(model).__name__} does not begin its labels with the decoder_start_token_id that it names",
+            where="base_model",
+            remedy="Name one in the folder's generation_config.json, or use another base model.",
+        )
+
+
+@torch.no_grad()
+def _decoder_inputs(model: Any, labels: list[int]) -> list[int]:
+    """What the model feeds its decoder for these labels."""
+    fed: list[int] = []
+    hook = model.get_decoder().register_forward_pre_hook(
+        lambda _module, _args, inputs: fed.extend(inputs["input_ids"][0].tolist()), with_kwargs=True
+    )
+    try:
+        model(input_ids=torch.tensor([[5]]), labels=torch.tensor([labels]))
+    finally:
+        hook.remove()
+    return fed
 
 
 @torch.no_grad()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cola_runtime.base_model.heads import Pooling
-from cola_runtime.errors import InvalidInput
+from cola_runtime.base_model.stock import check_complete, open_classifier
 
 # Their own classification models take the first token: BERT's through its pooler, RoBERTa's as it is.
 ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert")
@@ -32,42 +30,9 @@ def read_encoder(path: Path, dtype: torch.dtype, attention: str | None) -> tuple
     """
     from transformers import AutoModelForSequenceClassification
 
-    with _quiet_loading():
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            path,
-            dtype=dtype,
-            attn_implementation=attention,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+    model, missing = open_classifier(AutoModelForSequenceClassification, path, dtype, attention)
     model.classifier = torch.nn.Identity()
-    missing = {name for name in info["missing_keys"] if not name.startswith("classifier.")}
     if any(".pooler." in name for name in missing):
         model.base_model.pooler = None
-    _check_complete(model, {name for name in missing if ".pooler." not in name})
-    model.eval().requires_grad_(False)
+    check_complete(model, {name for name in missing if ".pooler." not in name})
     return model, Pooling(first_token=True, module=getattr(model.base_model, "pooler", None))
-
-
-def _check_complete(model: Any, missing: set[str]) -> None:
-    if missing:
-        raise InvalidInput(
-            "BASE_MODEL_UNSUPPORTED",
-            f"{type(model).__name__} lacks the weights {', '.join(sorted(missing)[:4])}",
-            where="base_model",
-            remedy="Use a folder with all of the encoder's weights.",
-        )
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """transformers warns that the classifier, which is thrown away, is new."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)

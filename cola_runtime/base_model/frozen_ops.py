@@ -72,10 +72,9 @@ def rotate_backward(grad_BHTE: Tensor, cos_TE: Tensor, sin_TE: Tensor, out_BTHE:
     out_BHTE[..., half:].addcmul_(grad_BHTE[..., :half], sin_TE[:, :half], value=-1)
 
 
-def swiglu(gate_NF: Tensor, up_NF: Tensor, silu_NF: Tensor, out_NF: Tensor) -> None:
-    """silu = silu(gate), out = silu * up."""
-    aten.silu.out(gate_NF, out=silu_NF)
-    torch.mul(silu_NF, up_NF, out=out_NF)
+def silu(gate_NF: Tensor, out_NF: Tensor) -> None:
+    """out = gate * sigmoid(gate)."""
+    aten.silu.out(gate_NF, out=out_NF)
 
 
 def swiglu_backward(

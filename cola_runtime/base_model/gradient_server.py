@@ -7,6 +7,7 @@ only `send_tap` may be called from the compute thread.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -78,8 +79,8 @@ class GradientServer:
         """Exactly this lease is open."""
         return self._leases.find(lease) is not None
 
-    def send_tap(self, segment: Segment, tensors: Mapping[TensorKey, Compressed]) -> int:
-        """Queue a tap for the segment's device; returns how many tensors. From any thread, never blocks.
+    def send_tap(self, segment: Segment, tensors: Mapping[TensorKey, Compressed]) -> Counter[int]:
+        """Queue a tap for its site's device; returns site -> tensors. From any thread, never blocks.
 
         The tensors must not be changed afterwards. Without a link to the device they are dropped: the
         microbatch's end tells.
@@ -87,37 +88,37 @@ class GradientServer:
         assert self._loop is not None
         wire = [(key, to_wire(tensor)) for key, tensor in tensors.items()]
         self._loop.call_soon_threadsafe(self._queue_tap, segment, wire)
-        return len(wire)
+        return Counter(key.site for key in tensors)
 
-    def end_microbatch(self, segment: Segment, tensors: int) -> None:
-        """All taps of the segment were sent. From any thread, in order with `send_tap`.
+    def end_microbatch(self, segment: Segment, tensors: Mapping[int, int]) -> None:
+        """All taps of the segment were sent, so many of each site. From any thread, in order with `send_tap`.
 
         Emits StepRefused DEVICE_UNREACHABLE without a device.
         """
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._queue_end, segment, tensors)
 
-    def _queue_end(self, segment: Segment, tensors: int) -> None:
-        link = self._links.get(segment.lease.device_id)
-        if link is None:
-            message = f"device {segment.lease.device_id} has no gradient stream"
-            self._on_event(StepRefused(lease=segment.lease, reason="DEVICE_UNREACHABLE", message=message))
-            return
-        end = control_pb2.MicrobatchEnd(
-            lease=control.lease_to_proto(segment.lease),
-            version=segment.version,
-            microbatch=segment.microbatch,
-            tensors=tensors,
-            apply=segment.last_microbatch,
-            staleness=segment.staleness,
-        )
-        self._count_up(segment, link.put_control(control_pb2.GradientControl(microbatch_end=end)))
+    def _queue_end(self, segment: Segment, tensors: Mapping[int, int]) -> None:
+        counts = Counter({device_id: 0 for device_id in segment.lease.device_ids})
+        for site, count in tensors.items():
+            counts[self._device_of(segment, site)] += count
+        for part in segment.lease.parts:
+            end = control_pb2.MicrobatchEnd(
+                lease=control.lease_to_proto(part),
+                version=segment.version,
+                microbatch=segment.microbatch,
+                tensors=counts[part.device_id],
+                apply=segment.last_microbatch,
+                staleness=segment.staleness,
+            )
+            message = control_pb2.GradientControl(microbatch_end=end)
+            self._put_control(part, message, trained_version=segment.trained_version)
 
     def _queue_tap(self, segment: Segment, tensors: list[tuple[TensorKey, WireTensor]]) -> None:
-        link = self._links.get(segment.lease.device_id)
-        if link is None:
-            return
         for key, tensor in tensors:
+            link = self._links.get(self._device_of(segment, key.site))
+            if link is None:
+                continue
             address = TensorAddress(
                 job_id=segment.lease.job_id,
                 epoch=segment.lease.epoch,
@@ -127,12 +128,27 @@ class GradientServer:
                 kind=key.kind,
                 slot=key.slot,
             )
-            self._count_up(segment, link.put_tensor(address, tensor))
+            self._count_up(segment.lease, segment.trained_version, link.put_tensor(address, tensor))
 
-    def _count_up(self, segment: Segment, wire_bytes: int) -> None:
+    def _device_of(self, segment: Segment, site: int) -> str:
         adapter = self._leases.find(segment.lease)
+        return segment.lease.device_id if adapter is None else adapter.device_of(site)
+
+    def _put_control(
+        self, part: Lease, message: control_pb2.GradientControl, *, trained_version: int
+    ) -> None:
+        """To one device of a lease, counted as bytes of the step that leaves `trained_version`."""
+        link = self._links.get(part.device_id)
+        if link is None:
+            text = f"device {part.device_id} has no gradient stream"
+            self._on_event(StepRefused(lease=part, reason="DEVICE_UNREACHABLE", message=text))
+        else:
+            self._count_up(part, trained_version, link.put_control(message))
+
+    def _count_up(self, lease: Lease, trained_version: int, wire_bytes: int) -> None:
+        adapter = self._leases.find(lease)
         if adapter is not None:
-            adapter.count_up(segment.trained_version, wire_bytes)
+            adapter.count_up(trained_version, wire_bytes)
 
     async def _serve_device(self, stream: FrameStream[Any]) -> None:
         hello = await receive_hello(stream, join_token=self._join_token, limits=FrameLimits())
@@ -179,7 +195,7 @@ class GradientServer:
                 address = item.address
                 adapter = self._leases.of(address.job_id, epoch=address.epoch, device_id=link.device_id)
                 if adapter is not None:
-                    adapter.add(item)
+                    adapter.add(item, device_id=link.device_id)
             else:
                 self._control(link, item)
 
@@ -190,20 +206,44 @@ class GradientServer:
             link.return_credit(message.credit.bytes)
         elif kind == "update_end":
             self._end_update(link, message.update_end, item.wire_bytes)
+        elif kind == "shard_norms":
+            self._take_norms(link, message.shard_norms, item.wire_bytes)
         elif kind == "refusal":
             self._refused_by_device(link, message.refusal)
         else:
             raise ProtocolError("CONTROL_INVALID", f"a device does not send {kind}")
 
     def _end_update(self, link: DeviceLink, end: control_pb2.UpdateEnd, wire_bytes: int) -> None:
-        lease = control.lease_from_proto(end.lease)
+        def complete(adapter: LeasedAdapter) -> None:
+            update = adapter.complete(end, device_id=link.device_id, wire_bytes=wire_bytes)
+            if update is not None:
+                self._on_update(update)
+
+        self._act(link, control.lease_from_proto(end.lease), complete)
+
+    def _take_norms(self, link: DeviceLink, norms: control_pb2.ShardNorms, wire_bytes: int) -> None:
+        def take(adapter: LeasedAdapter) -> None:
+            norm = adapter.add_norms(norms, device_id=link.device_id, wire_bytes=wire_bytes)
+            if norm is not None:
+                self._let_step(adapter.lease, norms.version, norm)
+
+        self._act(link, control.lease_from_proto(norms.lease), take)
+
+    def _let_step(self, lease: Lease, version: int, norm: float) -> None:
+        for part in lease.parts:
+            of_all = control_pb2.GlobalNorm(lease=control.lease_to_proto(part), version=version, norm=norm)
+            message = control_pb2.GradientControl(global_norm=of_all)
+            self._put_control(part, message, trained_version=version)
+
+    def _act(self, link: DeviceLink, lease: Lease, act: Callable[[LeasedAdapter], None]) -> None:
+        """Do it for the device's adapter; what goes wrong the device hears, and who reads the events."""
         adapter = self._of_device(link, lease)
         if adapter is None:
             reason, message = self._leases.refusal(lease)
             link.put_control(_refusal(lease, reason, message))
             return
         try:
-            self._on_update(adapter.complete(end, wire_bytes=wire_bytes))
+            act(adapter)
         except ColaError as error:
             link.put_control(_refusal(lease, error.reason, str(error)))
             self._on_event(StepRefused(lease=lease, reason=error.reason, message=str(error)))

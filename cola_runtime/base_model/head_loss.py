@@ -31,7 +31,7 @@ def head_losses(
     With a sink, each head's gradient leaves as a tap, always in its own encoding: it is tiny. Where `grad_ND`
     is given, d loss / d hidden is written to the pooled rows, in place.
     """
-    positions_B = pooling.positions(batch.lengths_B, batch.tokens_BT.shape[1])
+    positions_B = pooling.positions(batch.lengths_B, len(hidden_ND) // len(batch.lengths_B))
     outcomes: dict[int, HeadOutcome] = {}
     for member, first_row in batch.placed_members:
         head = member.adapter.head
@@ -42,9 +42,8 @@ def head_losses(
         if sink is None:
             losses_n, predictions = head.losses(hidden_nD, _labels(member), pooling)
         else:
-            denominator = member.segment.loss_denominator
-            losses_n, gradients = head.gradients(hidden_nD, _labels(member), pooling, denominator)
-            sink(Tap(member.position, _tensors(head, gradients)))
+            losses_n, gradients = head.gradients(hidden_nD, _labels(member), pooling, member.loss_denominator)
+            sink(Tap(member.position, _tensors(head, gradients, member.loss_scale)))
             predictions = ()
             if grad_ND is not None:
                 grad_ND.index_copy_(0, positions_n, gradients.hidden_nD)
@@ -58,8 +57,8 @@ def _labels(member: Member) -> list[float]:
     return [row.label for row in member.segment.rows if row.label is not None]
 
 
-def _tensors(head: BankedHead, gradients: HeadGradients) -> dict[TensorKey, Tensor]:
+def _tensors(head: BankedHead, gradients: HeadGradients, loss_scale: float) -> dict[TensorKey, Tensor]:
     return {
-        TensorKey(head.site, TensorKind.GRAD_WEIGHT): gradients.weight_CD,
-        TensorKey(head.site, TensorKind.GRAD_BIAS): gradients.bias_C,
+        TensorKey(head.site, TensorKind.GRAD_WEIGHT): gradients.weight_CD / loss_scale,
+        TensorKey(head.site, TensorKind.GRAD_BIAS): gradients.bias_C / loss_scale,
     }

@@ -70,6 +70,10 @@ class BankedHead:
         )
         return BankedHead(kind=kind, site=site.index, weight_CD=weight_CD, bias_C=bias_C)
 
+    @property
+    def nbytes(self) -> int:
+        return self.weight_CD.nbytes + self.bias_C.nbytes
+
     def losses(
         self, hidden_nD: Tensor, labels: Sequence[float], pooling: Pooling
     ) -> tuple[Tensor, tuple[float, ...]]:

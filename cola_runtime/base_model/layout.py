@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
-from typing import Any, assert_never
+from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -28,39 +27,46 @@ from cola_runtime.base_model.stacks.lora import LoraLayout
 from cola_runtime.base_model.stacks.lora_dropout import DropoutLoraLayout
 from cola_runtime.base_model.stacks.mlp import MlpLayout
 from cola_runtime.base_model.stacks.module import ModuleLayout
-from cola_runtime.base_model.stacks.protocol import PartLayout
+from cola_runtime.base_model.stacks.protocol import PartLayout, by_input_group
 from cola_runtime.types import TensorKey
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The sites of one part at one input group: consecutive blocks of the flat vector."""
+
+    part: int  # in spec.parts
+    layout: PartLayout
+    start: int
+
+    def blocks(self, flat: Tensor) -> Sequence[Tensor]:
+        """Views of one adapter's flat vector [P]."""
+        sizes = self.layout.block_sizes
+        return torch.split(flat[self.start : self.start + sum(sizes)], list(sizes))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterLayout:
-    """The parts' blocks, one after the other. The bank keeps one per `layout_key`: identity is equality."""
+    """Part by part, input group by input group. The bank keeps one per `layout_key`: identity is equality."""
 
-    parts: tuple[PartLayout, ...]
+    pieces: tuple[Piece, ...]
 
     @staticmethod
     def of(spec: AdapterSpec) -> AdapterLayout:
-        return AdapterLayout(tuple(map(_part_layout, spec.parts)))
-
-    @property
-    def block_sizes(self) -> list[int]:
-        return [size for part in self.parts for size in part.block_sizes]
+        pieces: list[Piece] = []
+        start = 0
+        for number, part in enumerate(spec.parts):
+            for sites in by_input_group(part.sites).values():
+                layout = _part_layout(AdapterPart(kind=part.kind, sites=sites))
+                pieces.append(Piece(number, layout, start))
+                start += sum(layout.block_sizes)
+        return AdapterLayout(tuple(pieces))
 
     def flatten(self, weights: Mapping[TensorKey, Tensor], spec: AdapterSpec, dtype: torch.dtype) -> Tensor:
         """A copy of all weights, each part's scaling folded in, in the bank's `dtype`."""
-        flats = [
-            layout.flatten(weights, part.kind, dtype)
-            for layout, part in zip(self.parts, spec.parts, strict=True)
-        ]
-        return flats[0] if len(flats) == 1 else torch.cat(flats)
-
-    def views(self, blocks: Sequence[Tensor]) -> list[dict[int, Any]]:
-        """Per part: input group -> views of the stacked `blocks`."""
-        bounds = accumulate((len(part.block_sizes) for part in self.parts), initial=0)
-        return [
-            part.views(blocks[start:stop])
-            for part, (start, stop) in zip(self.parts, pairwise(bounds), strict=True)
-        ]
+        return torch.cat(
+            [piece.layout.flatten(weights, spec.parts[piece.part].kind, dtype) for piece in self.pieces]
+        )
 
 
 def layout_key(spec: AdapterSpec) -> object:

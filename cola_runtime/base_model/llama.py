@@ -21,14 +21,14 @@ from cola_runtime.base_model.frozen_ops import (
     add_rms_norm_backward,
     project,
     rms_norm,
-    swiglu,
+    silu,
     swiglu_backward,
 )
 from cola_runtime.base_model.llama_weights import LlamaLayer, Projection, llama_layers
 from cola_runtime.base_model.segments import MixedBatch
-from cola_runtime.base_model.stacks.cache import Stacks
+from cola_runtime.base_model.site_groups import SiteGroup
+from cola_runtime.base_model.stacks.cohorts import Stacks
 from cola_runtime.base_model.stacks.protocol import Kept
-from cola_runtime.base_model.tapped import SiteGroup
 from cola_runtime.base_model.workspace import Workspace
 
 
@@ -57,19 +57,28 @@ class _Step:
     shape: tuple[int, int]
     stacks: Stacks
     rotary: Rotary
-    lowest: int  # the lowest adapted input group, by its place in the forward pass
-    records: dict[int, _LayerRecord] = field(default_factory=dict)
+    lowest: int  # the lowest adapted input group, by its place in the forward pass; -1: the embedding
+    tokens_BT1: Tensor
+    embedding_kept: list[Kept]
+    inputs_ND: dict[int, Tensor] = field(default_factory=dict)  # of the layers that the backward pass reaches
+    records: dict[int, _LayerRecord] = field(default_factory=dict)  # of the same, unless checkpointed
     last_ND: Tensor | None = None  # the residual stream before the final norm
     last_inverse_N1: Tensor | None = None
 
 
 class LlamaBody:
-    """`Body` of one LlamaForCausalLM. The tensors that it hands out lie in `space`."""
+    """`Body` of one LlamaForCausalLM. The tensors that it hands out lie in `space`.
 
-    def __init__(self, model: Any, groups: Sequence[SiteGroup], space: Workspace) -> None:
+    With `checkpointing` a layer keeps its input alone and is computed again in the backward pass.
+    """
+
+    def __init__(
+        self, model: Any, groups: Sequence[SiteGroup], space: Workspace, *, checkpointing: bool
+    ) -> None:
         attention = model.model.layers[0].self_attn
         self._model = model.model
         self._space = space
+        self._checkpointing = checkpointing
         self._layers = llama_layers(model, groups)
         self._eps = float(model.config.rms_norm_eps)
         self._attention = CausalAttention(
@@ -83,26 +92,36 @@ class LlamaBody:
             for depth, layer in enumerate(self._layers)
             for place, projection in enumerate(layer.projections)
         }
+        self._embedding = groups[-1].sites[0].input_group
+        self._places[self._embedding] = -1
         self._step: _Step | None = None
 
     @torch.no_grad()
     def forward(self, batch: MixedBatch, stacks: Stacks, *, train: bool) -> Tensor:
         tokens_BT = batch.tokens_BT
         embedded_BTD = self._model.embed_tokens(tokens_BT)
+        embedding = stacks.get(self._embedding, [])
         step = _Step(
             shape=(tokens_BT.shape[0], tokens_BT.shape[1]),
             stacks=stacks,
             rotary=self._rotary(embedded_BTD),
             lowest=min((self._places[group] for group in stacks), default=4 * len(self._layers)),
+            tokens_BT1=tokens_BT[..., None],
+            embedding_kept=[stack.add_to([embedded_BTD], tokens_BT[..., None]) for stack in embedding],
         )
         h_ND = embedded_BTD.flatten(0, 1)
         for depth, layer in enumerate(self._layers):
-            keep = train and depth >= step.lowest // 4
-            h_ND, record = self._layer_forward(
-                layer, h_ND, step, f"layer{depth}" if keep else f"passing{depth % 2}"
-            )
-            if keep:
+            kept = f"layer{depth}" if train and depth >= step.lowest // 4 else ""
+            passing = f"passing{depth % 2}"
+            next_ND = self._buffer(f"{kept or passing}.next", h_ND.shape[1], h_ND)
+            slot = "again" if self._checkpointing else kept or passing
+            record = self._layer_forward(layer, h_ND, step, slot)
+            self._add_down(layer, record, step, next_ND)
+            if kept:
+                step.inputs_ND[depth] = h_ND
+            if kept and not self._checkpointing:
                 step.records[depth] = record
+            h_ND = next_ND
         out_ND = self._buffer("hidden", h_ND.shape[1], h_ND)
         step.last_ND = h_ND
         step.last_inverse_N1 = rms_norm(h_ND, self._model.norm.weight, self._eps, out_ND, self._space)
@@ -117,10 +136,14 @@ class LlamaBody:
         add_rms_norm_backward(
             dh_ND, grad_ND, step.last_ND, step.last_inverse_N1, self._model.norm.weight, self._space
         )
-        while step.records:
-            depth, record = step.records.popitem()  # the deepest left
+        while step.inputs_ND:
+            depth, h_ND = step.inputs_ND.popitem()  # the deepest left
+            record = step.records.pop(depth, None) or self._recomputed(self._layers[depth], h_ND, step)
             if self._mlp_backward(self._layers[depth], record, step, dh_ND):
                 self._attention_backward(self._layers[depth], record, step, dh_ND)
+        grads_BTD = [dh_ND.view(*step.shape, -1)]
+        for stack, kept in zip(step.stacks.get(self._embedding, []), step.embedding_kept, strict=True):
+            stack.backward(step.tokens_BT1, kept, grads_BTD, None)
 
     def finish(self) -> None:
         self._step = None
@@ -133,10 +156,15 @@ class LlamaBody:
         cos_1TE, sin_1TE = self._model.rotary_emb(embedded_BTD, position_ids=positions)
         return self._attention.rotary(cos_1TE[0], sin_1TE[0])
 
-    def _layer_forward(
-        self, layer: LlamaLayer, h_ND: Tensor, step: _Step, slot: str
-    ) -> tuple[Tensor, _LayerRecord]:
-        """The layer's output, and what its backward needs; `slot` names the buffers that must survive."""
+    def _recomputed(self, layer: LlamaLayer, h_ND: Tensor, step: _Step) -> _LayerRecord:
+        """The layer's record once more. The residual stream above it is known: down's product is left out."""
+        record = self._layer_forward(layer, h_ND, step, "again")
+        unread_ND = self._buffer("again.next", h_ND.shape[1], h_ND)
+        record.kept[layer.down.number] = _adapt(layer.down, self._activated(record), [unread_ND], step)
+        return record
+
+    def _layer_forward(self, layer: LlamaLayer, h_ND: Tensor, step: _Step, slot: str) -> _LayerRecord:
+        """The layer up to the input of down; `slot` names the buffers that must survive."""
         hidden = h_ND.shape[1]
         kept: dict[int, list[Kept]] = {}
         x_ND = self._buffer(f"{slot}.x", hidden, h_ND)
@@ -157,11 +185,8 @@ class LlamaBody:
             for name in ("gate", "up", "silu")
         )
         kept[layer.gate_up.number] = _project(layer.gate_up, middle_x_ND, [gate_NF, up_NF], step)
-        act_NF = self._buffer("act", gate_NF.shape[1], h_ND)
-        swiglu(gate_NF, up_NF, silu_NF, act_NF)
-        next_ND = self._buffer(f"{slot}.next", hidden, h_ND)
-        kept[layer.down.number] = _add_projected(layer.down, middle_ND, act_NF, next_ND, step)
-        return next_ND, _LayerRecord(
+        silu(gate_NF, silu_NF)
+        return _LayerRecord(
             h_ND=h_ND,
             inverse_N1=inverse_N1,
             x_ND=x_ND,
@@ -176,13 +201,23 @@ class LlamaBody:
             kept=kept,
         )
 
+    def _add_down(self, layer: LlamaLayer, record: _LayerRecord, step: _Step, out_ND: Tensor) -> None:
+        """out = the layer's output."""
+        act_NF = self._activated(record)
+        record.kept[layer.down.number] = _add_projected(layer.down, record.middle_ND, act_NF, out_ND, step)
+
+    def _activated(self, record: _LayerRecord) -> Tensor:
+        """x of down: silu(gate) * up."""
+        act_NF = self._buffer("act", record.up_NF.shape[1], record.up_NF)
+        return torch.mul(record.silu_NF, record.up_NF, out=act_NF)
+
     def _mlp_backward(self, layer: LlamaLayer, record: _LayerRecord, step: _Step, dh_ND: Tensor) -> bool:
         """In place: dh becomes the gradient between attention and MLP. False if nothing below is adapted."""
-        act_NF, grad_NF, grad_gate_NF, grad_up_NF = (
+        act_NF = self._activated(record)
+        grad_NF, grad_gate_NF, grad_up_NF = (
             self._buffer(name, record.gate_NF.shape[1], dh_ND)
-            for name in ("act", "grad_act", "grad_gate", "grad_up")
+            for name in ("grad_act", "grad_gate", "grad_up")
         )
-        torch.mul(record.silu_NF, record.up_NF, out=act_NF)
         if not self._input_gradient(layer.down, act_NF, [dh_ND], record, step, grad_NF):
             return False
         swiglu_backward(grad_NF, record.gate_NF, record.up_NF, record.silu_NF, grad_gate_NF, grad_up_NF)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cola_runtime.base_model.tapped import SiteGroup
+from cola_runtime.base_model.site_groups import SiteGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,17 +90,21 @@ def _apart(group: SiteGroup) -> Projection:
 
 
 def is_plain_llama(model: Any, groups: Sequence[SiteGroup]) -> bool:
-    """Exactly transformers' own LlamaForCausalLM with SiLU and plain Linear sites, nothing missing."""
+    """Exactly transformers' own LlamaForCausalLM with SiLU, plain Linear sites and, as last group, the
+    embedding; nothing missing.
+    """
     from transformers.models.llama import modeling_llama as llama
 
     if type(model) is not llama.LlamaForCausalLM:
         return False
     layers = model.model.layers
+    of_layers = groups[:-1]
     return (
         all(type(layer) is llama.LlamaDecoderLayer for layer in layers)
-        and all(type(module) is nn.Linear for group in groups for module in group.modules)
-        and [len(group.modules) for group in groups] == [3, 1, 2, 1] * len(layers)
-        and all(group.fused_weight is not None for group in groups if len(group.modules) == 3)
+        and groups[-1].modules == (model.model.embed_tokens,)
+        and all(type(module) is nn.Linear for group in of_layers for module in group.modules)
+        and [len(group.modules) for group in of_layers] == [3, 1, 2, 1] * len(layers)
+        and all(group.fused_weight is not None for group in of_layers if len(group.modules) == 3)
         and _is_silu(layers[0].mlp.act_fn)
     )
 

@@ -3,29 +3,45 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from cola_runtime.base_model.catalogue import site_catalogue
+from cola_runtime.base_model.catalogue import site_catalogue, source_groups
+from cola_runtime.base_model.checkpointing import checkpoint_layers
 from cola_runtime.base_model.encoder_decoders import is_encoder_decoder, read_encoder_decoder
 from cola_runtime.base_model.encoders import is_encoder, read_encoder
 from cola_runtime.base_model.heads import Pooling
+from cola_runtime.base_model.images import (
+    ImageInput,
+    image_tokens,
+    is_image_classifier,
+    read_image_classifier,
+)
 from cola_runtime.base_model.llama_weights import is_plain_llama
 from cola_runtime.base_model.loss import VocabularyProjection
 from cola_runtime.base_model.product_rate import matrix_product_flops
+from cola_runtime.base_model.quantized import QUANTIZATIONS, quantize_sites
+from cola_runtime.base_model.site_groups import SiteGroup, site_group
 from cola_runtime.base_model.stock import open_frozen
-from cola_runtime.base_model.tapped import SiteGroup
 from cola_runtime.errors import InvalidInput
-from cola_runtime.types import Site, Task
+from cola_runtime.types import UNQUANTIZED, Site, Task
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 ATTENTIONS = ("eager", "sdpa")
 UNBOUNDED_CONTEXT = 4096  # of T5's relative positions, which set no limit: what memory should allow
 _TRIAL_SHAPE = (4, 64)
+_TRIAL_IMAGES = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +49,8 @@ class LoadedModel:
     """A frozen transformers model in evaluation mode and what was found out about it."""
 
     model: Any
+    path: Path
+    dtype: str
     sites: tuple[Site, ...]
     groups: tuple[SiteGroup, ...]
     head: VocabularyProjection | None  # None: an encoder, which predicts no tokens
@@ -41,6 +59,12 @@ class LoadedModel:
     by_hand: bool  # LlamaBody can compute it
     product_flops: float  # FLOP/s of matrix products in its dtype here
     tied_sites: tuple[int, ...]  # sites whose parameters another module uses too
+    activation_checkpointing: bool
+    quantization: str
+    parameters: int
+    source_groups: frozenset[int]  # of an encoder-decoder: input groups whose x is of the source's tokens
+    images: ImageInput | None = None  # of an image classifier, which takes nothing else
+    image_tokens: int = 0  # computed for every image
 
     @property
     def bidirectional(self) -> bool:
@@ -55,16 +79,27 @@ class LoadedModel:
         """What it can be trained for."""
         if self.encoder_decoder:
             return (Task.SEQUENCE_TO_SEQUENCE,)
+        if self.images is not None:
+            return (Task.IMAGE_CLASSIFICATION,)
         heads = (Task.SEQUENCE_CLASSIFICATION, Task.REGRESSION)
         return heads if self.bidirectional else (Task.CAUSAL_LM, *heads)
 
     @property
     def hidden_size(self) -> int:
+        if self.images is not None:
+            return self.images.hidden_size
         return int(self.model.get_input_embeddings().embedding_dim)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """0 where rows have no tokens."""
+        return 0 if self.images is not None else int(self.model.get_input_embeddings().num_embeddings)
 
     @property
     def context_length(self) -> int:
         """Tokens. RoBERTa counts positions from behind its padding token's id, so those before are lost."""
+        if self.images is not None:
+            return self.image_tokens
         embeddings = getattr(self.model.base_model, "embeddings", None)
         lost = getattr(embeddings, "padding_idx", None)
         positions = getattr(self.model.config, "max_position_embeddings", UNBOUNDED_CONTEXT)
@@ -75,32 +110,62 @@ class LoadedModel:
         return int(getattr(self.model.config, "type_vocab_size", 0)) if self.bidirectional else 0
 
 
-def load_frozen_model(path: Path, *, dtype: str, attention: str) -> LoadedModel:
+def load_frozen_model(
+    path: Path,
+    *,
+    dtype: str,
+    attention: str,
+    activation_checkpointing: bool = False,
+    quantization: str = UNQUANTIZED,
+) -> LoadedModel:
     """Load, freeze, find the sites; of a causal model check that head(last hidden state) is its logits.
 
     Reads safetensors only. Sites of one group get one weight buffer. Raises InvalidInput for an unknown dtype
-    or attention, and `BASE_MODEL_UNSUPPORTED` where the logits are not a plain projection.
+    or attention, `BASE_MODEL_UNSUPPORTED` where the logits are not a plain projection,
+    `CHECKPOINTING_UNSUPPORTED`, and `QUANTIZATION_UNSUPPORTED`.
     """
     if dtype not in DTYPES:
         raise _unknown("dtype", dtype, tuple(DTYPES))
     if attention not in ("auto", *ATTENTIONS):
         raise _unknown("attention", attention, ("auto", *ATTENTIONS))
-    model, head, pooling = _opened(path, DTYPES[dtype], None if attention == "auto" else attention)
-    sites = site_catalogue(model)
+    if quantization not in (UNQUANTIZED, *QUANTIZATIONS):
+        raise _unknown("quantization", quantization, (UNQUANTIZED, *QUANTIZATIONS))
+    chosen = None if attention == "auto" else attention
+    images = None
+    if is_image_classifier(path):
+        model, images = read_image_classifier(path, DTYPES[dtype], chosen)
+        head, pooling = None, Pooling(first_token=True)
+    else:
+        model, head, pooling = _opened(path, DTYPES[dtype], chosen)
+    sites = site_catalogue(model, None if images is None else images.shape)
+    tied_sites = _tied_sites(model, sites)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if quantization != UNQUANTIZED:
+        quantize_sites(model, sites, quantization, tied_sites=tied_sites)
     groups = _site_groups(model, sites)
     by_hand = is_plain_llama(model, groups)
     if attention == "auto":
-        attention = "sdpa" if by_hand else _faster_attention(model)
+        attention = "sdpa" if by_hand else _faster_attention(model, images)
+    if activation_checkpointing and not by_hand:
+        checkpoint_layers(model, groups)
     return LoadedModel(
         model=model,
+        path=path,
+        dtype=dtype,
         sites=sites,
         groups=groups,
         head=head,
         pooling=pooling,
         attention=attention,
         by_hand=by_hand,
-        tied_sites=_tied_sites(model, sites),
+        tied_sites=tied_sites,
+        images=images,
+        image_tokens=0 if images is None else image_tokens(model, sites, images.shape),
         product_flops=matrix_product_flops(DTYPES[dtype]),
+        source_groups=source_groups(model, sites) if model.config.is_encoder_decoder else frozenset(),
+        activation_checkpointing=activation_checkpointing,
+        quantization=quantization,
+        parameters=parameters,
     )
 
 
@@ -147,7 +212,7 @@ def _site_groups(model: Any, sites: Sequence[Site]) -> tuple[SiteGroup, ...]:
     for site in sites:
         members.setdefault(site.input_group, []).append(site)
     groups = [
-        SiteGroup(group, [model.get_submodule(site.name) for site in group]) for group in members.values()
+        site_group(group, [model.get_submodule(site.name) for site in group]) for group in members.values()
     ]
     shared = _shared_storages(model)
     for group in groups:
@@ -173,34 +238,45 @@ def _shared_storages(model: Any) -> set[int]:
     return shared
 
 
-def _faster_attention(model: Any) -> str:
+def _faster_attention(model: Any, images: ImageInput | None) -> str:
     """Set and return the implementation whose forward and backward take less time on this machine.
 
     An encoder-decoder keeps what transformers chose.
     """
     if model.config.is_encoder_decoder:
         return str(model.config._attn_implementation)
-    seconds = {name: _trial_seconds(model, name) for name in ATTENTIONS}
+    trial = partial(_text_trial, model) if images is None else partial(_image_trial, model, images)
+    seconds = {name: _trial_seconds(model, name, trial) for name in ATTENTIONS}
     best = min(seconds, key=lambda name: seconds[name])
     model.set_attn_implementation(best)
     return best
 
 
-def _trial_seconds(model: Any, attention: str) -> float:
+def _trial_seconds(model: Any, attention: str, trial: Callable[[], Tensor]) -> float:
     """Best of two passes over a small batch; infinite where the model does not have the implementation."""
     try:
         model.set_attn_implementation(attention)
     except ValueError:
         return float("inf")
-    return min(_timed_pass(model) for _ in range(2))
+    return min(_timed_pass(trial) for _ in range(2))
 
 
-def _timed_pass(model: Any) -> float:
+def _timed_pass(trial: Callable[[], Tensor]) -> float:
     started = time.perf_counter()
-    embedded_BTD = model.get_input_embeddings()(torch.zeros(_TRIAL_SHAPE, dtype=torch.int64))
-    hidden_BTD = model.base_model(inputs_embeds=embedded_BTD.requires_grad_(True), use_cache=False)[0]
-    hidden_BTD.sum().backward()
+    trial().sum().backward()  # type: ignore[no-untyped-call]
     return time.perf_counter() - started
+
+
+def _text_trial(model: Any) -> Tensor:
+    embedded_BTD = model.get_input_embeddings()(torch.zeros(_TRIAL_SHAPE, dtype=torch.int64))
+    hidden: Tensor = model.base_model(inputs_embeds=embedded_BTD.requires_grad_(True), use_cache=False)[0]
+    return hidden
+
+
+def _image_trial(model: Any, images: ImageInput) -> Tensor:
+    pixels_BCHW = torch.zeros(_TRIAL_IMAGES, *images.shape, dtype=model.dtype, requires_grad=True)
+    pooled: Tensor = model(pixel_values=pixels_BCHW).logits
+    return pooled
 
 
 def _unknown(field: str, value: str, known: Sequence[str]) -> InvalidInput:

@@ -51,11 +51,10 @@ def label_loss(
         chunk = slice(start, start + CHUNK_LABELS)
         positions_C = labels.positions_K[chunk]
         logits_CV = _logits(_scaled(hidden_ND.index_select(0, positions_C), head), head, space)
-        _losses_and_slopes(logits_CV, labels.targets_K[chunk], losses_K[chunk], space)
+        scales_C = labels.scales_K[chunk].to(wide) * head.hidden_scale
+        _losses_and_slopes(logits_CV, labels.targets_K[chunk], losses_K[chunk], scales_C, space)
         if grad_ND is not None:
-            grad_CD = torch.mm(logits_CV, head.weight_VD)
-            scales_C1 = labels.scales_K[chunk].to(wide)[:, None] * head.hidden_scale
-            grad_ND.index_copy_(0, positions_C, (grad_CD * scales_C1).to(hidden_ND.dtype))
+            grad_ND.index_copy_(0, positions_C, torch.mm(logits_CV, head.weight_VD))
     return losses_K, grad_ND
 
 
@@ -77,8 +76,13 @@ def _logits(hidden_CD: Tensor, head: VocabularyProjection, space: Workspace) -> 
     return logits_CV if head.bias_V is None else logits_CV.add_(head.bias_V)
 
 
-def _losses_and_slopes(logits_CV: Tensor, targets_C: Tensor, losses_C: Tensor, space: Workspace) -> None:
-    """Writes ce to `losses_C`, and over the logits d ce / d logits = softmax - onehot."""
+def _losses_and_slopes(
+    logits_CV: Tensor, targets_C: Tensor, losses_C: Tensor, scales_C: Tensor, space: Workspace
+) -> None:
+    """Writes ce to `losses_C`, and over the logits scale * d ce / d logits = scale * (softmax - onehot).
+
+    Scaled before it is rounded to the logits' dtype, in which small probabilities would be lost.
+    """
     for start in range(0, len(logits_CV), BLOCK_LABELS):
         block = slice(start, start + BLOCK_LABELS)
         logits_LV, targets_L1 = logits_CV[block], targets_C[block, None]
@@ -91,7 +95,7 @@ def _losses_and_slopes(logits_CV: Tensor, targets_C: Tensor, losses_C: Tensor, s
         losses_C[block] = -target_L1.log().squeeze(1)
         _repair_underflow(wide_LV, targets_L1.squeeze(1), target_L1.squeeze(1), losses_C[block])
         slopes_LV.scatter_(1, targets_L1, target_L1 - 1)
-        logits_LV.copy_(slopes_LV)
+        logits_LV.copy_(slopes_LV.mul_(scales_C[block, None]))
 
 
 def _repair_underflow(logits_LV: Tensor, targets_L: Tensor, target_L: Tensor, losses_L: Tensor) -> None:

@@ -12,8 +12,9 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
+from cola_runtime.adapters.site_modules import weight_OI
 from cola_runtime.base_model.bank import MergedAdapter
-from cola_runtime.base_model.tapped import SiteGroup, weight_OI
+from cola_runtime.base_model.site_groups import SiteGroup
 
 Biases = dict[int, Tensor]
 """Site -> sum_k p_k b_k, [O]."""

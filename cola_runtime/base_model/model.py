@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,31 +11,25 @@ import torch
 from torch import Tensor
 
 from cola_runtime.adapter_spec import AdapterSpec
+from cola_runtime.adapters.site_kinds import WHOLE_ROWS
 from cola_runtime.base_model.bank import AdapterBank, BankBytes
-from cola_runtime.base_model.body import Body, PatchedBody, causal_hidden, encoder_hidden
-from cola_runtime.base_model.encoder_decoders import decoder_hidden
-from cola_runtime.base_model.generate import Sampling, generate_tokens
-from cola_runtime.base_model.head_loss import HeadOutcome, head_losses
-from cola_runtime.base_model.llama import LlamaBody
+from cola_runtime.base_model.description import described
+from cola_runtime.base_model.generate import Sampling, check_prompt, generate_tokens, keep_own_settings_only
+from cola_runtime.base_model.images import ImageInput
 from cola_runtime.base_model.load import DTYPES, LoadedModel, load_frozen_model
-from cola_runtime.base_model.loss import label_loss, segment_loss_sums
-from cola_runtime.base_model.merge import MergedWeights
+from cola_runtime.base_model.loss_scales import LossScales
+from cola_runtime.base_model.mixed_pass import MixedPass
 from cola_runtime.base_model.segments import (
     Cohort,
     Member,
-    MixedBatch,
     RowLimits,
-    mixed_batch,
+    one_gang,
     row_refusal,
 )
-from cola_runtime.base_model.stacks.cache import StackCache, Stacks, group_stacks
-from cola_runtime.base_model.stacks.merged import bias_stacks, tap_stacks
-from cola_runtime.base_model.tapped import TappedModules
-from cola_runtime.base_model.workspace import Workspace
-from cola_runtime.errors import InvalidInput, NotFound
+from cola_runtime.errors import NotFound
 from cola_runtime.gradients.taps import TapSink
 from cola_runtime.types import (
-    PRODUCT_FLOPS,
+    UNQUANTIZED,
     BaseModelDescription,
     BaseStep,
     BaseStepResult,
@@ -53,68 +46,73 @@ from cola_runtime.types import (
 class TappedModel:
     """Synchronous and not thread-safe: every call comes from one compute thread."""
 
-    def __init__(self, loaded: LoadedModel, *, path: Path, dtype: str, threads: int) -> None:
+    def __init__(self, loaded: LoadedModel, *, threads: int) -> None:
         self._loaded = loaded
-        self._path = path
-        self._dtype = dtype
         self._threads = threads
         self._bank = AdapterBank(
-            loaded.sites, DTYPES[dtype], hidden_size=loaded.hidden_size, tied_sites=loaded.tied_sites
+            loaded.sites,
+            DTYPES[loaded.dtype],
+            hidden_size=loaded.hidden_size,
+            tied_sites=loaded.tied_sites,
+            quantization=loaded.quantization,
         )
-        self._merged = MergedWeights(loaded.groups)
-        self._modules = TappedModules(loaded.groups)
-        self._space = Workspace()
-        self._body = self._fastest_body()
+        self._pass = MixedPass(loaded, self._bank)
         self._limits = RowLimits(
-            vocabulary_size=self._vocabulary_size,
+            vocabulary_size=loaded.vocabulary_size,
             context_length=loaded.context_length,
             token_types=loaded.token_types,
             causal=not loaded.bidirectional,
             encoder_decoder=loaded.encoder_decoder,
+            image_shape=None if loaded.images is None else loaded.images.shape,
         )
-        self._cache = StackCache()
-        self._positions = {
-            site.index: place for group in loaded.groups for place, site in enumerate(group.sites)
-        }
+        self._scales = LossScales()
+        if not loaded.bidirectional:
+            keep_own_settings_only(loaded.model)
 
     @classmethod
-    def load(cls, path: Path, *, dtype: str, attention: str = "auto", threads: int = 1) -> TappedModel:
+    def load(
+        cls,
+        path: Path,
+        *,
+        dtype: str,
+        attention: str = "auto",
+        threads: int = 1,
+        activation_checkpointing: bool = False,
+        quantization: str = UNQUANTIZED,
+    ) -> TappedModel:
         """Load a pretrained folder. Sets the number of torch's threads, for the whole process.
 
         `attention` is `eager`, `sdpa`, or `auto`: whichever is faster here, by a short trial. A plain Llama
-        trains through our own attention and needs none.
+        trains through our own attention and needs none. With `activation_checkpointing` a layer keeps its
+        input alone and is computed again in the backward pass. `quantization` is `none`, `int8` or `nf4`.
         """
         torch.set_num_threads(threads)
-        loaded = load_frozen_model(path, dtype=dtype, attention=attention)
-        return cls(loaded, path=path, dtype=dtype, threads=threads)
+        loaded = load_frozen_model(
+            path,
+            dtype=dtype,
+            attention=attention,
+            activation_checkpointing=activation_checkpointing,
+            quantization=quantization,
+        )
+        return cls(loaded, threads=threads)
+
+    @property
+    def catalogue(self) -> tuple[Site, ...]:
+        """Every module that can carry an adapter: `sites`, then convolutions and embeddings."""
+        return self._loaded.sites
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        return self._loaded.sites
+        """Every Linear and Conv1D: what `all-linear` names."""
+        return tuple(site for site in self.catalogue if site.kind in WHOLE_ROWS)
 
     def describe(self, name: str, gradient_endpoint: str) -> BaseModelDescription:
-        model = self._loaded.model
-        return BaseModelDescription(
+        return described(
+            self._loaded,
             name=name,
-            architecture=type(model).__name__,
-            context_length=self._limits.context_length,
-            vocabulary_size=self._limits.vocabulary_size,
-            dtype=self._dtype,
-            sites=self.sites,
             gradient_endpoint=gradient_endpoint,
-            tokenizer_path=str(self._path),
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
-            hidden_size=self._loaded.hidden_size,
-            tasks=self._loaded.tasks,
-            details={
-                "tasks": ", ".join(self._loaded.tasks),
-                "attention": self._attention,
-                "body": type(self._body).__name__,
-                "threads": str(self._threads),
-                "device": "cpu",
-                PRODUCT_FLOPS: repr(self._loaded.product_flops),
-            },
-            tied_sites=self._loaded.tied_sites,
+            body=type(self._pass.body).__name__,
+            threads=self._threads,
         )
 
     def install(
@@ -133,7 +131,8 @@ class TappedModel:
     def evict(self, job_id: str) -> None:
         """Forget the job's adapter; sites that no merged adapter is left at become pristine at once."""
         self._bank.evict(job_id)
-        self._merged.release(self._bank.merged_sites)
+        self._scales.forget(job_id)
+        self._pass.merged.release(self._bank.merged_sites)
 
     @property
     def bank_bytes(self) -> BankBytes:
@@ -149,10 +148,11 @@ class TappedModel:
         A segment that the bank or the base model cannot serve gets a reason (`ADAPTER_UNKNOWN`, `FENCED`,
         `GANG_MISMATCH`, `VERSION_STALE`, `ROW_INVALID`) and is left out; the others are computed as if it
         were not there. The first one that can be served decides whose merged weights are put in place: those
-        of another gang get `GANG_MIXED`.
+        of another gang, or of another version of a member, get `GANG_MIXED`. Taps under a dynamic loss scale
+        leave at the end: a segment whose gradient overflows is computed again at a lower one.
         """
         started = time.monotonic()
-        refusals = _one_gang(step.segments, [self._refusal(segment) for segment in step.segments])
+        refusals = one_gang(step.segments, [self._refusal(segment) for segment in step.segments])
         members = [
             self._member(position, segment)
             for position, segment in enumerate(step.segments)
@@ -161,9 +161,11 @@ class TappedModel:
         outcomes: dict[int, SegmentLoss] = {}
         computed_tokens = 0
         if members:
-            batch = mixed_batch(members)
-            computed_tokens = batch.computed_tokens
-            outcomes = self._compute(batch, sink if step.train else None)
+            outcomes, computed_tokens = (
+                self._scales.train(members, sink, self._pass.compute)
+                if step.train
+                else self._pass.compute(members, None)
+            )
         return BaseStepResult(
             number=step.number,
             losses=tuple(
@@ -176,69 +178,35 @@ class TappedModel:
             real_tokens=sum(member.segment.tokens for member in members),
         )
 
+    @property
+    def images(self) -> ImageInput | None:
+        """What decodes its rows' images; None where it takes no images."""
+        return self._loaded.images
+
     def generate(
         self,
         job_id: str | None,
-        token_ids: Sequence[int],
+        prompts: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
         temperature: float = 0.0,
         seed: int = 0,
         stop_ids: Collection[int] = (),
-    ) -> list[int]:
-        """Continue `token_ids` with the job's current adapter, or with the bare base model for None.
+    ) -> list[list[int]]:
+        """Continue each prompt with the job's current adapter, or with the bare base model for None.
 
-        A merged adapter answers with its whole gang as it is now. Stops before the first of `stop_ids`, which
-        is not returned. Temperature 0 is greedy. Raises NotFound `ADAPTER_UNKNOWN`, InvalidInput
-        `SEQUENCE_TOO_LONG`, `TASK_UNSUPPORTED`.
+        A merged adapter answers with its whole gang as it is now. An encoder-decoder reads the prompts as its
+        sources. Stops before the first of `stop_ids`, which is not returned. Temperature 0 is greedy. Raises
+        NotFound `ADAPTER_UNKNOWN`, InvalidInput `PROMPT_EMPTY`, `SEQUENCE_TOO_LONG`, `TASK_UNSUPPORTED`.
         """
-        self._check_generation(len(token_ids), max_new_tokens)
+        for prompt in prompts:
+            check_prompt(self._loaded, len(prompt), max_new_tokens)
         sampling = Sampling(
             max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop_ids=frozenset(stop_ids)
         )
-        stacks = self._stacks([] if job_id is None else [self._lone_cohort(job_id)], None)
-        with self._modules.active(stacks, rows=1, training=False):
-            return generate_tokens(self._loaded.model, token_ids, sampling)
-
-    def _compute(self, batch: MixedBatch, sink: TapSink | None) -> dict[int, SegmentLoss]:
-        """Position in BaseStep.segments -> loss."""
-        stacks = self._stacks(batch.cohorts, sink)
-        train = sink is not None and bool(stacks)  # heads alone need no backward pass through the body
-        try:
-            hidden_ND = self._body.forward(batch, stacks, train=train)
-            with torch.no_grad():
-                losses_K, grad_ND = label_loss(
-                    hidden_ND, self._loaded.head, batch.labels, self._space, train=train
-                )
-            heads = head_losses(hidden_ND, batch, self._loaded.pooling, grad_ND=grad_ND, sink=sink)
-            if grad_ND is not None:
-                self._body.backward(grad_ND)
-        finally:
-            self._body.finish()
-        sums = segment_loss_sums(losses_K, batch.labels)
-        return {
-            member.position: _segment_loss(member.segment, of_labels, heads.get(member.position))
-            for member, of_labels in zip(batch.members, sums, strict=True)
-        }
-
-    def _stacks(self, cohorts: Sequence[Cohort], sink: TapSink | None) -> Stacks:
-        """What is computed beside the base weights, which become those that these cohorts must see."""
-        gang = cohorts[0].members[0].adapter.gang if cohorts else None
-        self._merged.put(self._bank.gang(gang))
-        if gang is None:
-            return group_stacks(cohorts, self._positions, self._cache, sink)
-        stacks = bias_stacks(self._merged.biases, self._loaded.groups)
-        return stacks if sink is None else tap_stacks(stacks, cohorts, self._positions, sink)
-
-    def _fastest_body(self) -> Body:
-        if self._loaded.by_hand:
-            return LlamaBody(self._loaded.model, self._loaded.groups, self._space)
-        hidden = causal_hidden
-        if self._loaded.encoder_decoder:
-            hidden = decoder_hidden
-        elif self._loaded.bidirectional:
-            hidden = encoder_hidden
-        return PatchedBody(partial(hidden, self._loaded.model), self._modules)
+        cohorts = [] if job_id is None else [self._lone_cohort(job_id, rows=len(prompts))]
+        with self._pass.adapted(cohorts, rows=len(prompts)):
+            return generate_tokens(self._loaded.model, prompts, sampling)
 
     def _refusal(self, segment: Segment) -> str | None:
         adapter = self._bank.adapter(segment.lease.job_id)
@@ -250,7 +218,7 @@ class TappedModel:
         assert adapter is not None  # `_refusal` has looked
         return Member(position=position, segment=segment, adapter=adapter)
 
-    def _lone_cohort(self, job_id: str) -> Cohort:
+    def _lone_cohort(self, job_id: str, *, rows: int) -> Cohort:
         adapter = self._bank.adapter(job_id)
         if adapter is None:
             raise NotFound("ADAPTER_UNKNOWN", f"no adapter of {job_id} is resident", where=job_id)
@@ -258,65 +226,12 @@ class TappedModel:
         segment = Segment(
             lease=adapter.lease,
             version=adapter.version,
-            rows=(row,),
+            rows=(row,) * rows,
             loss_denominator=1.0,
             gang=adapter.gang,
         )
         return Cohort(members=(Member(position=0, segment=segment, adapter=adapter),), first_row=0)
 
-    def _check_generation(self, prompt_tokens: int, max_new_tokens: int) -> None:
-        if self._loaded.bidirectional:
-            raise InvalidInput(
-                "TASK_UNSUPPORTED",
-                f"{type(self._loaded.model).__name__} is an encoder, which generates nothing",
-                where="base_model",
-                remedy="Ask a causal language model.",
-            )
-        if prompt_tokens == 0:
-            raise InvalidInput("PROMPT_EMPTY", "the prompt has no tokens", where="prompt")
-        total = prompt_tokens + max_new_tokens
-        if total > self._limits.context_length:
-            raise InvalidInput(
-                "SEQUENCE_TOO_LONG",
-                f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones do not fit the context",
-                where="prompt",
-                limit=self._limits.context_length,
-                actual=total,
-                remedy="Shorten the prompt or ask for fewer tokens.",
-            )
-
-    @property
-    def _attention(self) -> str:
-        loaded = self._loaded
-        return f"fused, {loaded.attention} when generating" if loaded.by_hand else loaded.attention
-
-    @property
-    def _vocabulary_size(self) -> int:
-        return int(self._loaded.model.get_input_embeddings().num_embeddings)
-
 
 def _refused(segment: Segment, reason: str | None) -> SegmentLoss:
     return SegmentLoss(job_id=segment.lease.job_id, reason=reason)
-
-
-def _one_gang(segments: Sequence[Segment], refusals: Sequence[str | None]) -> list[str | None]:
-    """The refusals, and `GANG_MIXED` for what is of another gang than the first segment without one."""
-    served = [segment.gang for segment, refusal in zip(segments, refusals, strict=True) if refusal is None]
-    return [
-        "GANG_MIXED" if refusal is None and segment.gang != served[0] else refusal
-        for segment, refusal in zip(segments, refusals, strict=True)
-    ]
-
-
-def _segment_loss(
-    segment: Segment, of_labels: tuple[float, float], of_head: HeadOutcome | None
-) -> SegmentLoss:
-    job_id = segment.lease.job_id
-    if of_head is None:
-        return SegmentLoss(job_id=job_id, loss_sum=of_labels[0], weight_sum=of_labels[1])
-    return SegmentLoss(
-        job_id=job_id,
-        loss_sum=of_head.loss_sum,
-        weight_sum=float(len(segment.rows)),
-        predictions=of_head.predictions,
-    )

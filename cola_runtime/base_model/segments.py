@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cola_runtime.adapter_spec import HeadKind
 from cola_runtime.base_model.bank import BankedAdapter
-from cola_runtime.types import Row, Segment, TapPlan
+from cola_runtime.types import Image, Row, Segment, TapPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +29,12 @@ class Member:
     position: int  # in BaseStep.segments
     segment: Segment
     adapter: BankedAdapter
+    loss_scale: float = 1.0  # what this pass multiplies the segment's loss by
+
+    @property
+    def loss_denominator(self) -> float:
+        """What a pass divides the segment's sum of losses by."""
+        return self.segment.loss_denominator / self.loss_scale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +64,7 @@ class Labels:
     positions_K: Tensor  # int64, ascending, in [0, B*T)
     targets_K: Tensor  # int64
     weights_K: Tensor  # float64
-    scales_K: Tensor  # float64: weight / loss_denominator, the loss's derivative by the cross-entropy
+    scales_K: Tensor  # float64: weight / loss_denominator, the scaled loss's derivative by the cross-entropy
     counts: tuple[int, ...]  # per member, in batch order
 
 
@@ -76,6 +82,8 @@ class MixedBatch:
     lengths_B: Tensor  # int64
     token_types_BT: Tensor | None  # int64, padded with 0; None: all 0
     sources: Sources | None  # of an encoder-decoder
+    images_BCHW: Tensor | None  # uint8, of an image classifier, whose rows have no tokens
+    image_tokens: int  # of all images together
     cohorts: tuple[Cohort, ...]
     labels: Labels
 
@@ -83,7 +91,7 @@ class MixedBatch:
     def computed_tokens(self) -> int:
         """Rows times padded length."""
         sources = 0 if self.sources is None else self.sources.tokens_BS.numel()
-        return self.tokens_BT.numel() + sources
+        return self.tokens_BT.numel() + sources + self.image_tokens
 
     @property
     def members(self) -> tuple[Member, ...]:
@@ -114,6 +122,8 @@ def mixed_batch(members: Sequence[Member]) -> MixedBatch:
         lengths_B=torch.tensor([len(row.tokens) for row in rows]),
         token_types_BT=_token_types(rows, tokens.shape),
         sources=_sources([row.source for row in rows if row.source is not None]),
+        images_BCHW=_images([row.image for row in rows if isinstance(row.image, Image)]),
+        image_tokens=sum(row.image.tokens for row in rows if row.image is not None),
         cohorts=tuple(cohorts),
         labels=_labels(ordered, tokens, weights),
     )
@@ -146,6 +156,10 @@ def _sources(sources: Sequence[NDArray[np.int32]]) -> Sources | None:
     return Sources(tokens_BS=tokens_BS, real_BS=real_BS)
 
 
+def _images(images: Sequence[Image]) -> Tensor | None:
+    return torch.from_numpy(np.stack([image.pixels for image in images])) if images else None
+
+
 def _token_types(rows: Sequence[Row], shape: tuple[int, ...]) -> Tensor | None:
     if all(row.token_types is None for row in rows):
         return None
@@ -159,7 +173,7 @@ def _token_types(rows: Sequence[Row], shape: tuple[int, ...]) -> Tensor | None:
 def _labels(members: Sequence[Member], tokens: NDArray[np.int64], weights: NDArray[np.float64]) -> Labels:
     row, column = np.nonzero(weights)
     rows_of = [len(member.segment.rows) for member in members]
-    denominators = np.repeat([member.segment.loss_denominator for member in members], rows_of)
+    denominators = np.repeat([member.loss_denominator for member in members], rows_of)
     label_weights = weights[row, column]
     per_row = np.count_nonzero(weights, axis=1)
     counts = np.add.reduceat(per_row, np.cumsum([0, *rows_of[:-1]]))
@@ -183,6 +197,7 @@ class RowLimits:
     token_types: int  # how many it has an embedding for; 0 where it has none
     causal: bool  # it predicts tokens
     encoder_decoder: bool  # its rows have a source
+    image_shape: tuple[int, int, int] | None  # its rows are images [channels, height, width]
 
 
 def row_refusal(rows: Sequence[Row], limits: RowLimits, head: HeadKind | None) -> str | None:
@@ -194,6 +209,8 @@ def row_refusal(rows: Sequence[Row], limits: RowLimits, head: HeadKind | None) -
 
 
 def _embeddable(row: Row, limits: RowLimits) -> bool:
+    if limits.image_shape is not None or row.image is not None:
+        return _is_image(row, limits)
     tokens, types = row.tokens, row.token_types
     if (row.source is not None) != limits.encoder_decoder:
         return False
@@ -207,9 +224,40 @@ def _embeddable(row: Row, limits: RowLimits) -> bool:
     )
 
 
+def _is_image(row: Row, limits: RowLimits) -> bool:
+    image = row.image
+    texts = (row.token_types, row.source)
+    return (
+        isinstance(image, Image)
+        and len(row.tokens) == 0
+        and all(text is None for text in texts)
+        and image.pixels.dtype == np.uint8
+        and image.pixels.shape == limits.image_shape
+        and image.tokens == limits.context_length
+    )
+
+
 def _judged(row: Row, limits: RowLimits, head: HeadKind | None) -> bool:
     if head is None or row.label is None:
         return limits.causal and head is None and row.label is None and len(row.weights) == len(row.tokens)
     if head.problem == "regression":
         return math.isfinite(row.label)
     return isinstance(row.label, int) and 0 <= row.label < head.labels
+
+
+def one_gang(segments: Sequence[Segment], refusals: Sequence[str | None]) -> list[str | None]:
+    """The refusals, and `GANG_MIXED` for what needs other merged weights than the first segment without one.
+
+    That is another gang, or a member in another version than in its first segment.
+    """
+    served = [segment for segment, refusal in zip(segments, refusals, strict=True) if refusal is None]
+    versions = {segment.lease.job_id: segment.version for segment in reversed(served)}
+
+    def fits(segment: Segment) -> bool:
+        same = segment.gang is None or segment.version == versions[segment.lease.job_id]
+        return segment.gang == served[0].gang and same
+
+    return [
+        "GANG_MIXED" if refusal is None and not fits(segment) else refusal
+        for segment, refusal in zip(segments, refusals, strict=True)
+    ]

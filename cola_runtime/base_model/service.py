@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,6 +59,7 @@ class BaseModelService:
         self._model = model
         self._name = name
         self._lane = ComputeLane()
+        self._decoding = asyncio.Lock()  # steps are decoded, and so computed, in the order they came
         self._compressor = TapCompressor()  # the lane's alone
         self._events = EventLog()
         self._server = GradientServer(
@@ -101,7 +102,10 @@ class BaseModelService:
         The ends are queued by the compute thread, too: else the next step's taps, which it may begin to hand
         out before this coroutine goes on, would be ahead of them and count as this microbatch's.
         """
-        tensors: Counter[int] = Counter()
+        if self._model.images is not None:
+            async with self._decoding:
+                step = await asyncio.to_thread(self._model.images.decoded, step)
+        tensors: dict[int, Counter[int]] = defaultdict(Counter)
 
         def sink(tap: Tap) -> None:
             segment = step.segments[tap.segment]
@@ -122,21 +126,23 @@ class BaseModelService:
     async def generate(
         self,
         job_id: str | None,
-        token_ids: Sequence[int],
+        prompts: Sequence[Sequence[int]],
         *,
         checkpoint: bytes | None = None,
         max_new_tokens: int,
         temperature: float,
         seed: int,
         stop_ids: Sequence[int],
-    ) -> list[int]:
-        """New tokens: from the adapter in the bank, else from the checkpoint; None is the bare base model."""
+    ) -> list[list[int]]:
+        """New tokens for every prompt, in one turn of the compute thread: from the adapter in the bank, else
+        from the checkpoint; None is the bare base model.
+        """
 
-        def ask() -> list[int]:
+        def ask() -> list[list[int]]:
             with self._resident(job_id, checkpoint):
                 return self._model.generate(
                     job_id,
-                    token_ids,
+                    prompts,
                     max_new_tokens=max_new_tokens,
                     temperature=temperature,
                     seed=seed,

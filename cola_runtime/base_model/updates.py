@@ -1,24 +1,27 @@
-"""Gathers the tensors of one version of one adapter; only a complete, well-shaped version counts."""
+"""Gathers one version of one adapter from its devices; only what is complete from all of them counts."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from cola_runtime.adapter_spec import LeaseTerms
 from cola_runtime.adapters.adapter import torch_dtype
 from cola_runtime.adapters.shapes import weight_shapes
-from cola_runtime.errors import Conflict, Fenced, ProtocolError
+from cola_runtime.adapters.shards import shard_specs
+from cola_runtime.base_model.shard_inbox import ShardInbox
+from cola_runtime.errors import Fenced
+from cola_runtime.gradients.norms import global_norm
 from cola_runtime.proto import control_pb2
 from cola_runtime.transport.reader import ReceivedTensor
-from cola_runtime.transport.tensors import from_wire
 from cola_runtime.types import Lease, TensorKey
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
-    """All weights of one version of an adapter, and what the device and the counters say about the step."""
+    """All weights of one version of an adapter, and what devices and counters say about the step."""
 
     lease: Lease
     terms: LeaseTerms
@@ -31,89 +34,82 @@ class Update:
     bytes_down: int
 
 
-@dataclass(slots=True)
-class _Pending:
-    version: int
-    weights: dict[TensorKey, Tensor] = field(default_factory=dict)
-    wire_bytes: int = 0
-    failure: ProtocolError | None = None  # told at UpdateEnd, so that the device hears of it once
-
-
 class LeasedAdapter:
-    """What the base model knows of one lease: who may update, to which shapes, from which version."""
+    """What the base model knows of one lease: which device updates what, from which version."""
 
     def __init__(self, lease: Lease, terms: LeaseTerms) -> None:
         self.lease = lease
         self.terms = terms
-        self.version: int | None = None  # of the last complete update
-        self._shapes = weight_shapes(terms.spec)
-        self._dtype = torch_dtype(terms.spec)
-        self._pending: _Pending | None = None
+        shards = shard_specs(terms.spec, len(lease.device_ids))
+        self._inboxes = {
+            device_id: ShardInbox(spec) for device_id, spec in zip(lease.device_ids, shards, strict=True)
+        }
+        self._device_of = {
+            site.index: device_id
+            for device_id, spec in zip(lease.device_ids, shards, strict=True)
+            for site in spec.sites
+        }
         self._bytes_up: dict[int, int] = {}
+        self._bytes_down: dict[int, int] = {}
+
+    def device_of(self, site: int) -> str:
+        """Whose shard the site is in."""
+        return self._device_of.get(site, self.lease.device_id)
 
     def count_up(self, version: int, wire_bytes: int) -> None:
-        """Count bytes sent to the device for the step that leaves `version`."""
+        """Count bytes sent to the devices for the step that leaves `version`."""
         self._bytes_up[version] = self._bytes_up.get(version, 0) + wire_bytes
 
-    def add(self, received: ReceivedTensor) -> None:
+    def add(self, received: ReceivedTensor, *, device_id: str) -> None:
         """Take one weight of a coming version; a fault is kept and told by `complete`."""
-        address = received.address
-        if self._pending is None or self._pending.version != address.version:
-            self._pending = _Pending(address.version)
-        pending = self._pending
-        pending.wire_bytes += received.wire_bytes
-        try:
-            self._take(pending, TensorKey(address.site, address.kind, address.slot), from_wire(received))
-        except ProtocolError as error:
-            pending.failure = pending.failure or error
+        self._inboxes[device_id].add(received)
 
-    def complete(self, end: control_pb2.UpdateEnd, *, wire_bytes: int) -> Update:
-        """The whole update. Raises ProtocolError, or Conflict STEP_OUT_OF_ORDER for a version out of turn."""
-        pending, self._pending = self._pending or _Pending(end.version), None
-        self._check(pending, end)
-        self.version = end.version
-        bytes_up = self._bytes_up.pop(end.version - 1, 0)
-        self._bytes_up = {
-            version: count for version, count in self._bytes_up.items() if version >= end.version
-        }
-        return Update(
+    def add_norms(self, message: control_pb2.ShardNorms, *, device_id: str, wire_bytes: int) -> float | None:
+        """The norm of the whole adapter's gradient, once every shard's norms of this step are there.
+
+        Raises ProtocolError `NORMS_INVALID`.
+        """
+        self._inboxes[device_id].take_norms(message)
+        self._count_down(message.version, wire_bytes)
+        inboxes = self._inboxes.values()
+        if any(inbox.normed_version != message.version for inbox in inboxes):
+            return None
+        norms = {key: norm for inbox in inboxes for key, norm in inbox.norms.items()}
+        in_order = [norms[key] for key in weight_shapes(self.terms.spec)]
+        return float(global_norm(torch.tensor(in_order, dtype=torch_dtype(self.terms.spec))))
+
+    def complete(self, end: control_pb2.UpdateEnd, *, device_id: str, wire_bytes: int) -> Update | None:
+        """The whole update, once every shard's is complete.
+
+        Raises ProtocolError, or Conflict STEP_OUT_OF_ORDER for a version out of turn.
+        """
+        of_weights = self._inboxes[device_id].complete(end)
+        self._count_down(end.version - 1, of_weights + wire_bytes)
+        inboxes = self._inboxes.values()
+        ends = [inbox.end for inbox in inboxes if inbox.end is not None and inbox.version == end.version]
+        if len(ends) < len(self._inboxes):
+            return None
+        update = Update(
             lease=self.lease,
             terms=self.terms,
             version=end.version,
-            weights=pending.weights,
+            weights={key: weight for inbox in inboxes for key, weight in inbox.hand_over().items()},
             learning_rate=end.learning_rate,
             gradient_norm=end.gradient_norm,
-            device_seconds=end.device_seconds,
-            bytes_up=bytes_up,
-            bytes_down=pending.wire_bytes + wire_bytes,
+            device_seconds=sum(of_shard.device_seconds for of_shard in ends),
+            bytes_up=self._bytes_up.pop(end.version - 1, 0),
+            bytes_down=self._bytes_down.pop(end.version - 1, 0),
         )
+        self._forget_before(end.version)
+        return update
 
-    def _take(self, pending: _Pending, key: TensorKey, tensor: Tensor) -> None:
-        shape = self._shapes.get(key)
-        if shape is None or tuple(tensor.shape) != shape or tensor.dtype != self._dtype:
-            raise ProtocolError(
-                "UPDATE_INVALID",
-                f"{key.kind.name} of site {key.site} is {tensor.dtype} {tuple(tensor.shape)}",
-                limit=f"{self._dtype} {shape}",
-            )
-        if key in pending.weights:
-            raise ProtocolError("UPDATE_INVALID", f"{key.kind.name} of site {key.site} came twice")
-        pending.weights[key] = tensor
+    def _count_down(self, version: int, wire_bytes: int) -> None:
+        self._bytes_down[version] = self._bytes_down.get(version, 0) + wire_bytes
 
-    def _check(self, pending: _Pending, end: control_pb2.UpdateEnd) -> None:
-        if pending.failure is not None:
-            raise pending.failure
-        counts = (len(pending.weights), end.tensors)
-        if pending.version != end.version or counts != (len(self._shapes), len(self._shapes)):
-            raise ProtocolError(
-                "UPDATE_INCOMPLETE",
-                f"version {end.version} has {end.tensors} tensors, {counts[0]} of {pending.version} came",
-                limit=len(self._shapes),
-            )
-        if self.version is not None and end.version not in (self.version, self.version + 1):
-            raise Conflict(
-                "STEP_OUT_OF_ORDER", "an update out of turn", limit=self.version + 1, actual=end.version
-            )
+    def _forget_before(self, version: int) -> None:
+        for counts in (self._bytes_up, self._bytes_down):
+            for older in [each for each in counts if each < version]:
+                del counts[older]
 
 
 class LeaseTable:
@@ -140,9 +136,9 @@ class LeaseTable:
         return True
 
     def find(self, lease: Lease) -> LeasedAdapter | None:
-        """The adapter if exactly this lease is honoured."""
+        """The adapter if exactly this lease, or the one that this is a device's part of, is honoured."""
         current = self._adapters.get(lease.job_id)
-        return current if current is not None and current.lease == lease else None
+        return current if current is not None and current.lease.covers(lease) else None
 
     def of(self, job_id: str, *, epoch: int, device_id: str) -> LeasedAdapter | None:
         return self.find(Lease(job_id=job_id, epoch=epoch, device_id=device_id))
@@ -152,4 +148,4 @@ class LeaseTable:
         current = self._adapters.get(lease.job_id)
         if current is None:
             return "LEASE_UNKNOWN", "the base model holds no lease of this job"
-        return "FENCED", f"epoch {current.lease.epoch} on {current.lease.device_id} holds this job"
+        return "FENCED", f"epoch {current.lease.epoch} on {current.lease.devices} holds this job"

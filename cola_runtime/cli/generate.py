@@ -27,7 +27,10 @@ def generate(
     url: UrlOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Continue a text, or answer it (--chat), with a job's adapter or the bare base model."""
+    """Continue a text, or answer it (--chat), with a job's adapter or the bare base model.
+
+    An encoder-decoder reads the text and writes its own.
+    """
     from cola_runtime.cli.connect import connected
     from cola_runtime.cli.output import clean_block, print_json
 

@@ -29,7 +29,17 @@ def serve(
         str | None, typer.Option(help="A known alias, or any name with --model-path.")
     ] = None,
     model_path: Annotated[Path | None, typer.Option(help="A folder in transformers' format.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float64.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or float64.")] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="none, int8 or nf4: how the frozen weights are held.")
+    ] = None,
+    activation_checkpointing: Annotated[
+        bool | None,
+        typer.Option(
+            "--activation-checkpointing/--no-activation-checkpointing",
+            help="Compute the base model's layers again in the backward pass: less memory, more time.",
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the base model.")] = None,
     devices: Annotated[
         int | None, typer.Option(min=0, help="Devices that the service starts itself.")
@@ -51,7 +61,14 @@ def serve(
         listen=listen,
         advertise=advertise,
         data_dir=data_dir,
-        base_model={"name": base_model, "path": model_path, "dtype": dtype, "threads": threads},
+        base_model={
+            "name": base_model,
+            "path": model_path,
+            "dtype": dtype,
+            "quantization": quantization,
+            "activation_checkpointing": activation_checkpointing,
+            "threads": threads,
+        },
         devices={"count": devices},
         ray_address=ray_address,
         adapter_modules=adapter_module,

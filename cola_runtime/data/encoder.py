@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from cola_runtime.data.template import ChatTemplate, Piece
 from cola_runtime.errors import InvalidInput
 
 _CACHED_MARKUP = 4096
+_NO_TEXT = secrets.token_hex(16)  # in front of a piece's name: nobody can guess it
 _PROBES = ("\n", "a b", "\nc", " d", "ü")
 
 
@@ -41,7 +43,7 @@ class Encoder:
         self.prefix = self._find_prefix()  # markup that every plain text begins with, often none
         self.end = str(self._tokenizer.eos_token)  # markup that every plain text ends with
         self.turn_end_id = self._find_turn_end()  # None: the template doesn't mark the end of an answer
-        stops = {self._tokenizer.eos_token_id, self.turn_end_id, *_generation_stops(folder)}
+        stops = {self._tokenizer.eos_token_id, self.turn_end_id, *generation_stops(folder)}
         self.stop_ids: tuple[int, ...] = tuple(sorted(stops - {None}))
 
     def ids(self, pieces: Sequence[Piece]) -> list[Sequence[int]]:
@@ -117,14 +119,31 @@ def load_tokenizer(folder: Path) -> Any:
 
 def backend_of(tokenizer: Any, *, text_only: bool) -> Backend:
     """A copy that neither cuts nor pads; with `text_only` the spelling of a special token is plain text."""
-    backend = Backend.from_str(tokenizer.backend_tokenizer.to_str())
+    written = tokenizer.backend_tokenizer.to_str()
+    backend = Backend.from_str(_without_control_pieces(written) if text_only else written)
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = text_only
     return backend
 
 
-def _generation_stops(folder: Path) -> set[int]:
+def _without_control_pieces(written: str) -> str:
+    """A Unigram model has `</s>` among its pieces and finds it in a text, even where nothing is special.
+
+    Its special pieces keep their numbers, under names that no text can have.
+    """
+    fields = json.loads(written)
+    if fields["model"]["type"] != "Unigram":
+        return written
+    special = {token["content"] for token in fields["added_tokens"] if token["special"]}
+    fields["added_tokens"] = [t for t in fields["added_tokens"] if t["content"] not in special]
+    for piece in fields["model"]["vocab"]:
+        if piece[0] in special:
+            piece[0] = f"{_NO_TEXT}{piece[0]}"
+    return json.dumps(fields)
+
+
+def generation_stops(folder: Path) -> set[int]:
     """The ids that the model's own generation settings stop at."""
     path = folder / "generation_config.json"
     ids = json.loads(path.read_text("utf-8")).get("eos_token_id") if path.is_file() else None

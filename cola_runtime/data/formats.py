@@ -6,6 +6,7 @@ One object per line, all of one format:
     {"prompt": "...", "completion": "..."}
     {"text": "..."}
     {"text": "...", "label": "name" or a number}, maybe with a "text_pair": "..."
+    {"image": "<PNG or JPEG in base64>", "label": "name" or a number}
 
 A byte-order mark, CRLF, blank lines and a missing final newline are accepted. Blank lines count as lines.
 """
@@ -20,6 +21,7 @@ from cola_runtime.data.json_lines import parse_line
 from cola_runtime.data.records import (
     ChatRecord,
     CompletionRecord,
+    ImageRecord,
     LabelledRecord,
     Record,
     TextRecord,
@@ -57,6 +59,7 @@ class DatasetFormat(enum.StrEnum):
     PROMPT_COMPLETION = "prompt_completion"
     TEXT = "text"
     LABELLED = "labelled"
+    LABELLED_IMAGE = "labelled_image"
 
 
 _FORMATS: dict[type, DatasetFormat] = {
@@ -64,6 +67,7 @@ _FORMATS: dict[type, DatasetFormat] = {
     CompletionRecord: DatasetFormat.PROMPT_COMPLETION,
     TextRecord: DatasetFormat.TEXT,
     LabelledRecord: DatasetFormat.LABELLED,
+    ImageRecord: DatasetFormat.LABELLED_IMAGE,
 }
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import difflib
 
-from cola_runtime.data.records import LabelledRecord
+from cola_runtime.data.records import ImageRecord, LabelledRecord
 from cola_runtime.data.violations import Problem
-from cola_runtime.task_spec import ClassificationTask, RegressionTask
+from cola_runtime.task_spec import LabelledTask, RegressionTask
 
 MAX_VALUE = 3.0e38  # beyond, float32 has no number
 _LISTED_NAMES = 12
 
 
-def label_value(record: LabelledRecord, task: ClassificationTask | RegressionTask) -> int | float:
+def label_value(record: LabelledRecord | ImageRecord, task: LabelledTask) -> int | float:
     """The class's number, or the value to learn. A class may be given by name or by number.
 
     Raises Problem `LABEL_INVALID` for the wrong type, `LABEL_UNKNOWN` for a name that the job does not list,

@@ -11,12 +11,20 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cola_runtime.task_spec import CausalLmTask, ClassificationTask, RegressionTask
+from cola_runtime.data.rouge import rouge_l
+from cola_runtime.task_spec import (
+    AnyTask,
+    CausalLmTask,
+    ClassificationTask,
+    ImageClassificationTask,
+    RegressionTask,
+    SequenceToSequenceTask,
+)
 from cola_runtime.types import Metric
 
 Floats = NDArray[np.float64]
 
-_TOKENS = frozenset({Metric.LOSS, Metric.PERPLEXITY})
+_TOKENS = frozenset({Metric.LOSS, Metric.PERPLEXITY, Metric.ROUGE_L})
 _CLASSES = frozenset({Metric.LOSS, Metric.ACCURACY, Metric.F1_MACRO, Metric.MATTHEWS})
 _VALUES = frozenset({Metric.LOSS, Metric.PEARSON, Metric.SPEARMAN})
 
@@ -24,21 +32,27 @@ _MOST_NATS = 700.0  # exp of more is no float64
 
 
 def evaluate(
-    task: CausalLmTask | ClassificationTask | RegressionTask,
+    task: AnyTask,
     *,
     mean_loss: float,
     labels: Sequence[float] = (),
     predictions: Sequence[float] = (),
+    answers: Sequence[tuple[str, str]] = (),
 ) -> dict[str, float]:
-    """Name -> value; always `loss`, and for `causal_lm` `perplexity`.
+    """Name -> value; always `loss`, and where tokens are predicted `perplexity`.
+
+    With `answers`, each a reference and what was generated instead, also `rouge_l`, the mean over them.
 
     For classes `accuracy`, `f1_macro` over the classes that occur as label or prediction, `matthews`, and of
     two classes also `f1`, that of class 1. For values, whose loss is the mean squared error, `pearson` and
     `spearman`.
     """
     measures = {"loss": mean_loss}
-    if isinstance(task, CausalLmTask):
-        return measures | {"perplexity": math.exp(min(mean_loss, _MOST_NATS))}
+    if isinstance(task, CausalLmTask | SequenceToSequenceTask):
+        measures["perplexity"] = math.exp(min(mean_loss, _MOST_NATS))
+        if answers:
+            measures["rouge_l"] = float(np.mean([rouge_l(*answer) for answer in answers]))
+        return measures
     labels_N, predictions_N = np.asarray(labels, np.float64), np.asarray(predictions, np.float64)
     if isinstance(task, RegressionTask):
         measures["pearson"] = pearson(labels_N, predictions_N)
@@ -52,9 +66,9 @@ def evaluate(
     return measures
 
 
-def metrics_of(task: CausalLmTask | ClassificationTask | RegressionTask) -> frozenset[Metric]:
-    """The names that `evaluate` gives."""
-    if isinstance(task, ClassificationTask):
+def metrics_of(task: AnyTask) -> frozenset[Metric]:
+    """The names that `evaluate` can give."""
+    if isinstance(task, ClassificationTask | ImageClassificationTask):
         return _CLASSES | {Metric.F1} if task.head.labels == 2 else _CLASSES
     return _VALUES if isinstance(task, RegressionTask) else _TOKENS
 

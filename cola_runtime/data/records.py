@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import difflib
 import math
 from collections.abc import Collection, Mapping
@@ -15,9 +16,10 @@ MAX_MESSAGES = 1024
 ROLES = ("system", "user", "assistant")
 
 _SHAPES = (
-    '{"messages": [...]}, {"prompt": ..., "completion": ...}, {"text": ...} or {"text": ..., "label": ...}'
+    '{"messages": [...]}, {"prompt": ..., "completion": ...}, {"text": ...}, {"text": ..., "label": ...}, '
+    '{"image": ..., "label": ...}'
 )
-_KNOWN_FIELDS = ("messages", "prompt", "completion", "text", "text_pair", "label")
+_KNOWN_FIELDS = ("messages", "prompt", "completion", "text", "text_pair", "image", "label")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +69,16 @@ class LabelledRecord:
         return (self.text,) if self.text_pair is None else (self.text, self.text_pair)
 
 
-Record = ChatRecord | CompletionRecord | TextRecord | LabelledRecord
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRecord:
+    """An image, and what is to be told of it."""
+
+    line: int
+    image: bytes  # PNG or JPEG, not looked into yet
+    label: str | int | float  # as written; finite
+
+
+Record = ChatRecord | CompletionRecord | TextRecord | LabelledRecord | ImageRecord
 
 
 def read_record(value: Any, *, line: int) -> Record:
@@ -84,6 +95,9 @@ def read_record(value: Any, *, line: int) -> Record:
         _check_fields(value, ("prompt", "completion"), path="")
         prompt, completion = (_text(value, field, path="") for field in ("prompt", "completion"))
         return CompletionRecord(line=line, prompt=prompt, completion=completion)
+    if "image" in value:
+        _check_fields(value, ("image", "label"), path="", known=_KNOWN_FIELDS)
+        return ImageRecord(line=line, image=_image(value), label=_label(value))
     if "label" in value or "text_pair" in value:
         return _labelled(value, line)
     _check_fields(value, ("text",), path="", known=_KNOWN_FIELDS)
@@ -94,13 +108,26 @@ def _labelled(value: Mapping[str, Any], line: int) -> LabelledRecord:
     texts = ("text", "text_pair") if "text_pair" in value else ("text",)
     _check_fields(value, (*texts, "label"), path="", known=_KNOWN_FIELDS)
     text, pair = (_text(value, field, path="") if field in texts else None for field in ("text", "text_pair"))
-    label = value["label"]
+    assert text is not None
+    return LabelledRecord(line=line, text=text, text_pair=pair, label=_label(value))
+
+
+def _label(value: Mapping[str, Any]) -> str | int | float:
+    label: Any = value["label"]
     if isinstance(label, bool) or not isinstance(label, str | int | float):
         raise _wrong(f"label: expected a string or a number, got {_kind(label)}")
     if isinstance(label, float) and not math.isfinite(label):
         raise _wrong("label: the number is too large")
-    assert text is not None
-    return LabelledRecord(line=line, text=text, text_pair=pair, label=label)
+    return label
+
+
+def _image(value: Mapping[str, Any]) -> bytes:
+    """Its bytes. An address is not fetched, a path not read."""
+    text = _text(value, "image", path="")
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise _wrong("image: expected the bytes of a PNG or JPEG in base64 and nothing else") from error
 
 
 def read_prompt_messages(value: Any) -> tuple[Message, ...]:

@@ -11,7 +11,7 @@ from cola_runtime.data.tokenize import TokenizedDataset
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetReport:
-    """A checked dataset in numbers; lengths are in tokens."""
+    """A checked dataset in numbers; lengths are in tokens, of a pair both texts'."""
 
     rows: int
     tokens: int
@@ -25,7 +25,7 @@ class DatasetReport:
 
 
 def dataset_report(dataset: Dataset, tokenized: TokenizedDataset, *, steps: int) -> DatasetReport:
-    lengths = [len(row.tokens) for row in tokenized.rows]
+    lengths = [row.length for row in tokenized.rows]
     return DatasetReport(
         rows=len(lengths),
         tokens=sum(lengths),

@@ -14,7 +14,16 @@ import numpy as np
 
 from cola_runtime.data.encoder import Encoder
 from cola_runtime.data.formats import Dataset, DatasetFormat
-from cola_runtime.data.records import ChatRecord, CompletionRecord, LabelledRecord, Message, Record
+from cola_runtime.data.images import ImageReader
+from cola_runtime.data.records import (
+    ChatRecord,
+    CompletionRecord,
+    ImageRecord,
+    LabelledRecord,
+    Message,
+    Record,
+    TextRecord,
+)
 from cola_runtime.data.sequences import (
     FramedSequences,
     PlainSequences,
@@ -23,16 +32,37 @@ from cola_runtime.data.sequences import (
     check_length,
     labelled_rows,
 )
+from cola_runtime.data.source_target import SourceTargetEncoder
 from cola_runtime.data.template import Piece
 from cola_runtime.data.violations import Problem, Problems
 from cola_runtime.errors import InvalidInput
 from cola_runtime.spec import JobSpec
-from cola_runtime.task_spec import CausalLmTask, ClassificationTask, RegressionTask
-from cola_runtime.types import Row
+from cola_runtime.task_spec import (
+    AnyTask,
+    CausalLmTask,
+    ImageClassificationTask,
+    SequenceToSequenceTask,
+)
+from cola_runtime.types import BaseModelDescription, Row
 
 BATCH_RECORDS = 512  # encoded at a time; bounds the memory that the encoder's own results take
 
 _CAUSAL = CausalLmTask()
+_FORMATS: dict[type, tuple[DatasetFormat, ...]] = {
+    CausalLmTask: (DatasetFormat.CHAT, DatasetFormat.PROMPT_COMPLETION, DatasetFormat.TEXT),
+    ImageClassificationTask: (DatasetFormat.LABELLED_IMAGE,),
+    SequenceToSequenceTask: (DatasetFormat.PROMPT_COMPLETION,),
+}
+"""What a task's records may be; any other task's are labelled."""
+_FORMAT_REMEDIES = {
+    _FORMATS[CausalLmTask]: "Name the job's task: sequence_classification or regression.",
+    _FORMATS[
+        ImageClassificationTask
+    ]: 'Write every record as {"image": ..., "label": ...}, the image in base64.',
+    _FORMATS[SequenceToSequenceTask]: 'Write every record as {"prompt": ..., "completion": ...}: '
+    "the encoder reads the prompt, and a text or a conversation has none.",
+    (DatasetFormat.LABELLED,): 'Label every record, {"text": ..., "label": ...}, or name another task.',
+}
 _REMEDY = "Shorten or correct these rows, or change max_length or truncate; nothing was created."
 
 
@@ -69,17 +99,41 @@ class _Draft:
 class Tokenizer:
     """The tokenizer and chat template of the base model in a folder. Safe to use from several threads."""
 
-    def __init__(self, path: Path | str, *, bidirectional: bool = False) -> None:
-        """`bidirectional`: the base model is an encoder. Raises InvalidInput `TOKENIZER_UNSUPPORTED`."""
-        self._causal = None if bidirectional else Encoder(Path(path))
-        self._sequences: SequenceEncoder = (
-            FramedSequences(Path(path)) if self._causal is None else PlainSequences(self._causal)
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        bidirectional: bool = False,
+        encoder_decoder: bool = False,
+        image_tokens: int | None = None,
+    ) -> None:
+        """`bidirectional`: the base model is an encoder, or with `image_tokens` it reads images, not texts.
+
+        Raises InvalidInput `TOKENIZER_UNSUPPORTED`, `IMAGE_PROCESSOR_UNSUPPORTED`.
+        """
+        self._images = None if image_tokens is None else ImageReader(Path(path), tokens=image_tokens)
+        self._pairs = SourceTargetEncoder(Path(path)) if encoder_decoder else None
+        self._causal = None if bidirectional or encoder_decoder else Encoder(Path(path))
+        self._sequences: SequenceEncoder | None = None
+        if self._causal is not None:
+            self._sequences = PlainSequences(self._causal)
+        elif self._images is None and self._pairs is None:
+            self._sequences = FramedSequences(Path(path))
+
+    @classmethod
+    def of(cls, base: BaseModelDescription) -> Tokenizer:
+        """The base model's own. Raises InvalidInput as when it is made."""
+        return cls(
+            base.tokenizer_path,
+            bidirectional=base.bidirectional,
+            encoder_decoder=base.encoder_decoder,
+            image_tokens=base.context_length if base.takes_images else None,
         )
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end a generation: end of text, end of turn, and what the model's settings name."""
-        return self._encoder.stop_ids
+        return self._encoder.stop_ids if self._pairs is None else self._pairs.stop_ids
 
     def tokenize(
         self,
@@ -88,22 +142,32 @@ class Tokenizer:
         max_length: int,
         loss: str = "completion",
         truncate: bool = False,
-        task: CausalLmTask | ClassificationTask | RegressionTask = _CAUSAL,
+        task: AnyTask = _CAUSAL,
     ) -> TokenizedDataset:
         """One row per record. Labels are the answers and their ends (`completion`), or all tokens (`full`).
 
-        Of prompt and completion the completion is the answer, of plain text all of it; another task's rows
-        are labelled as a whole. Raises InvalidInput with the first 20 wrong rows and the number of all:
-        ROW_TOO_LONG, ROW_WITHOUT_LABELS, ROW_NOT_RENDERED, LABEL_INVALID, _UNKNOWN, _OUT_OF_RANGE; or
-        TASK_FORMAT, TEMPLATE_MISSING.
+        Of prompt and completion the completion is the answer, of plain text all of it; an encoder-decoder
+        reads the prompt as its source; another task's rows are labelled as a whole. Raises InvalidInput with
+        the first 20 wrong rows and the number of all: ROW_TOO_LONG, ROW_WITHOUT_LABELS, ROW_NOT_RENDERED,
+        LABEL_INVALID, _UNKNOWN, _OUT_OF_RANGE, IMAGE_FORMAT, _TOO_LARGE, _BROKEN; or TASK_FORMAT,
+        TEMPLATE_MISSING.
         """
         _check_format(dataset, task)
         problems = Problems(dataset.file_name, remedy=_REMEDY)
+        shape = RowShape(max_length, truncate)
         if isinstance(task, CausalLmTask):
-            rows, truncated = self._causal_rows(dataset, RowShape(max_length, truncate), loss, problems)
+            rows, truncated = self._causal_rows(dataset, shape, loss, problems)
+        elif isinstance(task, SequenceToSequenceTask):
+            assert self._pairs is not None  # admission lets the task to encoder-decoders only
+            pairs = [record for record in dataset.records if isinstance(record, CompletionRecord)]
+            rows, truncated = self._pairs.rows(pairs, shape, problems)
+        elif isinstance(task, ImageClassificationTask):
+            assert self._images is not None  # admission lets the task to image classifiers only
+            images = [record for record in dataset.records if isinstance(record, ImageRecord)]
+            rows, truncated = self._images.rows(images, task, problems), 0
         else:
+            assert self._sequences is not None
             records = [record for record in dataset.records if isinstance(record, LabelledRecord)]
-            shape = RowShape(max_length, truncate)
             rows, truncated = labelled_rows(records, self._sequences, task, shape, problems)
         problems.raise_if_any()
         literal = sum(self._spells_markup(record) for record in dataset.records)
@@ -124,10 +188,14 @@ class Tokenizer:
         return rows, truncated
 
     def encode_prompt(self, prompt: str | Sequence[Message]) -> list[int]:
-        """What to continue: plain text, or messages followed by the head of an answer.
+        """What to continue: plain text, or messages followed by the head of an answer; or a source.
 
         Raises InvalidInput `TEMPLATE_MISSING`, `ROW_NOT_RENDERED`.
         """
+        if self._pairs is not None:
+            if not isinstance(prompt, str):
+                raise _no_messages()
+            return self._pairs.source(prompt)
         if isinstance(prompt, str):
             pieces = [Piece(self._encoder.prefix, True, False), Piece(prompt, False, False)]
         else:
@@ -136,7 +204,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, special tokens left out."""
-        return self._encoder.decode(ids)
+        return (self._pairs or self._encoder).decode(ids)
 
     def _drafts(self, dataset: Dataset, problems: Problems) -> Iterator[tuple[Record, _Draft]]:
         """Each record that can be rendered, encoded; the others become problems."""
@@ -165,6 +233,7 @@ class Tokenizer:
             return pieces if self._encoder.turn_end_id is not None else [*pieces, end]
         if isinstance(record, CompletionRecord):
             return [prefix, Piece(record.prompt, False, False), Piece(record.completion, False, True), end]
+        assert isinstance(record, TextRecord)  # `_check_format` has looked
         return [prefix, Piece(record.text, False, True), end]
 
     def _answer_pieces(self, messages: Sequence[Message]) -> list[Piece]:
@@ -174,14 +243,15 @@ class Tokenizer:
             raise InvalidInput(problem.reason, problem.message, where="messages") from problem
 
     def _spells_markup(self, record: Record) -> bool:
-        return any(map(self._sequences.spells_markup, _texts(record)))
+        spells = self._pairs or self._sequences
+        return spells is not None and any(map(spells.spells_markup, _texts(record)))
 
     @property
     def _encoder(self) -> Encoder:
         if self._causal is None:
             raise InvalidInput(
                 "TASK_UNSUPPORTED",
-                "the base model is an encoder, which continues no text",
+                "the base model predicts no tokens, so it continues no text",
                 where="prompt",
                 remedy="Ask a causal language model.",
             )
@@ -202,18 +272,25 @@ def longest_row(spec: JobSpec, *, context_length: int) -> int:
     return spec.max_length or context_length
 
 
-def _check_format(dataset: Dataset, task: CausalLmTask | ClassificationTask | RegressionTask) -> None:
-    labelled = not isinstance(task, CausalLmTask)
-    if labelled is not (dataset.format is DatasetFormat.LABELLED):
+def _check_format(dataset: Dataset, task: AnyTask) -> None:
+    """Raises InvalidInput `TASK_FORMAT` for records that the task makes no row of."""
+    taken = _FORMATS.get(type(task), (DatasetFormat.LABELLED,))
+    if dataset.format not in taken:
         raise InvalidInput(
             "TASK_FORMAT",
-            f"{task.kind} takes {'labelled' if labelled else 'no labelled'} records, "
-            f"these are {dataset.format} records",
+            f"{task.kind} takes {', '.join(taken)} records, these are {dataset.format} records",
             where=dataset.file_name,
-            remedy='Label every record, {"text": ..., "label": ...}, or name another task.'
-            if labelled
-            else "Name the job's task: sequence_classification or regression.",
+            remedy=_FORMAT_REMEDIES[taken],
         )
+
+
+def _no_messages() -> InvalidInput:
+    return InvalidInput(
+        "TEMPLATE_MISSING",
+        "an encoder-decoder reads one text and has no chat template, so it takes no messages",
+        where="messages",
+        remedy="Ask with a plain prompt.",
+    )
 
 
 def _labelled(row: Row) -> Row:
@@ -227,4 +304,6 @@ def _texts(record: Record) -> list[str]:
         return [message.content for message in record.messages]
     if isinstance(record, CompletionRecord):
         return [record.prompt, record.completion]
-    return list(record.texts) if isinstance(record, LabelledRecord) else [record.text]
+    if isinstance(record, TextRecord):
+        return [record.text]
+    return list(record.texts) if isinstance(record, LabelledRecord) else []

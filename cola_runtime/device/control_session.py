@@ -14,9 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from cola_runtime.device.answers import Answer, Checkpoint, Norms, Refused
 from cola_runtime.device.config import DeviceConfig
 from cola_runtime.device.gradient_link import GradientItems, GradientLink
-from cola_runtime.device.worker import Checkpoint, DeviceWorker, Refused, Update
+from cola_runtime.device.worker import DeviceWorker
 from cola_runtime.errors import ColaError, ProtocolError, Unavailable
 from cola_runtime.proto import control_pb2
 from cola_runtime.transport import control
@@ -163,13 +164,15 @@ class ControlSession:
         for answer in consumed.answers:
             await self._answer(link, answer)
 
-    async def _answer(self, link: GradientLink, answer: Update | Refused) -> None:
+    async def _answer(self, link: GradientLink, answer: Answer) -> None:
         if isinstance(answer, Refused):
             await link.send_refusal(answer)
-            return
-        await link.send_update(answer)
-        if answer.checkpoint_due:
-            await self._checkpoint(answer.lease)
+        elif isinstance(answer, Norms):
+            await link.send_norms(answer)
+        else:
+            await link.send_update(answer)
+            if answer.checkpoint_due:
+                await self._checkpoint(answer.lease)
 
     async def _checkpoint(self, lease: Lease) -> None:
         made = await self._in_thread(lambda: self._worker.checkpoint(lease))

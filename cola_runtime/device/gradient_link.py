@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from cola_runtime.device.answers import Norms, Refused, Update
 from cola_runtime.device.config import DeviceConfig
-from cola_runtime.device.worker import Refused, Update
 from cola_runtime.proto import control_pb2
 from cola_runtime.transport import control
 from cola_runtime.transport.endpoints import GRADIENTS, Connection, connect
@@ -82,6 +82,12 @@ class GradientLink:
             lease=control.lease_to_proto(refused.lease), reason=refused.reason, message=refused.message
         )
         await self._stream.send_control(control_pb2.GradientControl(refusal=refusal))
+
+    async def send_norms(self, made: Norms) -> None:
+        norms = control_pb2.ShardNorms(
+            lease=control.lease_to_proto(made.lease), version=made.version, norms=made.norms
+        )
+        await self._stream.send_control(control_pb2.GradientControl(shard_norms=norms))
 
     async def send_update(self, update: Update) -> None:
         """All weights of a version, then its UpdateEnd."""

@@ -27,6 +27,7 @@ from cola_runtime.adapters.shapes import weight_shapes
 from cola_runtime.device.optimizer import build_optimizer
 from cola_runtime.errors import Conflict
 from cola_runtime.gradients.accumulate import GradientAccumulator
+from cola_runtime.gradients.norms import global_norm, tensor_norms
 from cola_runtime.types import TensorKey
 
 
@@ -124,9 +125,17 @@ class AdapterSession:
         self._check_version(version)
         self._accumulator.add(key, tensor, self._weights)
 
-    def apply(self, *, version: int) -> Applied:
+    def gradient_norms(self) -> Tensor:
+        """[tensors]: the norm of the gradient of each weight, in catalogue order.
+
+        Raises ProtocolError `TAP_INCOMPLETE` while a tap is open.
+        """
+        return tensor_norms(self._accumulator.gradients().values())
+
+    def apply(self, *, version: int, norm: float | None = None) -> Applied:
         """Clip, step from `version`, which must be the session's, and start the next version's sums.
 
+        `norm` is what to clip by where this is one shard of an adapter: that of all shards' gradients.
         Raises Conflict VERSION_MISMATCH or NON_FINITE_GRADIENT; nothing has changed then.
         """
         self._check_version(version)
@@ -138,7 +147,7 @@ class AdapterSession:
         if self._max_staleness:
             self._previous = self.weights()
         start = self._snapshot() if hyper.inner_steps > 1 else None
-        norm = self._step(self._accumulator.gradients())
+        norm = self._step(self._accumulator.gradients(), norm)
         if start is not None:
             self._more_steps(hyper.inner_steps - 1, start)
         self.version += 1
@@ -195,27 +204,27 @@ class AdapterSession:
             {key: {name: value.clone() for name, value in state.items()} for key, state in states.items()},
         )
 
-    def _step(self, gradients: Mapping[TensorKey, Tensor]) -> float:
+    def _step(self, gradients: Mapping[TensorKey, Tensor], norm: float | None = None) -> float:
         """Clip and apply; returns the norm before clipping. Raises Conflict NON_FINITE_GRADIENT."""
-        norm = self._clipped_norm(gradients)
+        own = (gradients[key.gradient] for key in self._weights)
+        of_all = global_norm(tensor_norms(own)) if norm is None else norm
+        self._clip(gradients, torch.as_tensor(of_all, dtype=self.dtype))
         self._optimizer.step()
-        return norm
+        return float(of_all)
 
-    def _clipped_norm(self, gradients: Mapping[TensorKey, Tensor]) -> float:
-        """Hand the gradients to the parameters, clipped in place; returns their global norm before that."""
-        for key, parameter in self._weights.items():
-            parameter.grad = gradients[key.gradient]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self._weights.values() if p.grad is not None])
+    def _clip(self, gradients: Mapping[TensorKey, Tensor], norm: Tensor) -> None:
+        """Hand the gradients to the parameters, clipped in place by `norm`, [] in the adapter's dtype."""
         if not torch.isfinite(norm):
             raise Conflict(
                 "NON_FINITE_GRADIENT",
                 f"the gradient's norm at version {self.version} is {norm.item()}",
                 remedy="Lower the learning rate or check the data; the weights are unchanged.",
             )
+        for key, parameter in self._weights.items():
+            parameter.grad = gradients[key.gradient]
         limit = self.definition.optimizer.max_grad_norm
         if limit is not None:
             torch.nn.utils.clip_grads_with_norm_(list(self._weights.values()), limit, norm)
-        return float(norm)
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from cola_runtime.adapters.checkpoint_format import TrainingDefinition
+from cola_runtime.device.answers import Answer, Checkpoint, Consumed, Norms, Refused, Update
 from cola_runtime.device.session import AdapterSession, Applied
 from cola_runtime.errors import ColaError, Conflict, Fenced, ProtocolError
 from cola_runtime.proto import control_pb2
@@ -23,43 +22,7 @@ from cola_runtime.transport.stream import Item
 from cola_runtime.transport.tensors import tap_from_wire
 from cola_runtime.types import Lease, TensorKey
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Update:
-    """The weights of one version, on their way to the base model."""
-
-    lease: Lease
-    version: int
-    weights: dict[TensorKey, Tensor]
-    learning_rate: float = 0.0
-    gradient_norm: float = 0.0
-    seconds: float = 0.0
-    checkpoint_due: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpoint:
-    lease: Lease
-    version: int
-    data: bytes
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refused:
-    """Something of this lease could not be done; the coordinator decides what follows."""
-
-    lease: Lease
-    reason: str
-    message: str
-
-
-@dataclass(slots=True)
-class Consumed:
-    """What a batch of arrivals led to, in order."""
-
-    credit_bytes: int = 0
-    answers: list[Update | Refused] = field(default_factory=list)
+GradientItem = Item[control_pb2.GradientControl]
 
 
 @dataclass(slots=True)
@@ -69,6 +32,9 @@ class _Held:
     lease: Lease
     session: AdapterSession
     checkpoint_every: int
+    sharded: bool  # steps at a GlobalNorm only
+    announced: int | None = None  # a shard's version whose step waits for it
+    behind: list[GradientItem] = field(default_factory=list)  # what arrived meanwhile, of the step ahead
     tensors: int = 0  # of the microbatch under way
     microbatch: int = 0  # the one under way; a gap means that a whole microbatch was lost
     step_seconds: float = 0.0  # gradient work of the step under way
@@ -91,7 +57,7 @@ class DeviceWorker:
             session = _session(grant, checkpoint)
         except ColaError as error:
             return Refused(lease=lease, reason=error.reason, message=str(error))
-        self._held[lease.job_id] = _Held(lease, session, grant.checkpoint_every)
+        self._held[lease.job_id] = _Held(lease, session, grant.checkpoint_every, grant.shards > 1)
         self._count_resident()
         return _update(lease, session)
 
@@ -125,26 +91,48 @@ class DeviceWorker:
         self.busy_seconds += time.perf_counter() - started
         return Checkpoint(lease=lease, version=held.session.version, data=data, sha256=digest)
 
-    def consume(self, items: Sequence[Item[control_pb2.GradientControl]]) -> Consumed:
+    def consume(self, items: Sequence[GradientItem]) -> Consumed:
         """Add taps, apply steps. What belongs to a lease that is not held is dropped, its bytes credited."""
         started = time.perf_counter()
         consumed = Consumed()
         for item in items:
             if isinstance(item, ReceivedTensor):
                 consumed.credit_bytes += item.wire_bytes
-            answer = self._add(item) if isinstance(item, ReceivedTensor) else self._control(item.message)
-            if answer is not None:
-                consumed.answers.append(answer)
+            consumed.answers += self._take(item)
         self.busy_seconds += time.perf_counter() - started
         return consumed
 
     def _count_resident(self) -> None:
         self.resident_bytes = sum(held.session.resident_bytes for held in self._held.values())
 
+    def _take(self, item: GradientItem) -> list[Answer]:
+        """One arrival. Of a shard whose step waits for the others', the step ahead stays until then."""
+        held = self._waiting(item)
+        if held is not None:
+            held.behind.append(item)
+            return []
+        if isinstance(item, ReceivedTensor):
+            answer: Answer | None = self._add(item)
+        elif item.message.HasField("global_norm"):
+            return self._apply_shard(item.message.global_norm)
+        else:
+            answer = self._control(item.message)
+        return [] if answer is None else [answer]
+
+    def _waiting(self, item: GradientItem) -> _Held | None:
+        """The shard that this belongs to, while its step waits for the other shards."""
+        if isinstance(item, ReceivedTensor):
+            held = self._of_epoch(item.address.job_id, item.address.epoch)
+        elif item.message.HasField("microbatch_end"):
+            held = self._of(control.lease_from_proto(item.message.microbatch_end.lease))
+        else:
+            held = None
+        return held if held is not None and held.announced is not None else None
+
     def _add(self, item: ReceivedTensor) -> Refused | None:
         address = item.address
-        held = self._held.get(address.job_id)
-        if held is None or held.lease.epoch != address.epoch or held.refused:
+        held = self._of_epoch(address.job_id, address.epoch)
+        if held is None or held.refused:
             return None
         started = time.perf_counter()
         held.tensors += 1
@@ -157,7 +145,7 @@ class DeviceWorker:
         held.step_seconds += time.perf_counter() - started
         return None
 
-    def _control(self, message: Any) -> Update | Refused | None:
+    def _control(self, message: Any) -> Answer | None:
         kind = message.WhichOneof("message")
         if kind == "microbatch_end":
             return self._end_microbatch(message.microbatch_end)
@@ -169,7 +157,7 @@ class DeviceWorker:
             return None
         raise ProtocolError("CONTROL_INVALID", f"a base model does not send {kind}")
 
-    def _end_microbatch(self, end: control_pb2.MicrobatchEnd) -> Update | Refused | None:
+    def _end_microbatch(self, end: control_pb2.MicrobatchEnd) -> Answer | None:
         held = self._of(control.lease_from_proto(end.lease))
         if held is None or held.refused:
             return None
@@ -181,12 +169,32 @@ class DeviceWorker:
                     f"{end.tensors} of microbatch {end.microbatch}",
                 )
             held.tensors, held.microbatch = 0, held.microbatch + 1
-            return self._apply(held, end.version + end.staleness) if end.apply else None
+            if not end.apply:
+                return None
+            version = end.version + end.staleness
+            return _announce(held, version) if held.sharded else self._apply(held, version)
         except ColaError as error:
             return _refuse(held, error)
 
-    def _apply(self, held: _Held, version: int) -> Update:
-        applied = held.session.apply(version=version)
+    def _apply_shard(self, of_all: control_pb2.GlobalNorm) -> list[Answer]:
+        """The step that was announced; then what came behind it."""
+        held = self._of(control.lease_from_proto(of_all.lease))
+        if held is None or held.refused:
+            return []
+        try:
+            if held.announced != of_all.version:
+                message = f"a norm of version {of_all.version}, whose step is not complete here"
+                raise ProtocolError("NORM_UNEXPECTED", message, limit=held.announced, actual=of_all.version)
+            answers: list[Answer] = [self._apply(held, of_all.version, norm=of_all.norm)]
+        except ColaError as error:
+            return [_refuse(held, error)]
+        held.announced, behind, held.behind = None, held.behind, []
+        for item in behind:
+            answers += self._take(item)
+        return answers
+
+    def _apply(self, held: _Held, version: int, *, norm: float | None = None) -> Update:
+        applied = held.session.apply(version=version, norm=norm)
         seconds = held.step_seconds + applied.seconds
         held.step_seconds, held.microbatch = 0.0, 0
         total = held.session.definition.schedule.total_steps
@@ -195,8 +203,11 @@ class DeviceWorker:
         return _update(held.lease, held.session, applied=applied, seconds=seconds, checkpoint_due=due)
 
     def _of(self, lease: Lease) -> _Held | None:
-        held = self._held.get(lease.job_id)
-        return held if held is not None and held.lease.epoch == lease.epoch else None
+        return self._of_epoch(lease.job_id, lease.epoch)
+
+    def _of_epoch(self, job_id: str, epoch: int) -> _Held | None:
+        held = self._held.get(job_id)
+        return held if held is not None and held.lease.epoch == epoch else None
 
     def _check_newer(self, lease: Lease) -> None:
         held = self._held.get(lease.job_id)
@@ -244,8 +255,17 @@ def _update(
     )
 
 
+def _announce(held: _Held, version: int) -> Norms:
+    started = time.perf_counter()
+    norms = held.session.gradient_norms().tolist()
+    held.announced = version
+    held.step_seconds += time.perf_counter() - started
+    return Norms(lease=held.lease, version=version, norms=tuple(norms))
+
+
 def _discard(held: _Held, *, refused: bool) -> None:
     held.session.discard()
+    held.announced, held.behind = None, []
     held.tensors, held.microbatch, held.step_seconds, held.refused = 0, 0, 0.0, refused
 
 

@@ -29,7 +29,7 @@ class _InputGroup:
     """
 
     sites: dict[int, Site]  # the first one's index keys INPUT
-    input_NI: Tensor | None = None  # in spec.dtype; freed after the group's last gradient
+    input_NI: Tensor | None = None  # in spec.dtype (ids: int32 [N, 1]); freed after the group's last gradient
     waiting: dict[int, Tensor] = field(default_factory=dict)  # site -> g that came before x
     paired: set[int] = field(default_factory=set)
 
@@ -157,9 +157,12 @@ class GradientAccumulator:
             )
         if group.input_NI is not None:
             raise _invalid(site.name, "the open tap's remaining gradients", "a second input")
-        _check_tap(site, tensor, _open_rows(group), site.in_features)
+        if site.takes_ids:
+            _check_ids(site, tensor, _open_rows(group))
+        else:
+            _check_tap(site, tensor, _open_rows(group), site.in_features)
         self._reserve(tensor)
-        group.input_NI = tensor.to(self._dtype)
+        group.input_NI = tensor if site.takes_ids else tensor.to(self._dtype)
         for index in list(group.waiting):
             self._pair(group, group.sites[index], group.waiting.pop(index), weights)
 
@@ -223,6 +226,15 @@ def _check_tap(site: Site, tensor: Tensor, rows: int | None, features: int) -> N
     if tensor.ndim != 2:
         raise _invalid(site.name, f"shape (rows, {features})", f"{tuple(tensor.shape)}")
     _check_shape(site, tensor, (tensor.shape[0] if rows is None else rows, features))
+
+
+def _check_ids(site: Site, tensor: Tensor, rows: int | None) -> None:
+    """An id beyond the table would be read from, and written to, where no weight is."""
+    if tensor.dtype is not torch.int32:
+        raise _invalid(site.name, "ids in int32", str(tensor.dtype))
+    _check_shape(site, tensor, (len(tensor) if rows is None and tensor.ndim else rows or 0, 1))
+    if len(tensor) and not 0 <= int(tensor.min()) <= int(tensor.max()) < site.in_features:
+        raise _invalid(site.name, f"ids below {site.in_features}", f"{tensor.min()} to {tensor.max()}")
 
 
 def _check_shape(site: Site, tensor: Tensor, expected: tuple[int, ...]) -> None:

@@ -100,14 +100,13 @@ class TapCompressor:
     def compress(
         self, lease: Lease, compression: Compression, tensors: Mapping[TensorKey, Tensor]
     ) -> Mapping[TensorKey, Compressed]:
-        """The tensors as they travel; without compression themselves."""
+        """The tensors as they travel; without compression themselves. Ids are never touched."""
         if compression is Compression.NONE:
             return tensors
-        if compression is Compression.BFLOAT16:
-            return {key: tensor.to(torch.bfloat16) for key, tensor in tensors.items()}
-        if compression is Compression.INT8:
-            return {key: quantized(tensor) for key, tensor in tensors.items()}
-        return {_factors_key(key): self._factors(lease, key, tensor) for key, tensor in tensors.items()}
+        if compression is Compression.LOW_RANK:
+            return {_factors_key(key): self._factors(lease, key, tensor) for key, tensor in tensors.items()}
+        narrowed = _narrowed if compression is Compression.BFLOAT16 else quantized
+        return {key: narrowed(t) if t.is_floating_point() else t for key, t in tensors.items()}
 
     def forget(self, job_id: str) -> None:
         """The job's lease has ended; its next one begins without an error to make good."""
@@ -126,6 +125,10 @@ class TapCompressor:
         feedback.q_IK = wanted_OI.T @ p_OK
         feedback.error_OI = wanted_OI.addmm_(p_OK, feedback.q_IK.T, alpha=-1.0)
         return torch.cat([p_OK, feedback.q_IK])
+
+
+def _narrowed(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.bfloat16)
 
 
 def _factors_key(key: TensorKey) -> TensorKey:

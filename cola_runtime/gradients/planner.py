@@ -14,7 +14,10 @@ whatever the encoding):
     weight_gradient   d_out (d_in + 1) a site               2 N d_in d_out     4 r d_in d_out (linear: 0)
     adapter_gradient  P a site                              2 N P (L-LoRA 4)   0
 
-Activations travel in the base model's dtype, everything else in the adapter's; compression narrows both.
+At an embedding d_in is 1, an id of four bytes, but for what is V wide: P and G.
+
+Activations travel in the base model's dtype, everything else in the adapter's, also g under loss scaling;
+compression narrows both.
 Left out: what every encoding costs alike (weights on their way back, the optimizer) and frame headers (88
 bytes a tensor). N counts every token: those whose g is zero are dropped on the way, which the coordinator
 cannot foresee.
@@ -24,7 +27,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from cola_runtime.adapter_spec import (
@@ -46,7 +49,8 @@ AUTO = "auto"
 LOW_RANK = 8
 """k of Compression.LOW_RANK."""
 
-ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
+ID_BYTES = 4  # a token's id, which is the whole of an embedding's x; never compressed
+ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _LEAST_BASE_WORK_FIRST = (Encoding.ACTIVATIONS, Encoding.ADAPTER_GRADIENT, Encoding.WEIGHT_GRADIENT)
 
 
@@ -65,8 +69,16 @@ class Workload:
     """What an optimizer step of the job looks like."""
 
     tokens: float  # N, of one microbatch
+    rows: float = 1.0  # of data, of one microbatch: sites of images have positions of their own
     microbatches: int  # m, those that the token budget cuts included
     base_dtype: str  # in which x and g travel
+    loss_scaled: bool = False  # g has left the base model's dtype with its scale
+    source_tokens: float = 0.0  # N at an encoder-decoder's `source_groups`; `tokens` are its targets'
+    source_groups: frozenset[int] = frozenset()
+
+    def at(self, group: int) -> Workload:
+        """What the sites of one input group see of it."""
+        return replace(self, tokens=self.source_tokens) if group in self.source_groups else self
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +138,9 @@ def plan_taps(
     groups = _groups(spec)
     efforts = {
         number: {
-            encoding: group_effort(group, workload, encoding, dtype=spec.dtype, compression=compression)
+            encoding: group_effort(
+                group, workload.at(number), encoding, dtype=spec.dtype, compression=compression
+            )
             for encoding in _common_encodings([kind for kind, _ in group])
         }
         for number, group in groups.items()
@@ -163,13 +177,20 @@ def group_effort(
     group: _Group, workload: Workload, encoding: Encoding, *, dtype: str, compression: Compression
 ) -> Effort:
     """One optimizer step's cost of an input group's taps in one encoding."""
-    of_parts = [
-        _part_effort(kind, sites, workload.tokens, encoding, compression=compression) for kind, sites in group
-    ]
-    once = sum(of_parts, Effort())  # bytes_up counts numbers until here
     wide = workload.base_dtype if encoding is Encoding.ACTIVATIONS else dtype
+    number_bytes = _bytes_a_number(wide, compression)
+    first = group[0][1][0]
+    tokens = workload.tokens if first.positions is None else workload.rows * first.positions
+    of_parts = [_part_effort(kind, sites, tokens, encoding, compression=compression) for kind, sites in group]
+    once = sum(of_parts, Effort())  # bytes_up counts numbers until here
+    bytes_up = once.bytes_up * number_bytes
+    if encoding is Encoding.ACTIVATIONS and first.takes_ids:
+        bytes_up += len(group) * tokens * ID_BYTES
+    if encoding is Encoding.ACTIVATIONS and workload.loss_scaled:
+        outputs = sum(site.out_features for _, sites in group for site in sites)
+        bytes_up += tokens * outputs * (_bytes_a_number(dtype, compression) - number_bytes)
     return Effort(
-        workload.microbatches * once.bytes_up * _bytes_a_number(wide, compression),
+        workload.microbatches * bytes_up,
         workload.microbatches * once.base_flops,
         workload.microbatches * once.device_flops,
     )
@@ -179,18 +200,20 @@ def _part_effort(
     kind: AdapterKind, sites: Sequence[Site], tokens: float, encoding: Encoding, *, compression: Compression
 ) -> Effort:
     inputs, outputs = sites[0].in_features, sum(site.out_features for site in sites)
+    takes_ids = sites[0].takes_ids
+    touched = [replace(site, in_features=1) for site in sites] if takes_ids else sites  # by one row of x
     if encoding is Encoding.ACTIVATIONS:
-        flops = _device_passes(kind) * tokens * _weights(kind, sites)
-        return Effort(tokens * (inputs + outputs), 0.0, flops)
+        flops = _device_passes(kind) * tokens * _weights(kind, touched)
+        return Effort(tokens * (outputs if takes_ids else inputs + outputs), 0.0, flops)
     if encoding is Encoding.ADAPTER_GRADIENT:
-        weights = _weights(kind, sites)
         still = _still_weights(kind, sites)  # their gradient is zero, and not sent
-        return Effort(weights - still, _base_passes(kind) * tokens * weights, 0.0)
+        flops = _base_passes(kind) * tokens * _weights(kind, touched)
+        return Effort(_weights(kind, sites) - still, flops, 0.0)
     numbers = outputs * (inputs + 1)
     if compression is Compression.LOW_RANK:
         numbers = LOW_RANK * sum(site.out_features + inputs + 1 for site in sites)
     rank = kind.rank if isinstance(kind, LoraKind | LinearizedLoraKind) else 0
-    return Effort(numbers, 2.0 * tokens * inputs * outputs, 4.0 * rank * inputs * outputs)
+    return Effort(numbers, 2.0 * tokens * touched[0].in_features * outputs, 4.0 * rank * inputs * outputs)
 
 
 def _weights(kind: AdapterKind, sites: Sequence[Site]) -> int:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cola_runtime.types import TensorKey, TensorKind
+from cola_runtime.adapters.features import outer
+from cola_runtime.types import Site, TensorKey, TensorKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,36 +27,53 @@ TapSink = Callable[[Tap], None]
 """Called on the compute thread during the backward pass, deepest layer first; must not block."""
 
 
-def activation_tensors(x_NI: Tensor, grads: Mapping[int, Tensor]) -> dict[TensorKey, Tensor]:
-    """x under the first site, g [N, O] under each of `grads`' sites; only rows where any g is not zero.
+def activation_tensors(x_NI: Tensor, grads: Mapping[int, Tensor], rows_K: Tensor) -> dict[TensorKey, Tensor]:
+    """Copies of `rows_K` alone: x under the first site, g [N, O] under each of `grads`' sites.
 
-    A row with g = 0 adds nothing to any gradient, so dropping it is exact. Zero is tested on g itself: a mask
-    would keep rows that reach no loss. The tensors are copies.
+    Ids (an embedding's x, [N, 1]) are int32.
     """
-    rows = _any_nonzero(list(grads.values())).nonzero().squeeze(1)
-    tensors = {TensorKey(next(iter(grads)), TensorKind.INPUT): x_NI.index_select(0, rows)}
+    used_KI = x_NI.index_select(0, rows_K)
+    if not used_KI.is_floating_point():
+        used_KI = used_KI.int()
+    tensors = {TensorKey(next(iter(grads)), TensorKind.INPUT): used_KI}
     for site, grad_NO in grads.items():
-        tensors[TensorKey(site, TensorKind.OUTPUT_GRADIENT)] = grad_NO.index_select(0, rows)
+        tensors[TensorKey(site, TensorKind.OUTPUT_GRADIENT)] = grad_NO.index_select(0, rows_K)
     return tensors
 
 
-def _any_nonzero(grads: Sequence[Tensor]) -> Tensor:
-    used_N = (grads[0] != 0).any(dim=1)
-    for grad_NO in grads[1:]:
-        used_N = used_N | (grad_NO != 0).any(dim=1)
-    return used_N
+def used_rows(grads_SNO: Sequence[Tensor]) -> list[Tensor]:
+    """Of each of S segments the rows [K] where any g is not zero, ascending.
+
+    A row with g = 0 adds nothing to any gradient, so dropping it is exact. Zero is tested on g itself: a mask
+    would keep rows that reach no loss. Nearly every used row shows in its first column: the others are read
+    whole.
+    """
+    used_SN = grads_SNO[0][..., 0] != 0
+    for grad_SNO in grads_SNO[1:]:
+        used_SN |= grad_SNO[..., 0] != 0
+    silent = (~used_SN).nonzero(as_tuple=True)
+    used_SN[silent] = torch.stack([(grad_SNO[silent] != 0).any(dim=1) for grad_SNO in grads_SNO]).any(dim=0)
+    return [used_N.nonzero().squeeze(1) for used_N in used_SN]
 
 
-def product_tensors(x_NI: Tensor, grads: Mapping[int, Tensor], dtype: torch.dtype) -> dict[TensorKey, Tensor]:
-    """g^T [x, 1] of every site in `grads`, [O, I + 1]: all that a kind linear in x needs, whatever N."""
+def product_tensors(
+    x_NI: Tensor, grads: Mapping[int, Tensor], site: Site, dtype: torch.dtype
+) -> dict[TensorKey, Tensor]:
+    """g^T [x, 1] of every site in `grads`, [O, I + 1]: all that a kind linear in x needs, whatever N.
+
+    `site` is any of them. The product is whole at grouped convolutions, too.
+    """
     return {
-        TensorKey(site, TensorKind.WEIGHT_GRADIENT): _product(x_NI, grad_NO).to(dtype)
-        for site, grad_NO in grads.items()
+        TensorKey(index, TensorKind.WEIGHT_GRADIENT): _product(x_NI, grad_NO, site).to(dtype)
+        for index, grad_NO in grads.items()
     }
 
 
-def _product(x_NI: Tensor, grad_NO: Tensor) -> Tensor:
-    product = x_NI.new_empty(grad_NO.shape[1], x_NI.shape[1] + 1)
-    torch.mm(grad_NO.T, x_NI, out=product[:, :-1])
+def _product(x_NI: Tensor, grad_NO: Tensor, site: Site) -> Tensor:
+    product = grad_NO.new_empty(grad_NO.shape[1], site.in_features + 1)
+    if site.takes_ids:
+        product[:, :-1] = outer(grad_NO, x_NI, site)
+    else:
+        torch.mm(grad_NO.T, x_NI, out=product[:, :-1])
     torch.sum(grad_NO, dim=0, out=product[:, -1])
     return product

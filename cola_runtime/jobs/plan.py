@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from cola_runtime.adapter_spec import AdapterPart, AdapterSpec, head_part
 from cola_runtime.adapters.mergeable import check_mergeable
+from cola_runtime.adapters.shards import check_shards, shard_specs
+from cola_runtime.adapters.site_kinds import check_kind
 from cola_runtime.adapters.targets import resolve_target_sites
 from cola_runtime.config import PlannerSettings
 from cola_runtime.errors import InvalidInput
@@ -15,16 +17,23 @@ from cola_runtime.gradients.planner import Costs, Workload, plan_taps
 from cola_runtime.spec import CollaborationSpec, JobSpec
 from cola_runtime.types import (
     PRODUCT_FLOPS,
+    QUANTIZATION,
+    UNQUANTIZED,
+    UNSCALED,
     BaseModelDescription,
     Compression,
     Encoding,
     Gang,
     LearningRateSchedule,
+    LossScaling,
     Membership,
     OptimizerHyperparameters,
     Priority,
+    Row,
     TapPlan,
 )
+
+FIRST_LOSS_SCALE = 2.0**16  # torch.amp.GradScaler's
 
 _UNPLANNED = TapPlan(Encoding.ADAPTER_GRADIENT)
 
@@ -38,10 +47,16 @@ class TrainingPlan:
     schedule: LearningRateSchedule
     checkpoint_every: int
     max_staleness: int
+    shards: int = 1
     taps: TapPlan = _UNPLANNED  # `job_taps` plans them for the job's data
+    loss_scaling: LossScaling = UNSCALED
     merged: bool = False
     collaboration: CollaborationSpec | None = None
     priority: Priority = Priority.NORMAL
+
+    def of_shards(self) -> tuple[TrainingPlan, ...]:
+        """What each shard's device is told."""
+        return tuple(replace(self, adapter=spec) for spec in shard_specs(self.adapter, self.shards))
 
     def membership(self, job_id: str) -> Membership | None:
         """The gang that the job's adapter is merged with; None if it is computed beside the base."""
@@ -58,7 +73,15 @@ class DataSize:
     """What the encodings' planner needs to know of a job's training data."""
 
     rows: int
-    tokens: int
+    tokens: int  # of an encoder-decoder its targets'
+    source_tokens: int = 0
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> DataSize:
+        of_sources = sum(row.source_length for row in rows)
+        return cls(
+            rows=len(rows), tokens=sum(row.length for row in rows) - of_sources, source_tokens=of_sources
+        )
 
 
 def job_taps(
@@ -70,9 +93,17 @@ def job_taps(
     """
     rows = min(job.rows_per_step, data.rows)
     microbatches = min(job.adaptation_interval, rows)
-    tokens = rows * data.tokens / data.rows / microbatches
-    parts = math.ceil(tokens / costs.token_budget)
-    workload = Workload(tokens=tokens / parts, microbatches=microbatches * parts, base_dtype=base.dtype)
+    share = rows / data.rows / microbatches
+    parts = math.ceil(share * (data.tokens + data.source_tokens) / costs.token_budget)
+    workload = Workload(
+        tokens=share * data.tokens / parts,
+        rows=rows / microbatches / parts,
+        microbatches=microbatches * parts,
+        base_dtype=base.dtype,
+        loss_scaled=_loss_scaling(job, base) != UNSCALED,
+        source_tokens=share * data.source_tokens / parts,
+        source_groups=frozenset(base.source_groups),
+    )
     return plan_taps(
         adapter, workload, costs, requested=_requested(job), compression=Compression(job.compression)
     )
@@ -114,8 +145,9 @@ def wire_costs(settings: PlannerSettings, base: BaseModelDescription, *, token_b
 
 def training_plan(spec: JobSpec, base: BaseModelDescription, *, total_steps: int) -> TrainingPlan:
     """Raises InvalidInput: `NO_MODULE_MATCHED` when target modules name no site of the base model,
-    `SITE_TWICE` when two parts of the adapter name the same one, `TASK_UNSUPPORTED` when the base model does
-    not serve the job's task, and those of `check_mergeable`.
+    `SITE_TWICE` when two parts of the adapter name the same one, `SITE_UNSUPPORTED` when one is at a site
+    that it cannot be at, `TASK_UNSUPPORTED` when the base model does not serve the job's task,
+    `SHARDS_TOO_MANY`, `SHARDS_UNSUPPORTED`, and those of `check_mergeable`.
     """
     _check_task(spec, base)
     adapter = AdapterSpec(
@@ -124,7 +156,13 @@ def training_plan(spec: JobSpec, base: BaseModelDescription, *, total_steps: int
         dtype="float64" if base.dtype == "float64" else "float32",
     )
     if spec.mode == "merged":
-        check_mergeable(adapter, dtype=base.dtype, tied_sites=base.tied_sites)
+        check_mergeable(
+            adapter,
+            dtype=base.dtype,
+            tied_sites=base.tied_sites,
+            quantization=base.details.get(QUANTIZATION, UNQUANTIZED),
+        )
+    _check_shards(spec, adapter)
     optimizer = OptimizerHyperparameters(**spec.optimizer.model_dump(), inner_steps=spec.inner_steps)
     schedule = LearningRateSchedule(
         kind=spec.schedule.kind, warmup_steps=spec.schedule.warmup_steps, total_steps=total_steps
@@ -138,7 +176,18 @@ def training_plan(spec: JobSpec, base: BaseModelDescription, *, total_steps: int
         collaboration=spec.collaboration,
         priority=Priority[spec.priority.upper()],
         max_staleness=spec.max_staleness,
+        loss_scaling=_loss_scaling(spec, base),
+        shards=spec.shards,
     )
+
+
+def _loss_scaling(spec: JobSpec, base: BaseModelDescription) -> LossScaling:
+    asked = spec.loss_scaling
+    if asked is None:
+        asked = "dynamic" if base.dtype == "float16" else "none"
+    if asked == "dynamic":
+        return LossScaling(scale=FIRST_LOSS_SCALE, dynamic=True)
+    return UNSCALED if asked == "none" else LossScaling(scale=asked)
 
 
 def _parts(spec: JobSpec, base: BaseModelDescription) -> Iterator[AdapterPart]:
@@ -154,6 +203,7 @@ def _parts(spec: JobSpec, base: BaseModelDescription) -> Iterator[AdapterPart]:
                     where=f"job.adapter.{number}.target_modules",
                     remedy="Name each module in one part only; nothing was created.",
                 )
+        check_kind(part.adapter_kind, sites, where=f"job.adapter.{number}.target_modules")
         yield AdapterPart(kind=part.adapter_kind, sites=sites)
     if spec.task.head is not None:
         yield head_part(spec.task.head, base.sites, hidden_size=base.hidden_size)
@@ -169,3 +219,16 @@ def _check_task(spec: JobSpec, base: BaseModelDescription) -> None:
             actual=spec.task.kind,
             remedy="Name one of its tasks, or another base model; nothing was created.",
         )
+
+
+def _check_shards(spec: JobSpec, adapter: AdapterSpec) -> None:
+    if spec.shards > 1 and spec.inner_steps > 1:
+        raise InvalidInput(
+            "SHARDS_UNSUPPORTED",
+            "each inner step is clipped by itself, and the devices of shards agree on one norm a step",
+            where="job.inner_steps",
+            limit=1,
+            actual=spec.inner_steps,
+            remedy="Use shards 1, or inner_steps 1; nothing was created.",
+        )
+    check_shards(adapter, spec.shards)

@@ -7,6 +7,7 @@ step must be the next one. So a step is recorded once, whoever repeats or delays
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -28,19 +29,23 @@ _MEASURED = ("loss", "learning_rate", "gradient_norm", "base_seconds", "device_s
 _SAME_STEP = ("epoch", "loss", "tokens", "label_tokens", "device_id")
 
 
-def open_lease(connection: Connection, job_id: str, device_id: str, *, at: str) -> Lease:
-    """Give the device the job, with the next epoch; an earlier lease ends. Conflict `JOB_NOT_ACTIVE`."""
+def open_lease(connection: Connection, job_id: str, device_ids: Sequence[str], *, at: str) -> Lease:
+    """Give the devices the job, with the next epoch; an earlier lease ends. Conflict `JOB_NOT_ACTIVE`."""
     job = read_job(connection, job_id)
     if job.state not in (JobState.QUEUED, JobState.RUNNING):
         raise Conflict("JOB_NOT_ACTIVE", f"{job_id} is {job.state}: it takes no lease", actual=job.state)
     end_lease(connection, job_id, at=at)
-    lease = Lease(job_id=job_id, epoch=job.epoch + 1, device_id=device_id)
+    first, *further = device_ids
+    lease = Lease(job_id=job_id, epoch=job.epoch + 1, device_id=first, further_device_ids=tuple(further))
     connection.execute(
-        _leases.insert().values(job_id=job_id, epoch=lease.epoch, device_id=device_id, granted_at=at)
+        _leases.insert().values(job_id=job_id, epoch=lease.epoch, device_id=lease.devices, granted_at=at)
     )
-    update_job(connection, job_id, epoch=lease.epoch, device_id=device_id)
-    message = f"device {device_id} trains the job from version {job.version}"
-    data = {"epoch": lease.epoch, "device_id": device_id, "version": job.version}
+    update_job(connection, job_id, epoch=lease.epoch, device_id=lease.devices)
+    train = "devices {} train" if further else "device {} trains"
+    message = f"{train.format(lease.devices)} the job from version {job.version}"
+    data: dict[str, Any] = {"epoch": lease.epoch, "device_id": lease.devices, "version": job.version}
+    if further:
+        data["device_ids"] = list(device_ids)
     append_event(connection, job_id, at=at, kind="lease.granted", message=message, data=data)
     return lease
 

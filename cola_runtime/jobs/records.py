@@ -85,7 +85,7 @@ class JobRecord:
     version: int  # steps applied and recorded
     total_steps: int
     epoch: int  # of the newest lease; 0 before the first
-    device_id: str | None  # holder of the open lease
+    device_id: str | None  # holder of the open lease; of a sharded adapter all of them: Lease.devices
     encoding: str
     training_key: str
     training_name: str
@@ -172,6 +172,6 @@ class CheckpointRecord:
     version: int  # steps applied in it
     epoch: int  # of the lease that made it
     storage_key: str
-    bytes: int
-    sha256: str  # of the object, hex
+    bytes: int  # of a sharded adapter, those of all shards
+    sha256: str  # of the object, hex; of a sharded adapter that is the index of its shards' objects
     created_at: str = ""  # the store stamps it when empty

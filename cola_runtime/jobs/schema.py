@@ -141,7 +141,7 @@ leases = Table(
     Column("ended_at", String(32)),
     # Epoch 0 means "never leased".
     CheckConstraint("epoch > 0", name="epoch_positive"),
-    # At most one device at a time has the right to train an adapter.
+    # At most one device (one for each shard) at a time has the right to train an adapter.
     Index(
         "uq_leases_open",
         "job_id",

@@ -173,9 +173,12 @@ class JobStore:
 
     # Leases, steps, evaluations, checkpoints
 
-    async def grant_lease(self, job_id: str, device_id: str) -> Lease:
-        """A lease with the next epoch; whoever holds an earlier one is fenced. Conflict `JOB_NOT_ACTIVE`."""
-        return await self._write(job_id, lambda c: progress.open_lease(c, job_id, device_id, at=self._at()))
+    async def grant_lease(self, job_id: str, *device_ids: str) -> Lease:
+        """A lease with the next epoch, of one device a shard; whoever holds an earlier one is fenced.
+
+        Raises Conflict `JOB_NOT_ACTIVE`.
+        """
+        return await self._write(job_id, lambda c: progress.open_lease(c, job_id, device_ids, at=self._at()))
 
     async def rewind(self, lease: Lease, version: int) -> JobRecord:
         """Steps, evaluations and checkpoints above `version` leave the record; what was spent stays spent."""

@@ -1,6 +1,7 @@
+from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -118,7 +119,7 @@ class Heartbeat(_message.Message):
     def __init__(self, busy_seconds: _Optional[float] = ..., resident_bytes: _Optional[int] = ...) -> None: ...
 
 class LeaseGrant(_message.Message):
-    __slots__ = ("lease", "adapter", "optimizer", "schedule", "checkpoint_bytes", "checkpoint_every", "max_staleness")
+    __slots__ = ("lease", "adapter", "optimizer", "schedule", "checkpoint_bytes", "checkpoint_every", "max_staleness", "shards")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
@@ -126,6 +127,7 @@ class LeaseGrant(_message.Message):
     CHECKPOINT_BYTES_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_EVERY_FIELD_NUMBER: _ClassVar[int]
     MAX_STALENESS_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
     lease: LeaseRef
     adapter: AdapterDefinition
     optimizer: OptimizerDefinition
@@ -133,7 +135,8 @@ class LeaseGrant(_message.Message):
     checkpoint_bytes: int
     checkpoint_every: int
     max_staleness: int
-    def __init__(self, lease: _Optional[_Union[LeaseRef, _Mapping]] = ..., adapter: _Optional[_Union[AdapterDefinition, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerDefinition, _Mapping]] = ..., schedule: _Optional[_Union[ScheduleDefinition, _Mapping]] = ..., checkpoint_bytes: _Optional[int] = ..., checkpoint_every: _Optional[int] = ..., max_staleness: _Optional[int] = ...) -> None: ...
+    shards: int
+    def __init__(self, lease: _Optional[_Union[LeaseRef, _Mapping]] = ..., adapter: _Optional[_Union[AdapterDefinition, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerDefinition, _Mapping]] = ..., schedule: _Optional[_Union[ScheduleDefinition, _Mapping]] = ..., checkpoint_bytes: _Optional[int] = ..., checkpoint_every: _Optional[int] = ..., max_staleness: _Optional[int] = ..., shards: _Optional[int] = ...) -> None: ...
 
 class LeaseEnd(_message.Message):
     __slots__ = ("lease",)
@@ -174,20 +177,24 @@ class Drain(_message.Message):
     def __init__(self) -> None: ...
 
 class GradientControl(_message.Message):
-    __slots__ = ("hello", "welcome", "credit", "microbatch_end", "update_end", "refusal")
+    __slots__ = ("hello", "welcome", "credit", "microbatch_end", "update_end", "refusal", "shard_norms", "global_norm")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     CREDIT_FIELD_NUMBER: _ClassVar[int]
     MICROBATCH_END_FIELD_NUMBER: _ClassVar[int]
     UPDATE_END_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    SHARD_NORMS_FIELD_NUMBER: _ClassVar[int]
+    GLOBAL_NORM_FIELD_NUMBER: _ClassVar[int]
     hello: GradientHello
     welcome: GradientWelcome
     credit: Credit
     microbatch_end: MicrobatchEnd
     update_end: UpdateEnd
     refusal: Refusal
-    def __init__(self, hello: _Optional[_Union[GradientHello, _Mapping]] = ..., welcome: _Optional[_Union[GradientWelcome, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., microbatch_end: _Optional[_Union[MicrobatchEnd, _Mapping]] = ..., update_end: _Optional[_Union[UpdateEnd, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
+    shard_norms: ShardNorms
+    global_norm: GlobalNorm
+    def __init__(self, hello: _Optional[_Union[GradientHello, _Mapping]] = ..., welcome: _Optional[_Union[GradientWelcome, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., microbatch_end: _Optional[_Union[MicrobatchEnd, _Mapping]] = ..., update_end: _Optional[_Union[UpdateEnd, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., shard_norms: _Optional[_Union[ShardNorms, _Mapping]] = ..., global_norm: _Optional[_Union[GlobalNorm, _Mapping]] = ...) -> None: ...
 
 class GradientHello(_message.Message):
     __slots__ = ("device_id", "join_token", "protocol_version", "credit_bytes")
@@ -242,6 +249,26 @@ class UpdateEnd(_message.Message):
     gradient_norm: float
     device_seconds: float
     def __init__(self, lease: _Optional[_Union[LeaseRef, _Mapping]] = ..., version: _Optional[int] = ..., tensors: _Optional[int] = ..., learning_rate: _Optional[float] = ..., gradient_norm: _Optional[float] = ..., device_seconds: _Optional[float] = ...) -> None: ...
+
+class ShardNorms(_message.Message):
+    __slots__ = ("lease", "version", "norms")
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    NORMS_FIELD_NUMBER: _ClassVar[int]
+    lease: LeaseRef
+    version: int
+    norms: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, lease: _Optional[_Union[LeaseRef, _Mapping]] = ..., version: _Optional[int] = ..., norms: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class GlobalNorm(_message.Message):
+    __slots__ = ("lease", "version", "norm")
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    NORM_FIELD_NUMBER: _ClassVar[int]
+    lease: LeaseRef
+    version: int
+    norm: float
+    def __init__(self, lease: _Optional[_Union[LeaseRef, _Mapping]] = ..., version: _Optional[int] = ..., norm: _Optional[float] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("lease", "reason", "message")

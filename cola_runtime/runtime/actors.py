@@ -44,7 +44,12 @@ class BaseModelActor:
         import_adapter_modules(adapter_modules)
         path = settings.path or resolve_base_model(settings.name, cache_dir)
         model = TappedModel.load(
-            path, dtype=settings.dtype, attention=settings.attention, threads=settings.threads
+            path,
+            dtype=settings.dtype,
+            attention=settings.attention,
+            threads=settings.threads,
+            activation_checkpointing=settings.activation_checkpointing,
+            quantization=settings.quantization,
         )
         self._service = BaseModelService(model, name=settings.name, join_token=join_token)
         self._bind, self._advertise = settings.bind, settings.advertise
@@ -69,8 +74,8 @@ class BaseModelActor:
     async def next_events(self, after: int) -> tuple[int, list[BaseEvent]]:
         return await self._service.next_events(after)
 
-    async def generate(self, job_id: str | None, token_ids: list[int], **options: Any) -> list[int]:
-        return await self._service.generate(job_id, token_ids, **options)
+    async def generate(self, job_id: str | None, prompts: list[list[int]], **options: Any) -> list[list[int]]:
+        return await self._service.generate(job_id, prompts, **options)
 
 
 class DeviceActor:
@@ -120,17 +125,17 @@ class RemoteBaseModel:
     async def generate(
         self,
         job_id: str | None,
-        token_ids: Sequence[int],
+        prompts: Sequence[Sequence[int]],
         *,
         checkpoint: bytes | None,
         max_new_tokens: int,
         temperature: float,
         seed: int,
         stop_ids: Sequence[int],
-    ) -> list[int]:
+    ) -> list[list[int]]:
         options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         call = self._handle.generate.remote(
-            job_id, list(token_ids), checkpoint=checkpoint, stop_ids=list(stop_ids), **options
+            job_id, list(map(list, prompts)), checkpoint=checkpoint, stop_ids=list(stop_ids), **options
         )
         return await _answer(call)
 

@@ -155,7 +155,7 @@ def _wire(
         storage=storage,
         costs=costs,
     )
-    pool.on_checkpoint = runner.store_checkpoint
+    pool.on_checkpoint = runner.checkpoints.store
     return runner, pool
 
 

@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT_LIMITS = FrameLimits(max_tensor_bytes=4 << 30, max_open_tensors=2, max_open_bytes=4 << 30)
 
+UNABLE_REASONS = ("ADAPTER_MODULE_UNKNOWN", "ADAPTER_MODULE_INVALID", "ADAPTER_INVALID")
+"""A device that refuses a lease so will refuse it again, as long as its process is what it is."""
+
 CheckpointSink = Callable[[Lease, int, bytes, str], Awaitable[None]]
 
 
@@ -52,11 +55,15 @@ class _Device:
     heard: float
     draining: bool = False
     busy_seconds: float = 0.0
+    unable: dict[str, str] = field(default_factory=dict)  # job -> why this device cannot train it
     sending: asyncio.Lock = field(default_factory=asyncio.Lock)  # a grant's blob and message stay together
 
 
 class DevicePool:
-    """The coordinator's end of every control stream."""
+    """The coordinator's end of every control stream.
+
+    `grant`, `end` and `request_checkpoint` speak to one device; of a sharded adapter's lease, about its part.
+    """
 
     def __init__(
         self, settings: DeviceSettings, *, join_token: str, gradient_endpoint: str, book: LeaseBook
@@ -94,14 +101,23 @@ class DevicePool:
                 message, len(self._devices), count, timeout_seconds, extra={"event": "device.missing"}
             )
 
-    async def pick(self) -> str:
-        """The connected device with the fewest leases; waits until there is one."""
+    async def wait_able(self, job_id: str, count: int) -> None:
+        """Return when so many devices are connected that can train the job, as far as is known."""
         async with self._joined:
-            await self._joined.wait_for(self._available)
-            return min(self._available(), key=self._load)
+            await self._joined.wait_for(lambda: len(self._available(job_id)) >= count)
+
+    def pick(self, job_id: str, count: int) -> list[str]:
+        """The able devices with the fewest leases; none if there are fewer than `count`."""
+        available = sorted(self._available(job_id), key=self._load)
+        return available[:count] if len(available) >= count else []
+
+    def unable(self, job_id: str) -> str:
+        """Which of the connected devices cannot train the job, and why; "" if each may."""
+        refusals = ((device_id, device.unable.get(job_id)) for device_id, device in self._devices.items())
+        return "; ".join(f"{device_id} cannot train it: {why}" for device_id, why in refusals if why)
 
     async def grant(self, lease: Lease, plan: TrainingPlan, *, checkpoint: bytes | None) -> None:
-        """Tell the device to train the adapter, from its seed or from a checkpoint."""
+        """Tell the device to train the plan's adapter, or its shard, from its seed or from a checkpoint."""
         device = self._device(lease)
         message = lease_grant(
             lease,
@@ -111,6 +127,7 @@ class DevicePool:
             checkpoint_bytes=len(checkpoint or b""),
             checkpoint_every=plan.checkpoint_every,
             max_staleness=plan.max_staleness,
+            shards=plan.shards,
         )
         async with device.sending:
             if checkpoint is not None:
@@ -161,8 +178,12 @@ class DevicePool:
             for device_id, device in sorted(self._devices.items())
         ]
 
-    def _available(self) -> list[str]:
-        return [device_id for device_id, device in self._devices.items() if not device.draining]
+    def _available(self, job_id: str) -> list[str]:
+        return [
+            device_id
+            for device_id, device in self._devices.items()
+            if not device.draining and job_id not in device.unable
+        ]
 
     def _load(self, device_id: str) -> tuple[int, int]:
         return len(self._book.on_device(device_id)), self._devices[device_id].order
@@ -219,6 +240,8 @@ class DevicePool:
         elif kind == "lease_failed":
             failed = message.lease_failed
             lease = lease_from_proto(failed.lease)
+            if failed.reason in UNABLE_REASONS:
+                device.unable[lease.job_id] = f"{failed.reason}: {failed.message}"
             self._book.lose(lease, reason=failed.reason, message=failed.message)
         elif kind == "drain":
             device.draining = True
@@ -231,7 +254,7 @@ class DevicePool:
         """Store a whole checkpoint of a current lease; one under an older epoch is ignored."""
         lease = lease_from_proto(made.lease)
         current = self._book.current(lease.job_id)
-        if current != lease or lease.device_id != device.hello.device_id:
+        if current is None or not current.covers(lease) or lease.device_id != device.hello.device_id:
             logger.info("checkpoint of an older lease ignored", extra={"event": "checkpoint.fenced"})
             return
         if blob is None or len(blob.data) != made.bytes:

@@ -14,12 +14,13 @@ from cola_runtime.jobs.plan import TrainingPlan
 from cola_runtime.jobs.records import JobRecord, StepRecord
 from cola_runtime.jobs.state import JobState
 from cola_runtime.jobs.store import JobStore
+from cola_runtime.scheduler.device_pool import UNABLE_REASONS
 from cola_runtime.scheduler.evaluation import Evaluations
 from cola_runtime.scheduler.job_data import JobData
 from cola_runtime.scheduler.leases import LeaseLost
 from cola_runtime.scheduler.primitives import AdapterPrimitives, LeasedAdapter, StepOutcome, TakenStep
 from cola_runtime.scheduler.slots import JobSlots
-from cola_runtime.types import Row
+from cola_runtime.types import Lease, Row
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ T = TypeVar("T")
 
 MAX_LOSSES_WITHOUT_PROGRESS = 8  # leases lost in a row at one version before the job is failed
 RETRY_PAUSE_SECONDS = 0.1
+INTERNAL_MESSAGE = "the service failed; its log has the cause. Submit the job again."
 _LOWER_RATE = "Lower the learning rate or set max_grad_norm; the last checkpoint is kept."
 FATAL_REASONS = {  # trying again would give the same; the remedies
     "NON_FINITE_GRADIENT": _LOWER_RATE,
@@ -76,7 +78,10 @@ class JobDriver:
         self._stop: Stop | None = None
         self._stop_asked = asyncio.Event()
         self._stopping = False
-        self.phase = "waiting for a device"
+        self._waiting = "waiting for a device"
+        if plan.shards > 1:
+            self._waiting = f"waiting for {plan.shards} devices at once, one for each shard"
+        self.phase = self._waiting
 
     def ask(self, stop: Stop) -> None:
         """Stop at the next step boundary; a cancel overrides a pause."""
@@ -108,7 +113,7 @@ class JobDriver:
             logger.exception(
                 "job driver broke", extra={"event": "job.internal_error", "job_id": self._job_id}
             )
-            await self._fail("INTERNAL", "the service failed; its log has the cause. Submit the job again.")
+            await self._fail("INTERNAL", INTERNAL_MESSAGE)
 
     async def _run_in_slot(self) -> None:
         """As soon as the tenant's cap on concurrent jobs allows it."""
@@ -134,7 +139,7 @@ class JobDriver:
                 await self._note_loss(lost, progress)
 
     async def _run_lease(self) -> None:
-        self.phase = "waiting for a device"
+        self.phase = self._waiting
         record = await self._store.job(self._job_id)
         adapter = await self._unless_stopped(self._primitives.open(record, self._plan))
         try:
@@ -165,7 +170,7 @@ class JobDriver:
         """Apply the next step, taken already or now; returns the one behind it, if that may run ahead."""
         version = adapter.version
         microbatches = self._data.microbatches(version)
-        self.phase = f"step {version + 1} is with device {adapter.lease.device_id}"
+        self.phase = f"step {version + 1} is with {_named(adapter.lease)}"
         if taken is None:
             taken = await self._primitives.take(adapter, microbatches, version=version)
         ahead = self._start_ahead(adapter, version)
@@ -240,8 +245,6 @@ class JobDriver:
 
     async def _note_loss(self, lost: LeaseLost | Unavailable, progress: _Progress) -> None:
         record = await self._store.job(self._job_id)
-        progress.losses = progress.losses + 1 if record.version == progress.version else 1
-        progress.version = record.version
         await self._store.add_event(
             self._job_id,
             "lease.lost",
@@ -249,6 +252,10 @@ class JobDriver:
             level="warning",
             data={"reason": lost.reason, "version": record.version},
         )
+        if lost.reason in UNABLE_REASONS:
+            return  # each device says so once: the job goes to another one, or waits for one
+        progress.losses = progress.losses + 1 if record.version == progress.version else 1
+        progress.version = record.version
         if lost.reason in FATAL_REASONS:
             raise JobFailed(
                 lost.reason,
@@ -269,6 +276,10 @@ class JobDriver:
         )
 
 
+def _named(lease: Lease) -> str:
+    return f"device {lease.devices}" if len(lease.device_ids) == 1 else f"devices {lease.devices}"
+
+
 def _step_record(adapter: LeasedAdapter, rows: list[Row], outcome: StepOutcome) -> StepRecord:
     return StepRecord(
         job_id=adapter.lease.job_id,
@@ -277,9 +288,9 @@ def _step_record(adapter: LeasedAdapter, rows: list[Row], outcome: StepOutcome) 
         loss=outcome.loss.mean,
         learning_rate=outcome.applied.learning_rate,
         gradient_norm=outcome.applied.gradient_norm,
-        tokens=sum(len(row.tokens) for row in rows),
+        tokens=sum(row.length for row in rows),
         label_tokens=sum(row.label_tokens for row in rows),
-        device_id=adapter.lease.device_id,
+        device_id=adapter.lease.devices,
         bytes_up=outcome.applied.bytes_up,
         bytes_down=outcome.applied.bytes_down,
         base_seconds=outcome.base_seconds,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +88,10 @@ class Evaluations:
 
     async def _evaluate(self, adapter: LeasedAdapter) -> EvaluationRecord:
         loss = await self._primitives.forward(adapter, self._data.evaluation)
-        metrics = self._data.measures(loss.mean, loss.predictions)
+        generated: list[list[int]] = []
+        if self._data.prompts is not None:
+            generated = await self._primitives.answer(adapter, self._data.prompts)
+        metrics = await asyncio.to_thread(self._data.measures, loss.mean, loss.predictions, generated)
         metric, best = self._spec.metric, self._best
         improved = best is None or improves(
             metrics[metric], best.value, metric=metric, min_delta=self._spec.min_delta

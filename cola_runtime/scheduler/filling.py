@@ -1,4 +1,4 @@
-"""Fills a base step with rows of one band so that nobody runs ahead of who has to wait. Pure."""
+"""Fills a base step with microbatches of one band so that nobody runs ahead of who has to wait. Pure."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cola_runtime.scheduler.packing import Band
-from cola_runtime.scheduler.waiting import Part
+from cola_runtime.scheduler.packing import STEP_TOKENS, Band, PaddedRow
+from cola_runtime.scheduler.waiting import Waiting
 
-Row = tuple[int, int]  # tokens, number within the microbatch
+NOBODY = math.inf  # `outside` when every waiting tenant has an offer
 
 
 @dataclass(slots=True)
@@ -20,81 +20,58 @@ class Offer:
     tenant_id: str
     counter: float
     weight: float
-    waiting_rows: int  # of the tenant, in all
-    microbatches: list[tuple[int, list[Row]]]
-    """(ticket, rows, longest first), in the order of the tenant's jobs."""
+    waits: int  # microbatches of the tenant, in all
+    microbatches: list[Waiting]  # in the order of the tenant's jobs
 
 
 @dataclass(slots=True)
 class _Filling:
     token_budget: int
     rows: int = 0
-    longest: int = 0
-    parts: dict[int, list[Row]] = field(default_factory=dict)  # by ticket
+    padded: PaddedRow = field(default_factory=PaddedRow)
+    chosen: list[Waiting] = field(default_factory=list)
 
     @property
     def is_full(self) -> bool:
-        return (self.rows + 1) * self.longest > self.token_budget
+        return (self.rows + 1) * self.padded.total > self.token_budget
 
-    def has_room(self, length: int) -> bool:
-        """The first row always has, also above the budget."""
-        return not self.rows or (self.rows + 1) * max(self.longest, length) <= self.token_budget
+    def has_room(self, waiting: Waiting) -> bool:
+        """Within the budget, and padding less than a base step of its own. The first always has room."""
+        computed = (self.rows + waiting.rows) * self.padded.beside(waiting.padded).total
+        padding = computed - self.rows * self.padded.total - waiting.padded_tokens
+        return not self.rows or (computed <= self.token_budget and padding <= STEP_TOKENS)
 
-    def take(self, ticket: int, length: int, row: int) -> None:
-        self.rows += 1
-        self.longest = max(self.longest, length)
-        self.parts.setdefault(ticket, []).append((length, row))
+    def take(self, waiting: Waiting) -> None:
+        self.rows += waiting.rows
+        self.padded = self.padded.beside(waiting.padded)
+        self.chosen.append(waiting)
 
 
 def fill(
     offers: Sequence[Offer], band: Band, *, token_budget: int, lead: float, outside: float
-) -> tuple[Part, ...]:
-    """Rows of the band, always from the tenant that would then be least served, up to the budget.
+) -> tuple[Waiting, ...]:
+    """Microbatches of the band, always from the tenant that would then be least served, up to the budget.
 
     A tenant stops `lead` tokens of its own ahead of the least counter among those that go on waiting:
-    (counter - least) * weight <= lead before each row. `outside` is that counter among tenants without an
-    offer (infinity: there are none). Offers come in fair order; the first row of the first one is taken.
+    (counter - least) * weight <= lead before each microbatch. `outside` is that counter among tenants without
+    an offer (infinity: there are none). Offers come in fair order; the first one's first microbatch is in the
+    band and is taken, also above the budget. One that has no room when its turn comes stays behind.
     """
     filling = _Filling(token_budget)
     heap = [(offer.counter, place) for place, offer in enumerate(offers)]
-    pending: dict[int, list[tuple[int, int, int]]] = {}
+    in_band = [[w for w in offer.microbatches if w.padded.total in band][::-1] for offer in offers]
     while heap and not filling.is_full:
         counter, place = heapq.heappop(heap)
-        offer = offers[place]
-        rows = pending.get(place) or _rows(offer, band)
-        before, least = len(rows), min(outside, heap[0][0]) if heap else outside
-        while rows and (counter - least) * offer.weight <= lead and filling.has_room(rows[-1][1]):
-            filling.take(*rows[-1])
-            counter += rows.pop()[1] / offer.weight
-        taken = before - len(rows)
-        offer.waiting_rows -= taken
-        if rows and taken and heap:
-            pending[place] = rows
+        offer, pending, took = offers[place], in_band[place], False
+        least = min(outside, heap[0][0]) if heap else outside
+        while pending and (counter - least) * offer.weight <= lead:
+            waiting = pending.pop()
+            if filling.has_room(waiting):
+                filling.take(waiting)
+                counter += waiting.tokens / offer.weight
+                offer.waits, took = offer.waits - 1, True
+        if pending and took and heap:
             heapq.heappush(heap, (counter, place))  # its turn may come again when others have caught up
-        elif offer.waiting_rows:
+        elif offer.waits:
             outside = min(outside, counter)
-    return tuple(_part(ticket, taken) for ticket, taken in filling.parts.items())
-
-
-def _rows(offer: Offer, band: Band) -> list[tuple[int, int, int]]:
-    """(ticket, length, row) of those in the band, the first one last."""
-    low, high = band.low, band.high
-    return [
-        (ticket, length, row)
-        for ticket, rows in reversed(offer.microbatches)
-        for length, row in reversed(rows)
-        if low < length <= high
-    ]
-
-
-def _part(ticket: int, taken: list[Row]) -> Part:
-    lengths = [length for length, _ in taken]
-    return Part(
-        ticket=ticket,
-        rows=tuple(sorted([row for _, row in taken])),
-        tokens=sum(lengths),
-        longest=lengths[0],
-    )
-
-
-NOBODY = math.inf  # `outside` when every waiting tenant has an offer
+    return tuple(filling.chosen)

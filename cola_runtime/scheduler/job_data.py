@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cola_runtime.data.cursor import step_rows
-from cola_runtime.data.formats import parse_dataset
+from cola_runtime.data.formats import Dataset, parse_dataset
+from cola_runtime.data.held_out import HeldOutPrompts, held_out_prompts
 from cola_runtime.data.metrics import evaluate
-from cola_runtime.data.tokenize import Tokenizer, longest_row
+from cola_runtime.data.tokenize import TokenizedDataset, Tokenizer, longest_row
 from cola_runtime.jobs.plan import DataSize
 from cola_runtime.jobs.records import JobRecord
 from cola_runtime.spec import JobSpec
@@ -24,19 +25,27 @@ class JobData:
     spec: JobSpec
     training: Sequence[Row]
     evaluation: Sequence[Row]
+    prompts: HeldOutPrompts | None = None  # of the held-out rows, where the job's metric generates
 
     @property
     def size(self) -> DataSize:
-        return DataSize(rows=len(self.training), tokens=sum(len(row.tokens) for row in self.training))
+        return DataSize.of(self.training)
 
     def microbatches(self, version: int) -> list[list[Row]]:
         """The rows of the step that makes `version` into `version + 1`."""
         return step_rows(self.training, self.spec, version)
 
-    def measures(self, mean_loss: float, predictions: Sequence[float]) -> dict[str, float]:
+    def measures(
+        self, mean_loss: float, predictions: Sequence[float], generated: Sequence[Sequence[int]] = ()
+    ) -> dict[str, float]:
         """What the held-out rows say of the adapter that made these predictions: data/metrics.py."""
-        labels = [row.label for row in self.evaluation if row.label is not None]
-        return evaluate(self.spec.task, mean_loss=mean_loss, labels=labels, predictions=predictions)
+        return evaluate(
+            self.spec.task,
+            mean_loss=mean_loss,
+            labels=[row.label for row in self.evaluation if row.label is not None],
+            predictions=predictions,
+            answers=() if self.prompts is None else self.prompts.answers(generated),
+        )
 
 
 async def load_job_data(
@@ -47,20 +56,22 @@ async def load_job_data(
 
 
 def _load(record: JobRecord, spec: JobSpec, base: BaseModelDescription, storage: ObjectStorage) -> JobData:
-    tokenizer = Tokenizer(base.tokenizer_path, bidirectional=base.bidirectional)
+    tokenizer = Tokenizer.of(base)
 
-    def rows(key: str | None, name: str) -> Sequence[Row]:
-        if key is None:
-            return ()
+    def rows(key: str, name: str) -> tuple[Dataset, TokenizedDataset]:
         dataset = parse_dataset(storage.get(key), file_name=name)
         limit = longest_row(spec, context_length=base.context_length)
-        tokenized = tokenizer.tokenize(
+        return dataset, tokenizer.tokenize(
             dataset, max_length=limit, loss=spec.loss, truncate=spec.truncate, task=spec.task
         )
-        return tokenized.rows
 
-    return JobData(
-        spec=spec,
-        training=rows(record.training_key, record.training_name),
-        evaluation=rows(record.evaluation_key, record.evaluation_name),
-    )
+    training = rows(record.training_key, record.training_name)[1].rows
+    if record.evaluation_key is None:
+        return JobData(spec=spec, training=training, evaluation=())
+    held_out = rows(record.evaluation_key, record.evaluation_name)
+    prompts = None
+    if spec.evaluation.new_tokens:
+        prompts = held_out_prompts(
+            *held_out, tokenizer, context_length=base.context_length, new_tokens=spec.evaluation.new_tokens
+        )
+    return JobData(spec=spec, training=training, evaluation=held_out[1].rows, prompts=prompts)

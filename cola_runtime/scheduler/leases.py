@@ -45,7 +45,7 @@ class LeaseBook:
             entry.changed.set()
 
     def on_device(self, device_id: str) -> list[Lease]:
-        return [entry.lease for entry in self._open.values() if entry.lease.device_id == device_id]
+        return [entry.lease for entry in self._open.values() if device_id in entry.lease.device_ids]
 
     def current(self, job_id: str) -> Lease | None:
         entry = self._open.get(job_id)

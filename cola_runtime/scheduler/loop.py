@@ -15,10 +15,11 @@ from collections.abc import Callable, Sequence
 
 from cola_runtime.config import SchedulerSettings
 from cola_runtime.errors import ColaError, Unavailable
+from cola_runtime.scheduler.packing import padded_row
 from cola_runtime.scheduler.policy import FairQueue
 from cola_runtime.scheduler.ports import BaseModelPort
-from cola_runtime.scheduler.tickets import Computed, Flight, PartNumbers, Ticket
-from cola_runtime.scheduler.waiting import Part, Share, Standing, padded_tokens
+from cola_runtime.scheduler.tickets import Computed, Flight, Ticket
+from cola_runtime.scheduler.waiting import Share, Standing, Waiting, padded_tokens
 from cola_runtime.types import BaseStep, BaseStepResult, Priority, Segment
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,6 @@ class SchedulerLoop:
         self._tickets: dict[int, Ticket] = {}
         self._of_job: dict[str, dict[int, Ticket]] = {}
         self._of_device: dict[str, dict[int, Ticket]] = {}  # those that train
-        self._part_numbers = PartNumbers()
         self._flights: dict[int, Flight] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._parked: set[str] = set()
@@ -53,6 +53,10 @@ class SchedulerLoop:
         self.busy_seconds = 0.0
         self.steps_done = 0
 
+    @property
+    def token_budget(self) -> int:
+        return self._settings.token_budget
+
     def set_share(self, tenant_id: str, share: Share) -> None:
         """From the tenant's next tokens on."""
         self._queue.set_share(tenant_id, share)
@@ -61,15 +65,20 @@ class SchedulerLoop:
     async def compute(
         self, segment: Segment, *, tenant_id: str, train: bool, priority: Priority = Priority.NORMAL
     ) -> Computed:
-        """Wait until all rows were in base steps; return their loss. Cancelling gives the places back."""
-        ticket = Ticket(
-            number=next(self._ticket_numbers),
+        """Wait for a place in a base step and return the segment's loss. Cancelling gives the place back."""
+        waiting = Waiting(
+            ticket=next(self._ticket_numbers),
             tenant_id=tenant_id,
-            segment=segment,
+            job_id=segment.lease.job_id,
+            rows=len(segment.rows),
+            tokens=segment.tokens,
+            padded=padded_row(segment.rows),
             train=train,
+            gang=segment.gang,
             priority=priority,
-            done=asyncio.get_running_loop().create_future(),
         )
+        done: asyncio.Future[Computed] = asyncio.get_running_loop().create_future()
+        ticket = Ticket(waiting=waiting, segment=segment, done=done)
         self._keep(ticket)
         self._queue_up(ticket)
         self._wake.set()
@@ -79,23 +88,29 @@ class SchedulerLoop:
             self._queue.remove(ticket.number, now=_now())
             self._forget(ticket)
 
+    def charge(self, tenant_id: str, tokens: int) -> None:
+        """Count what the base model computed for a tenant outside of base steps."""
+        self._queue.charge(tenant_id, tokens, now=_now())
+        self._wake.set()
+
     def park(self, device_id: str, *, parked: bool) -> None:
         """A device without credit: its tenants wait, nobody else does."""
         (self._parked.add if parked else self._parked.discard)(device_id)
         for ticket in self._of_device.get(device_id, {}).values():
             if parked:
                 self._queue.remove(ticket.number, now=_now())
-            elif ticket.left and ticket.number not in self._queue:
+            elif not ticket.sent and ticket.number not in self._queue:
                 self._queue_up(ticket)
         self._wake.set()
 
     def waiting_reason(self, job_id: str) -> str | None:
         """Why this job's oldest microbatch is not in a base step; None when it has none waiting."""
-        ticket = next((t for t in self._of_job.get(job_id, {}).values() if t.left), None)
+        ticket = next((t for t in self._of_job.get(job_id, {}).values() if not t.sent), None)
         if ticket is None:
             return None
-        if ticket.number not in self._queue:
-            return f"device {ticket.device_id} is still busy with earlier gradients"
+        busy = self._parked.intersection(ticket.device_ids)
+        if busy:
+            return f"device {min(busy)} is still busy with earlier gradients"
         return _said(self._queue.standing(ticket.number), now=_now())
 
     async def run_forever(self) -> None:
@@ -109,14 +124,14 @@ class SchedulerLoop:
     def _send_when_due(self) -> float | None:
         """Send what should be sent now; return after how many seconds to look again (None: when woken)."""
         while len(self._flights) < self._settings.base_steps_in_flight:
-            parts = self._queue.choose(token_budget=self._settings.token_budget, now=_now())
-            if not parts:
+            chosen = self._queue.choose(token_budget=self.token_budget, now=_now())
+            if not chosen:
                 ready_at = self._queue.next_ready()
                 return None if ready_at is None else max(0.0, ready_at - _now())
-            wait_seconds = self._hold_seconds(padded_tokens(parts))
+            wait_seconds = self._hold_seconds(padded_tokens(chosen))
             if wait_seconds > LEAST_HOLD_SECONDS:
                 return wait_seconds
-            self._send(parts)
+            self._send(chosen)
         return None
 
     def _hold_seconds(self, tokens: int) -> float:
@@ -125,28 +140,25 @@ class SchedulerLoop:
             return 0.0
         running = self._flights[min(self._flights)]
         expected_seconds = running.padded_tokens * self._seconds_per_token
-        filled = tokens >= FILLED_ENOUGH * self._settings.token_budget
+        filled = tokens >= FILLED_ENOUGH * self.token_budget
         ahead = max(FILLED_AHEAD * expected_seconds if filled else 0.0, SEND_AHEAD_SECONDS)
         return running.started + expected_seconds - ahead - _now()
 
-    def _send(self, parts: Sequence[Part]) -> None:
+    def _send(self, chosen: Sequence[Waiting]) -> None:
         number, now = next(self._step_numbers), _now()
-        self._queue.take(parts, now=now)
-        tickets = [self._tickets[part.ticket] for part in parts]
-        self._flights[number] = Flight(
-            tickets=tickets, parts=parts, padded_tokens=padded_tokens(parts), started=now
+        self._queue.take(chosen, now=now)
+        tickets = [self._tickets[waiting.ticket] for waiting in chosen]
+        for ticket in tickets:
+            ticket.sent = True
+        self._flights[number] = Flight(tickets=tickets, padded_tokens=padded_tokens(chosen), started=now)
+        step = BaseStep(
+            number=number,
+            segments=tuple(ticket.segment for ticket in tickets),
+            train=chosen[0].train,
         )
-        segments = tuple(self._segment(ticket, part) for ticket, part in zip(tickets, parts, strict=True))
-        step = BaseStep(number=number, segments=segments, train=tickets[0].train)
         task = asyncio.create_task(self._run(step), name=f"base-step-{number}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    def _segment(self, ticket: Ticket, part: Part) -> Segment:
-        segment = ticket.part(part, microbatch=self._part_numbers.take(ticket.segment))
-        if segment.last_microbatch:
-            self._part_numbers.step_sent(segment.lease.job_id)
-        return segment
 
     async def _run(self, step: BaseStep) -> None:
         try:
@@ -167,10 +179,12 @@ class SchedulerLoop:
         self.busy_seconds += result.seconds
         self.steps_done += 1
         self._seconds_per_token = result.seconds / max(1, result.computed_tokens)
-        tokens = sum(part.tokens for part in flight.parts)
-        for ticket, part, loss in zip(flight.tickets, flight.parts, result.losses, strict=True):
-            seconds = result.seconds * part.tokens / max(1, tokens)
-            ticket.add(part, loss, base_seconds=seconds, base_step=result.number)
+        tokens = sum(ticket.waiting.tokens for ticket in flight.tickets)
+        for ticket, loss in zip(flight.tickets, result.losses, strict=True):
+            seconds = result.seconds * ticket.waiting.tokens / max(1, tokens)
+            computed = Computed(loss=loss, base_seconds=seconds, base_step=result.number)
+            if not ticket.done.done():
+                ticket.done.set_result(computed)
 
     def _fail(self, number: int, error: Exception) -> None:
         cause = error if isinstance(error, ColaError) else Unavailable("BASE_MODEL_LOST", str(error))
@@ -181,21 +195,27 @@ class SchedulerLoop:
             self._on_base_lost(error)
 
     def _queue_up(self, ticket: Ticket) -> None:
-        if not (ticket.train and ticket.device_id in self._parked):
-            self._queue.add(ticket.waiting(), now=_now())
+        if not self._parked.intersection(ticket.device_ids):
+            self._queue.add(ticket.waiting, now=_now())
 
     def _keep(self, ticket: Ticket) -> None:
         self._tickets[ticket.number] = ticket
-        self._of_job.setdefault(ticket.segment.lease.job_id, {})[ticket.number] = ticket
-        if ticket.train:
-            self._of_device.setdefault(ticket.device_id, {})[ticket.number] = ticket
+        for index, name in self._indexes(ticket):
+            index.setdefault(name, {})[ticket.number] = ticket
 
     def _forget(self, ticket: Ticket) -> None:
         del self._tickets[ticket.number]
-        for index, name in ((self._of_job, ticket.segment.lease.job_id), (self._of_device, ticket.device_id)):
-            index.get(name, {}).pop(ticket.number, None)
-            if not index.get(name, True):
+        for index, name in self._indexes(ticket):
+            del index[name][ticket.number]
+            if not index[name]:
                 del index[name]
+
+    def _indexes(self, ticket: Ticket) -> list[tuple[dict[str, dict[int, Ticket]], str]]:
+        """Where the ticket is found by name: its job's, and each of its devices'."""
+        return [
+            (self._of_job, ticket.waiting.job_id),
+            *((self._of_device, device_id) for device_id in ticket.device_ids),
+        ]
 
 
 def _now() -> float:

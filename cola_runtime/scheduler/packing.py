@@ -1,7 +1,7 @@
-"""Which rows go together: cuts the lengths of what waits into bands, so that little is padding. Pure.
+"""What goes together: cuts a microbatch that is too large for one base step, and finds near lengths. Pure.
 
-Sending rows of one microbatch in different base steps changes nobody's gradient: every row carries the loss
-denominator of its whole step, so the parts' gradients add up to the step's.
+Splitting changes nobody's gradient: every row carries the loss denominator of its whole step, so the
+parts' gradients add up to the step's (README, "The numbered life of a step").
 """
 
 from __future__ import annotations
@@ -13,15 +13,67 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from cola_runtime.types import Row
+
 STEP_TOKENS = 64  # what a further base step costs, in computed tokens (docs/scheduling.md)
-PART_TOKENS = 4  # what a further part of a microbatch costs: its taps travel once more
 MOST_LENGTHS = 20  # that are told apart, evenly by their logarithm; others count as the next longer one
 _EVENLY = np.linspace(0.0, 1.0, MOST_LENGTHS)
 
 
 @dataclass(frozen=True, slots=True)
+class PaddedRow:
+    """What one row costs in a rectangular batch: tokens of the longest row, and of the longest source."""
+
+    tokens: int = 0
+    source: int = 0  # of encoder-decoders, which pad both for themselves
+
+    @property
+    def total(self) -> int:
+        return self.tokens + self.source
+
+    def beside(self, other: PaddedRow) -> PaddedRow:
+        """In one batch."""
+        return PaddedRow(max(self.tokens, other.tokens), max(self.source, other.source))
+
+
+def padded_row(rows: Sequence[Row]) -> PaddedRow:
+    """Of these rows in a batch of their own."""
+    padded = PaddedRow()
+    for row in rows:
+        padded = padded.beside(_of(row))
+    return padded
+
+
+def split_rows(rows: Sequence[Row], *, token_budget: int) -> list[tuple[Row, ...]]:
+    """Cut rows, in order, into parts of at most `token_budget` padded tokens; a longer row is one part."""
+    parts: list[list[Row]] = []
+    padded = PaddedRow()
+    for row in rows:
+        grown = padded.beside(_of(row))
+        if parts and (len(parts[-1]) + 1) * grown.total <= token_budget:
+            parts[-1].append(row)
+            padded = grown
+        else:
+            parts.append([row])
+            padded = _of(row)
+    return [tuple(part) for part in parts]
+
+
+def first_prompts(
+    prompts: Sequence[Sequence[int]], *, new_tokens: int, token_budget: int
+) -> Sequence[Sequence[int]]:
+    """The first prompts, one at least, that with `new_tokens` each are at most `token_budget` padded."""
+    longest = 0
+    for count, prompt in enumerate(prompts):
+        longest = max(longest, len(prompt))
+        if count and (count + 1) * (longest + new_tokens) > token_budget:
+            return prompts[:count]
+    return prompts
+
+
+@dataclass(frozen=True, slots=True)
 class Band:
-    """Rows with low < length <= high may share a base step."""
+    """Microbatches whose padded rows have low < length <= high may share a base step."""
 
     low: int
     high: int
@@ -30,46 +82,42 @@ class Band:
         return self.low < length <= self.high
 
 
-def length_bands(entries: Sequence[Sequence[int]], *, token_budget: int) -> list[Band]:
-    """Cut the lengths of all rows of `entries` (microbatches) into the cheapest bands, longest first.
+def length_bands(lengths: Sequence[int], rows: Sequence[int], *, token_budget: int) -> list[Band]:
+    """Cut the lengths of microbatches (of a padded row, each), with so many rows each, into the cheapest
+    bands, longest first.
 
-    A band of n rows up to length h costs n * h tokens, STEP_TOKENS per base step that it fills, and
-    PART_TOKENS per microbatch with rows in it. So a row is padded only where that costs less than a base step
-    and a part of its own. O(rows + entries * lengths^2) with at most MOST_LENGTHS lengths.
+    A band of n rows up to length h costs n * h tokens, and STEP_TOKENS per base step that it fills. So a
+    microbatch is padded only where that costs less than a base step of its own. O(microbatches + lengths^2)
+    with at most MOST_LENGTHS lengths.
     """
-    lengths_R = np.array([length for entry in entries for length in entry])
-    tops_U = _told_apart(lengths_R)
-    entry_R = np.repeat(np.arange(len(entries)), [len(entry) for entry in entries])
-    costs = _band_costs(tops_U, np.searchsorted(tops_U, lengths_R), entry_R, token_budget)
-    return _cheapest_cuts(tops_U.tolist(), costs)
+    lengths_M = np.array(lengths)
+    tops_U = _told_apart(lengths_M)
+    of_top_M = np.searchsorted(tops_U, lengths_M)
+    rows_U = np.bincount(of_top_M, weights=rows, minlength=len(tops_U)).astype(np.int64)
+    return _cheapest_cuts(tops_U.tolist(), _band_costs(tops_U, rows_U, token_budget))
 
 
-def _told_apart(lengths_R: NDArray[np.int64]) -> NDArray[np.int64]:
+def _of(row: Row) -> PaddedRow:
+    return PaddedRow(row.length - row.source_length, row.source_length)
+
+
+def _told_apart(lengths_M: NDArray[np.int64]) -> NDArray[np.int64]:
     """Ascending lengths, the longest among them, that the others are rounded up to."""
-    sorted_R = np.sort(lengths_R)
-    firsts_R = np.flatnonzero(sorted_R[1:] != sorted_R[:-1])
-    if len(firsts_R) < MOST_LENGTHS:
-        return np.append(sorted_R[firsts_R], sorted_R[-1])
-    shortest, longest = float(sorted_R[0]), float(sorted_R[-1])
+    sorted_M = np.sort(lengths_M)
+    firsts_M = np.flatnonzero(sorted_M[1:] != sorted_M[:-1])
+    if len(firsts_M) < MOST_LENGTHS:
+        return np.append(sorted_M[firsts_M], sorted_M[-1])
+    shortest, longest = float(sorted_M[0]), float(sorted_M[-1])
     edges_U = shortest * (longest / shortest) ** _EVENLY
     edges_U[-1] = longest
-    return np.unique(sorted_R[np.searchsorted(sorted_R, edges_U, side="right") - 1])
+    return np.unique(sorted_M[np.searchsorted(sorted_M, edges_U, side="right") - 1])
 
 
-def _band_costs(
-    tops_U: NDArray[np.int64], of_row_R: NDArray[np.int64], entry_R: NDArray[np.int64], token_budget: int
-) -> list[list[float]]:
+def _band_costs(tops_U: NDArray[np.int64], rows_U: NDArray[np.int64], token_budget: int) -> list[list[float]]:
     """[last length, first length] -> tokens that the band between them costs."""
-    lengths = len(tops_U)
-    before_U = np.concatenate([[0], np.cumsum(np.bincount(of_row_R, minlength=lengths))])
-    rows_UU = before_U[1:, None] - before_U[None, :-1]
-    newest_EU = np.full((int(entry_R[-1]) + 1, lengths), -1)
-    newest_EU[entry_R, of_row_R] = of_row_R
-    newest_EU = np.maximum.accumulate(newest_EU, axis=1)
-    parts_UU = (newest_EU[:, :, None] >= np.arange(lengths)).sum(axis=0)
-    tokens_UU = rows_UU * tops_U[:, None]
-    costs_UU = tokens_UU - STEP_TOKENS * (-tokens_UU // token_budget) + PART_TOKENS * parts_UU
-    costs: list[list[float]] = costs_UU.tolist()
+    before_U = np.concatenate([[0], np.cumsum(rows_U)])
+    tokens_UU = (before_U[1:, None] - before_U[None, :-1]) * tops_U[:, None]
+    costs: list[list[float]] = (tokens_UU - STEP_TOKENS * (-tokens_UU // token_budget)).tolist()
     return costs
 
 

@@ -16,25 +16,17 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-from cola_runtime.scheduler.filling import NOBODY, Offer, Row, fill
+from cola_runtime.scheduler.filling import NOBODY, Offer, fill
 from cola_runtime.scheduler.ordered import SortedKeys
 from cola_runtime.scheduler.packing import length_bands
-from cola_runtime.scheduler.waiting import Class, Part, Share, Standing, Waiting
+from cola_runtime.scheduler.waiting import Class, Share, Standing, Waiting
 
 LOOK_AHEAD = 64  # microbatches that a decision looks at, in fair order
-LOOK_AHEAD_ROWS = 2048  # and rows
 LEAD = 1 / 8  # share of the token budget by which a tenant may run ahead of the least served one
 KEPT_IDLE_JOBS = 64  # per tenant, before their counters are looked through for ones that are not needed
 
 TenantKey = tuple[float, int, str]  # counter, ticket with which it began to wait, tenant
 JobKey = tuple[int, float, int, str]  # -priority, counter, oldest ticket, job
-
-
-@dataclass(slots=True)
-class _Entry:
-    waiting: Waiting
-    of_class: Class
-    rows: list[Row]  # that are left, longest first
 
 
 @dataclass(slots=True)
@@ -53,7 +45,7 @@ class _Tenant:
     since: int = 0
     ready_at: float = -math.inf  # tokens_per_minute keeps it back until then
     kept_back: bool = False
-    rows: int = 0  # that wait
+    waits: int = 0  # microbatches
     key: TenantKey | None = None  # as it stands in the queue's orders; None: it may not go now
     jobs: dict[str, _Job] = field(default_factory=dict)
     order: SortedKeys[JobKey] = field(default_factory=SortedKeys)
@@ -69,7 +61,7 @@ class FairQueue:
 
     def __init__(self) -> None:
         self._tenants: dict[str, _Tenant] = {}
-        self._entries: dict[int, _Entry] = {}
+        self._entries: dict[int, Waiting] = {}
         self._order: SortedKeys[TenantKey] = SortedKeys()
         self._classes: dict[Class, SortedKeys[TenantKey]] = {}
         self._kept_back: list[tuple[float, str]] = []  # a heap of (ready_at, tenant)
@@ -96,13 +88,12 @@ class FairQueue:
     def add(self, waiting: Waiting, *, now: float) -> None:
         tenant = self._tenants.setdefault(waiting.tenant_id, _Tenant(waiting.tenant_id))
         job = tenant.jobs.setdefault(waiting.job_id, _Job(waiting.job_id))
-        longest_first = sorted(zip(waiting.lengths, waiting.rows, strict=True), key=_longest_first)
-        self._entries[waiting.ticket] = _Entry(waiting, waiting.of_class, longest_first)
-        if not tenant.rows:
+        self._entries[waiting.ticket] = waiting
+        if not tenant.waits:
             tenant.counter, tenant.since = max(tenant.counter, self._floor), waiting.ticket
         if not job.tickets:
             job.counter = max(job.counter, tenant.floors.get(-waiting.priority, 0.0))
-        tenant.rows += len(waiting.rows)
+        tenant.waits += 1
         insort(job.tickets, waiting.ticket)
         if job.tickets[0] == waiting.ticket:
             self._leave(tenant)
@@ -112,19 +103,28 @@ class FairQueue:
 
     def remove(self, ticket: int, *, now: float) -> None:
         """Nothing happens when it does not wait (any more)."""
-        entry = self._entries.get(ticket)
-        if entry is not None:
-            tenant = self._tenants[entry.waiting.tenant_id]
+        waiting = self._entries.get(ticket)
+        if waiting is not None:
+            tenant = self._tenants[waiting.tenant_id]
             self._leave(tenant)
-            self._drop(tenant, entry, {row for _, row in entry.rows})
+            self._drop(tenant, waiting)
             self._enter(tenant, now)
 
-    def choose(self, *, token_budget: int, now: float) -> tuple[Part, ...]:
-        """The rows of the next base step; () when nobody may go. Nothing is taken: see `take`.
+    def charge(self, tenant_id: str, tokens: int, *, now: float) -> None:
+        """Count what was computed for a tenant beside the queue; its jobs' order stays as it is."""
+        tenant = self._tenants.setdefault(tenant_id, _Tenant(tenant_id))
+        self._leave(tenant)
+        if not tenant.waits:
+            tenant.counter = max(tenant.counter, self._floor)  # else its return would forget these tokens
+        self._count(tenant, tokens, now)
+        self._enter(tenant, now)
 
-        The least served tenant's first job goes first, with the longest rows that its oldest microbatch has
-        left; rows of near length join it from those behind it in fair order (`length_bands`), as long as
-        nobody runs ahead of who has to wait by more than LEAD (`fill`). A row above the budget goes alone.
+    def choose(self, *, token_budget: int, now: float) -> tuple[Waiting, ...]:
+        """The microbatches of the next base step; () when nobody may go. Nothing is taken: see `take`.
+
+        The oldest microbatch of the least served tenant's first job always goes; those of near length behind
+        it in fair order join it (`length_bands`), as long as there is room and nobody runs ahead of who has
+        to wait by more than LEAD (`fill`). One above the budget goes alone.
         """
         self._let_back(now)
         if not self._order:
@@ -132,23 +132,21 @@ class FairQueue:
         head = self._head(self._tenants[self._order.first[2]])
         lead = LEAD * token_budget
         offers = self._offers(head.of_class, lead)
-        lengths = [[length for length, _ in rows] for offer in offers for _, rows in offer.microbatches]
-        bands = length_bands(lengths, token_budget=token_budget)
-        band = next(band for band in bands if head.rows[0][0] in band)
+        seen = [waiting for offer in offers for waiting in offer.microbatches]
+        lengths = [waiting.padded.total for waiting in seen]
+        bands = length_bands(lengths, [waiting.rows for waiting in seen], token_budget=token_budget)
+        band = next(band for band in bands if head.padded.total in band)
         outside = self._least_beside({offer.tenant_id for offer in offers})
         return fill(offers, band, token_budget=token_budget, lead=lead, outside=outside)
 
-    def take(self, parts: Sequence[Part], *, now: float) -> None:
-        """Charge these rows to their tenants and jobs; what is left of a microbatch goes on waiting."""
-        tenants = {}
-        for part in parts:
-            tenant = self._tenants[self._entries[part.ticket].waiting.tenant_id]
-            tenants[tenant.tenant_id] = tenant
+    def take(self, chosen: Sequence[Waiting], *, now: float) -> None:
+        """Charge these microbatches to their tenants and jobs; they no longer wait."""
+        tenants = {waiting.tenant_id: self._tenants[waiting.tenant_id] for waiting in chosen}
         self._floor = max(self._floor, min(tenant.counter for tenant in tenants.values()))
         for tenant in tenants.values():
             self._leave(tenant)
-        for part in parts:
-            self._charge(part, now)
+        for waiting in chosen:
+            self._serve(waiting, now)
         for tenant in tenants.values():
             self._enter(tenant, now)
 
@@ -158,7 +156,7 @@ class FairQueue:
 
     def standing(self, ticket: int) -> Standing:
         """Where a waiting microbatch stands. Raises KeyError for one that does not wait."""
-        waiting = self._entries[ticket].waiting
+        waiting = self._entries[ticket]
         tenant = self._tenants[waiting.tenant_id]
         job = tenant.jobs[waiting.job_id]
         first = self._tenants[self._order.first[2]] if self._order else tenant
@@ -168,7 +166,7 @@ class FairQueue:
             earlier_microbatches=job.tickets.index(ticket),
             ready_at=tenant.ready_at if tenant.kept_back else None,
             tokens_per_minute=tenant.share.tokens_per_minute,
-            gang_first=self._head(first).waiting.gang,
+            gang_first=self._head(first).gang,
             gang=waiting.gang,
         )
 
@@ -178,31 +176,23 @@ class FairQueue:
         """The fairest tenants' microbatches of the class: at most LOOK_AHEAD, evenly from the tenants."""
         keys = self._classes[of_class]
         each = max(1, LOOK_AHEAD // len(keys))
-        offers, rows = [], 0
-        for place, (counter, _, tenant_id) in enumerate(keys):
-            if place == LOOK_AHEAD or rows >= LOOK_AHEAD_ROWS:
-                break
+        offers = []
+        for counter, _, tenant_id in islice(keys, LOOK_AHEAD):
             tenant = self._tenants[tenant_id]
             microbatches = self._microbatches(tenant, of_class, most=each, lead=lead)
-            rows += len(microbatches[0][1]) * len(microbatches) if microbatches else 0
-            offers.append(Offer(tenant_id, counter, tenant.share.weight, tenant.rows, microbatches))
+            offers.append(Offer(tenant_id, counter, tenant.share.weight, tenant.waits, microbatches))
         return offers
 
-    def _microbatches(
-        self, tenant: _Tenant, of_class: Class, *, most: int, lead: float
-    ) -> list[tuple[int, list[Row]]]:
+    def _microbatches(self, tenant: _Tenant, of_class: Class, *, most: int, lead: float) -> list[Waiting]:
         """Of the tenant's first jobs: none of a lower priority, none further ahead than `lead`."""
-        rank, least, ticket, _ = tenant.order.first
-        first = self._entries[ticket]
-        if most == 1 and first.of_class == of_class:
-            return [(ticket, first.rows)]
-        found: list[tuple[int, list[Row]]] = []
+        rank, least, _, _ = tenant.order.first
+        found: list[Waiting] = []
         for job_rank, counter, ticket, _ in islice(tenant.order, LOOK_AHEAD):
             if job_rank != rank or counter - least > lead or len(found) == most:
                 break
-            entry = self._entries[ticket]
-            if entry.of_class == of_class:
-                found.append((ticket, entry.rows))
+            waiting = self._entries[ticket]
+            if waiting.of_class == of_class:
+                found.append(waiting)
         return found
 
     def _least_beside(self, offering: Collection[str]) -> float:
@@ -210,31 +200,31 @@ class FairQueue:
 
     # What a tenant has waiting
 
-    def _head(self, tenant: _Tenant) -> _Entry:
+    def _head(self, tenant: _Tenant) -> Waiting:
         return self._entries[tenant.order.first[2]]
 
-    def _charge(self, part: Part, now: float) -> None:
-        entry = self._entries[part.ticket]
-        tenant = self._tenants[entry.waiting.tenant_id]
-        job, rank = tenant.jobs[entry.waiting.job_id], -entry.waiting.priority
+    def _serve(self, waiting: Waiting, now: float) -> None:
+        tenant = self._tenants[waiting.tenant_id]
+        job, rank = tenant.jobs[waiting.job_id], -waiting.priority
         tenant.floors[rank] = max(tenant.floors.get(rank, 0.0), job.counter)
         self._unplace(tenant, job)
-        job.counter += part.tokens
-        tenant.counter += part.tokens / tenant.share.weight
-        if tenant.share.tokens_per_minute is not None:
-            seconds = 60.0 * part.tokens / tenant.share.tokens_per_minute
-            tenant.ready_at = max(tenant.ready_at, now) + seconds
-        self._drop(tenant, entry, set(part.rows))
+        job.counter += waiting.tokens
+        self._count(tenant, waiting.tokens, now)
+        self._drop(tenant, waiting)
 
-    def _drop(self, tenant: _Tenant, entry: _Entry, gone: set[int]) -> None:
-        """Rows of a microbatch that no longer wait; the tenant is out of the queue's orders meanwhile."""
-        job = tenant.jobs[entry.waiting.job_id]
+    def _count(self, tenant: _Tenant, tokens: int, now: float) -> None:
+        """The tenant is out of the queue's orders meanwhile."""
+        tenant.counter += tokens / tenant.share.weight
+        if tenant.share.tokens_per_minute is not None:
+            tenant.ready_at = max(tenant.ready_at, now) + 60.0 * tokens / tenant.share.tokens_per_minute
+
+    def _drop(self, tenant: _Tenant, waiting: Waiting) -> None:
+        """One that no longer waits; the tenant is out of the queue's orders meanwhile."""
+        job = tenant.jobs[waiting.job_id]
         self._unplace(tenant, job)
-        tenant.rows -= len(gone)
-        entry.rows = [row for row in entry.rows if row[1] not in gone]
-        if not entry.rows:
-            job.tickets.remove(entry.waiting.ticket)
-            del self._entries[entry.waiting.ticket]
+        tenant.waits -= 1
+        job.tickets.remove(waiting.ticket)
+        del self._entries[waiting.ticket]
         self._place(tenant, job)
         if not job.tickets and len(tenant.jobs) > 2 * len(tenant.order) + KEPT_IDLE_JOBS:
             self._forget_idle_jobs(tenant)
@@ -242,7 +232,7 @@ class FairQueue:
     def _place(self, tenant: _Tenant, job: _Job) -> None:
         """Put the job where its oldest microbatch belongs among the tenant's jobs."""
         if job.tickets:
-            waiting = self._entries[job.tickets[0]].waiting
+            waiting = self._entries[job.tickets[0]]
             job.key = (-waiting.priority, job.counter, waiting.ticket, job.job_id)
             tenant.order.add(job.key)
             tenant.classes[waiting.of_class] += 1
@@ -265,7 +255,7 @@ class FairQueue:
 
     def _enter(self, tenant: _Tenant, now: float) -> None:
         """Take part in the order again, unless nothing waits or the tokens per minute are spent."""
-        if not tenant.rows or tenant.kept_back:
+        if not tenant.waits or tenant.kept_back:
             return
         if tenant.ready_at > now:
             tenant.kept_back = True
@@ -289,11 +279,9 @@ class FairQueue:
     def _let_back(self, now: float) -> None:
         while self._kept_back and self._kept_back[0][0] <= now:
             tenant = self._tenants[heapq.heappop(self._kept_back)[1]]
-            if tenant.kept_back and tenant.ready_at <= now:
+            if tenant.kept_back and tenant.ready_at > now:  # charged meanwhile
+                heapq.heappush(self._kept_back, (tenant.ready_at, tenant.tenant_id))
+            elif tenant.kept_back:
                 tenant.kept_back = False
                 tenant.counter = max(tenant.counter, self._floor)
                 self._enter(tenant, now)
-
-
-def _longest_first(row: Row) -> Row:
-    return -row[0], row[1]

@@ -31,12 +31,14 @@ class BaseModelPort(Protocol):
     async def generate(
         self,
         job_id: str | None,
-        token_ids: Sequence[int],
+        prompts: Sequence[Sequence[int]],
         *,
         checkpoint: bytes | None,
         max_new_tokens: int,
         temperature: float,
         seed: int,
         stop_ids: Sequence[int],
-    ) -> list[int]:
-        """New tokens from the resident adapter, else from `checkpoint`; job None: the bare base model."""
+    ) -> list[list[int]]:
+        """New tokens for every prompt, from the resident adapter, else from `checkpoint`; job None: the bare
+        base model.
+        """

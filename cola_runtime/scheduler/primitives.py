@@ -9,21 +9,23 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, TypeVar
 
 from cola_runtime.adapter_spec import LeaseTerms
-from cola_runtime.errors import ColaError
+from cola_runtime.data.held_out import HeldOutPrompts
+from cola_runtime.errors import ColaError, NotFound
 from cola_runtime.jobs.plan import TrainingPlan
-from cola_runtime.jobs.records import JobRecord
+from cola_runtime.jobs.records import CheckpointRecord, JobRecord
 from cola_runtime.jobs.store import JobStore
+from cola_runtime.scheduler.checkpoints import CheckpointShelf
 from cola_runtime.scheduler.device_pool import DevicePool
 from cola_runtime.scheduler.leases import LeaseBook, LeaseLost
 from cola_runtime.scheduler.loop import SchedulerLoop
+from cola_runtime.scheduler.packing import first_prompts, split_rows
 from cola_runtime.scheduler.ports import BaseModelPort
 from cola_runtime.scheduler.tickets import Computed
-from cola_runtime.storage.objects import ObjectStorage
 from cola_runtime.types import Gang, Lease, Row, Segment, StepApplied, TapPlan
 
 logger = logging.getLogger(__name__)
@@ -85,14 +87,14 @@ class AdapterPrimitives:
         pool: DevicePool,
         book: LeaseBook,
         store: JobStore,
-        storage: ObjectStorage,
+        checkpoints: CheckpointShelf,
     ) -> None:
         self._base, self._loop, self._pool, self._book = base, loop, pool, book
-        self._store, self._storage = store, storage
+        self._store, self._checkpoints = store, checkpoints
         self._placing = asyncio.Lock()
 
     async def open(self, record: JobRecord, plan: TrainingPlan) -> LeasedAdapter:
-        """Lease the adapter to a device, from the newest usable checkpoint or from its seed.
+        """Lease the adapter to a device (one per shard), from the newest usable checkpoint or from its seed.
 
         A checkpoint above the recorded version is not used: its last steps never became part of the
         record. Steps above the checkpoint leave the record and are computed again.
@@ -101,8 +103,7 @@ class AdapterPrimitives:
         usable = max(
             (c for c in checkpoints if c.version <= record.version), key=lambda c: c.version, default=None
         )
-        blob = await asyncio.to_thread(self._storage.get, usable.storage_key) if usable else None
-        lease = await self._take_lease(record.job_id)
+        lease = await self._take_lease(record.job_id, plan.shards)
         membership = plan.membership(record.job_id)
         adapter = LeasedAdapter(
             lease=lease,
@@ -120,31 +121,83 @@ class AdapterPrimitives:
                 self._book.checkpointed(lease, usable.version)
             terms = LeaseTerms(spec=plan.adapter, membership=membership, max_staleness=plan.max_staleness)
             await self._base.lease(lease, terms)
-            await self._pool.grant(lease, plan, checkpoint=blob)
+            await self._grant(lease, plan, usable)
             await self._book.wait_version(lease, adapter.version, timeout_seconds=OPEN_TIMEOUT_SECONDS)
         except BaseException:
             await self.close(adapter)
             raise
         return adapter
 
-    async def _take_lease(self, job_id: str) -> Lease:
+    async def _take_lease(self, job_id: str, shards: int) -> Lease:
         """One at a time, so that each sees the load that the ones before it have put on the devices."""
-        async with self._placing:
-            lease = await self._store.grant_lease(job_id, await self._pool.pick())
-            self._book.open(lease)
-            return lease
+        while True:
+            await self._pool.wait_able(job_id, shards)  # not while placing: others may have a device already
+            async with self._placing:
+                device_ids = self._pool.pick(job_id, shards)
+                if device_ids:
+                    lease = await self._store.grant_lease(job_id, *device_ids)
+                    self._book.open(lease)
+                    return lease
+
+    async def _grant(self, lease: Lease, plan: TrainingPlan, usable: CheckpointRecord | None) -> None:
+        """To each shard's device, one after the other: one of the checkpoints at a time is in memory."""
+        self._checkpoints.expect(lease, plan.adapter)
+        for number, (part, of_shard) in enumerate(zip(lease.parts, plan.of_shards(), strict=True)):
+            blob = None
+            if usable is not None:
+                blob = await asyncio.to_thread(self._checkpoints.read_shard, usable, plan, number)
+            await self._pool.grant(part, of_shard, checkpoint=blob)
 
     async def forward(self, adapter: LeasedAdapter, rows: Sequence[Row]) -> Loss:
         """Losses of rows under the adapter's current version; nothing is trained."""
-        segment = Segment(
-            lease=adapter.lease,
-            version=adapter.version,
-            rows=tuple(rows),
-            loss_denominator=1.0,
-            gang=adapter.gang,
-        )
-        computed = await self._compute(adapter, [segment], train=False)
+        segments = [
+            Segment(
+                lease=adapter.lease,
+                version=adapter.version,
+                rows=part,
+                loss_denominator=1.0,
+                gang=adapter.gang,
+            )
+            for part in split_rows(rows, token_budget=self._loop.token_budget)
+        ]
+        computed = await self._compute(adapter, segments, train=False)
         return _total(computed)
+
+    async def answer(self, adapter: LeasedAdapter, asked: HeldOutPrompts) -> list[list[int]]:
+        """Greedy answers under the adapter's current version.
+
+        In parts that fill a base step's token budget with prompts and answers, one after the other: each is a
+        turn of the base model's compute thread, and whatever else waits there goes in between. Their tokens
+        count against the tenant's share of base steps.
+        """
+        answers: list[list[int]] = []
+        while len(answers) < len(asked.prompts):
+            part = first_prompts(
+                asked.prompts[len(answers) :],
+                new_tokens=asked.max_new_tokens,
+                token_budget=self._loop.token_budget,
+            )
+            answers += await self._answer_part(adapter, part, asked)
+            self._loop.charge(adapter.tenant_id, len(part) * (max(map(len, part)) + asked.max_new_tokens))
+        return answers
+
+    async def _answer_part(
+        self, adapter: LeasedAdapter, part: Sequence[Sequence[int]], asked: HeldOutPrompts
+    ) -> list[list[int]]:
+        self._book.check(adapter.lease)
+        generating = self._base.generate(
+            adapter.lease.job_id,
+            part,
+            checkpoint=None,
+            max_new_tokens=asked.max_new_tokens,
+            temperature=0.0,
+            seed=0,
+            stop_ids=asked.stop_ids,
+        )
+        try:
+            return await self._unless_lost(adapter.lease, asyncio.ensure_future(generating))
+        except NotFound as gone:  # with the base model that held it
+            raise LeaseLost(adapter.lease, gone.reason, gone.message) from gone
 
     async def take(
         self,
@@ -155,23 +208,29 @@ class AdapterPrimitives:
         staleness: int = 0,
     ) -> TakenStep:
         """Compute a step's rows at `version`; their taps train the version that is `staleness` steps on."""
-        denominator = sum(row.loss_weight for microbatch in microbatches for row in microbatch)
-        starts = accumulate((len(microbatch) for microbatch in microbatches), initial=0)
+        parts = [
+            part
+            for microbatch in microbatches
+            for part in split_rows(microbatch, token_budget=self._loop.token_budget)
+        ]
+        denominator = sum(row.loss_weight for part in parts for row in part)
         segments = [
             Segment(
                 lease=adapter.lease,
                 version=version,
-                rows=tuple(microbatch),
-                row_numbers=tuple(range(start, start + len(microbatch))),
+                rows=part,
                 loss_denominator=denominator,
                 taps=adapter.taps,
                 microbatch=i,
-                last_microbatch=i == len(microbatches) - 1,
+                last_microbatch=i == len(parts) - 1,
                 staleness=staleness,
                 gang=adapter.gang,
+                loss_scaling=adapter.plan.loss_scaling,
             )
-            for i, (start, microbatch) in enumerate(zip(starts, microbatches, strict=False))
+            for i, part in enumerate(parts)
         ]
+        first_rows = accumulate((len(part) for part in parts[:-1]), initial=0)
+        segments = [replace(s, first_row=row) for s, row in zip(segments, first_rows, strict=True)]
         computed = await self._compute(adapter, segments, train=True)
         return TakenStep(
             version=version + staleness + 1,
@@ -194,7 +253,8 @@ class AdapterPrimitives:
     async def checkpoint(self, adapter: LeasedAdapter) -> None:
         """Return when a checkpoint of the adapter's current version is stored and recorded."""
         if not self._book.has_checkpoint(adapter.lease, adapter.version):
-            await self._pool.request_checkpoint(adapter.lease)
+            for part in adapter.lease.parts:
+                await self._pool.request_checkpoint(part)
         await self.wait_checkpoint(adapter)
 
     async def wait_checkpoint(self, adapter: LeasedAdapter) -> None:
@@ -205,8 +265,9 @@ class AdapterPrimitives:
     async def close(self, adapter: LeasedAdapter) -> None:
         """Give the lease back. The bank keeps the weights for generation until they are evicted."""
         self._book.close(adapter.lease)
+        self._checkpoints.forget(adapter.lease)
         for ending in (
-            self._pool.end(adapter.lease),
+            *(self._pool.end(part) for part in adapter.lease.parts),
             self._base.end_lease(adapter.lease.job_id, adapter.lease.epoch),
         ):
             try:

@@ -8,14 +8,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from cola_runtime.errors import ColaError, Conflict
+from pydantic import ValidationError
+
+from cola_runtime.errors import ColaError, Conflict, InvalidInput
 from cola_runtime.gradients.planner import Costs
 from cola_runtime.jobs.plan import as_recorded, job_taps, training_plan
-from cola_runtime.jobs.records import CheckpointRecord, JobRecord, TenantTerms
+from cola_runtime.jobs.records import JobRecord, TenantTerms
 from cola_runtime.jobs.state import TERMINAL_STATES, JobState
 from cola_runtime.jobs.store import JobStore
+from cola_runtime.scheduler.checkpoints import CheckpointShelf, read_checkpoint
 from cola_runtime.scheduler.device_pool import DevicePool, DeviceStatus
-from cola_runtime.scheduler.driver import JobDriver, Stop
+from cola_runtime.scheduler.driver import INTERNAL_MESSAGE, JobDriver, Stop
 from cola_runtime.scheduler.job_data import load_job_data
 from cola_runtime.scheduler.leases import LeaseBook
 from cola_runtime.scheduler.loop import SchedulerLoop
@@ -29,7 +32,6 @@ from cola_runtime.types import (
     BaseEvent,
     BaseModelDescription,
     DeviceLinkChanged,
-    Lease,
     StepApplied,
     StepRefused,
 )
@@ -37,7 +39,6 @@ from cola_runtime.types import (
 logger = logging.getLogger(__name__)
 
 BASE_RETRY_SECONDS = 0.5
-RECORD_TIMEOUT_SECONDS = 60.0
 STOP_TIMEOUT_SECONDS = 60.0
 
 
@@ -66,8 +67,9 @@ class JobRunner:
         self._costs = costs
         self._base, self._description, self._loop, self._pool = base, description, loop, pool
         self._book, self._store, self._storage = book, store, storage
+        self.checkpoints = CheckpointShelf(book=book, store=store, storage=storage)
         self._primitives = AdapterPrimitives(
-            base=base, loop=loop, pool=pool, book=book, store=store, storage=storage
+            base=base, loop=loop, pool=pool, book=book, store=store, checkpoints=self.checkpoints
         )
         self._slots = JobSlots()
         self._drivers: dict[str, JobDriver] = {}
@@ -132,10 +134,12 @@ class JobRunner:
     def waiting_reason(self, job: JobRecord) -> str:
         """Which cap, device, gang or place in the fair order the job waits for; else what it is doing."""
         driver = self._drivers.get(job.job_id)
+        phase = driver.phase if driver else "waiting for its data to be read"
+        unable = self._pool.unable(job.job_id) if self._book.current(job.job_id) is None else ""
         return (
             self._slots.waiting_reason(job.tenant_id, job.job_id)
             or self._loop.waiting_reason(job.job_id)
-            or (driver.phase if driver else "waiting for its data to be read")
+            or ": ".join(filter(None, (phase, unable)))
         )
 
     async def generate(
@@ -152,9 +156,9 @@ class JobRunner:
         version, checkpoint = 0, None
         if job_id is not None:
             version, checkpoint = await self._adapter_to_ask(await self._store.job(job_id))
-        tokens = await self._base.generate(
+        [tokens] = await self._base.generate(
             job_id,
-            list(prompt_ids),
+            [list(prompt_ids)],
             checkpoint=checkpoint,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -173,29 +177,9 @@ class JobRunner:
             base_steps=self._loop.steps_done,
         )
 
-    async def store_checkpoint(self, lease: Lease, version: int, content: bytes, sha256: str) -> None:
-        """What the device pool calls when a checkpoint arrived whole: object first, record after.
-
-        It may arrive before the step that it holds is recorded, since that goes by way of the base model.
-        """
-        await self._book.wait_recorded(lease, version, timeout_seconds=RECORD_TIMEOUT_SECONDS)
-        key = f"checkpoints/{lease.job_id}/{version:08d}-{lease.epoch:06d}.safetensors"
-        await asyncio.to_thread(self._storage.put, key, content)
-        await self._store.record_checkpoint(
-            CheckpointRecord(
-                job_id=lease.job_id,
-                version=version,
-                epoch=lease.epoch,
-                storage_key=key,
-                bytes=len(content),
-                sha256=sha256,
-            )
-        )
-        self._book.checkpointed(lease, version)
-
     async def _drive(self, record: JobRecord) -> None:
         try:
-            spec = JobSpec.model_validate_json(record.spec_json)
+            spec = _stored_spec(record)
             plan = training_plan(spec, self._description, total_steps=record.total_steps)
             self.set_terms(record.tenant_id, await self._store.terms(record.tenant_id))
             data = await load_job_data(record, spec, self._description, self._storage)
@@ -213,16 +197,20 @@ class JobRunner:
             self._drivers[record.job_id] = driver
             await driver.run()
         except ColaError as error:
-            await self._store.transition(
-                record.job_id,
-                JobState.FAILED,
-                message=str(error),
-                failure_reason=error.reason,
-                failure_message=str(error),
+            await self._fail(record.job_id, error.reason, str(error))
+        except Exception:
+            logger.exception(
+                "job could not start", extra={"event": "job.internal_error", "job_id": record.job_id}
             )
+            await self._fail(record.job_id, "INTERNAL", INTERNAL_MESSAGE)
         finally:
             self._drivers.pop(record.job_id, None)
             self._tasks.pop(record.job_id, None)
+
+    async def _fail(self, job_id: str, reason: str, message: str) -> None:
+        await self._store.transition(
+            job_id, JobState.FAILED, message=message, failure_reason=reason, failure_message=message
+        )
 
     async def _stop(self, job_id: str, stop: Stop) -> None:
         record = await self._store.job(job_id)
@@ -245,7 +233,7 @@ class JobRunner:
                 "the job has no checkpoint to generate from yet",
                 remedy="Wait for its first checkpoint: `cola jobs checkpoints`.",
             )
-        return checkpoint.version, await asyncio.to_thread(self._storage.get, checkpoint.storage_key)
+        return checkpoint.version, await asyncio.to_thread(read_checkpoint, self._storage, checkpoint)
 
     async def _hear_base_forever(self) -> None:
         after = 0
@@ -284,6 +272,20 @@ class JobRunner:
             logger.warning("base model not back yet: %s", error, extra={"event": "base.waiting"})
             return
         await self._pool.move(self._description.gradient_endpoint)
+
+
+def _stored_spec(record: JobRecord) -> JobSpec:
+    """Raises InvalidInput `STORED_SPEC_INVALID` for what another version accepted and this one does not."""
+    try:
+        return JobSpec.model_validate_json(record.spec_json)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise InvalidInput(
+            "STORED_SPEC_INVALID",
+            f"another version of the service accepted the job's spec, and this one refuses it: {wrong}",
+            where="job",
+            remedy="Correct the spec and submit it again; the job's checkpoints are kept.",
+        ) from error
 
 
 def lost_base_reporter(book: LeaseBook) -> Callable[[Exception], None]:

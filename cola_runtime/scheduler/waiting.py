@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
+from cola_runtime.scheduler.packing import PaddedRow
 from cola_runtime.types import Gang, Priority
 
 Class = tuple[bool, Gang | None]
-"""(train, gang): only rows of one class share a base step."""
+"""(train, gang): only microbatches of one class share a base step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waiting:
-    """One microbatch that could go into base steps now, whole or in parts."""
+    """One microbatch that could go into a base step now. It goes whole."""
 
     ticket: int  # order of arrival
     tenant_id: str
     job_id: str
-    rows: tuple[int, ...]  # numbers of those that wait, distinct
-    lengths: tuple[int, ...]  # their tokens
+    rows: int
+    tokens: int  # of all rows, sources included, without padding
+    padded: PaddedRow  # what each row costs, padded to the longest
     train: bool  # forward and backward, or forward only: the two never share a base step
     gang: Gang | None = None  # merged weights belong to one gang: a base step has one, or none
     priority: Priority = Priority.NORMAL
@@ -28,15 +31,10 @@ class Waiting:
     def of_class(self) -> Class:
         return self.train, self.gang
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """Rows of one microbatch that go into one base step."""
-
-    ticket: int
-    rows: tuple[int, ...]  # their numbers within the microbatch, ascending
-    tokens: int  # of these rows, without padding
-    longest: int
+    @property
+    def padded_tokens(self) -> int:
+        """What it costs in a base step of its own."""
+        return self.rows * self.padded.total
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +58,7 @@ class Standing:
     gang: Gang | None
 
 
-def padded_tokens(parts: Sequence[Part]) -> int:
-    """What the base model computes for them: all rows as long as the longest."""
-    return sum(len(part.rows) for part in parts) * max(part.longest for part in parts)
+def padded_tokens(chosen: Sequence[Waiting]) -> int:
+    """What the base model computes for them: all rows as long as the longest, and so their sources."""
+    padded = reduce(PaddedRow.beside, (waiting.padded for waiting in chosen))
+    return padded.total * sum(waiting.rows for waiting in chosen)

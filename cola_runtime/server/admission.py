@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from cola_runtime.adapters.shapes import weight_shapes
 from cola_runtime.data.cursor import total_steps
 from cola_runtime.data.formats import Dataset, parse_dataset
+from cola_runtime.data.held_out import held_out_prompts
 from cola_runtime.data.metrics import metrics_of
 from cola_runtime.data.report import DatasetReport, dataset_report
 from cola_runtime.data.tokenize import TokenizedDataset, Tokenizer, longest_row
@@ -59,8 +60,8 @@ class Admission:
         await asyncio.to_thread(weight_shapes, adapter)  # registered modules can be made for its sites
         _check_evaluation(spec, held_out=submission.evaluation is not None)
         tokenizer = await self._base_models.tokenizer(spec.base_model)
-        report = await asyncio.to_thread(_check_data, submission, spec, tokenizer, most_tokens)
-        data = DataSize(rows=report.rows, tokens=report.tokens)
+        limits = _Limits(most_tokens, base.context_length)
+        report, data = await asyncio.to_thread(_check_data, submission, spec, tokenizer, limits)
         taps, reason = job_taps(spec, base, adapter, data, self._costs)
         return CheckedJob(spec=spec, report=report, taps=taps, taps_reason=reason)
 
@@ -74,12 +75,12 @@ def _check_evaluation(spec: JobSpec, *, held_out: bool) -> None:
             where="job.evaluation.metric",
             remedy=f"Use one of {', '.join(sorted(known))}; nothing was created.",
         )
-    if not held_out and (wanted.every is not None or wanted.patience is not None):
+    if not held_out and (wanted.every is not None or wanted.patience is not None or wanted.new_tokens):
         raise InvalidInput(
             "EVALUATION_NEEDS_DATA",
             "the job asks for evaluations and has no held-out rows",
             where="job.evaluation",
-            remedy="Give held-out rows (`evaluation`), or leave out `every` and `patience`.",
+            remedy="Give held-out rows (`evaluation`), or leave out `every`, `patience` and metric rouge_l.",
         )
     if wanted.patience is not None and wanted.every is None:
         raise InvalidInput(
@@ -90,19 +91,32 @@ def _check_evaluation(spec: JobSpec, *, held_out: bool) -> None:
         )
 
 
+class _Limits(NamedTuple):
+    longest_row: int
+    context_length: int
+
+
 def _check_data(
-    submission: Submission, spec: JobSpec, tokenizer: Tokenizer, most_tokens: int
-) -> DatasetReport:
+    submission: Submission, spec: JobSpec, tokenizer: Tokenizer, limits: _Limits
+) -> tuple[DatasetReport, DataSize]:
     def rows(content: bytes, name: str) -> tuple[Dataset, TokenizedDataset]:
         dataset = parse_dataset(content, file_name=name)
         return dataset, tokenizer.tokenize(
-            dataset, max_length=most_tokens, loss=spec.loss, truncate=spec.truncate, task=spec.task
+            dataset, max_length=limits.longest_row, loss=spec.loss, truncate=spec.truncate, task=spec.task
         )
 
     dataset, tokenized = rows(submission.training, submission.training_name)
     if submission.evaluation is not None:
-        rows(submission.evaluation, submission.evaluation_name or "evaluation")
-    return dataset_report(dataset, tokenized, steps=total_steps(len(tokenized.rows), spec))
+        held_out = rows(submission.evaluation, submission.evaluation_name or "evaluation")
+        if spec.evaluation.new_tokens:
+            held_out_prompts(
+                *held_out,
+                tokenizer,
+                context_length=limits.context_length,
+                new_tokens=spec.evaluation.new_tokens,
+            )
+    report = dataset_report(dataset, tokenized, steps=total_steps(len(tokenized.rows), spec))
+    return report, DataSize.of(tokenized.rows)
 
 
 def _fields(spec_json: str) -> dict[str, Any]:

@@ -44,6 +44,6 @@ class BaseModels:
         """Raises InvalidInput `BASE_MODEL_UNKNOWN`, `TOKENIZER_UNSUPPORTED`."""
         base = self.find(name)
         if name not in self._tokenizers:
-            loading = asyncio.to_thread(Tokenizer, base.tokenizer_path, bidirectional=base.bidirectional)
+            loading = asyncio.to_thread(Tokenizer.of, base)
             self._tokenizers[name] = asyncio.create_task(loading)
         return await asyncio.shield(self._tokenizers[name])

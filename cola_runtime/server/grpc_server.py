@@ -86,12 +86,12 @@ class JobsMethods:
         return {method.name: getattr(self, method.name) for method in SERVICE.methods}
 
     async def SubmitJob(self, requests: AsyncIterator[Any], call: Call) -> jobs_pb2.Job:
-        with self._gate.pass_one():
+        async with self._gate.pass_one():
             submission = await receive_submission(requests, self._service.limits)
             return self._job(await self._service.submit(call.tenant, submission))
 
     async def CheckDataset(self, requests: AsyncIterator[Any], call: Call) -> jobs_pb2.DatasetReport:
-        with self._gate.pass_one():
+        async with self._gate.pass_one():
             submission = await receive_submission(requests, self._service.limits)
             report = await self._service.check_dataset(call.tenant, submission)
         return jobs_pb2.DatasetReport(**dataclasses.asdict(report))

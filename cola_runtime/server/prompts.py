@@ -52,16 +52,17 @@ class Prompts:
         tokenizer = await self._base_models.tokenizer(base_model)
         question = prompt if isinstance(prompt, str) else read_prompt_messages(prompt)
         token_ids = await asyncio.to_thread(tokenizer.encode_prompt, question)
-        room = base.context_length - len(token_ids)
-        if room < 1:
+        longest = base.context_length - (0 if base.encoder_decoder else 1)
+        if len(token_ids) > longest:
             raise InvalidInput(
                 "PROMPT_TOO_LONG",
                 f"the prompt fills the context of {base_model}",
                 where="prompt",
-                limit=f"{base.context_length - 1} tokens",
+                limit=f"{longest} tokens",
                 actual=f"{len(token_ids)} tokens",
                 remedy="Shorten the prompt.",
             )
+        room = base.context_length - (1 if base.encoder_decoder else len(token_ids))
         return EncodedPrompt(
             tokenizer=tokenizer,
             token_ids=token_ids,

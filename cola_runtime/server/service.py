@@ -15,7 +15,7 @@ from typing import Any, Literal
 from cola_runtime.adapters.adapter_files import adapter_folder
 from cola_runtime.adapters.checkpoint_format import checkpoint_weights
 from cola_runtime.data.report import DatasetReport
-from cola_runtime.errors import Conflict, NotFound, QuotaExceeded, Unavailable
+from cola_runtime.errors import Conflict, NotFound, QuotaExceeded
 from cola_runtime.gradients.planner import Costs
 from cola_runtime.jobs.records import (
     CheckpointRecord,
@@ -29,12 +29,14 @@ from cola_runtime.jobs.records import (
 )
 from cola_runtime.jobs.state import TERMINAL_STATES, JobState
 from cola_runtime.jobs.store import JobStore
+from cola_runtime.scheduler.checkpoints import read_checkpoint
 from cola_runtime.scheduler.device_pool import DeviceStatus
 from cola_runtime.scheduler.runner import JobRunner, ServiceStatistics
 from cola_runtime.server.admission import Admission, CheckedJob, Submission
 from cola_runtime.server.base_models import BaseModels
 from cola_runtime.server.limits import Limits
 from cola_runtime.server.prompts import Completion, Prompts
+from cola_runtime.spec import JobSpec
 from cola_runtime.storage.objects import ObjectStorage
 from cola_runtime.types import BaseModelDescription
 
@@ -177,7 +179,7 @@ class FineTuningService:
             if version is None:
                 raise _no_best(job)
         checkpoint = _pick(await self.store.checkpoints(job.job_id), job, version)
-        return await asyncio.to_thread(self._adapter_files, checkpoint, job.base_model)
+        return await asyncio.to_thread(self._adapter_files, checkpoint, job)
 
     async def generate(
         self,
@@ -268,16 +270,10 @@ class FineTuningService:
                 for key in contents:
                     await asyncio.to_thread(self._storage.delete, key)
 
-    def _adapter_files(self, checkpoint: CheckpointRecord, base_model: str) -> dict[str, bytes]:
-        content = self._storage.get(checkpoint.storage_key)
-        if hashlib.sha256(content).hexdigest() != checkpoint.sha256:
-            raise Unavailable(
-                "CHECKPOINT_DAMAGED",
-                f"the checkpoint of version {checkpoint.version} is not what was stored",
-                remedy="Export another version: `cola jobs checkpoints` lists them.",
-            )
-        spec, _version, weights = checkpoint_weights(content)
-        return adapter_folder(spec, weights, base_model)
+    def _adapter_files(self, checkpoint: CheckpointRecord, job: JobRecord) -> dict[str, bytes]:
+        spec, _version, weights = checkpoint_weights(read_checkpoint(self._storage, checkpoint))
+        task = JobSpec.model_validate_json(job.spec_json).task.kind
+        return adapter_folder(spec, weights, job.base_model, task=task)
 
     def _page(self, limit: int) -> int:
         return min(limit, self.limits.page) if limit > 0 else self.limits.page

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from cola_runtime.errors import InvalidInput, QuotaExceeded, Unavailable
 from cola_runtime.proto import jobs_pb2
@@ -13,27 +13,29 @@ from cola_runtime.server.limits import Limits
 
 
 class UploadGate:
-    """At most so many uploads are in memory at a time."""
+    """At most so many uploads are in memory at a time; the next ones wait in order, unread."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._open = 0
+        self._places = asyncio.Semaphore(limits.concurrent_uploads)
 
-    @contextmanager
-    def pass_one(self) -> Iterator[None]:
-        """Raises Unavailable `UPLOADS_BUSY`, which clients try again."""
-        if self._open >= self._limits.concurrent_uploads:
+    @asynccontextmanager
+    async def pass_one(self) -> AsyncIterator[None]:
+        """Raises Unavailable `UPLOADS_BUSY` when no place was free in time; clients try again."""
+        try:
+            async with asyncio.timeout(self._limits.upload_wait_seconds):
+                await self._places.acquire()
+        except TimeoutError:
             raise Unavailable(
                 "UPLOADS_BUSY",
-                "the service is receiving as many datasets as it can",
+                f"no upload ended within {self._limits.upload_wait_seconds:g} s",
                 limit=self._limits.concurrent_uploads,
                 remedy="Try again in a moment.",
-            )
-        self._open += 1
+            ) from None
         try:
             yield
         finally:
-            self._open -= 1
+            self._places.release()
 
 
 async def receive_submission(

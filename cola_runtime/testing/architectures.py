@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,15 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "stablelm": {"num_key_value_heads": 4},
 }
 
-_RELATIVE = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+_RELATIVE = {
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 96,
+    "num_layers": 2,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
+    "eos_token_id": 2,
+}
 _ENCODER_DECODER = {
     "d_model": 64,
     "encoder_layers": 2,
@@ -51,6 +60,8 @@ _ENCODER_DECODER = {
     "decoder_ffn_dim": 96,
     "dropout": 0.0,
     "decoder_start_token_id": 1,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
     "forced_eos_token_id": None,
 }
 SEQUENCE_TO_SEQUENCE: dict[str, dict[str, Any]] = {
@@ -59,6 +70,36 @@ SEQUENCE_TO_SEQUENCE: dict[str, dict[str, Any]] = {
     "t5": {**_RELATIVE, "decoder_start_token_id": 0},  # relative positions, a scaled and tied head
     "mt5": {**_RELATIVE, "decoder_start_token_id": 0, "tie_word_embeddings": False},  # a gated MLP
 }
+
+IMAGE_EDGE = 32
+_VIT = {
+    "image_size": IMAGE_EDGE,
+    "patch_size": 8,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+_STAGES = {"depths": [1, 2], "hidden_sizes": [16, 24]}
+IMAGES: dict[str, dict[str, Any]] = {
+    "vit": {**_VIT, "intermediate_size": 96},
+    "vit_msn": {**_VIT, "intermediate_size": 96},
+    "deit": {**_VIT, "intermediate_size": 96, "architectures": ["DeiTForImageClassification"]},  # two tokens
+    "dinov2": {**_VIT, "mlp_ratio": 2},  # pools the first token and the patches' mean
+    "dinov2_with_registers": {**_VIT, "mlp_ratio": 2, "num_register_tokens": 3},
+    "swin": {  # windows of patches, halved between the stages
+        "image_size": IMAGE_EDGE,
+        "patch_size": 4,
+        "embed_dim": 16,
+        "depths": [2, 1],
+        "num_heads": [2, 4],
+        "window_size": 4,
+    },
+    "convnext": {**_STAGES, "num_stages": 2, "image_size": IMAGE_EDGE},  # 1 x 1 products as Linear
+    "convnextv2": {**_STAGES, "num_stages": 2, "image_size": IMAGE_EDGE},
+    "resnet": {**_STAGES, "embedding_size": 8, "layer_type": "basic"},
+    "regnet": {**_STAGES, "embedding_size": 8, "groups_width": 8},
+}
+WITHOUT_ATTENTION = ("convnext", "convnextv2", "resnet", "regnet")
 
 
 def save_causal_model(model_type: str, folder: Path, *, dtype: str, **changes: Any) -> Path:
@@ -76,6 +117,22 @@ def save_encoder_decoder(model_type: str, folder: Path, *, dtype: str) -> Path:
     shared = {key: _SHARED[key] for key in ("vocab_size", "pad_token_id")}
     config = AutoConfig.for_model(model_type, **{**shared, **SEQUENCE_TO_SEQUENCE[model_type]})
     return _save(AutoModelForSeq2SeqLM, config, folder, dtype)
+
+
+def save_image_classifier(model_type: str, folder: Path, *, dtype: str) -> Path:
+    """A random image classifier of `model_type`, a key of IMAGES, with its image processor's file."""
+    from transformers import AutoConfig, AutoModelForImageClassification
+
+    config = AutoConfig.for_model(model_type, **IMAGES[model_type])
+    _save(AutoModelForImageClassification, config, folder, dtype)
+    processor = {
+        "image_processor_type": "ViTImageProcessor",
+        "size": {"height": IMAGE_EDGE, "width": IMAGE_EDGE},
+        "image_mean": [0.4, 0.5, 0.6],
+        "image_std": [0.3, 0.25, 0.2],
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor), encoding="utf-8")
+    return folder
 
 
 def _save(auto_class: Any, config: Any, folder: Path, dtype: str) -> Path:

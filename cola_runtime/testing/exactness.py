@@ -24,14 +24,14 @@ from cola_runtime.client.asynchronous import AsyncClient
 from cola_runtime.config import BaseModelSettings, DeviceSettings, SchedulerSettings, ServiceSettings
 from cola_runtime.data.cursor import step_rows, total_steps
 from cola_runtime.data.formats import parse_dataset
-from cola_runtime.data.tokenize import Tokenizer
+from cola_runtime.data.tokenize import Tokenizer, longest_row
 from cola_runtime.jobs.plan import training_plan
 from cola_runtime.runtime.coordinator import RunningService, running_service
 from cola_runtime.spec import JobSpec
 from cola_runtime.testing.ordinary_modules import train_ordinary
 from cola_runtime.testing.peft_reference import Recipe, relative_difference, train_alone
 from cola_runtime.testing.sequence_reference import train_sequence_alone
-from cola_runtime.types import BaseModelDescription, TensorKey, TensorKind
+from cola_runtime.types import BaseModelDescription, Row, TensorKey, TensorKind
 
 JOB_TIMEOUT_SECONDS = 3600.0
 
@@ -101,22 +101,19 @@ async def train_mixed(settings: ServiceSettings, jobs: Sequence[MixedJob]) -> Mi
 
 def train_reference(job: MixedJob, base: BaseModelDescription, model: Path, *, attention: str) -> Weights:
     """The same job by stock peft, or transformers' classification model, and torch.optim, alone. One LoRA."""
-    recipe = _recipe(job, base, model)
+    recipe = recipe_for(job, base, model)
     train = train_alone if recipe.spec.head is None else train_sequence_alone
     return train(model, recipe, dtype=base.dtype, attention=attention).weights
 
 
 def train_modules(job: MixedJob, base: BaseModelDescription, model: Path, *, attention: str) -> Weights:
     """The same job of any adapter kinds by ordinary modules and torch.optim, alone."""
-    return train_ordinary(model, _recipe(job, base, model), dtype=base.dtype, attention=attention).weights
+    return train_ordinary(model, recipe_for(job, base, model), dtype=base.dtype, attention=attention).weights
 
 
-def _recipe(job: MixedJob, base: BaseModelDescription, model: Path) -> Recipe:
-    dataset = parse_dataset(job.training, file_name="training.jsonl")
-    tokenizer = Tokenizer(model, bidirectional=base.bidirectional)
-    rows = tokenizer.tokenize(
-        dataset, max_length=base.context_length, loss=job.spec.loss, task=job.spec.task
-    ).rows
+def recipe_for(job: MixedJob, base: BaseModelDescription, model: Path) -> Recipe:
+    """What the service trains, as one adapter alone: the same initial weights, rows, order and schedule."""
+    rows = tokenized(job.training, job.spec, base)
     steps = total_steps(len(rows), job.spec)
     plan = training_plan(job.spec, base, total_steps=steps)
     batches = [[row for part in step_rows(rows, job.spec, step) for row in part] for step in range(steps)]
@@ -126,6 +123,21 @@ def _recipe(job: MixedJob, base: BaseModelDescription, model: Path) -> Recipe:
         steps=batches,
         optimizer=plan.optimizer,
         schedule=plan.schedule,
+    )
+
+
+def tokenized(content: bytes, spec: JobSpec, base: BaseModelDescription) -> tuple[Row, ...]:
+    """A job's JSONL as its rows."""
+    return (
+        Tokenizer.of(base)
+        .tokenize(
+            parse_dataset(content, file_name="rows.jsonl"),
+            max_length=longest_row(spec, context_length=base.context_length),
+            truncate=spec.truncate,
+            loss=spec.loss,
+            task=spec.task,
+        )
+        .rows
     )
 
 

@@ -62,7 +62,12 @@ async def running_base_model(settings: ServiceSettings) -> AsyncIterator[BaseMod
     chosen = settings.base_model
     assert chosen.path is not None, "an in-process service looks no alias up"
     model = TappedModel.load(
-        chosen.path, dtype=chosen.dtype, attention=chosen.attention, threads=chosen.threads
+        chosen.path,
+        dtype=chosen.dtype,
+        attention=chosen.attention,
+        threads=chosen.threads,
+        activation_checkpointing=chosen.activation_checkpointing,
+        quantization=chosen.quantization,
     )
     service = BaseModelService(model, name=chosen.name, join_token=JOIN_TOKEN)
     await service.start(chosen.bind)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cola_runtime.scheduler.loop import SchedulerLoop
+from cola_runtime.scheduler.packing import split_rows
 from cola_runtime.types import BaseStep, BaseStepResult, Lease, Priority, Row, Segment, SegmentLoss
 
 STEP_SECONDS = 0.05
@@ -81,16 +82,20 @@ class ModelledJob:
         while True:
             started = clock()
             lengths = [self.draw(drawn) for _ in range(self.rows)]
-            segment = self._segment(lengths, version)
-            await loop.compute(segment, tenant_id=self.tenant_id, train=True, priority=self.priority)
+            computing = (
+                loop.compute(segment, tenant_id=self.tenant_id, train=True, priority=self.priority)
+                for segment in self._segments(lengths, version, loop.token_budget)
+            )
+            await asyncio.gather(*computing)
             await asyncio.sleep(self.device_seconds)
             version += 1
             if latencies is not None:
                 latencies.append(clock() - started)
 
-    def _segment(self, lengths: Sequence[int], version: int) -> Segment:
-        rows = tuple(
-            Row(tokens=np.empty(length, np.int32), weights=np.empty(0, np.float32)) for length in lengths
-        )
+    def _segments(self, lengths: Sequence[int], version: int, token_budget: int) -> list[Segment]:
+        rows = [Row(tokens=np.empty(length, np.int32), weights=np.empty(0, np.float32)) for length in lengths]
         lease = Lease(job_id=self.job_id, epoch=1, device_id=f"device of {self.job_id}")
-        return Segment(lease=lease, version=version, rows=rows, loss_denominator=1.0)
+        return [
+            Segment(lease=lease, version=version, rows=part, loss_denominator=1.0)
+            for part in split_rows(rows, token_budget=token_budget)
+        ]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
 from cola_runtime.adapter_spec import AdapterSpec, LoraKind
 from cola_runtime.adapters.schedule import learning_rate
@@ -73,11 +74,8 @@ def train_parameters(model: Any, parameters: Mapping[TensorKey, Tensor], recipe:
 def peft_model(model_path: Path, spec: AdapterSpec, *, dtype: str, attention: str = "sdpa") -> Any:
     """The stock model with a fresh peft LoRA at the spec's sites, its factors in spec.dtype; no dropout."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(
-        model_path, dtype=getattr(torch, dtype), attn_implementation=attention
-    )
+    base = stock_model(model_path, dtype=dtype, attention=attention)
     kind = spec.parts[0].kind
     assert isinstance(kind, LoraKind)
     config = LoraConfig(
@@ -86,7 +84,7 @@ def peft_model(model_path: Path, spec: AdapterSpec, *, dtype: str, attention: st
         use_rslora=kind.use_rslora,
         target_modules=[site.name for site in spec.sites],
         fan_in_fan_out=any(site.kind == "conv1d" for site in spec.sites),
-        task_type="CAUSAL_LM",
+        task_type="SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM",
     )
     model = get_peft_model(base, config, autocast_adapter_dtype=False).eval()
     for parameter in adapter_parameters(model, spec).values():
@@ -94,27 +92,57 @@ def peft_model(model_path: Path, spec: AdapterSpec, *, dtype: str, attention: st
     return model
 
 
+def stock_model(model_path: Path, *, dtype: str, attention: str) -> Any:
+    """transformers' own language model of the folder, an encoder-decoder or a decoder."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    of_pairs = AutoConfig.from_pretrained(model_path).is_encoder_decoder
+    opened = AutoModelForSeq2SeqLM if of_pairs else AutoModelForCausalLM
+    return opened.from_pretrained(model_path, dtype=getattr(torch, dtype), attn_implementation=attention)
+
+
 def adapter_parameters(model: Any, spec: AdapterSpec) -> dict[TensorKey, Parameter]:
     """The peft model's own factor parameters, by our names, in catalogue order."""
     base = model.get_base_model()
-    return {
-        TensorKey(site.index, kind): getattr(base.get_submodule(site.name), factor)["default"].weight
-        for site in spec.sites
-        for kind, factor in _FACTORS.items()
-    }
+    found: dict[TensorKey, Parameter] = {}
+    for site in spec.sites:
+        module = base.get_submodule(site.name)
+        for kind, factor in _FACTORS.items():
+            key = TensorKey(site.index, kind)
+            if site.takes_ids:
+                found[key] = getattr(module, factor.replace("lora_", "lora_embedding_"))["default"]
+            else:
+                found[key] = getattr(module, factor)["default"].weight
+    return found
 
 
 def batch_loss(model: Any, rows: Sequence[Row]) -> Tensor:
-    """sum(w ce) / sum(w) over the rows' predicted tokens, in the dtype of the logits.
+    """sum(w ce) / sum(w) over the rows' predicted tokens, in the dtype of the logits; of rows with a source
+    the stock model's own loss of their labels.
 
     The vocabulary is the last, contiguous dimension: over a strided one torch adds 49,152 exponentials
     up one by one, which in float32 costs 3e-5 of the loss and up to 5e-3 of a gradient.
     """
+    if rows[0].source is not None:
+        return _labels_loss(model, rows)
     tokens, weights, mask = _padded(rows)
     logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
     loss = cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     weights = weights[:, 1:].flatten().to(loss.dtype)
     return (weights * loss).sum() / weights.sum()
+
+
+def _labels_loss(model: Any, rows: Sequence[Row]) -> Tensor:
+    """The model shifts the labels behind its decoder's start by itself."""
+    sources = [torch.from_numpy(row.source).long() for row in rows if row.source is not None]
+    labels = [torch.from_numpy(row.tokens[1:]).long() for row in rows]
+    loss: Tensor = model(
+        input_ids=pad_sequence(sources, batch_first=True, padding_value=model.config.pad_token_id),
+        attention_mask=pad_sequence([torch.ones_like(each) for each in sources], batch_first=True),
+        labels=pad_sequence(labels, batch_first=True, padding_value=-100),
+        use_cache=False,
+    ).loss
+    return loss
 
 
 def relative_difference(

@@ -83,15 +83,24 @@ class Timing:
     thread_cpu_seconds: tuple[float, ...]  # of the calling thread alone: steadier on a shared machine
 
 
-def interleaved(sides: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int) -> dict[str, Timing]:
+def interleaved(
+    sides: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int,
+    prepare: Mapping[str, Callable[[], object]] | None = None,
+) -> dict[str, Timing]:
     """Time the sides in turn, round by round, so that a change of the machine's load meets all of them.
 
-    Every second round goes through them backwards; the first `warmup` rounds are not counted.
+    Every second round goes through them backwards; the first `warmup` rounds are not counted, nor is what
+    some sides `prepare` each time.
     """
+    prepare = prepare or {}
     measured: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for number in range(warmup + rounds):
         order = list(sides) if number % 2 == 0 else list(reversed(list(sides)))
         for name in order:
+            prepare.get(name, lambda: None)()
             seconds = _timed(sides[name])
             if number >= warmup:
                 measured[name].append(seconds)

@@ -85,7 +85,7 @@ def save_tiny_model(kind: ModelKind, folder: Path, *, dtype: str = "float32", se
 
 
 def tiny_sites(kind: ModelKind) -> tuple[Site, ...]:
-    """The catalogue of a tiny model (every Linear or Conv1D but the head), known without loading it."""
+    """Every Linear or Conv1D of a tiny model but the head (`all-linear`), known without loading it."""
     sites: list[Site] = []
     for layer in range(LAYERS):
         for name, in_features, out_features, group in _LAYER_SITES[kind]:

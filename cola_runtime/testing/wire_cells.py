@@ -17,8 +17,10 @@ from torch import Tensor
 from cola_runtime.adapter_spec import AdapterKind, AdapterPart, AdapterSpec
 from cola_runtime.adapters.adapter import initial_weights
 from cola_runtime.base_model.layout import AdapterLayout
+from cola_runtime.base_model.stacks.cohorts import GatheredStack
 from cola_runtime.base_model.stacks.protocol import CohortRows, SiteStack
 from cola_runtime.base_model.stacks.taps import GroupTaps, OwnGradients
+from cola_runtime.base_model.workspace import Workspace
 from cola_runtime.gradients.accumulate import GradientAccumulator
 from cola_runtime.gradients.compression import TapCompressor
 from cola_runtime.gradients.planner import encodings_of
@@ -110,7 +112,13 @@ class _Group:
                 frames.extend(tensor_frames(_address(key), to_wire(tensor)))
 
         taps = _TimedTaps(
-            plan.encoding, segments=[0], scalings=[self._scaling], dtype=torch.float32, sink=sink
+            plan.encoding,
+            site=self._sites[0],
+            segments=[0],
+            scalings=[self._scaling],
+            loss_scales=[1.0],
+            dtype=torch.float32,
+            sink=sink,
         )
         stack = self._stack(taps)
         outputs_BTO = [torch.zeros_like(grad) for grad in self._grads_BTO]
@@ -127,11 +135,10 @@ class _Group:
 
     def _stack(self, taps: GroupTaps) -> SiteStack:
         layout = AdapterLayout.of(self._spec)
+        (piece,) = layout.pieces
         flat = layout.flatten(self._weights, self._spec, self._dtype)
-        blocks = [block.view(1, -1) for block in torch.split(flat, list(layout.block_sizes))]
-        (views,) = layout.views(blocks)[0].values()
         rows = CohortRows(0, 1, (self._scaling,))
-        return layout.parts[0].stack(views, rows, tuple(range(len(self._sites))), taps)
+        return GatheredStack(piece, (flat,), rows, tuple(range(len(self._sites))), taps, Workspace()).stack()
 
     def _add(self, messages: Sequence[bytes]) -> float:
         """What a device does with them; returns its CPU seconds."""

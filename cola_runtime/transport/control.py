@@ -27,8 +27,12 @@ def lease_grant(
     checkpoint_bytes: int,
     checkpoint_every: int,
     max_staleness: int = 0,
+    shards: int = 1,
 ) -> control_pb2.DeviceControl:
-    """The LeaseGrant that follows the checkpoint's BLOB frames, if there are any."""
+    """The LeaseGrant that follows the checkpoint's BLOB frames, if there are any.
+
+    With `shards` above 1, `spec` is one of so many.
+    """
     grant = control_pb2.LeaseGrant(
         lease=lease_to_proto(lease),
         adapter=spec_to_proto(spec),
@@ -39,6 +43,7 @@ def lease_grant(
         checkpoint_bytes=checkpoint_bytes,
         checkpoint_every=checkpoint_every,
         max_staleness=max_staleness,
+        shards=shards,
     )
     return control_pb2.DeviceControl(lease_grant=grant)
 

@@ -1,10 +1,12 @@
 import re
+from dataclasses import replace
 
 import pytest
 
 from cola_runtime.adapters.targets import resolve_target_sites
 from cola_runtime.errors import InvalidInput
 from cola_runtime.testing.tiny_models import tiny_sites
+from cola_runtime.types import SiteKind
 
 
 def names(kind, target_modules):
@@ -78,3 +80,17 @@ def test_a_preset_that_fits_no_name_is_refused_and_so_is_an_empty_list():
         with pytest.raises(InvalidInput) as caught:
             resolve_target_sites(catalogue, targets)
         assert caught.value.reason == "NO_MODULE_MATCHED"
+
+
+def test_presets_name_neither_convolutions_nor_embeddings_which_names_do():
+    linear = tiny_sites("llama")
+    others = tuple(
+        replace(linear[0], index=21 + number, name=name, kind=kind)
+        for number, (name, kind) in enumerate(
+            (("model.embed_tokens", SiteKind.EMBEDDING), ("vision.q_proj", SiteKind.CONV2D))
+        )
+    )
+    catalogue = (*linear, *others)
+    assert resolve_target_sites(catalogue, "all-linear") == linear
+    assert resolve_target_sites(catalogue, "attention") == resolve_target_sites(linear, "attention")
+    assert resolve_target_sites(catalogue, ["embed_tokens", "vision.q_proj"]) == others

@@ -18,6 +18,7 @@ from cola_runtime.adapter_spec import (
     MlpKind,
 )
 from cola_runtime.adapters.adapter import initial_weights
+from cola_runtime.adapters.site_kinds import unfit
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.testing.ordinary_modules import add_adapter, wide_norms
 from cola_runtime.testing.peft_reference import batch_loss, relative_difference
@@ -64,7 +65,12 @@ def tenant(number: int, parts: tuple[AdapterPart, ...], dtype: str) -> Tenant:
 
 
 def everywhere(number: int, kind: AdapterKind, sites: tuple[Site, ...], dtype: str) -> Tenant:
-    return tenant(number, (AdapterPart(kind=kind, sites=sites),), dtype)
+    """The kind at each of `sites` that it can be at."""
+    return tenant(number, (AdapterPart(kind=kind, sites=fitting(kind, sites)),), dtype)
+
+
+def fitting(kind: AdapterKind, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+    return tuple(site for site in sites if unfit(kind, site) is None)
 
 
 def autograd_gradients(path: Path, member: Tenant, tapped: TappedModel) -> Weights:

@@ -51,7 +51,7 @@ def test_all_kinds_mixed_in_one_batch_are_autograds(
 ) -> None:
     path = tiny_folder(model, dtype)
     tapped = TappedModel.load(path, dtype=dtype, attention="eager")
-    tenants, encodings = mixed_kinds(tapped.sites, encoding, dtype)
+    tenants, encodings = mixed_kinds(tapped.catalogue, encoding, dtype)
     assert_exact(path, tapped, tenants, encodings, BOUNDS[dtype])
 
 
@@ -92,7 +92,7 @@ def test_a_registered_module_trains_like_autograd(
     for position, member in enumerate(tenants):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, attn_implementation="eager")
         named = {}
-        for site in tapped.sites:
+        for site in member.spec.sites:
             module = Gated(site.in_features, site.out_features, 3).double()
             for slot, parameter in enumerate(module.parameters()):
                 key = TensorKey(site.index, TensorKind.MODULE, slot)

@@ -22,7 +22,7 @@ def test_gradients_of_all_kinds_are_autograds(model_type: str, tmp_path: Path) -
     path = save_causal_model(model_type, tmp_path, dtype="float64")
     attention = "eager" if model_type in EAGER_ONLY else "sdpa"
     tapped = TappedModel.load(path, dtype="float64", attention=attention)
-    tenants, encodings = mixed_kinds(tapped.sites, Encoding.ADAPTER_GRADIENT, "float64")
+    tenants, encodings = mixed_kinds(tapped.catalogue, Encoding.ADAPTER_GRADIENT, "float64")
     assert_exact(path, tapped, tenants, encodings, EAGER_ONLY.get(model_type, BOUNDS["float64"]))
 
 

@@ -18,7 +18,7 @@ from tests.base_model.mixed_samples import Tenant, four_tenants
 
 def shapes_by_group(model: TappedModel) -> dict[int, list[str]]:
     groups: dict[int, list[str]] = {}
-    for site in model.sites:
+    for site in model.catalogue:
         groups.setdefault(site.input_group, []).append(site.name.rpartition(".")[2])
     return groups
 
@@ -26,8 +26,9 @@ def shapes_by_group(model: TappedModel) -> dict[int, list[str]]:
 def test_llamas_sites_share_inputs_as_its_layers_do(tiny_folder: TinyFolder) -> None:
     model = TappedModel.load(tiny_folder("llama", "float32"), dtype="float32", threads=1)
     layer = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
-    assert list(shapes_by_group(model).values()) == layer * 3
-    assert [site.index for site in model.sites] == list(range(21))
+    assert list(shapes_by_group(model).values()) == [*layer * 3, ["embed_tokens"]]
+    assert [site.index for site in model.catalogue] == list(range(22))
+    assert model.sites == model.catalogue[:21]  # what all-linear names
     key = model.sites[1]
     assert (key.name, key.kind) == ("model.layers.0.self_attn.k_proj", SiteKind.LINEAR)
     assert (key.in_features, key.out_features) == (64, 32)
@@ -35,8 +36,12 @@ def test_llamas_sites_share_inputs_as_its_layers_do(tiny_folder: TinyFolder) -> 
 
 def test_gpt2s_sites_are_conv1d_and_its_head_is_none(tiny_folder: TinyFolder) -> None:
     model = TappedModel.load(tiny_folder("gpt2", "float32"), dtype="float32", threads=1)
-    assert list(shapes_by_group(model).values()) == [["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]] * 3
-    assert {site.kind for site in model.sites} == {SiteKind.CONV1D}
+    layer = [["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]]
+    assert list(shapes_by_group(model).values()) == [
+        *layer * 3,
+        ["wte"],
+    ]  # wpe is looked up once for all rows
+    assert [site.kind for site in model.catalogue] == [SiteKind.CONV1D] * 12 + [SiteKind.EMBEDDING]
     assert (model.sites[0].in_features, model.sites[0].out_features) == (64, 192)
 
 
@@ -60,13 +65,13 @@ def test_the_description_tells_limits_and_how_the_model_runs(tiny_folder: TinyFo
     description = model.describe("tiny", "127.0.0.1:1")
     assert description.architecture == "GPT2LMHeadModel"
     assert (description.context_length, description.vocabulary_size) == (256, 261)
-    assert description.sites == model.sites
+    assert description.sites == model.catalogue
     assert description.details["attention"] in ("eager", "sdpa")
     assert description.details["body"] == "PatchedBody"
     assert description.tokenizer_path == str(path)
 
 
-@pytest.mark.parametrize(("field", "value"), [("dtype", "float16"), ("attention", "flash")])
+@pytest.mark.parametrize(("field", "value"), [("dtype", "float8"), ("attention", "flash")])
 def test_unknown_options_are_refused_by_name(tiny_folder: TinyFolder, field: str, value: str) -> None:
     options = {"dtype": "float32", "attention": "eager", field: value}
     with pytest.raises(InvalidInput, match=value):
@@ -103,7 +108,7 @@ def test_the_bank_refuses_old_epochs_and_wrong_tensors(tiny_folder: TinyFolder) 
         (member.spec, {key: w for key, w in member.weights.items() if key != first}),
         (member.spec, {**member.weights, first: member.weights[first][:2]}),
         (at_sites(member.spec, (foreign, *member.spec.sites[1:])), member.weights),
-        (at_sites(member.spec, (replace(foreign, index=21),)), member.weights),
+        (at_sites(member.spec, (replace(foreign, index=22),)), member.weights),
     ]
     for spec, weights in wrong:
         with pytest.raises(InvalidInput):
@@ -134,11 +139,11 @@ def test_the_bank_keeps_the_version_before_of_adapters_that_may_be_stale(tiny_fo
 def test_generating_with_an_unknown_adapter_or_beyond_the_context_is_refused(tiny_folder: TinyFolder) -> None:
     model = TappedModel.load(tiny_folder("llama", "float32"), dtype="float32", threads=1)
     with pytest.raises(NotFound):
-        model.generate("job-9", [5, 6], max_new_tokens=1)
+        model.generate("job-9", [[5, 6]], max_new_tokens=1)
     with pytest.raises(InvalidInput, match="context"):
-        model.generate(None, [5] * 250, max_new_tokens=7)
+        model.generate(None, [[5] * 250], max_new_tokens=7)
     with pytest.raises(InvalidInput):
-        model.generate(None, [], max_new_tokens=1)
+        model.generate(None, [[]], max_new_tokens=1)
 
 
 def at_sites(spec: AdapterSpec, sites: tuple[Site, ...]) -> AdapterSpec:

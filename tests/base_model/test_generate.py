@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.testing.peft_reference import adapter_parameters, peft_model
@@ -44,11 +45,11 @@ def test_greedy_tokens_equal_pefts_and_without_adapter_transformers(
     member = four_tenants(model.sites, "float32")[0]
     install_all(model, [member])
     reference = with_peft(path, member)
-    adapted = model.generate(member.job_id, PROMPT, max_new_tokens=12)
+    adapted = model.generate(member.job_id, [PROMPT], max_new_tokens=12)[0]
     assert adapted == greedy(reference, 12)
     with reference.disable_adapter():
         plain = greedy(reference, 12)
-    assert model.generate(None, PROMPT, max_new_tokens=12) == plain
+    assert model.generate(None, [PROMPT], max_new_tokens=12) == [plain]
     assert adapted != plain
 
 
@@ -58,8 +59,31 @@ def test_sampling_repeats_with_its_seed_and_stops_before_a_stop_token(
 ) -> None:
     model = TappedModel.load(tiny_folder(kind, "float32"), dtype="float32", threads=1)
     options = {"max_new_tokens": 10, "temperature": 1.5}
-    first = model.generate(None, PROMPT, seed=1, **options)
-    assert model.generate(None, PROMPT, seed=1, **options) == first
-    assert model.generate(None, PROMPT, seed=2, **options) != first
+    [first] = model.generate(None, [PROMPT], seed=1, **options)
+    assert model.generate(None, [PROMPT], seed=1, **options) == [first]
+    assert model.generate(None, [PROMPT], seed=2, **options) != [first]
     cut = first.index(first[5])
-    assert model.generate(None, PROMPT, seed=1, stop_ids={first[5]}, **options) == first[:cut]
+    assert model.generate(None, [PROMPT], seed=1, stop_ids={first[5]}, **options) == [first[:cut]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_of_several_lengths_are_continued_as_each_alone(tiny_folder: TinyFolder, kind: str) -> None:
+    model = TappedModel.load(tiny_folder(kind, "float64"), dtype="float64", threads=1)
+    member = four_tenants(model.sites, "float64")[0]
+    install_all(model, [member])
+    prompts = [PROMPT, PROMPT[:1], [9] * 11]
+    alone = [model.generate(member.job_id, [prompt], max_new_tokens=12)[0] for prompt in prompts]
+    assert model.generate(member.job_id, prompts, max_new_tokens=12) == alone
+    stop = alone[0][3]
+    cut = [tokens[: tokens.index(stop)] if stop in tokens else tokens for tokens in alone]
+    assert model.generate(member.job_id, prompts, max_new_tokens=12, stop_ids=[stop]) == cut
+
+
+def test_a_decoder_is_asked_without_its_folders_own_settings(tiny_folder: TinyFolder) -> None:
+    path = tiny_folder("llama", "float32")
+    bare = TappedModel.load(path, dtype="float32", threads=1).generate(None, [PROMPT], max_new_tokens=8)
+    settings = GenerationConfig(repetition_penalty=1.9, num_beams=2, max_length=6, do_sample=True)
+    settings.save_pretrained(path)
+    assert (
+        TappedModel.load(path, dtype="float32", threads=1).generate(None, [PROMPT], max_new_tokens=8) == bare
+    )

@@ -90,7 +90,7 @@ def labelled(tapped: TappedModel, number: int, dtype: str, *, body: bool = True)
     sites = tuple(site for site in tapped.sites if number < 2 or not site.name.endswith(".key"))
     description = tapped.describe("tiny", "")
     parts = [AdapterPart(kind=BODIES[number], sites=sites)] if body else []
-    parts.append(head_part(head, tapped.sites, hidden_size=description.hidden_size))
+    parts.append(head_part(head, tapped.catalogue, hidden_size=description.hidden_size))
     spec = AdapterSpec(parts=tuple(parts), seed=number, dtype=dtype)
     pair = description.architecture.startswith("Bert")
     rows = tuple(
@@ -164,7 +164,7 @@ def test_a_head_alone_trains_without_a_pass_back_through_the_body(
     tapped = TappedModel.load(path, dtype="float64", attention="eager")
     members = [labelled(tapped, number, "float64", body=False) for number in (0, 1, 3)]
     install_all(tapped, members)
-    monkeypatch.setattr(type(tapped._body), "backward", lambda *_: pytest.fail("the body went back"))
+    monkeypatch.setattr(type(tapped._pass.body), "backward", lambda *_: pytest.fail("the body went back"))
     _, taps = run_segments(tapped, [member.segment() for member in members])
     for position, member in enumerate(members):
         gradients = gradients_of(taps, position, member)
@@ -269,9 +269,9 @@ def test_rows_that_do_not_fit_the_base_model_or_the_adapter_are_refused(tiny_fol
 
 def test_an_encoder_generates_nothing(tiny_folder: TinyFolder) -> None:
     tapped = TappedModel.load(tiny_folder("bert", "float64"), dtype="float64", attention="eager")
-    assert isinstance(tapped._body, PatchedBody)
+    assert isinstance(tapped._pass.body, PatchedBody)
     with pytest.raises(InvalidInput) as caught:
-        tapped.generate(None, [1, 2], max_new_tokens=1)
+        tapped.generate(None, [[1, 2]], max_new_tokens=1)
     assert caught.value.reason == "TASK_UNSUPPORTED"
 
 

@@ -50,11 +50,7 @@ def mixed_tenants(sites: tuple[Site, ...]) -> list[Tenant]:
 
 
 def segment(member: Tenant, encoding: Encoding = Encoding.ADAPTER_GRADIENT) -> Segment:
-    return replace(member.segment(encoding), version=VERSION, row_numbers=numbers(member))
-
-
-def numbers(member: Tenant) -> tuple[int, ...]:
-    return tuple(range(FIRST_ROW, FIRST_ROW + len(member.rows)))
+    return replace(member.segment(encoding), version=VERSION, first_row=FIRST_ROW)
 
 
 def loaded(path: Path, tenants: list[Tenant]) -> TappedModel:
@@ -72,7 +68,7 @@ def masks_of(member: Tenant, site: Site, tokens: int) -> Tensor:
         dropout=kind.dropout,
         seed=member.spec.seed,
         version=VERSION,
-        rows=numbers(member),
+        first_row=FIRST_ROW,
         lengths=tuple(len(row.tokens) for row in member.rows),
     )
     mask = draw.mask(site, tokens).view(len(member.rows), tokens, -1)
@@ -143,8 +139,8 @@ def test_a_tenant_has_the_same_masks_and_gradients_in_every_mix_and_split(
     for site, entries in dropped_entries(mixed, 3).items():
         assert torch.equal(entries, dropped_entries(alone, 0)[site])
     parts = [
-        replace(wanted, rows=wanted.rows[1:], row_numbers=wanted.row_numbers[1:]),
-        replace(wanted, rows=wanted.rows[:1], row_numbers=wanted.row_numbers[:1], microbatch=1),
+        replace(wanted, rows=wanted.rows[:1]),
+        replace(wanted, rows=wanted.rows[1:], microbatch=1, first_row=FIRST_ROW + 1),
     ]
     expected = gradients_of(alone, 0, first)
     assert max(relative_difference(gradients_of(mixed, 3, first), expected).values()) < 1e-10
@@ -163,7 +159,7 @@ def test_evaluation_and_generation_drop_nothing(tiny_folder: TinyFolder, model: 
         tapped = loaded(path, [member])
         evaluated, _ = run_segments(tapped, [segment(member)], train=False)
         trained, _ = run_segments(tapped, [segment(member)])
-        tokens = tapped.generate(member.job_id, [5, 6, 7], max_new_tokens=8)
+        tokens = tapped.generate(member.job_id, [[5, 6, 7]], max_new_tokens=8)
         results.append((evaluated.losses, tokens, trained.losses))
     (evaluated, tokens, trained), (plain_evaluated, plain_tokens, plain_trained) = results
     assert (evaluated, tokens) == (plain_evaluated, plain_tokens)

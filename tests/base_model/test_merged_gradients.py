@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from cola_runtime.adapter_spec import AdapterKind, LinearizedLoraKind, LinearKind, LoraKind
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.testing.peft_reference import relative_difference
-from cola_runtime.types import Encoding
+from cola_runtime.types import Encoding, Gang
 from tests.base_model.conftest import TinyFolder
 from tests.base_model.merged_samples import (
     MEAN,
@@ -134,9 +136,39 @@ def test_a_merged_adapter_generates_as_it_does_beside_the_base(tiny_folder: Tiny
     tapped = load(tiny_folder, model)
     member = alone(collaborator(0, KINDS["linear-bias"], tapped.sites, SUM))
     tapped.install(member.tenant.lease, member.tenant.spec, 0, member.tenant.weights)
-    prompt, bare = [7, 8, 9], tapped.generate(None, [7, 8, 9], max_new_tokens=12)
-    beside = tapped.generate("job-0", prompt, max_new_tokens=12)
+    prompts = [[7, 8, 9]]
+    bare = tapped.generate(None, prompts, max_new_tokens=12)
+    beside = tapped.generate("job-0", prompts, max_new_tokens=12)
     member.install(tapped)
-    assert tapped.generate("job-0", prompt, max_new_tokens=12) == beside != bare
-    assert tapped.generate(None, prompt, max_new_tokens=12) == bare
+    assert tapped.generate("job-0", prompts, max_new_tokens=12) == beside != bare
+    assert tapped.generate(None, prompts, max_new_tokens=12) == bare
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("gang", [MEAN, SUM], ids=["mean", "sum"])
+def test_a_stale_segment_of_a_merged_adapter_sees_the_version_that_it_asks_for(
+    tiny_folder: TinyFolder, gang: Gang
+) -> None:
+    """`max_staleness: 1`: the device's new version is in the bank before the rows of the one before ran."""
+    tapped = load(tiny_folder, "gpt2")
+    members = [collaborator(n, KINDS["lora"], tapped.sites, gang) for n in range(2)]
+    stale, mate = members
+    newer = {key: 1.5 * weight for key, weight in stale.tenant.weights.items()}
+    mate.install(tapped)
+    for version, weights in enumerate((stale.tenant.weights, newer)):
+        lease, spec = stale.tenant.lease, stale.tenant.spec
+        tapped.install(lease, spec, version, weights, membership=stale.membership, max_staleness=1)
+    plain = PlainMerged(tiny_folder("gpt2", "float64"))
+    moved = replace(stale, tenant=replace(stale.tenant, weights=newer))
+    for version, member in ((0, stale), (1, moved), (0, stale)):
+        for encoding in Encoding:
+            segments = [replace(stale.segment(encoding), version=version), mate.segment(encoding)]
+            _, taps = run_segments(tapped, segments)
+            for position in range(2):
+                team = [member, mate]
+                expected = collaboration_gradients(plain, team, rows_of=position, own=position)[position]
+                found = gradients_of(taps, position, team[position].tenant)
+                assert max(relative_difference(found, expected).values()) < 1e-10, (version, encoding)
+    both = [replace(stale.segment(), version=version) for version in (1, 0)]
+    result, _ = run_segments(tapped, [*both, mate.segment()])
+    assert [loss.reason for loss in result.losses] == [None, "GANG_MIXED", None]

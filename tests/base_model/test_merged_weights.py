@@ -47,7 +47,7 @@ def test_a_thousand_merges_leave_the_base_bit_identical(tiny_folder: TinyFolder,
     members = [collaborator(n, LORA, model.sites, MEAN, dtype="float32") for n in range(2)]
     for member in members:
         member.install(model)
-    merged = model._merged
+    merged = model._pass.merged
     teams = [model._bank.gang(MEAN), model._bank.gang(MEAN)[:1]]
     for number in range(1000):
         merged.put(teams[number % 2])
@@ -84,17 +84,17 @@ def test_the_last_member_leaving_restores_the_base_and_frees_the_pristine_copies
         alone(collaborator(n, LORA, sites, SUM, dtype="float32"))
         for n, sites in enumerate((model.sites[:7], model.sites[5:]))
     )
-    assert model._merged.nbytes == 0
+    assert model._pass.merged.nbytes == 0
     for member in (low, high):
         member.install(model)
         run_segments(model, [member.segment()])
     copied = sum(4 * site.in_features * site.out_features for site in model.sites)
-    assert model._merged.nbytes == copied
+    assert model._pass.merged.nbytes == copied
     model.evict(high.tenant.job_id)
     assert_pristine(model, before)
-    assert model._merged.nbytes == sum(4 * s.in_features * s.out_features for s in model.sites[:7])
+    assert model._pass.merged.nbytes == sum(4 * s.in_features * s.out_features for s in model.sites[:7])
     model.evict(low.tenant.job_id)
-    assert model._merged.nbytes == 0
+    assert model._pass.merged.nbytes == 0
     assert_pristine(model, before)
 
 
@@ -140,7 +140,7 @@ def test_weights_installed_are_a_copy(tiny_folder: TinyFolder) -> None:
     before = run_segments(model, [member.segment()], train=False)[0].losses
     for weight in weights.values():
         weight.zero_()
-    model._merged.put(())
+    model._pass.merged.put(())
     assert run_segments(model, [member.segment()], train=False)[0].losses == before
 
 
@@ -242,7 +242,7 @@ def test_a_failed_merge_is_done_again(tiny_folder: TinyFolder, monkeypatch: pyte
     member = alone(collaborator(0, LinearKind(), model.sites, SUM, dtype="float32"))
     member.install(model)
     expected = run_segments(model, [member.segment()])[0].losses
-    model._merged.put(())
+    model._pass.merged.put(())
     merge = MergedWeights._merge
 
     def fail_half_way(self: MergedWeights, index: int, shares: object) -> None:
@@ -255,7 +255,7 @@ def test_a_failed_merge_is_done_again(tiny_folder: TinyFolder, monkeypatch: pyte
         for _ in range(2):
             with pytest.raises(MemoryError):
                 run_segments(model, [member.segment()])
-        model.generate(None, [5], max_new_tokens=1)
+        model.generate(None, [[5]], max_new_tokens=1)
         assert_pristine(model, before)
         with pytest.raises(MemoryError):
             run_segments(model, [member.segment()])

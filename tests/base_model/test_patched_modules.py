@@ -13,9 +13,11 @@ from cola_runtime.adapter_spec import lora_spec
 from cola_runtime.adapters.adapter import initial_weights
 from cola_runtime.base_model.bank import AdapterBank
 from cola_runtime.base_model.segments import Cohort, Member
-from cola_runtime.base_model.stacks.cache import StackCache, group_stacks
+from cola_runtime.base_model.site_groups import SiteGroup
+from cola_runtime.base_model.stacks.cohorts import GroupPlaces, group_stacks
 from cola_runtime.base_model.stacks.lora import LoraStack
-from cola_runtime.base_model.tapped import SiteGroup, TappedModules
+from cola_runtime.base_model.tapped import TappedModules
+from cola_runtime.base_model.workspace import Workspace
 from cola_runtime.types import Lease, Segment, Site, SiteKind
 from tests.base_model.mixed_samples import random_row
 
@@ -39,7 +41,8 @@ def two_siblings() -> tuple[list[nn.Linear], TappedModules, dict[int, list[LoraS
     assert adapter is not None
     segment = Segment(lease=lease, version=0, rows=(random_row(3, seed=0),), loss_denominator=1.0)
     cohort = Cohort(members=(Member(position=0, segment=segment, adapter=adapter),), first_row=0)
-    return modules, tapped, group_stacks([cohort], {0: 0, 1: 1}, StackCache(), None)
+    places = GroupPlaces(positions={0: 0, 1: 1}, source_groups=frozenset())
+    return modules, tapped, group_stacks([cohort], places, Workspace(), None)
 
 
 def adapted(module: nn.Linear, x: Tensor) -> Tensor:

@@ -17,7 +17,15 @@ from cola_runtime.base_model.model import TappedModel
 from cola_runtime.gradients.compression import TapCompressor
 from cola_runtime.gradients.planner import Workload, encodings_of, group_effort
 from cola_runtime.transport.tensors import to_wire
-from cola_runtime.types import PRODUCT_FLOPS, Compression, Encoding, Segment, TapPlan, TensorKind
+from cola_runtime.types import (
+    PRODUCT_FLOPS,
+    Compression,
+    Encoding,
+    LossScaling,
+    Segment,
+    TapPlan,
+    TensorKind,
+)
 from tests.base_model.conftest import TinyFolder
 from tests.base_model.mixed_samples import install_all, run_segments
 from tests.base_model.test_adapter_kinds import everywhere
@@ -48,7 +56,7 @@ def tapped(tiny_folder: TinyFolder) -> TappedModel:
 def test_every_input_group_sends_the_bytes_that_were_planned(
     tapped: TappedModel, kind: AdapterKind, encoding: Encoding, compression: Compression
 ) -> None:
-    member = everywhere(1, kind, tapped.sites, "float32")  # one row
+    member = everywhere(1, kind, tapped.catalogue, "float32")  # one row
     install_all(tapped, [member])
     segment = Segment(
         lease=member.lease,
@@ -61,7 +69,7 @@ def test_every_input_group_sends_the_bytes_that_were_planned(
     compressor = TapCompressor()
     for tap in taps:
         sent = compressor.compress(member.lease, compression, tap.tensors)
-        sites = [site for site in tapped.sites if site.index in {key.site for key in tap.tensors}]
+        sites = [site for site in tapped.catalogue if site.index in {key.site for key in tap.tensors}]
         rows = {len(t) for k, t in tap.tensors.items() if k.kind.name == "INPUT"} or {
             len(member.rows[0].tokens)
         }
@@ -71,6 +79,30 @@ def test_every_input_group_sends_the_bytes_that_were_planned(
         # int8: every tensor has a last block that is not full
         slack = 2 * len(sent) if compression is Compression.INT8 else 0
         assert abs(found - effort.bytes_up) <= slack
+
+
+@pytest.mark.parametrize("compression", [Compression.NONE, Compression.BFLOAT16])
+def test_g_that_was_scaled_travels_in_the_adapters_dtype_and_is_planned_so(
+    tiny_folder: TinyFolder, compression: Compression
+) -> None:
+    tapped = TappedModel.load(tiny_folder("llama", "float16"), dtype="float16", attention="eager")
+    member = everywhere(1, LoraKind(rank=3), tapped.sites, "float32")
+    install_all(tapped, [member])
+    segment = replace(member.segment(Encoding.ACTIVATIONS), loss_scaling=LossScaling(scale=1024.0))
+    _, taps = run_segments(tapped, [segment])
+    for tap in taps:
+        sent = TapCompressor().compress(member.lease, compression, tap.tensors)
+        sites = [site for site in tapped.sites if site.index in {key.site for key in tap.tensors}]
+        (rows,) = {len(tensor) for tensor in tap.tensors.values()}
+        workload = Workload(tokens=rows, microbatches=1, base_dtype="float16", loss_scaled=True)
+        effort = group_effort(
+            [(LoraKind(rank=3), sites)],
+            workload,
+            Encoding.ACTIVATIONS,
+            dtype="float32",
+            compression=compression,
+        )
+        assert sum(len(to_wire(tensor).data) for tensor in sent.values()) == effort.bytes_up
 
 
 def test_an_exception_is_for_its_input_group_alone(tapped: TappedModel) -> None:

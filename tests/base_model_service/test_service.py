@@ -292,10 +292,10 @@ async def test_a_gangs_member_with_nan_weights_is_told_to_the_coordinator_and_it
 async def test_generation_uses_the_compute_thread_and_the_bare_model(bench: Bench) -> None:
     await bench.grant(0)
     options = {"max_new_tokens": 5, "temperature": 0.0, "seed": 0, "stop_ids": ()}
-    bare = await bench.service.generate(None, [5, 6, 7], **options)  # type: ignore[arg-type]
-    adapted = await bench.service.generate(JOBS[0], [5, 6, 7], **options)  # type: ignore[arg-type]
+    bare = await bench.service.generate(None, [[5, 6, 7]], **options)  # type: ignore[arg-type]
+    adapted = await bench.service.generate(JOBS[0], [[5, 6, 7]], **options)  # type: ignore[arg-type]
     assert bare == adapted  # B is zero at version 0
-    assert len(bare) == 5
+    assert [len(tokens) for tokens in bare] == [5]
 
 
 async def test_events_are_numbered_and_a_lost_place_is_told(bench: Bench) -> None:

@@ -1,4 +1,4 @@
-"""Measures against values computed by hand, and against scikit-learn and scipy where they are installed."""
+"""Measures against values computed by hand, and against values that scikit-learn and scipy gave."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ from cola_runtime.data.metrics import (
     pearson,
     spearman,
 )
-from cola_runtime.task_spec import CausalLmTask, ClassificationTask, RegressionTask
+from cola_runtime.task_spec import (
+    AnyTask,
+    CausalLmTask,
+    ClassificationTask,
+    RegressionTask,
+    SequenceToSequenceTask,
+)
 
 # Class 1: 3 found, 1 missed, 2 wrongly; class 0: 4 found.
 LABELS = np.array([1, 1, 1, 1, 0, 0, 0, 0, 0, 0], np.float64)
@@ -68,13 +74,19 @@ def test_what_is_undefined_is_zero() -> None:
 
 @pytest.mark.parametrize(
     "task",
-    [CausalLmTask(), ClassificationTask(labels=2), ClassificationTask(labels=3), RegressionTask()],
+    [
+        CausalLmTask(),
+        SequenceToSequenceTask(),
+        ClassificationTask(labels=2),
+        ClassificationTask(labels=3),
+        RegressionTask(),
+    ],
     ids=str,
 )
 def test_a_task_gives_the_metrics_that_it_says(
-    task: CausalLmTask | ClassificationTask | RegressionTask,
+    task: AnyTask,
 ) -> None:
-    found = evaluate(task, mean_loss=1.0, labels=LABELS, predictions=PREDICTIONS)
+    found = evaluate(task, mean_loss=1.0, labels=LABELS, predictions=PREDICTIONS, answers=[("a b", "b")])
     assert found.keys() == metrics_of(task)
 
 

@@ -51,7 +51,14 @@ class FakeCoordinator:
             await self._changed.wait_for(condition)
 
     async def grant(
-        self, lease: Lease, training: TrainingDefinition, *, checkpoint: bytes = b"", every: int = 0
+        self,
+        lease: Lease,
+        training: TrainingDefinition,
+        *,
+        checkpoint: bytes = b"",
+        every: int = 0,
+        shards: int = 1,
+        max_staleness: int = 0,
     ) -> None:
         await self.until(lambda: lease.device_id in self.streams)
         stream = self.streams[lease.device_id]
@@ -67,6 +74,8 @@ class FakeCoordinator:
                 schedule=training.schedule,
                 checkpoint_bytes=len(checkpoint),
                 checkpoint_every=every,
+                shards=shards,
+                max_staleness=max_staleness,
             )
         )
 

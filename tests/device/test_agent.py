@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
@@ -127,6 +128,7 @@ class Fabric:
         microbatch: int = 0,
         last: bool = True,
         announced: int | None = None,
+        staleness: int = 0,
     ) -> None:
         """What the base model does for one segment, from another thread as there."""
         segment = Segment(
@@ -136,11 +138,12 @@ class Fabric:
             loss_denominator=1.0,
             microbatch=microbatch,
             last_microbatch=last,
+            staleness=staleness,
         )
-        sent = 0
+        sent: Counter[int] = Counter()
         for key, tensor in tensors.items():
             sent += await asyncio.to_thread(self.server.send_tap, segment, {key: tensor})
-        self.server.end_microbatch(segment, sent if announced is None else announced)
+        self.server.end_microbatch(segment, sent if announced is None else {0: announced})
 
     async def step(self, lease: Lease, version: int, training: TrainingDefinition) -> Update:
         """Two microbatches of one step; returns the update that comes back."""
@@ -217,6 +220,20 @@ async def test_two_jobs_on_two_devices_do_not_touch_each_other(fabric: Fabric) -
         updates = await asyncio.gather(*(fabric.step(lease, version, training) for lease, training in pairs))
     for update, training in zip(updates, trainings, strict=True):
         assert_same(update.weights, reference(training, 3))
+
+
+async def test_an_absent_tenant_gets_no_step_and_no_decay(fabric: Fabric) -> None:
+    """Trap 5: two adapters on one device, of which one has no rows while the other makes three steps."""
+    present, absent = (lease_of(number) for number in range(2))
+    training = definition()
+    await fabric.device()
+    for lease in (present, absent):
+        await fabric.grant(lease, training)
+    for version in range(3):
+        busy = await fabric.step(present, version, training)
+    waited = await fabric.step(absent, 0, training)
+    assert_same(busy.weights, reference(training, 3))
+    assert_same(waited.weights, reference(training, 1))
 
 
 async def test_checkpoints_come_on_schedule_and_at_the_last_step(fabric: Fabric) -> None:

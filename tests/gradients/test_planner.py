@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
+import numpy as np
 import pytest
 
 from cola_runtime.adapter_spec import (
@@ -21,7 +23,7 @@ from cola_runtime.gradients.planner import Costs, Workload, check_encoding, grou
 from cola_runtime.jobs.plan import DataSize, as_recorded, job_taps
 from cola_runtime.spec import JobSpec
 from cola_runtime.testing.tiny_models import tiny_sites
-from cola_runtime.types import BaseModelDescription, Compression, Encoding, Site, SiteKind, TapPlan
+from cola_runtime.types import BaseModelDescription, Compression, Encoding, Row, Site, SiteKind, TapPlan
 
 SITES = tiny_sites("llama")
 ACTIVATIONS, WEIGHT, ADAPTER = Encoding.ACTIVATIONS, Encoding.WEIGHT_GRADIENT, Encoding.ADAPTER_GRADIENT
@@ -205,3 +207,20 @@ def test_a_recorded_plan_stays_what_it_was_when_the_speeds_change() -> None:
         assert planned(as_recorded(asked, str(before)), now) == before
     mixed = job.model_copy(update={"adaptation_interval": 16})
     assert planned(as_recorded(mixed, str(planned(mixed, now))), now) == planned(mixed, now)
+
+
+def test_an_encoders_sites_are_planned_for_the_sources_tokens() -> None:
+    """A long source: x and g are dearer than the factors' gradients there, and only there."""
+    sites = tuple(
+        Site(index=n, name=f"s{n}", kind=SiteKind.LINEAR, in_features=64, out_features=64, input_group=n)
+        for n in range(2)
+    )
+    costs = Costs(link_bytes_per_second=1.0)  # bytes decide
+    tokens, source = np.zeros(4, np.int32), np.zeros(400, np.int32)
+    size = DataSize.of([Row(tokens=tokens, weights=np.zeros(4, np.float32), source=source)])
+    assert size == DataSize(rows=1, tokens=4, source_tokens=400)
+    base = replace(description(), sites=sites, source_groups=(0,))
+    job = JobSpec.model_validate({"name": "j", "base_model": "m", "rows_per_step": 1})
+    plan, _ = job_taps(job, base, everywhere(LoraKind(rank=8), sites), size, costs)
+    assert plan.encoding_of(0) is Encoding.ADAPTER_GRADIENT
+    assert plan.encoding_of(1) is Encoding.ACTIVATIONS

@@ -16,11 +16,13 @@ MODES = ("unmerged", "merged")
 CAUSAL = ("gpt2", "llama", "qwen2", "opt", "gpt_neox", "phi3")
 LABELLED = ("bert", "roberta", "gpt2", "llama")
 SOURCED = ("t5", "bart", "mt5", "marian")
+PICTURED = ("vit", "dinov2", "convnext")
 SETTINGS: tuple[tuple[str, Task], ...] = (
     *((architecture, Task.CAUSAL_LM) for architecture in CAUSAL),
     *((architecture, Task.SEQUENCE_CLASSIFICATION) for architecture in LABELLED),
     *((architecture, Task.REGRESSION) for architecture in LABELLED),
     *((architecture, Task.SEQUENCE_TO_SEQUENCE) for architecture in SOURCED),
+    *((architecture, Task.IMAGE_CLASSIFICATION) for architecture in PICTURED),
 )
 _QUICK = frozenset(
     {
@@ -28,6 +30,7 @@ _QUICK = frozenset(
         ("llama", Task.CAUSAL_LM),
         ("bert", Task.SEQUENCE_CLASSIFICATION),
         ("t5", Task.SEQUENCE_TO_SEQUENCE),
+        ("vit", Task.IMAGE_CLASSIFICATION),
     }
 )
 

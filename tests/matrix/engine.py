@@ -16,9 +16,15 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from cola_runtime.adapter_spec import AdapterPart, AdapterSpec, HeadKind, head_part
 from cola_runtime.adapters.adapter import initial_weights
 from cola_runtime.adapters.checkpoint_format import TrainingDefinition
+from cola_runtime.adapters.site_kinds import unfit
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.device.session import AdapterSession
-from cola_runtime.testing.architectures import save_causal_model, save_encoder_decoder
+from cola_runtime.testing.architectures import (
+    WITHOUT_ATTENTION,
+    save_causal_model,
+    save_encoder_decoder,
+    save_image_classifier,
+)
 from cola_runtime.testing.ordinary_modules import add_adapter, wide_norms
 from cola_runtime.testing.peft_reference import batch_loss, relative_difference
 from cola_runtime.testing.sequence_reference import sequence_model, sequence_output
@@ -31,9 +37,11 @@ from cola_runtime.types import (
     OptimizerHyperparameters,
     Row,
     Segment,
+    Site,
     Task,
     TensorKey,
 )
+from tests.base_model.image_samples import image_row
 from tests.base_model.kind_samples import KINDS, ZERO, random_weights
 from tests.base_model.mixed_samples import Tenant, Weights, gradients_of, random_row, run_segments
 from tests.base_model.test_encoder_decoders import row_loss
@@ -57,7 +65,8 @@ class Setting:
 @cache
 def tapped_model(setting: Setting) -> TappedModel:
     # Eager attention goes through float32 in many architectures, whatever the model's type; T5 has no other.
-    attention = "auto" if setting.task is Task.SEQUENCE_TO_SEQUENCE else "sdpa"
+    only_one = setting.task is Task.SEQUENCE_TO_SEQUENCE or setting.architecture in WITHOUT_ATTENTION
+    attention = "auto" if only_one else "sdpa"
     return TappedModel.load(_saved(setting), dtype=setting.dtype, attention=attention)
 
 
@@ -123,18 +132,18 @@ def member(setting: Setting, kind: str) -> Tenant:
     """A tenant of the kind at every site; biases leave a BERT's keys out, where their gradient is zero."""
     number = list(KINDS).index(kind)
     model = tapped_model(setting)
-    parts = [
-        AdapterPart(kind=KINDS[kind], sites=tuple(s for s in model.sites if _has_gradient(s.name, kind)))
-    ]
-    if setting.task in (Task.SEQUENCE_CLASSIFICATION, Task.REGRESSION):
+    parts = [AdapterPart(kind=KINDS[kind], sites=tuple(s for s in model.catalogue if _fits(s, kind, model)))]
+    if setting.task in (Task.SEQUENCE_CLASSIFICATION, Task.REGRESSION, Task.IMAGE_CLASSIFICATION):
         regression = setting.task is Task.REGRESSION
         head = HeadKind(
             labels=1 if regression else 2 + number, problem="regression" if regression else "classification"
         )
-        parts.append(head_part(head, model.sites, hidden_size=model.describe("", "").hidden_size))
+        parts.append(head_part(head, model.catalogue, hidden_size=model.describe("", "").hidden_size))
     spec = AdapterSpec(parts=tuple(parts), seed=number, dtype=setting.dtype)
     rows = tuple(
-        _row(setting.task, length, seed=100 * number + place, labels=2 + number)
+        image_row(model, seed=100 * number + place, labels=2 + number)
+        if setting.task is Task.IMAGE_CLASSIFICATION
+        else _row(setting.task, length, seed=100 * number + place, labels=2 + number)
         for place, length in enumerate(LENGTHS[number % 4])
     )
     return Tenant(job_id=f"job-{kind}", spec=spec, weights=random_weights(spec), rows=rows)
@@ -197,8 +206,13 @@ def _segment(tenant: Tenant, encoding: Encoding, mode: str) -> Segment:
 
 
 def _at_step(tenant: Tenant, step: int) -> Tenant:
-    """Other tokens every step."""
+    """Other tokens every step, in trajectories, which are of texts."""
     return replace(tenant, rows=tuple(replace(row, tokens=np.roll(row.tokens, step)) for row in tenant.rows))
+
+
+def _fits(site: Site, kind: str, model: TappedModel) -> bool:
+    tied = model.describe("", "").tied_sites  # may not be merged
+    return unfit(KINDS[kind], site) is None and site.index not in tied and _has_gradient(site.name, kind)
 
 
 def _has_gradient(site: str, kind: str) -> bool:
@@ -226,6 +240,8 @@ def _saved(setting: Setting) -> Path:
         return save_causal_model(setting.architecture, folder, dtype=setting.dtype)
     if setting.task is Task.SEQUENCE_TO_SEQUENCE:
         return save_encoder_decoder(setting.architecture, folder, dtype=setting.dtype)
+    if setting.task is Task.IMAGE_CLASSIFICATION:
+        return save_image_classifier(setting.architecture, folder, dtype=setting.dtype)
     return save_tiny_model(setting.architecture, folder, dtype=setting.dtype)  # type: ignore[arg-type]
 
 

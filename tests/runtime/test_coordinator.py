@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,12 @@ import torch
 from cola_runtime.client.asynchronous import AsyncClient
 from cola_runtime.client.job_handle import AsyncJobHandle
 from cola_runtime.config import ServiceSettings
-from cola_runtime.errors import JobFailed
+from cola_runtime.device import worker
+from cola_runtime.device.session import AdapterSession
+from cola_runtime.errors import InvalidInput, JobFailed
+from cola_runtime.jobs.records import JobRecord
+from cola_runtime.jobs.store import JobStore
+from cola_runtime.proto import control_pb2
 from cola_runtime.runtime.coordinator import RunningService
 from cola_runtime.spec import OptimizerSpec
 from cola_runtime.testing.exactness import (
@@ -28,6 +33,7 @@ from cola_runtime.testing.exactness import (
 )
 from cola_runtime.testing.in_process import InProcessDevices, running_in_process
 from cola_runtime.testing.tiny_models import save_tiny_model
+from cola_runtime.transport.control import lease_from_proto
 
 STEPS = 30
 WAIT_SECONDS = 60.0
@@ -160,6 +166,71 @@ async def test_a_job_waits_for_a_device_and_says_so(settings: ServiceSettings) -
         assert (await handle.refresh()).waiting_reason == "waiting for a device"
         at.devices.start("late", at.service.endpoint)
         assert (await handle.wait(WAIT_SECONDS)).state == "succeeded"
+
+
+async def test_a_stored_spec_that_this_version_refuses_fails_its_job_with_a_reason(
+    settings: ServiceSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an upgrade: what the store holds was accepted by another version."""
+    stored = JobStore.job
+
+    async def older(store: JobStore, job_id: str) -> JobRecord:
+        record = await stored(store, job_id)
+        return replace(record, spec_json=record.spec_json.replace('"optimizer"', '"optimiser"'))
+
+    monkeypatch.setattr(JobStore, "job", older)
+    async with running(settings) as at:
+        handle = await at.client.submit(job().spec, training=job().training)
+        with pytest.raises(JobFailed, match="optimiser"):
+            await handle.wait(WAIT_SECONDS)
+        assert (await handle.refresh()).failure_reason == "STORED_SPEC_INVALID"
+
+
+@pytest.fixture
+def unable(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The leases of the first job that device-0 was asked to take, although the job's module is not there."""
+    asked: list[str] = []
+    build = worker._session
+
+    def refusing(grant: control_pb2.LeaseGrant, checkpoint: bytes | None) -> AdapterSession:
+        lease = lease_from_proto(grant.lease)
+        if lease.device_id == "device-0" and (not asked or lease.job_id in asked):
+            asked.append(lease.job_id)
+            raise InvalidInput("ADAPTER_MODULE_UNKNOWN", "no adapter module is registered as 'gated'")
+        return build(grant, checkpoint)
+
+    monkeypatch.setattr(worker, "_session", refusing)
+    return asked
+
+
+async def test_a_job_that_one_device_cannot_train_goes_to_another(
+    settings: ServiceSettings, unable: list[str]
+) -> None:
+    async with running(settings) as at:
+        handle = await at.client.submit(job().spec, training=job().training)
+        assert (await handle.wait(WAIT_SECONDS)).state == "succeeded"
+        assert {step.device_id for step in await handle.metrics()} == {"device-1"}
+        assert unable == [handle.job_id]
+
+
+async def test_a_job_that_no_device_can_train_waits_and_says_why_and_holds_up_nobody(
+    settings: ServiceSettings, unable: list[str]
+) -> None:
+    async with running(settings) as at:
+        await at.devices.kill("device-1")
+        handle = await at.client.submit(job().spec, training=job().training)
+        async with asyncio.timeout(WAIT_SECONDS):
+            async for event in handle.events():
+                if event.kind == "lease.lost":
+                    break
+        other = await at.client.submit(job(1).spec, training=job(1).training)
+        assert (await other.wait(WAIT_SECONDS)).state == "succeeded"
+        reason = (await handle.refresh()).waiting_reason
+        assert reason.startswith("waiting for a device: device-0 cannot train it: ADAPTER_MODULE_UNKNOWN")
+        assert unable == [handle.job_id], "asked once"
+        at.devices.start("able", at.service.endpoint)
+        assert (await handle.wait(WAIT_SECONDS)).state == "succeeded"
+        assert unable == [handle.job_id]
 
 
 async def test_generation_uses_the_adapter_while_training_and_after(settings: ServiceSettings) -> None:

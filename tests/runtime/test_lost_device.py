@@ -28,6 +28,7 @@ from cola_runtime.testing.tiny_models import save_tiny_model
 STEPS = 24
 KILL_AT = 9
 CHECKPOINT_EVERY = 4
+SHARDS = (1, 2, 1, 1)  # the second one, whose norm is clipped, is on both devices: it waits for a new one
 
 
 @pytest.mark.ray
@@ -37,9 +38,10 @@ async def test_a_killed_device_costs_only_the_steps_since_the_last_checkpoint(tm
     model = save_tiny_model("llama", tmp_path / "model")
     jobs = [
         MixedJob(
-            spec=job.spec.model_copy(update={"checkpoint_every": CHECKPOINT_EVERY}), training=job.training
+            spec=job.spec.model_copy(update={"checkpoint_every": CHECKPOINT_EVERY, "shards": shards}),
+            training=job.training,
         )
-        for job in four_tenants("llama", steps=STEPS, encoding="auto")
+        for job, shards in zip(four_tenants("llama", steps=STEPS, encoding="auto"), SHARDS, strict=True)
     ]
     settings = service_for(tmp_path / "service", model=model, name="llama", dtype="float32", token_budget=128)
     async with running_service(settings) as service, AsyncExitStack() as stack:
@@ -53,6 +55,7 @@ async def test_a_killed_device_costs_only_the_steps_since_the_last_checkpoint(tm
             assert largest_difference(exported_weights(folder, service.base_model), alone) <= 2e-5
         lost = [await _lost_leases(handle) for handle in handles]
         assert sum(lost) >= 1, "the killed device held leases"
+        assert lost[1] >= 1, "each device had a shard of this one"
         assert sum(losses > 0 for losses in lost) < len(handles), (
             f"tenants of the other device went on: {lost}"
         )

@@ -119,7 +119,9 @@ async def running(
 async def test_delayed_gradients_are_what_max_staleness_1_gives_in_every_encoding(
     settings: ServiceSettings, tmp_path: Path, model: Path
 ) -> None:
-    jobs = [job(encoding) for encoding in ENCODINGS]
+    unmerged = [job(encoding) for encoding in ENCODINGS]
+    merged = [job(encoding, mode="merged", name=f"merged-{encoding}") for encoding in ENCODINGS[::2]]
+    jobs = [*unmerged, *merged]
     async with running(settings) as (service, _, client):
         base = service.base_model
         expected = delayed_training(jobs[0], base, model, exact=lambda step: step == 0)

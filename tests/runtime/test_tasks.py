@@ -91,7 +91,7 @@ async def test_tenants_of_an_encoder_end_as_on_transformers_classification_model
     model = save_tiny_model("bert", tmp_path / "model")
     jobs = [
         job(0, {"kind": "sequence_classification", "labels": NAMES}),
-        job(1, {"kind": "sequence_classification", "labels": 5}, pairs=True, adaptation_interval=2),
+        job(1, {"kind": "sequence_classification", "labels": 5}, pairs=True, adaptation_interval=2, shards=2),
         job(2, {"kind": "regression"}, encoding="activations"),
         job(3, {"kind": "sequence_classification", "labels": 2}, adapter=[]),
     ]

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from cola_runtime.scheduler.filling import Offer, fill
 from cola_runtime.scheduler.packing import length_bands
-from cola_runtime.scheduler.policy import LEAD, LOOK_AHEAD, LOOK_AHEAD_ROWS
-from cola_runtime.scheduler.waiting import Part, Share, Waiting
+from cola_runtime.scheduler.policy import LEAD, LOOK_AHEAD
+from cola_runtime.scheduler.waiting import Share, Waiting
 
 
 @dataclass
@@ -29,7 +29,6 @@ class PlainQueue:
         self.tenants: dict[str, PlainTenant] = {}
         self.jobs: dict[tuple[str, str], float] = {}  # counters
         self.waiting: dict[int, Waiting] = {}
-        self.left: dict[int, list[tuple[int, int]]] = {}
         self.floor = 0.0
 
     def set_share(self, tenant_id: str, share: Share) -> None:
@@ -47,15 +46,19 @@ class PlainQueue:
         if not any(w.job_id == waiting.job_id for w in mine):
             self.jobs[job] = max(self.jobs.get(job, 0.0), tenant.floors.get(-waiting.priority, 0.0))
         self.waiting[waiting.ticket] = waiting
-        rows = zip(waiting.lengths, waiting.rows, strict=True)
-        self.left[waiting.ticket] = sorted(rows, key=lambda row: (-row[0], row[1]))
         self._keep_back(tenant, waiting.tenant_id, now)
 
     def remove(self, ticket: int, *, now: float) -> None:
         self.waiting.pop(ticket, None)
-        self.left.pop(ticket, None)
 
-    def choose(self, *, token_budget: int, now: float) -> tuple[Part, ...]:
+    def charge(self, tenant_id: str, tokens: int, *, now: float) -> None:
+        tenant = self.tenants.setdefault(tenant_id, PlainTenant())
+        if not any(w.tenant_id == tenant_id for w in self.waiting.values()):
+            tenant.counter = max(tenant.counter, self.floor)
+        self._count(tenant, tokens, now)
+        self._keep_back(tenant, tenant_id, now)
+
+    def choose(self, *, token_budget: int, now: float) -> tuple[Waiting, ...]:
         for tenant_id in self.tenants:
             tenant = self.tenants[tenant_id]
             if tenant.kept_back and tenant.ready_at <= now:
@@ -67,48 +70,47 @@ class PlainQueue:
         lead = LEAD * token_budget
         first = self._jobs_of(order[0])[0]
         members = [t for t in order if any(w.of_class == first.of_class for w in self._jobs_of(t))]
-        each, offers, rows = max(1, LOOK_AHEAD // len(members)), [], 0
+        each, offers = max(1, LOOK_AHEAD // len(members)), []
         for member in members[:LOOK_AHEAD]:
-            if rows >= LOOK_AHEAD_ROWS:
-                break
             jobs = self._jobs_of(member)
             least = self.jobs[member, jobs[0].job_id]
             found = [
-                (w.ticket, self.left[w.ticket])
+                w
                 for w in jobs[:LOOK_AHEAD]
                 if w.of_class == first.of_class
                 and w.priority == jobs[0].priority
                 and self.jobs[member, w.job_id] - least <= lead
             ][:each]
-            rows += len(found[0][1]) * len(found) if found else 0
             tenant = self.tenants[member]
-            count = sum(len(self.left[t]) for t, w in self.waiting.items() if w.tenant_id == member)
+            count = sum(w.tenant_id == member for w in self.waiting.values())
             offers.append(Offer(member, tenant.counter, tenant.share.weight, count, found))
-        lengths = [[length for length, _ in r] for offer in offers for _, r in offer.microbatches]
-        longest = self.left[first.ticket][0][0]
-        band = next(b for b in length_bands(lengths, token_budget=token_budget) if longest in b)
+        seen = [w for offer in offers for w in offer.microbatches]
+        bands = length_bands(
+            [w.padded.total for w in seen], [w.rows for w in seen], token_budget=token_budget
+        )
+        band = next(b for b in bands if first.padded.total in b)
         offering = {offer.tenant_id for offer in offers}
         outside = min((self.tenants[t].counter for t in order if t not in offering), default=math.inf)
         return fill(offers, band, token_budget=token_budget, lead=lead, outside=outside)
 
-    def take(self, parts: Sequence[Part], *, now: float) -> None:
-        served = {self.waiting[part.ticket].tenant_id for part in parts}
+    def take(self, chosen: Sequence[Waiting], *, now: float) -> None:
+        served = {waiting.tenant_id for waiting in chosen}
         self.floor = max(self.floor, min(self.tenants[t].counter for t in served))
-        for part in parts:
-            waiting = self.waiting[part.ticket]
+        for waiting in chosen:
             tenant, job = self.tenants[waiting.tenant_id], (waiting.tenant_id, waiting.job_id)
             rank = -waiting.priority
             tenant.floors[rank] = max(tenant.floors.get(rank, 0.0), self.jobs[job])
-            self.jobs[job] += part.tokens
-            tenant.counter += part.tokens / tenant.share.weight
-            if tenant.share.tokens_per_minute is not None:
-                spent = 60.0 * part.tokens / tenant.share.tokens_per_minute
-                tenant.ready_at = max(tenant.ready_at, now) + spent
-            self.left[part.ticket] = [row for row in self.left[part.ticket] if row[1] not in part.rows]
-            if not self.left[part.ticket]:
-                del self.left[part.ticket], self.waiting[part.ticket]
+            self.jobs[job] += waiting.tokens
+            self._count(tenant, waiting.tokens, now)
+            del self.waiting[waiting.ticket]
         for tenant_id in served:
             self._keep_back(self.tenants[tenant_id], tenant_id, now)
+
+    def _count(self, tenant: PlainTenant, tokens: int, now: float) -> None:
+        tenant.counter += tokens / tenant.share.weight
+        if tenant.share.tokens_per_minute is not None:
+            spent = 60.0 * tokens / tenant.share.tokens_per_minute
+            tenant.ready_at = max(tenant.ready_at, now) + spent
 
     def _keep_back(self, tenant: PlainTenant, tenant_id: str, now: float) -> None:
         if tenant.ready_at > now and any(w.tenant_id == tenant_id for w in self.waiting.values()):

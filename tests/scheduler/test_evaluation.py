@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from cola_runtime.data.held_out import HeldOutPrompts
 from cola_runtime.jobs.plan import TrainingPlan
 from cola_runtime.jobs.records import EvaluationRecord
 from cola_runtime.scheduler.evaluation import EarlyStop, Evaluations, improves
@@ -28,6 +29,7 @@ class Recorded:
     records: list[EvaluationRecord] = field(default_factory=list)
     checkpoints: list[int] = field(default_factory=list)
     forwards: list[int] = field(default_factory=list)
+    answers: dict[int, str] = field(default_factory=dict)
 
     async def evaluations(self, job_id: str) -> list[EvaluationRecord]:
         return list(self.records)
@@ -39,6 +41,9 @@ class Recorded:
     async def forward(self, adapter: LeasedAdapter, rows: object) -> Loss:
         self.forwards.append(adapter.version)
         return Loss(loss_sum=2 * self.losses[adapter.version], weight_sum=2.0)
+
+    async def answer(self, adapter: LeasedAdapter, asked: HeldOutPrompts) -> list[bytes]:
+        return [self.answers[adapter.version].encode() for _ in asked.prompts]
 
     async def checkpoint(self, adapter: LeasedAdapter) -> None:
         self.checkpoints.append(adapter.version)
@@ -136,3 +141,36 @@ def test_an_improvement_is_strict() -> None:
     assert not improves(2.0, 2.0, metric=Metric.LOSS, min_delta=0.0)
     assert improves(1.9, 2.0, metric=Metric.LOSS, min_delta=0.0)
     assert not improves(1.5, 2.0, metric=Metric.LOSS, min_delta=0.5)
+
+
+def written(metric: str) -> tuple[Recorded, Evaluations]:
+    """One held-out prompt whose answer is, by version, further from and nearer to its reference."""
+    answers = dict(enumerate(["x", "a x", "a b x", "a b", "a b c", "a b", "a b"]))
+    at = Recorded(dict.fromkeys(range(TOTAL_STEPS + 1), 1.0), answers=answers)
+    prompts = HeldOutPrompts(
+        prompts=((5, 6),), references=("a b c d",), max_new_tokens=8, stop_ids=(), decode=bytes.decode
+    )
+    fields = {"every": 1, "metric": metric, "patience": 2}
+    spec = JobSpec.model_validate({"name": "j", "base_model": "m", "evaluation": fields})
+    data = JobData(
+        spec=spec, training=(), evaluation=(ROW,), prompts=prompts if metric == "rouge_l" else None
+    )
+    return at, Evaluations(data, total_steps=TOTAL_STEPS, primitives=at, store=at)  # type: ignore[arg-type]
+
+
+async def test_a_job_stops_and_keeps_its_best_by_what_it_writes() -> None:
+    at, found = written("rouge_l")
+    stop = await walk(at, found)
+    assert [each.metrics["rouge_l"] for each in at.records] == pytest.approx(
+        [0, 1 / 3, 4 / 7, 2 / 3, 6 / 7, 2 / 3, 2 / 3]
+    )
+    assert stop is not None and (stop.step, stop.best.step, stop.best.value) == (6, 4, pytest.approx(6 / 7))
+    assert at.checkpoints == [0, 1, 2, 3, 4]
+
+
+async def test_nothing_is_written_for_another_metric() -> None:
+    at, found = written("loss")
+    at.answers.clear()
+    stop = await walk(at, found)
+    assert stop is not None and stop.step == 2
+    assert all("rouge_l" not in each.metrics for each in at.records)

@@ -63,6 +63,18 @@ async def test_losing_a_device_wakes_all_its_waiters_and_nobody_else() -> None:
         book.check(LEASE)
 
 
+async def test_losing_one_shards_device_ends_the_lease_for_all_of_them() -> None:
+    book = LeaseBook()
+    sharded = Lease(job_id="job-1", epoch=2, device_id="d1", further_device_ids=("d0",))
+    book.open(sharded)
+    assert book.on_device("d0") == book.on_device("d1") == [sharded]
+    waiter = asyncio.create_task(book.wait_version(sharded, 1, timeout_seconds=5))
+    await asyncio.sleep(0)
+    book.lose_device("d0", reason="DEVICE_LOST", message="gone")
+    with pytest.raises(LeaseLost, match="gone"):
+        await waiter
+
+
 async def test_closing_a_lease_ends_waits_on_it() -> None:
     book = LeaseBook()
     book.open(LEASE)

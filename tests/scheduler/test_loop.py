@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
+from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
@@ -38,13 +37,11 @@ class SteppedBase:
                 await self.arrived.wait()
         return self.running[count - 1][0]
 
-    def finish(self, *, seconds: float = 1.0, predictions: Sequence[tuple[float, ...]] = ()) -> None:
+    def finish(self, *, seconds: float = 1.0) -> None:
         step, future = self.running.pop(0)
-        predicted = predictions or [()] * len(step.segments)
         tokens = sum(segment.tokens for segment in step.segments)
         losses = tuple(
-            SegmentLoss(job_id=s.lease.job_id, loss_sum=1.0, weight_sum=2.0, predictions=values)
-            for s, values in zip(step.segments, predicted, strict=True)
+            SegmentLoss(job_id=s.lease.job_id, loss_sum=1.0, weight_sum=2.0) for s in step.segments
         )
         future.set_result(
             BaseStepResult(
@@ -61,9 +58,11 @@ class SteppedBase:
         self.running.pop(0)[1].set_exception(RuntimeError("out of memory"))
 
 
-def segment(job: str, *, length: int = 10, device: str = "d0", gang: Gang | None = None) -> Segment:
+def segment(
+    job: str, *, length: int = 10, devices: tuple[str, ...] = ("d0",), gang: Gang | None = None
+) -> Segment:
     row = Row(tokens=np.zeros(length, np.int32), weights=np.ones(length, np.float32))
-    lease = Lease(job_id=job, epoch=1, device_id=device)
+    lease = Lease(job_id=job, epoch=1, device_id=devices[0], further_device_ids=devices[1:])
     return Segment(lease=lease, version=0, rows=(row,), loss_denominator=1.0, gang=gang)
 
 
@@ -147,15 +146,16 @@ async def test_a_part_filled_step_waits_for_company_until_the_running_one_is_abo
         await asyncio.gather(*tasks)
 
 
-async def test_a_parked_device_parks_only_its_own_tenants() -> None:
+@pytest.mark.parametrize("devices", [("slow",), ("d1", "slow")], ids=["whole", "sharded"])
+async def test_a_parked_device_parks_only_its_own_tenants(devices: tuple[str, ...]) -> None:
     base = SteppedBase()
     async with running_loop(base, token_budget=100) as (loop, _):
         loop.park("slow", parked=True)
-        slow = submit(loop, "a", device="slow")
-        fast = submit(loop, "b", device="d0")
+        slow = submit(loop, "a", devices=devices)
+        fast = submit(loop, "b")
         step = await base.next_step()
         assert [s.lease.job_id for s in step.segments] == ["b"]
-        assert "busy with earlier gradients" in (loop.waiting_reason("a") or "")
+        assert loop.waiting_reason("a") == "device slow is still busy with earlier gradients"
         base.finish()
         await fast
         loop.park("slow", parked=False)
@@ -192,42 +192,36 @@ async def test_cancelling_gives_the_place_in_the_queue_back() -> None:
         assert loop.waiting_reason("b") is None
 
 
-async def test_a_microbatch_in_parts_ends_its_step_with_the_last_one_and_gives_one_loss() -> None:
+async def test_a_sharded_lease_waits_for_each_of_its_devices() -> None:
     base = SteppedBase()
-    async with running_loop(base, token_budget=500, base_steps_in_flight=1) as (loop, _):
-        whole = segment("a")
-        rows = tuple(
-            Row(tokens=np.zeros(length, np.int32), weights=np.zeros(0, np.float32), label=0)
-            for length in (10, 200, 11, 200)
-        )
-        whole = replace(whole, rows=rows, row_numbers=(4, 5, 6, 7), microbatch=0)
-        later = asyncio.create_task(loop.compute(whole, tenant_id="a", train=True))
-        first = await base.next_step()
-        base.finish(predictions=[(1.0, 3.0)])
-        second = await base.next_step()
-        base.finish(predictions=[(0.0, 2.0)])
-        computed = await later
-    parts = [step.segments[0] for step in (first, second)]
-    assert [part.row_numbers for part in parts] == [(5, 7), (4, 6)], "longest rows first"
-    assert [(part.microbatch, part.last_microbatch) for part in parts] == [(0, False), (1, True)]
-    assert (computed.loss.loss_sum, computed.loss.weight_sum) == (2.0, 4.0)
-    assert computed.loss.predictions == (0.0, 1.0, 2.0, 3.0)
-    assert computed.base_seconds == pytest.approx(2.0)
-
-
-async def test_rows_that_were_parked_on_the_way_go_on_where_they_were() -> None:
-    base = SteppedBase()
-    async with running_loop(base, token_budget=20, base_steps_in_flight=1) as (loop, _):
-        whole = segment("a")
-        whole = replace(whole, rows=whole.rows * 3)
-        task = asyncio.create_task(loop.compute(whole, tenant_id="a", train=True))
-        await base.next_step()
-        loop.park("d0", parked=True)
-        base.finish()
+    async with running_loop(base, token_budget=100) as (loop, _):
+        loop.park("d1", parked=True)
+        loop.park("d2", parked=True)
+        task = submit(loop, "a", devices=("d1", "d2"))
+        await asyncio.sleep(0.01)
+        loop.park("d1", parked=False)
         await asyncio.sleep(0.01)
         assert base.running == []
-        loop.park("d0", parked=False)
-        last = (await base.next_step()).segments[0]
-        assert (len(last.rows), last.microbatch, last.last_microbatch) == (1, 1, True)
+        assert loop.waiting_reason("a") == "device d2 is still busy with earlier gradients"
+        loop.park("d2", parked=False)
+        await base.next_step()
+        assert loop.waiting_reason("a") is None
         base.finish()
         await task
+
+
+async def test_generated_tokens_put_their_tenant_behind() -> None:
+    base = SteppedBase()
+    async with running_loop(base, token_budget=10, base_steps_in_flight=1) as (loop, _):
+        first = submit(loop, "warm")
+        await base.next_step()
+        loop.charge("a", 30)
+        tasks = [submit(loop, "a"), submit(loop, "b")]
+        await asyncio.sleep(0)
+        assert loop.waiting_reason("a") == "queued for a base step: 1 tenant before it"
+        base.finish()
+        assert (await base.next_step()).segments[0].lease.job_id == "b"
+        base.finish()
+        await base.next_step()
+        base.finish()
+        await asyncio.gather(first, *tasks)

@@ -90,13 +90,30 @@ async def test_a_long_header_field_is_named(field: str) -> None:
     assert caught.value.where == field
 
 
-def test_the_gate_lets_so_many_in_and_opens_again() -> None:
+async def test_the_gate_keeps_the_next_upload_waiting_until_one_ends() -> None:
     gate = UploadGate(Limits(concurrent_uploads=1))
-    with gate.pass_one():
-        with pytest.raises(Unavailable) as caught, gate.pass_one():
-            pass
-        assert caught.value.reason == "UPLOADS_BUSY"
-    with gate.pass_one():
+    inside: list[str] = []
+
+    async def upload(name: str) -> None:
+        async with gate.pass_one():
+            inside.append(name)
+
+    async with gate.pass_one():
+        waiting = [asyncio.create_task(upload(name)) for name in ("first", "second")]
+        await asyncio.sleep(0.01)
+        assert inside == []
+    await asyncio.gather(*waiting)
+    assert inside == ["first", "second"]
+
+
+async def test_an_upload_that_waits_too_long_is_told_to_try_again() -> None:
+    gate = UploadGate(Limits(concurrent_uploads=1, upload_wait_seconds=0.01))
+    async with gate.pass_one():
+        with pytest.raises(Unavailable) as caught:
+            async with gate.pass_one():
+                pass
+    assert (caught.value.reason, caught.value.limit) == ("UPLOADS_BUSY", "1")
+    async with gate.pass_one():
         pass
 
 

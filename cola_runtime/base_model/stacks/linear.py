@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cola_runtime.adapter_spec import LinearKind
+from cola_runtime.adapters.features import back, input_weight, outer, times
 from cola_runtime.adapters.shapes import site_weight_shapes
 from cola_runtime.base_model.stacks.protocol import CohortRows, Kept
 from cola_runtime.base_model.stacks.site_blocks import SiteBlocks, SiteViews
@@ -51,9 +52,12 @@ class LinearStack:
 
     def add_to(self, outputs_BTO: Sequence[Tensor], x_BTI: Tensor) -> Kept:
         x_SMI = self.rows.of(x_BTI)
-        for position, weights in zip(self.positions, self.views.values(), strict=True):
-            out_SMO = self.rows.of(outputs_BTO[position])
-            out_SMO.baddbmm_(x_SMI, weights[TensorKind.WEIGHT, 0].transpose(1, 2))
+        for position, (site, weights) in zip(self.positions, self.views.items(), strict=True):
+            out_SMO, weight_SOI = self.rows.of(outputs_BTO[position]), _matrix(weights)
+            if site.takes_ids or site.groups > 1:
+                out_SMO.add_(times(x_SMI, weight_SOI, site.groups))
+            else:
+                out_SMO.baddbmm_(x_SMI, weight_SOI.transpose(1, 2))
             if (TensorKind.BIAS, 0) in weights:
                 out_SMO.add_(weights[TensorKind.BIAS, 0].unsqueeze(1))
         return ()
@@ -66,7 +70,11 @@ class LinearStack:
         if dx_BTI is not None:
             dx_SMI = self.rows.of(dx_BTI)
             for site, weights in self.views.items():
-                dx_SMI.baddbmm_(grads_SMO[site.index], weights[TensorKind.WEIGHT, 0])
+                grad_SMO, weight_SOI = grads_SMO[site.index], _matrix(weights)
+                if site.groups > 1:
+                    dx_SMI.add_(back(grad_SMO, weight_SOI, site.groups))
+                else:
+                    dx_SMI.baddbmm_(grad_SMO, weight_SOI)
         if self.taps is not None:
             x_SMI = self.rows.of(x_BTI)
             self.taps.emit(x_SMI, grads_SMO, lambda: self._gradients(x_SMI, grads_SMO))
@@ -76,9 +84,14 @@ class LinearStack:
         gradients: dict[TensorKey, Tensor] = {}
         for site, weights in self.views.items():
             grad_SMO = grads_SMO[site.index]
-            product_SOI = torch.bmm(grad_SMO.transpose(1, 2), x_SMI)
-            gradients[TensorKey(site.index, TensorKind.GRAD_WEIGHT)] = self.taps.scale(product_SOI)
+            product_SOI = self.taps.scale(outer(grad_SMO, x_SMI, site, site.groups))
+            gradients[TensorKey(site.index, TensorKind.GRAD_WEIGHT)] = input_weight(product_SOI, site)
             if (TensorKind.BIAS, 0) in weights:
                 sum_SO = grad_SMO.sum(dim=1)
                 gradients[TensorKey(site.index, TensorKind.GRAD_BIAS)] = self.taps.scale(sum_SO)
         return gradients
+
+
+def _matrix(weights: Mapping[tuple[TensorKind, int], Tensor]) -> Tensor:
+    """WEIGHT as [S, O, I], I of one group."""
+    return weights[TensorKind.WEIGHT, 0].flatten(2)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cola_runtime.adapter_spec import LinearizedLoraKind
+from cola_runtime.adapters.features import input_weight, output_weight
 from cola_runtime.adapters.linearized_lora import SiteLinearizedLora
 from cola_runtime.base_model.stacks.lora import LoraFactors, LoraLayout, LoraStack
 from cola_runtime.base_model.stacks.protocol import CohortRows
@@ -53,8 +54,7 @@ class LinearizedLoraLayout:
     def _factors(
         self, base: SiteLinearizedLora, weights: Mapping[TensorKey, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        delta_a_DI = weights[TensorKey(base.site.index, TensorKind.DELTA_A)]
-        delta_b_OD = weights[TensorKey(base.site.index, TensorKind.DELTA_B)]
+        delta_a_DI, delta_b_OD = base.deltas(weights)
         a_DI, b_OD = base.base_a_RI.to(delta_a_DI.dtype), base.base_b_OR.to(delta_b_OD.dtype)
         if not self._both:
             return a_DI, delta_b_OD
@@ -67,13 +67,13 @@ class LinearizedLoraStack(LoraStack):
 
     deltas: int  # D
 
-    def _gradients(
-        self, x_SMI: Tensor, h_SMQ: Tensor, gb_SMQ: Tensor, grads_SMO: Sequence[Tensor]
+    def _factor_gradients(
+        self, site: Site, grad_a_SRI: Tensor, grad_b_SOR: Tensor
     ) -> dict[TensorKey, Tensor]:
         gradients: dict[TensorKey, Tensor] = {}
-        for key, grad in LoraStack._gradients(self, x_SMI, h_SMQ, gb_SMQ, grads_SMO).items():
-            if key.kind is TensorKind.GRAD_LORA_B:
-                gradients[TensorKey(key.site, TensorKind.GRAD_DELTA_B)] = grad[:, :, : self.deltas]
-            elif self.rank > self.deltas:
-                gradients[TensorKey(key.site, TensorKind.GRAD_DELTA_A)] = grad[:, self.deltas :]
-        return {key: gradient.contiguous() for key, gradient in gradients.items()}
+        if self.rank > self.deltas:
+            delta_a_SDI = grad_a_SRI[:, self.deltas :].contiguous()
+            gradients[TensorKey(site.index, TensorKind.GRAD_DELTA_A)] = input_weight(delta_a_SDI, site)
+        delta_b_SOD = grad_b_SOR[:, :, : self.deltas].contiguous()
+        gradients[TensorKey(site.index, TensorKind.GRAD_DELTA_B)] = output_weight(delta_b_SOD, site)
+        return gradients

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cola_runtime.adapter_spec import LoraKind
+from cola_runtime.adapters.features import input_weight, outer, output_matrix, output_weight, times
 from cola_runtime.base_model.stacks.protocol import CohortRows, Kept, by_input_group
 from cola_runtime.base_model.stacks.taps import GroupTaps
 from cola_runtime.types import Site, TensorKey, TensorKind
@@ -47,7 +48,7 @@ class LoraLayout:
     def flatten(self, weights: Mapping[TensorKey, Tensor], kind: LoraKind, dtype: torch.dtype) -> Tensor:
         return self.flatten_factors(
             [weights[TensorKey(site.index, TensorKind.LORA_A)] for site in self._sites],
-            [weights[TensorKey(site.index, TensorKind.LORA_B)] for site in self._sites],
+            [output_matrix(weights[TensorKey(site.index, TensorKind.LORA_B)], site) for site in self._sites],
             kind.scaling,
             dtype,
         )
@@ -91,7 +92,7 @@ class LoraStack:
 
     def add_to(self, outputs_BTO: Sequence[Tensor], x_BTI: Tensor) -> Kept:
         """Keeps x A^T, [S, M, Q]."""
-        h_SMQ = torch.bmm(self.rows.of(x_BTI), self.factors.a_SQI.transpose(1, 2))
+        h_SMQ = times(self.rows.of(x_BTI), self.factors.a_SQI)
         h_parts = torch.split(h_SMQ, self.rank, dim=2)
         for position, h_SMR, b_SOR in zip(self.positions, h_parts, self.factors.b_SOR, strict=True):
             self.rows.of(outputs_BTO[position]).baddbmm_(h_SMR, b_SOR.transpose(1, 2))
@@ -114,23 +115,28 @@ class LoraStack:
     def _gradients(
         self, x_SMI: Tensor, h_SMQ: Tensor, gb_SMQ: Tensor, grads_SMO: Sequence[Tensor]
     ) -> dict[TensorKey, Tensor]:
-        """A of every site, then B of every site."""
         assert self.taps is not None
-        grad_a_SQI = torch.bmm(gb_SMQ.transpose(1, 2), x_SMI).to(self.taps.dtype)
-        gradients = {
-            TensorKey(site.index, TensorKind.GRAD_LORA_A): grad_a_SRI
-            for site, grad_a_SRI in zip(
-                self.factors.sites, torch.split(grad_a_SQI, self.rank, dim=1), strict=True
-            )
-        }
-        h_parts = torch.split(h_SMQ, self.rank, dim=2)
+        grad_a_SQI = outer(gb_SMQ, x_SMI, self.factors.sites[0]).to(self.taps.dtype)
         scalings_S11 = torch.tensor(self.taps.scalings, dtype=self.taps.dtype)[:, None, None]
-        for site, grad_SMO, h_SMR in zip(self.factors.sites, grads_SMO, h_parts, strict=True):
-            grad_SRO = torch.bmm(h_SMR.transpose(1, 2), grad_SMO)
-            gradients[TensorKey(site.index, TensorKind.GRAD_LORA_B)] = _scaled_transpose(
-                grad_SRO, scalings_S11
-            )
+        gradients: dict[TensorKey, Tensor] = {}
+        for site, grad_a_SRI, h_SMR, grad_SMO in zip(
+            self.factors.sites,
+            torch.split(grad_a_SQI, self.rank, dim=1),
+            torch.split(h_SMQ, self.rank, dim=2),
+            grads_SMO,
+            strict=True,
+        ):
+            grad_b_SOR = _scaled_transpose(torch.bmm(h_SMR.transpose(1, 2), grad_SMO), scalings_S11)
+            gradients.update(self._factor_gradients(site, grad_a_SRI, grad_b_SOR))
         return gradients
+
+    def _factor_gradients(
+        self, site: Site, grad_a_SRI: Tensor, grad_b_SOR: Tensor
+    ) -> dict[TensorKey, Tensor]:
+        return {
+            TensorKey(site.index, TensorKind.GRAD_LORA_A): input_weight(grad_a_SRI, site),
+            TensorKey(site.index, TensorKind.GRAD_LORA_B): output_weight(grad_b_SOR, site),
+        }
 
     def _grad_times_b(self, grads_SMO: Sequence[Tensor]) -> Tensor:
         parts = [

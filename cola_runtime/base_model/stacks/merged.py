@@ -15,10 +15,10 @@ from torch import Tensor
 
 from cola_runtime.base_model.bank import MergedAdapter
 from cola_runtime.base_model.segments import Cohort
-from cola_runtime.base_model.stacks.cache import Stacks, cohort_taps
+from cola_runtime.base_model.site_groups import SiteGroup
+from cola_runtime.base_model.stacks.cohorts import Stacks, cohort_taps
 from cola_runtime.base_model.stacks.protocol import CohortRows, Kept
 from cola_runtime.base_model.stacks.taps import GroupTaps
-from cola_runtime.base_model.tapped import SiteGroup
 from cola_runtime.gradients.taps import TapSink
 from cola_runtime.types import Site, TensorKey
 
@@ -40,9 +40,9 @@ def tap_stacks(
     for cohort in cohorts:
         members = tuple(m.adapter.merged for m in cohort.members if m.adapter.merged is not None)
         rows = CohortRows(cohort.first_row, cohort.stop_row, (1.0,) * len(members))
-        for part in cohort.members[0].adapter.layout.parts:
-            for group, sites in part.groups.items():
-                taps = cohort_taps(cohort, group, rows.scalings, sink)
+        for piece in cohort.members[0].adapter.layout.pieces:
+            for group, sites in piece.layout.groups.items():
+                taps = cohort_taps(cohort, sites[0], rows.scalings, sink)
                 places = tuple(positions[site.index] for site in sites)
                 stacks.setdefault(group, []).append(TapStack(rows, places, sites, members, taps))
     return stacks
@@ -89,7 +89,7 @@ class TapStack:
         gradients: dict[TensorKey, Tensor] = {}
         for index, grad_SMO in grads_SMO.items():
             of_members = [
-                member.sites[index].gradient(x_MI, grad_MO, _weights(member, index, x_MI))
+                member.sites[index].gradient(x_MI, grad_MO, _weights(member, index, grad_MO))
                 for member, x_MI, grad_MO in zip(self.members, x_SMI, grad_SMO, strict=True)
             ]
             for key in of_members[0]:

@@ -66,7 +66,7 @@ class PartLayout(Protocol):
         """A copy of the weights in the blocks' order. Scaled in the wider of both dtypes, then rounded."""
 
     def views(self, blocks: Sequence[Tensor]) -> dict[int, Any]:
-        """Input group -> views of `blocks`: [S, P] each, contiguous. Cached as long as the blocks are."""
+        """Input group -> views of `blocks`: [S, P] each, contiguous."""
 
     def stack(
         self, views: Any, rows: CohortRows, positions: tuple[int, ...], taps: GroupTaps | None

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from cola_runtime.gradients.taps import Tap, TapSink, activation_tensors, product_tensors
-from cola_runtime.types import Encoding, TensorKey
+from cola_runtime.gradients.taps import Tap, TapSink, activation_tensors, product_tensors, used_rows
+from cola_runtime.types import Encoding, Site, TensorKey, TensorKind
 
 OwnGradients = Callable[[], Mapping[TensorKey, Tensor]]
 """The kind's own gradients, [S, ...] each, scaled, in the wire's dtype. Called only when needed."""
@@ -24,14 +24,18 @@ class GroupTaps:
         self,
         encoding: Encoding,
         *,
+        site: Site,
         segments: Sequence[int],
         scalings: Sequence[float],
+        loss_scales: Sequence[float],
         dtype: torch.dtype,
         sink: TapSink,
     ) -> None:
         self.scalings = scalings  # s of each segment
         self.dtype = dtype  # of gradients on the wire
         self._encoding = encoding
+        self._site = site  # any of those that share x
+        self._loss_scales = loss_scales  # of each segment's loss, and so of everything that comes in here
         self._segments = segments  # positions in BaseStep.segments
         self._sink = sink
 
@@ -40,21 +44,35 @@ class GroupTaps:
         if self._encoding is Encoding.ADAPTER_GRADIENT:
             self._hand_out(own())
             return
-        of_segment = activation_tensors if self._encoding is Encoding.ACTIVATIONS else self._products
+        activations = self._encoding is Encoding.ACTIVATIONS
+        rows = used_rows(list(grads_SMO.values())) if activations else []
         for s, segment in enumerate(self._segments):
-            tensors = of_segment(x_SMI[s], {site: grad[s] for site, grad in grads_SMO.items()})
-            self._sink(Tap(segment, tensors))
+            x_MI, grads = x_SMI[s], {site: grad[s] for site, grad in grads_SMO.items()}
+            tensors = (
+                activation_tensors(x_MI, grads, rows[s])
+                if activations
+                else product_tensors(x_MI, grads, self._site, self.dtype)
+            )
+            self._sink(Tap(segment, self._unscaled(tensors, s)))
 
     def scale(self, grad: Tensor) -> Tensor:
         """s times a gradient [S, ...], in the wire's dtype; a new tensor."""
         scalings = torch.tensor(self.scalings, dtype=self.dtype)
         return grad.to(self.dtype) * scalings.view(-1, *(1,) * (grad.ndim - 1))
 
-    def _products(self, x_MI: Tensor, grads: Mapping[int, Tensor]) -> dict[TensorKey, Tensor]:
-        return product_tensors(x_MI, grads, self.dtype)
-
     def _hand_out(self, gradients: Mapping[TensorKey, Tensor]) -> None:
         """One dict per segment out of the stacked gradients; views, no copies."""
         by_key = [gradient.unbind(0) for gradient in gradients.values()]
-        for segment, tensors in zip(self._segments, zip(*by_key, strict=True), strict=True):
-            self._sink(Tap(segment, dict(zip(gradients, tensors, strict=True))))
+        for s, tensors in enumerate(zip(*by_key, strict=True)):
+            tap = self._unscaled(dict(zip(gradients, tensors, strict=True)), s)
+            self._sink(Tap(self._segments[s], tap))
+
+    def _unscaled(self, tensors: dict[TensorKey, Tensor], s: int) -> dict[TensorKey, Tensor]:
+        """Divided by the segment's loss scale, exactly: in the wire's dtype, which is wider than float16."""
+        scale = self._loss_scales[s]
+        if scale == 1.0:
+            return tensors
+        return {
+            key: tensor if key.kind is TensorKind.INPUT else tensor.to(self.dtype) / scale
+            for key, tensor in tensors.items()
+        }

@@ -1,0 +1,298 @@
+"""Tokens a second of the whole runtime against peft, with K tenants on this machine.
+
+    python benchmarks/throughput.py [--quick] [--json] [--seed N]
+
+SmolLM2-135M, LoRA r = 8 on all seven projections, AdamW; every tenant is one sender of a real chat set, with
+one row a step. All sides train the same rows and end with saved adapters; loading the base model is in none.
+  runtime          `cola serve`'s composition: Ray, gRPC, two devices, SDK; from the first submit to the last
+                   adapter downloaded
+  peft_sequential  the best that peft does for one tenant after another: each to its end (nothing is
+                   switched), or in turns with `set_adapter`
+  peft_processes   a peft process per tenant, all at once, with the memory of all of them
+Every side has both cores and takes its best: peft's threads and attention are tried on one tenant, the
+runtime's base model runs with one thread and with two. Peft's sequential rate does not depend on the number
+of tenants: it is measured before and after the runtime, and the better one counts. Row lengths vary by a
+quarter around their mean; only the runtime pads.
+--quick: 16 tenants in bfloat16, a few steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cola_runtime.base_model.pretrained import prepare_smollm2
+from cola_runtime.client.asynchronous import AsyncClient
+from cola_runtime.config import BaseModelSettings, DeviceSettings, SchedulerSettings, ServiceSettings
+from cola_runtime.data.formats import parse_dataset
+from cola_runtime.data.tokenize import Tokenizer
+from cola_runtime.demo.datasets import chat_messages_by_sender
+from cola_runtime.demo.memory import MemoryWatch
+from cola_runtime.runtime.coordinator import running_service
+from cola_runtime.spec import JobSpec
+from cola_runtime.testing.exactness import tenant_client
+from cola_runtime.testing.peft_rivals import (
+    PeftSetting,
+    Trained,
+    fastest,
+    one_after_another,
+    process_each,
+    taking_turns,
+)
+from cola_runtime.testing.record import argument_parser, emit, record
+from cola_runtime.types import Row
+
+SMOLLM2 = "smollm2-135m-instruct"
+CACHE = Path(".cache/models")
+RANK, ALPHA, LEARNING_RATE = 8, 16.0, 1e-3
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+JOB_TIMEOUT_SECONDS = 3600.0
+SPREAD = 0.25  # of a row's length around the mean
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    dtype: str
+    tokens: int  # mean length of a row
+    tenants: tuple[int, ...]
+    steps: int
+    peft_tenants: int  # whose training gives peft's rate
+    processes: tuple[int, ...]
+    threads: tuple[int, ...] = (1, 2)  # of the runtime's base model
+
+    @property
+    def name(self) -> str:
+        return f"{self.tokens}_{self.dtype}"
+
+
+CASES = (
+    Case(
+        dtype="bfloat16",
+        tokens=32,
+        tenants=(1, 2, 4, 8, 16, 32),
+        steps=12,
+        peft_tenants=4,
+        processes=(2, 4, 8),
+    ),
+    Case(dtype="float32", tokens=128, tenants=(1, 8), steps=8, peft_tenants=2, processes=(2,)),
+)
+QUICK_CASES = (
+    Case(dtype="bfloat16", tokens=32, tenants=(16,), steps=4, peft_tenants=3, processes=(), threads=(1,)),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What the runtime took for one number of tenants."""
+
+    trained: Trained
+    base_busy: float  # share of the seconds that the base model was in base steps
+    base_steps: int
+
+
+def main() -> None:
+    arguments = argument_parser(__doc__ or "").parse_args()
+    started = datetime.now(UTC)
+    path = prepare_smollm2(CACHE)
+    cases = QUICK_CASES if arguments.quick else CASES
+    results = {case.name: run_case(path, case, seed=arguments.seed) for case in cases}
+    first = results[cases[0].name]
+    summary = {
+        "speedup_over_peft_sequential": first["speedup_over_peft_sequential"],
+        "base_busy": first["base_busy"],
+        "rank": RANK,
+        "cases": results,
+    }
+    emit(record("throughput", summary, seed=arguments.seed, started=started), arguments.json)
+
+
+def run_case(path: Path, case: Case, *, seed: int) -> dict[str, Any]:
+    datasets = chat_datasets(path, case, seed=seed)
+    rows = [tokenized(path, dataset) for dataset in datasets]
+    setting = PeftSetting(
+        model=path,
+        dtype=case.dtype,
+        target_modules=PROJECTIONS,
+        rank=RANK,
+        alpha=ALPHA,
+        learning_rate=LEARNING_RATE,
+    )
+    setting = fastest(setting, rows[0][:3])
+    few = rows[: case.peft_tenants]
+    before = sequential(setting, few)
+    runtime = {
+        threads: asyncio.run(serve_all(path, case, datasets, threads=threads)) for threads in case.threads
+    }
+    after = sequential(setting, few)
+    rates = {name: max(before[name], after[name]) for name in before}
+    processes = {count: process_each(setting, rows[:count]) for count in case.processes}
+    best = {count: max((runtime[t][count] for t in case.threads), key=_rate) for count in case.tenants}
+    return {
+        "mean_row_tokens": float(np.mean([row.length for of_tenant in rows for row in of_tenant])),
+        "steps": case.steps,
+        "speedup_over_peft_sequential": {
+            str(count): _rate(served) / max(rates.values()) for count, served in best.items()
+        },
+        "speedup_over_peft_processes": {
+            str(count): _rate(best[count]) / trained.tokens_per_second
+            for count, trained in processes.items()
+            if count in best
+        },
+        "base_busy": {str(count): served.base_busy for count, served in best.items()},
+        "runtime": {
+            f"{count}_tenants_{threads}_threads": _shown(served)
+            for threads, of_threads in runtime.items()
+            for count, served in of_threads.items()
+        },
+        "peft_sequential_tokens_per_second": rates,
+        "peft_sequential_before_and_after": {name: [before[name], after[name]] for name in rates},
+        "peft_threads": setting.threads,
+        "peft_attention": setting.attention,
+        "peft_processes": {
+            str(count): {"tokens_per_second": t.tokens_per_second, "peak_gib": t.peak_bytes / 2**30}
+            for count, t in processes.items()
+        },
+    }
+
+
+def sequential(setting: PeftSetting, tenants: Sequence[Sequence[Row]]) -> dict[str, float]:
+    """Tokens a second of each way to train one tenant after another."""
+    return {
+        "to_its_end": one_after_another(setting, tenants).tokens_per_second,
+        "in_turns": taking_turns(setting, tenants).tokens_per_second,
+    }
+
+
+async def serve_all(path: Path, case: Case, datasets: Sequence[bytes], *, threads: int) -> dict[int, Served]:
+    """Every number of tenants on one service, after a short job that warms it up."""
+    with tempfile.TemporaryDirectory() as folder, MemoryWatch() as memory:
+        settings = ServiceSettings(
+            data_dir=Path(folder) / "service",
+            listen="127.0.0.1:0",
+            base_model=BaseModelSettings.model_validate(
+                {"name": SMOLLM2, "path": path, "dtype": case.dtype, "threads": threads}
+            ),
+            devices=DeviceSettings(count=2),
+            scheduler=SchedulerSettings(token_budget=2048),
+        )
+        async with running_service(settings) as service, AsyncExitStack() as stack:
+            clients = [
+                await stack.enter_async_context(await tenant_client(service, f"tenant-{number}"))
+                for number in range(max(case.tenants))
+            ]
+            await train(clients[:1], datasets, steps=2, folder=Path(folder) / "warm", memory=memory)
+            return {
+                count: await train(
+                    clients[:count],
+                    datasets,
+                    steps=case.steps,
+                    folder=Path(folder) / f"adapters-{count}",
+                    memory=memory,
+                )
+                for count in case.tenants
+            }
+
+
+async def train(
+    clients: Sequence[AsyncClient],
+    datasets: Sequence[bytes],
+    *,
+    steps: int,
+    folder: Path,
+    memory: MemoryWatch,
+) -> Served:
+    """One job of each client, all at once, from the first submit to the last adapter on disk."""
+    before = await clients[0].describe()
+    started = time.perf_counter()
+    jobs = await asyncio.gather(
+        *(
+            train_one(client, dataset, steps=steps, folder=folder / str(number))
+            for number, (client, dataset) in enumerate(zip(clients, datasets, strict=False))
+        )
+    )
+    seconds = time.perf_counter() - started
+    after = await clients[0].describe()
+    return Served(
+        trained=Trained(tokens=sum(jobs), seconds=seconds, peak_bytes=memory.peak_bytes),
+        base_busy=(after.base_busy_seconds - before.base_busy_seconds) / seconds,
+        base_steps=after.base_steps - before.base_steps,
+    )
+
+
+async def train_one(client: AsyncClient, dataset: bytes, *, steps: int, folder: Path) -> int:
+    """Tokens trained on."""
+    spec = JobSpec.model_validate(
+        {
+            "name": f"chat-{steps}",
+            "base_model": SMOLLM2,
+            "steps": steps,
+            "rows_per_step": 1,
+            "shuffle": False,
+            "adapter": {"rank": RANK, "alpha": ALPHA, "target_modules": "all-linear"},
+            "optimizer": {"learning_rate": LEARNING_RATE},
+            "checkpoint_every": steps,
+        }
+    )
+    handle = await client.submit(spec, training=dataset)
+    job = await handle.wait(JOB_TIMEOUT_SECONDS)
+    await handle.download_adapter(folder)
+    return job.tokens
+
+
+def chat_datasets(path: Path, case: Case, *, seed: int) -> list[bytes]:
+    """Of the senders who write most, rows of about `case.tokens` tokens: each some messages in a row."""
+    senders = sorted(chat_messages_by_sender().values(), key=lambda texts: -sum(map(len, texts)))
+    tokenizer = Tokenizer(path)
+    datasets = []
+    for number, messages in enumerate(senders[: max(case.tenants)]):
+        random = np.random.default_rng([seed, number])
+        lines: list[str] = []
+        words: list[str] = []
+        wanted = case.tokens * random.uniform(1 - SPREAD, 1 + SPREAD)
+        for message in messages:
+            words += message.split()
+            if _length(tokenizer, " ".join(words)) >= wanted:
+                lines.append(json.dumps({"text": " ".join(words)}))
+                words, wanted = [], case.tokens * random.uniform(1 - SPREAD, 1 + SPREAD)
+            if len(lines) == case.steps:
+                break
+        datasets.append("\n".join(lines).encode())
+    return datasets
+
+
+def _length(tokenizer: Tokenizer, text: str) -> int:
+    dataset = parse_dataset(json.dumps({"text": text}).encode(), file_name="row.jsonl")
+    return tokenizer.tokenize(dataset, max_length=4096).rows[0].length
+
+
+def tokenized(path: Path, dataset: bytes) -> tuple[Row, ...]:
+    parsed = parse_dataset(dataset, file_name="training.jsonl")
+    return Tokenizer(path).tokenize(parsed, max_length=4096).rows
+
+
+def _rate(served: Served) -> float:
+    return served.trained.tokens_per_second
+
+
+def _shown(served: Served) -> dict[str, float]:
+    return {
+        "tokens_per_second": served.trained.tokens_per_second,
+        "seconds": served.trained.seconds,
+        "base_busy": served.base_busy,
+        "base_steps": served.base_steps,
+        "peak_gib": served.trained.peak_bytes / 2**30,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""One forward and backward pass of a mixed batch: resident adapters in, losses and taps out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+
+from cola_runtime.base_model.bank import AdapterBank
+from cola_runtime.base_model.body import Body, LastHidden, PatchedBody, causal_hidden, encoder_hidden
+from cola_runtime.base_model.encoder_decoders import decoder_hidden
+from cola_runtime.base_model.head_loss import HeadOutcome, head_losses
+from cola_runtime.base_model.images import pooled_hidden
+from cola_runtime.base_model.llama import LlamaBody
+from cola_runtime.base_model.load import LoadedModel
+from cola_runtime.base_model.loss import label_loss, segment_loss_sums
+from cola_runtime.base_model.merge import MergedWeights
+from cola_runtime.base_model.segments import Cohort, Member, mixed_batch
+from cola_runtime.base_model.stacks.cohorts import GroupPlaces, Stacks, group_stacks
+from cola_runtime.base_model.stacks.merged import bias_stacks, tap_stacks
+from cola_runtime.base_model.tapped import TappedModules
+from cola_runtime.base_model.workspace import Workspace
+from cola_runtime.gradients.taps import TapSink
+from cola_runtime.types import UNQUANTIZED, Segment, SegmentLoss
+
+
+class MixedPass:
+    """Computes with the frozen model and whatever of the bank's adapters is asked for."""
+
+    def __init__(self, loaded: LoadedModel, bank: AdapterBank) -> None:
+        self._loaded, self._bank = loaded, bank
+        self.merged = MergedWeights(loaded.groups if loaded.quantization == UNQUANTIZED else ())
+        self.space = Workspace()
+        self._modules = TappedModules(loaded.groups)
+        self.body = self._fastest_body()
+        self._places = GroupPlaces(
+            positions={
+                site.index: place for group in loaded.groups for place, site in enumerate(group.sites)
+            },
+            source_groups=loaded.source_groups,
+        )
+
+    def compute(self, members: Sequence[Member], sink: TapSink | None) -> tuple[dict[int, SegmentLoss], int]:
+        """Position in BaseStep.segments -> loss, and the computed tokens; taps if there is a sink."""
+        batch = mixed_batch(members)
+        stacks = self._stacks(batch.cohorts, sink)
+        train = sink is not None and bool(stacks)  # heads alone need no backward pass through the body
+        try:
+            hidden_ND = self.body.forward(batch, stacks, train=train)
+            with torch.no_grad():
+                losses_K, grad_ND = label_loss(
+                    hidden_ND, self._loaded.head, batch.labels, self.space, train=train
+                )
+            heads = head_losses(hidden_ND, batch, self._loaded.pooling, grad_ND=grad_ND, sink=sink)
+            if grad_ND is not None:
+                self.body.backward(grad_ND)
+        finally:
+            self.body.finish()
+        sums = segment_loss_sums(losses_K, batch.labels)
+        outcomes = {
+            member.position: _segment_loss(member.segment, of_labels, heads.get(member.position))
+            for member, of_labels in zip(batch.members, sums, strict=True)
+        }
+        return outcomes, batch.computed_tokens
+
+    @contextmanager
+    def adapted(self, cohorts: Sequence[Cohort], *, rows: int) -> Iterator[None]:
+        """Within, the model itself computes `rows` rows with these adapters; with none it is the bare one."""
+        with self._modules.active(self._stacks(cohorts, None), rows=rows, training=False):
+            yield
+
+    def _stacks(self, cohorts: Sequence[Cohort], sink: TapSink | None) -> Stacks:
+        """What is computed beside the base weights, which become those that these cohorts must see."""
+        gang = cohorts[0].members[0].adapter.gang if cohorts else None
+        asked = [member.adapter for cohort in cohorts for member in cohort.members]
+        self.merged.put(self._bank.gang(gang, asked))
+        if gang is None:
+            return group_stacks(cohorts, self._places, self.space, sink)
+        stacks = bias_stacks(self.merged.biases, self._loaded.groups)
+        return stacks if sink is None else tap_stacks(stacks, cohorts, self._places.positions, sink)
+
+    def _fastest_body(self) -> Body:
+        if self._loaded.by_hand:
+            return LlamaBody(
+                self._loaded.model,
+                self._loaded.groups,
+                self.space,
+                checkpointing=self._loaded.activation_checkpointing,
+            )
+        return PatchedBody(self._last_hidden(), self._modules)
+
+    def _last_hidden(self) -> LastHidden:
+        loaded = self._loaded
+        if loaded.images is not None:
+            return partial(pooled_hidden, loaded.model, loaded.images)
+        if loaded.encoder_decoder:
+            return partial(decoder_hidden, loaded.model)
+        return partial(encoder_hidden if loaded.bidirectional else causal_hidden, loaded.model)
+
+
+def _segment_loss(
+    segment: Segment, of_labels: tuple[float, float], of_head: HeadOutcome | None
+) -> SegmentLoss:
+    job_id = segment.lease.job_id
+    if of_head is None:
+        return SegmentLoss(job_id=job_id, loss_sum=of_labels[0], weight_sum=of_labels[1])
+    return SegmentLoss(
+        job_id=job_id,
+        loss_sum=of_head.loss_sum,
+        weight_sum=float(len(segment.rows)),
+        predictions=of_head.predictions,
+    )

@@ -1,0 +1,152 @@
+"""The stacks of one mixed batch: each cohort's adapters beside each other, for as long as a product lasts.
+
+The bank's vectors are the only lasting copy of an adapter. Where the adapters of several segments run as one
+batched product, one input group's blocks are copied together right before, into memory that all groups share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cola_runtime.adapter_spec import input_dropout
+from cola_runtime.adapters.adapter import torch_dtype
+from cola_runtime.adapters.dropout import SegmentDropout
+from cola_runtime.base_model.layout import Piece
+from cola_runtime.base_model.segments import Cohort
+from cola_runtime.base_model.stacks.protocol import CohortRows, Kept, SiteStack
+from cola_runtime.base_model.stacks.taps import GroupTaps
+from cola_runtime.base_model.workspace import Workspace
+from cola_runtime.gradients.taps import TapSink
+from cola_runtime.types import Row, Site
+
+Stacks = dict[int, list[SiteStack]]
+"""Input group -> the stacks of every cohort's parts that have sites there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupPlaces:
+    """What is known of the base model's input groups."""
+
+    positions: Mapping[int, int]  # a site's index -> its place within its group
+    source_groups: frozenset[int]  # of an encoder-decoder: those whose x is of the source's tokens
+
+
+def group_stacks(
+    cohorts: Sequence[Cohort], places: GroupPlaces, space: Workspace, sink: TapSink | None
+) -> Stacks:
+    """The stacks of one mixed batch."""
+    stacks: Stacks = {}
+    for cohort in cohorts:
+        flats = tuple(member.adapter.flat for member in cohort.members)
+        for piece in cohort.members[0].adapter.layout.pieces:
+            for group, sites in piece.layout.groups.items():
+                of_source = group in places.source_groups
+                rows = _rows(cohort, piece.part, of_source=of_source, train=sink is not None)
+                gathered = GatheredStack(
+                    piece,
+                    flats,
+                    rows,
+                    tuple(places.positions[site.index] for site in sites),
+                    None if sink is None else cohort_taps(cohort, sites[0], rows.scalings, sink),
+                    space,
+                )
+                lasts = len(flats) == 1  # views of the bank itself: nothing to copy
+                stacks.setdefault(group, []).append(gathered.stack() if lasts else gathered)
+    return stacks
+
+
+@dataclass(frozen=True, slots=True)
+class GatheredStack:
+    """`SiteStack` of one cohort's adapters of one part at one input group, gathered for each pass anew.
+
+    Twice copying what is about to be read costs less than a percent of a step; keeping the copies would cost
+    every resident adapter's memory once more, and more for each size of cohort that it was ever part of.
+    """
+
+    piece: Piece
+    flats: tuple[Tensor, ...]  # of each segment, in the bank
+    rows: CohortRows
+    positions: tuple[int, ...]
+    taps: GroupTaps | None
+    space: Workspace
+
+    def add_to(self, outputs_BTO: Sequence[Tensor], x_BTI: Tensor) -> Kept:
+        return self.stack().add_to(outputs_BTO, x_BTI)
+
+    def backward(self, x_BTI: Tensor, kept: Kept, grads_BTO: Sequence[Tensor], dx_BTI: Tensor | None) -> None:
+        self.stack().backward(x_BTI, kept, grads_BTO, dx_BTI)
+
+    def stack(self) -> SiteStack:
+        """The kind's own stack; of several segments valid until another one is gathered."""
+        (views,) = self.piece.layout.views(self._blocks()).values()
+        return self.piece.layout.stack(views, self.rows, self.positions, self.taps)
+
+    def _blocks(self) -> list[Tensor]:
+        """The piece's blocks, [S, P] each, dense."""
+        by_segment = [self.piece.blocks(flat) for flat in self.flats]
+        if len(by_segment) == 1:
+            return [block[None] for block in by_segment[0]]
+        segments, sizes = len(by_segment), self.piece.layout.block_sizes
+        memory = self.space.tensor("gathered", (segments * sum(sizes),), self.flats[0].dtype)
+        blocks = [
+            block.view(segments, -1) for block in torch.split(memory, [segments * size for size in sizes])
+        ]
+        for block, parts in zip(blocks, zip(*by_segment, strict=True), strict=True):
+            torch.stack(parts, out=block)
+        return blocks
+
+
+def _rows(cohort: Cohort, number: int, *, of_source: bool, train: bool) -> CohortRows:
+    """The cohort's rows as one of its parts sees them."""
+    return CohortRows(
+        cohort.first_row,
+        cohort.stop_row,
+        tuple(member.adapter.spec.parts[number].kind.scaling for member in cohort.members),
+        _dropouts(cohort, number, of_source=of_source) if train else (),
+    )
+
+
+def _dropouts(cohort: Cohort, number: int, *, of_source: bool) -> tuple[SegmentDropout, ...]:
+    """Who draws each segment's masks for the part; none where nothing is dropped (equal within a cohort).
+
+    A site masks the tokens that it sees: the encoder's, and where a decoder attends to it, the source's.
+    """
+    if not input_dropout(cohort.members[0].adapter.spec.parts[number].kind):
+        return ()
+    return tuple(
+        SegmentDropout(
+            dropout=input_dropout(member.adapter.spec.parts[number].kind),
+            seed=member.adapter.spec.seed,
+            version=member.segment.version,
+            first_row=member.segment.first_row,
+            lengths=tuple(_seen(row, of_source=of_source) for row in member.segment.rows),
+        )
+        for member in cohort.members
+    )
+
+
+def _seen(row: Row, *, of_source: bool) -> int | None:
+    """Tokens of the row that the part sees; None for an image, whose positions differ from site to site."""
+    if row.image is not None:
+        return None
+    if not of_source:
+        return len(row.tokens)
+    assert row.source is not None  # rows without a source are refused
+    return len(row.source)
+
+
+def cohort_taps(cohort: Cohort, site: Site, scalings: tuple[float, ...], sink: TapSink) -> GroupTaps:
+    """Where the taps of one cohort's part at a site's input group go."""
+    return GroupTaps(
+        cohort.taps.encoding_of(site.input_group),
+        site=site,
+        segments=[member.position for member in cohort.members],
+        scalings=scalings,
+        loss_scales=[member.loss_scale for member in cohort.members],
+        dtype=torch_dtype(cohort.members[0].adapter.spec),
+        sink=sink,
+    )

@@ -1,0 +1,164 @@
+"""Checkpoints in object storage: object first, record after.
+
+Of a sharded adapter there is an object per shard and, once all of them are stored, an index; the index is
+what the record names, so that half a checkpoint is none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cola_runtime.adapter_spec import AdapterSpec, Frozen
+from cola_runtime.adapters.joined_checkpoint import join_checkpoints
+from cola_runtime.errors import Conflict, Unavailable
+from cola_runtime.jobs.plan import TrainingPlan
+from cola_runtime.jobs.records import CheckpointRecord
+from cola_runtime.jobs.store import JobStore
+from cola_runtime.scheduler.leases import LeaseBook, LeaseLost
+from cola_runtime.storage.objects import ObjectStorage
+from cola_runtime.types import Lease
+
+RECORD_TIMEOUT_SECONDS = 60.0
+_INDEX = ".json"
+_OBJECT = ".safetensors"
+
+
+class StoredShard(Frozen):
+    """One shard's object."""
+
+    bytes: int
+    sha256: str
+
+
+class ShardIndex(Frozen):
+    """A sharded adapter's checkpoint: of what, and its objects by shard. Equal ones have equal bytes."""
+
+    format: Literal[1] = 1
+    version: int
+    adapter: AdapterSpec
+    shards: tuple[StoredShard, ...]
+
+
+@dataclass(slots=True)
+class _Gathering:
+    """A sharded adapter's lease, and what is stored of checkpoints that are not whole yet, by version."""
+
+    lease: Lease
+    adapter: AdapterSpec
+    stored: dict[int, dict[int, StoredShard]] = field(default_factory=dict)
+
+
+class CheckpointShelf:
+    """Takes what the devices hand on, under current leases. Belongs to the coordinator's event loop."""
+
+    def __init__(self, *, book: LeaseBook, store: JobStore, storage: ObjectStorage) -> None:
+        self._book, self._store, self._storage = book, store, storage
+        self._gatherings: dict[str, _Gathering] = {}
+
+    def expect(self, lease: Lease, adapter: AdapterSpec) -> None:
+        """Checkpoints of `adapter` will come, a part from each of the lease's devices."""
+        self._gatherings[lease.job_id] = _Gathering(lease, adapter)
+
+    def forget(self, lease: Lease) -> None:
+        gathering = self._gatherings.get(lease.job_id)
+        if gathering is not None and gathering.lease == lease:
+            del self._gatherings[lease.job_id]
+
+    async def store(self, part: Lease, version: int, content: bytes, sha256: str) -> None:
+        """What the device pool calls when a checkpoint arrived whole.
+
+        It may arrive before the step that it holds is recorded, since that goes by way of the base model.
+        """
+        await self._book.wait_recorded(part, version, timeout_seconds=RECORD_TIMEOUT_SECONDS)
+        gathering = self._gatherings.get(part.job_id)
+        if gathering is None or not gathering.lease.covers(part):
+            raise LeaseLost(part, "LEASE_ENDED", "the lease is no longer open")
+        stem = f"checkpoints/{part.job_id}/{version:08d}-{part.epoch:06d}"
+        shard = StoredShard(bytes=len(content), sha256=sha256)
+        if len(gathering.lease.device_ids) == 1:
+            await asyncio.to_thread(self._storage.put, stem + _OBJECT, content)
+            await self._record(part, version, stem + _OBJECT, shard)
+            return
+        number = gathering.lease.device_ids.index(part.device_id)
+        await asyncio.to_thread(self._storage.put, _shard_key(stem + _INDEX, number), content)
+        stored = gathering.stored.setdefault(version, {})
+        stored[number] = shard
+        if len(stored) == len(gathering.lease.device_ids):
+            await self._store_index(gathering, version, stem + _INDEX)
+
+    def read_shard(self, record: CheckpointRecord, plan: TrainingPlan, number: int) -> bytes:
+        """The checkpoint that the device of this shard goes on from; without shards, the whole one.
+
+        Raises Conflict `CHECKPOINT_MISMATCH` when it is not of the plan's adapter in as many shards,
+        Unavailable `CHECKPOINT_DAMAGED`.
+        """
+        content = _read(self._storage, record, record.storage_key, record.sha256)
+        index = _index(record, content)
+        shards = 1 if index is None else len(index.shards)
+        if shards != plan.shards or (index is not None and index.adapter != plan.adapter):
+            raise Conflict(
+                "CHECKPOINT_MISMATCH",
+                f"the checkpoint of version {record.version} is of another adapter, or in {shards} shards",
+                limit=f"{plan.shards} shards",
+                actual=shards,
+            )
+        return content if index is None else _read_shard(self._storage, record, index, number)
+
+    async def _store_index(self, gathering: _Gathering, version: int, key: str) -> None:
+        stored = gathering.stored.pop(version)
+        shards = tuple(stored[number] for number in sorted(stored))
+        index = ShardIndex(version=version, adapter=gathering.adapter, shards=shards)
+        content = index.model_dump_json().encode()
+        await asyncio.to_thread(self._storage.put, key, content)
+        digest = hashlib.sha256(content).hexdigest()
+        whole = StoredShard(bytes=sum(shard.bytes for shard in shards), sha256=digest)
+        await self._record(gathering.lease, version, key, whole)
+
+    async def _record(self, lease: Lease, version: int, key: str, whole: StoredShard) -> None:
+        await self._store.record_checkpoint(
+            CheckpointRecord(
+                job_id=lease.job_id,
+                version=version,
+                epoch=lease.epoch,
+                storage_key=key,
+                bytes=whole.bytes,
+                sha256=whole.sha256,
+            )
+        )
+        self._book.checkpointed(lease, version)
+
+
+def read_checkpoint(storage: ObjectStorage, record: CheckpointRecord) -> bytes:
+    """The checkpoint of the whole adapter, sharded or not. Raises Unavailable `CHECKPOINT_DAMAGED`."""
+    content = _read(storage, record, record.storage_key, record.sha256)
+    index = _index(record, content)
+    if index is None:
+        return content
+    shards = [_read_shard(storage, record, index, number) for number in range(len(index.shards))]
+    return join_checkpoints(index.adapter, shards)
+
+
+def _index(record: CheckpointRecord, content: bytes) -> ShardIndex | None:
+    return ShardIndex.model_validate_json(content) if record.storage_key.endswith(_INDEX) else None
+
+
+def _read_shard(storage: ObjectStorage, record: CheckpointRecord, index: ShardIndex, number: int) -> bytes:
+    return _read(storage, record, _shard_key(record.storage_key, number), index.shards[number].sha256)
+
+
+def _shard_key(index_key: str, number: int) -> str:
+    return f"{index_key.removesuffix(_INDEX)}-{number}{_OBJECT}"
+
+
+def _read(storage: ObjectStorage, record: CheckpointRecord, key: str, sha256: str) -> bytes:
+    content = storage.get(key)
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise Unavailable(
+            "CHECKPOINT_DAMAGED",
+            f"the checkpoint of version {record.version} is not what was stored",
+            remedy="Export another version: `cola jobs checkpoints` lists them.",
+        )
+    return content

@@ -1,0 +1,198 @@
+"""What a user of peft would do for many tenants on this machine: one after another, or one process each.
+
+Every tenant has a LoRA of its own on the same base model and its own rows, one row a step. Nothing is padded:
+a batch is one row. The base model is in `dtype`, factors too (peft's own default, float32, is slower beside
+bfloat16), the optimizer is torch.optim.AdamW.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from cola_runtime.demo.memory import MemoryWatch
+from cola_runtime.types import Row
+
+START_SECONDS = 600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeftSetting:
+    """How peft is run; `threads` and `attention` are to be chosen by `fastest`."""
+
+    model: Path
+    dtype: str
+    target_modules: tuple[str, ...]
+    rank: int
+    alpha: float
+    learning_rate: float
+    threads: int = 1
+    attention: str = "eager"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """What some tenants' training took, from the first adapter made to the last one saved."""
+
+    tokens: int
+    seconds: float
+    peak_bytes: int = 0  # proportional set size of the processes that trained; 0 where it was not asked for
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+Tenants = Sequence[Sequence[Row]]
+"""Of every tenant the rows of its steps."""
+
+
+def fastest(setting: PeftSetting, rows: Sequence[Row]) -> PeftSetting:
+    """With the threads (1 or 2) and the attention that train one tenant fastest, by two trials each."""
+    choices = [
+        replace(setting, threads=threads, attention=attention)
+        for threads in (1, 2)
+        for attention in ("eager", "sdpa")
+    ]
+    seconds = {choice: min(_trial_seconds(choice, rows) for _ in range(2)) for choice in choices}
+    return min(choices, key=lambda choice: seconds[choice])
+
+
+def one_after_another(setting: PeftSetting, tenants: Tenants) -> Trained:
+    """Each tenant to its end, then the next: one adapter at a time, so that nothing is switched."""
+    torch.set_num_threads(setting.threads)
+    base = _base_model(setting)
+    with TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        for number, rows in enumerate(tenants):
+            _train_one(base, setting, rows, Path(folder) / str(number))
+        return Trained(tokens=_tokens(tenants), seconds=time.perf_counter() - started)
+
+
+def taking_turns(setting: PeftSetting, tenants: Tenants) -> Trained:
+    """All adapters in one model, a step of each in turn, with `set_adapter`: all make progress at once."""
+    from peft import get_peft_model
+
+    torch.set_num_threads(setting.threads)
+    base, config = _base_model(setting), _lora(setting)
+    names = [f"tenant{number}" for number in range(len(tenants))]
+    with TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        model = get_peft_model(base, config, adapter_name=names[0], autocast_adapter_dtype=False).eval()
+        for name in names[1:]:
+            model.add_adapter(name, config, autocast_adapter_dtype=False)
+        optimizers = []
+        for name in names:
+            model.set_adapter(name)
+            optimizers.append(_adamw(model, setting))
+        for rows in zip(*tenants, strict=True):
+            for name, optimizer, row in zip(names, optimizers, rows, strict=True):
+                model.set_adapter(name)
+                _step(model, optimizer, row)
+        model.save_pretrained(folder)
+        return Trained(tokens=_tokens(tenants), seconds=time.perf_counter() - started)
+
+
+def process_each(setting: PeftSetting, tenants: Tenants) -> Trained:
+    """A process a tenant, all at once; each loads the base model for itself, which is not in the seconds."""
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, multiprocessing.cpu_count() // len(tenants))
+    barrier = context.Barrier(len(tenants))
+    with MemoryWatch() as memory, context.Pool(len(tenants), _set_barrier, (barrier,)) as pool:
+        work = [(replace(setting, threads=threads), rows) for rows in tenants]
+        spans = pool.starmap(_train_at_barrier, work, chunksize=1)
+        seconds = max(end for _, end in spans) - min(begin for begin, _ in spans)
+    return Trained(tokens=_tokens(tenants), seconds=seconds, peak_bytes=memory.peak_bytes)
+
+
+_barrier: Any = None
+
+
+def _set_barrier(barrier: Any) -> None:
+    global _barrier  # a pool's workers inherit it in no other way
+    _barrier = barrier
+
+
+def _train_at_barrier(setting: PeftSetting, rows: Sequence[Row]) -> tuple[float, float]:
+    """Begin and end of the training, by the machine's monotonic clock."""
+    torch.set_num_threads(setting.threads)
+    base = _base_model(setting)
+    with TemporaryDirectory() as folder:
+        _barrier.wait(START_SECONDS)
+        begin = time.monotonic()
+        _train_one(base, setting, rows, Path(folder) / "adapter")
+        return begin, time.monotonic()
+
+
+def _train_one(base: Any, setting: PeftSetting, rows: Sequence[Row], folder: Path) -> None:
+    """Leaves the base model as it was."""
+    from peft import get_peft_model
+
+    model = get_peft_model(base, _lora(setting), autocast_adapter_dtype=False).eval()
+    optimizer = _adamw(model, setting)
+    for row in rows:
+        _step(model, optimizer, row)
+    model.save_pretrained(folder)
+    model.unload()
+
+
+def _trial_seconds(setting: PeftSetting, rows: Sequence[Row]) -> float:
+    """Of one tenant's steps, the model's loading and a first step left out."""
+    from peft import get_peft_model
+
+    torch.set_num_threads(setting.threads)
+    model = get_peft_model(_base_model(setting), _lora(setting), autocast_adapter_dtype=False).eval()
+    optimizer = _adamw(model, setting)
+    _step(model, optimizer, rows[0])
+    started = time.perf_counter()
+    for row in rows:
+        _step(model, optimizer, row)
+    return time.perf_counter() - started
+
+
+def _base_model(setting: PeftSetting) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        setting.model, dtype=getattr(torch, setting.dtype), attn_implementation=setting.attention
+    )
+    return model.eval().requires_grad_(False)
+
+
+def _lora(setting: PeftSetting) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=setting.rank,
+        lora_alpha=setting.alpha,
+        target_modules=list(setting.target_modules),
+        task_type="CAUSAL_LM",
+    )
+
+
+def _adamw(model: Any, setting: PeftSetting) -> torch.optim.Optimizer:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=setting.learning_rate, weight_decay=0.0)
+
+
+def _step(model: Any, optimizer: torch.optim.Optimizer, row: Row) -> None:
+    tokens_1T = torch.from_numpy(row.tokens).long()[None]
+    labels_K = torch.from_numpy(row.weights[1:]).nonzero().squeeze(1)
+    logits_KV = model(input_ids=tokens_1T, use_cache=False).logits[0, labels_K].float()
+    loss: Tensor = cross_entropy(logits_KV, tokens_1T[0, labels_K + 1])
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _tokens(tenants: Tenants) -> int:
+    return sum(row.length for rows in tenants for row in rows)
