@@ -257,6 +257,8 @@ class JobSpec(Frozen):
     max_staleness: Literal[0, 1] = 0
     """0: a step's gradient is taken at the weights that it changes. 1: it may be those of one step before, so
     that base model and device work on a job at the same time (docs/staleness.md)."""
+    priority: Literal["low", "normal", "high"] = "normal"
+    """Among the tenant's own jobs: one of higher priority goes strictly before (docs/scheduling.md)."""
     shards: Annotated[int, Field(ge=1, le=MAX_SHARDS, strict=True)] = 1
     """Devices that the adapter's sites are divided among; training stays the same (docs/sharding.md)."""
     loss_scaling: Literal["none", "dynamic"] | PowerOfTwo | None = None

@@ -34,6 +34,14 @@ class Task(enum.StrEnum):
     IMAGE_CLASSIFICATION = "image_classification"
 
 
+class Priority(enum.IntEnum):
+    """Order among the jobs of one tenant; it says nothing about other tenants' jobs."""
+
+    LOW = -1
+    NORMAL = 0
+    HIGH = 1
+
+
 class SiteKind(enum.StrEnum):
     """How a site stores its weight: `linear` is [out, in], `conv1d` (GPT-2) is [in, out].
 

@@ -22,7 +22,14 @@ from cola_runtime.adapters.checkpoint_format import (
 )
 from cola_runtime.adapters.shapes import weight_shapes
 from cola_runtime.jobs.plan import training_plan
-from cola_runtime.jobs.records import CheckpointRecord, EvaluationRecord, StepRecord, Tenant
+from cola_runtime.jobs.records import (
+    CheckpointRecord,
+    EvaluationRecord,
+    JobRecord,
+    StepRecord,
+    Tenant,
+    TenantTerms,
+)
 from cola_runtime.jobs.state import TERMINAL_STATES, JobState
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.scheduler.device_pool import DeviceStatus
@@ -74,6 +81,7 @@ class FakeRunner:
         self._store = store
         self.started: list[str] = []
         self.generated: list[dict[str, Any]] = []
+        self.terms: dict[str, TenantTerms] = {}
 
     async def start(self, job_id: str) -> None:
         self.started.append(job_id)
@@ -88,7 +96,10 @@ class FakeRunner:
     async def resume(self, job_id: str) -> None:
         await self._store.transition(job_id, JobState.QUEUED)
 
-    def waiting_reason(self, job_id: str) -> str:
+    def set_terms(self, tenant_id: str, terms: TenantTerms) -> None:
+        self.terms[tenant_id] = terms
+
+    def waiting_reason(self, job: JobRecord) -> str:
         return "no device is free"
 
     async def generate(

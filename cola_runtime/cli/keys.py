@@ -30,20 +30,48 @@ ScopeOption = Annotated[
 ]
 
 
+WeightOption = Annotated[
+    float | None, typer.Option("--weight", help="The tenant's weight in the fair shares; 1 by default.")
+]
+TokensOption = Annotated[
+    int | None, typer.Option("--tokens-per-minute", help="Cap on the tenant's computed tokens; 0: none.")
+]
+ConcurrentOption = Annotated[
+    int | None, typer.Option("--concurrent-jobs", help="Cap on its jobs that train at once; 0: none.")
+]
+StepsOption = Annotated[
+    int | None, typer.Option("--total-steps", help="Cap on the steps of all its jobs, ever; 0: none.")
+]
+
+
 @app.command()
 def create(
     tenant: Annotated[str, typer.Argument(help="Whose key; created if there is no such tenant.")],
     scope: ScopeOption = None,
+    weight: WeightOption = None,
+    tokens_per_minute: TokensOption = None,
+    concurrent_jobs: ConcurrentOption = None,
+    total_steps: StepsOption = None,
     data_dir: DataDirOption = None,
     url: UrlOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Make a key. It is printed once and cannot be shown again."""
+    """Make a key. It is printed once and cannot be shown again.
+
+    Weight and caps are the tenant's; what is not given stays as it is.
+    """
     from cola_runtime.cli.output import clean, print_json, print_text
 
-    created = _create(tenant, scope or [], data_dir, url)
+    terms = {
+        "weight": weight,
+        "tokens_per_minute": tokens_per_minute,
+        "concurrent_jobs": concurrent_jobs,
+        "total_steps": total_steps,
+    }
+    created = _create(tenant, scope or [], terms, data_dir, url)
     if as_json:
-        print_json(created)
+        now = {name: getattr(getattr(created, "terms", created), name) for name in terms}
+        print_json({"key": created.key, "tenant": created.tenant, "scopes": list(created.scopes), **now})
         return
     print_text(f"Key for {clean(created.tenant)} ({', '.join(map(clean, created.scopes))}), shown this once:")
     typer.echo(created.key)
@@ -89,15 +117,19 @@ def revoke(
         print_text(("Revoked ", "green"), f"{clean(revoked['key_id'])} of {clean(revoked['tenant'])}")
 
 
-def _create(tenant: str, scopes: list[str], data_dir: Path | None, url: str | None) -> Any:
+def _create(
+    tenant: str, scopes: list[str], terms: dict[str, Any], data_dir: Path | None, url: str | None
+) -> Any:
     if data_dir is not None:
+        from cola_runtime.jobs.records import TermChanges
         from cola_runtime.server import keys
 
-        return _in_store(data_dir, lambda store: keys.create_key(store, tenant, scopes))
+        changes = TermChanges(**terms)
+        return _in_store(data_dir, lambda store: keys.create_key(store, tenant, scopes, changes=changes))
     from cola_runtime.cli.connect import connected
 
     with connected(url) as client:
-        return client.create_key(tenant, scopes=scopes)
+        return client.create_key(tenant, scopes=scopes, **terms)
 
 
 def _list(data_dir: Path | None, url: str | None) -> Any:

@@ -112,9 +112,28 @@ class AsyncClient:
         """Base models, devices and the tenant that the key belongs to."""
         return service_from(await self._connection.call("DescribeService", jobs_pb2.DescribeServiceRequest()))
 
-    async def create_key(self, tenant: str, *, scopes: Sequence[str] = ()) -> NewKey:
-        """A new API key; the tenant is created if need be. Needs the scope `admin`."""
-        request = jobs_pb2.CreateKeyRequest(tenant=tenant, scopes=scopes)
+    async def create_key(
+        self,
+        tenant: str,
+        *,
+        scopes: Sequence[str] = (),
+        weight: float | None = None,
+        tokens_per_minute: int | None = None,
+        concurrent_jobs: int | None = None,
+        total_steps: int | None = None,
+    ) -> NewKey:
+        """A new API key; the tenant is created if need be. Needs the scope `admin`.
+
+        Weight and caps are the tenant's: None leaves one as it is, a cap of 0 takes it away.
+        """
+        request = jobs_pb2.CreateKeyRequest(
+            tenant=tenant,
+            scopes=scopes,
+            weight=weight,
+            tokens_per_minute=tokens_per_minute,
+            concurrent_jobs=concurrent_jobs,
+            total_steps=total_steps,
+        )
         return value_from(NewKey, await self._connection.call("CreateKey", request, retry=False))
 
     async def keys(self) -> list[Key]:

@@ -188,6 +188,10 @@ class NewKey:
     key: str  # the secret; it cannot be shown again
     tenant: str
     scopes: tuple[str, ...]
+    weight: float  # of the tenant's fair share
+    tokens_per_minute: int | None  # its caps; None: none
+    concurrent_jobs: int | None
+    total_steps: int | None
 
 
 def value_from(kind: type[Value], message: Message) -> Value:

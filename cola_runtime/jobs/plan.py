@@ -28,6 +28,7 @@ from cola_runtime.types import (
     LossScaling,
     Membership,
     OptimizerHyperparameters,
+    Priority,
     Row,
     TapPlan,
 )
@@ -51,6 +52,7 @@ class TrainingPlan:
     loss_scaling: LossScaling = UNSCALED
     merged: bool = False
     collaboration: CollaborationSpec | None = None
+    priority: Priority = Priority.NORMAL
 
     def of_shards(self) -> tuple[TrainingPlan, ...]:
         """What each shard's device is told."""
@@ -172,6 +174,7 @@ def training_plan(spec: JobSpec, base: BaseModelDescription, *, total_steps: int
         checkpoint_every=spec.checkpoint_every,
         merged=spec.mode == "merged",
         collaboration=spec.collaboration,
+        priority=Priority[spec.priority.upper()],
         max_staleness=spec.max_staleness,
         loss_scaling=_loss_scaling(spec, base),
         shards=spec.shards,

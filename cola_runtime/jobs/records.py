@@ -20,6 +20,26 @@ class Tenant:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TenantTerms:
+    """What a tenant is entitled to; None is no cap (docs/scheduling.md)."""
+
+    weight: float = 1.0  # of its fair share
+    tokens_per_minute: int | None = None  # computed for it
+    concurrent_jobs: int | None = None  # that train at once; further ones wait
+    total_steps: int | None = None  # of all its jobs, ever; a job beyond is refused
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TermChanges:
+    """What an operator sets of a tenant's terms: None leaves it as it is, a cap of 0 takes the cap away."""
+
+    weight: float | None = None
+    tokens_per_minute: int | None = None
+    concurrent_jobs: int | None = None
+    total_steps: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ApiKey:
     """What is known of an API key; the key itself is shown once and never stored."""
 

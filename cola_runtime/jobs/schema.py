@@ -47,6 +47,22 @@ tenants = Table(
     CheckConstraint("length(name) BETWEEN 1 AND 63", name="name_length"),
 )
 
+tenant_terms = Table(
+    "tenant_terms",
+    metadata,
+    Column("tenant_id", String(64), ForeignKey("tenants.tenant_id"), primary_key=True),
+    Column("weight", Float, nullable=False),
+    Column("tokens_per_minute", BigInteger),
+    Column("concurrent_jobs", Integer),
+    Column("total_steps", BigInteger),
+    # A tenant without weight would never be served.
+    CheckConstraint("weight > 0", name="weight_positive"),
+    # No cap is NULL; a cap of nothing would be a tenant that may not do anything.
+    CheckConstraint(
+        "tokens_per_minute > 0 AND concurrent_jobs > 0 AND total_steps > 0", name="caps_positive"
+    ),
+)
+
 api_keys = Table(
     "api_keys",
     metadata,

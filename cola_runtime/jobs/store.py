@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection
 
 from cola_runtime import clock
-from cola_runtime.jobs import evaluations, job_rows, progress, tenancy, trail
+from cola_runtime.jobs import evaluations, job_rows, progress, tenancy, terms, trail
 from cola_runtime.jobs.database import Database
 from cola_runtime.jobs.records import (
     ApiKey,
@@ -25,6 +25,8 @@ from cola_runtime.jobs.records import (
     NewJob,
     StepRecord,
     Tenant,
+    TenantTerms,
+    TermChanges,
 )
 from cola_runtime.jobs.state import JobState
 from cola_runtime.types import Lease
@@ -89,6 +91,17 @@ class JobStore:
             return None if found is None else tenancy.read_tenant(connection, found.tenant_id)
 
         return await self._database.run(find)
+
+    async def terms(self, tenant_id: str) -> TenantTerms:
+        return await self._database.run(lambda c: terms.read_terms(c, tenant_id))
+
+    async def change_terms(self, tenant_id: str, changes: TermChanges) -> TenantTerms:
+        """Raises InvalidInput `TERMS_INVALID`."""
+        return await self._database.run(lambda c: terms.change_terms(c, tenant_id, changes))
+
+    async def steps_of_tenant(self, tenant_id: str) -> int:
+        """Taken by its jobs so far, and to come of those that have not ended."""
+        return await self._database.run(lambda c: terms.steps_of(c, tenant_id))
 
     # Jobs
 

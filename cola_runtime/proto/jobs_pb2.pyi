@@ -367,12 +367,20 @@ class ServiceDescription(_message.Message):
     def __init__(self, version: _Optional[str] = ..., tenant: _Optional[str] = ..., base_models: _Optional[_Iterable[_Union[BaseModelInfo, _Mapping]]] = ..., devices: _Optional[_Iterable[_Union[DeviceInfo, _Mapping]]] = ..., base_busy_seconds: _Optional[float] = ..., uptime_seconds: _Optional[float] = ..., base_steps: _Optional[int] = ...) -> None: ...
 
 class CreateKeyRequest(_message.Message):
-    __slots__ = ("tenant", "scopes")
+    __slots__ = ("tenant", "scopes", "weight", "tokens_per_minute", "concurrent_jobs", "total_steps")
     TENANT_FIELD_NUMBER: _ClassVar[int]
     SCOPES_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_MINUTE_FIELD_NUMBER: _ClassVar[int]
+    CONCURRENT_JOBS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_STEPS_FIELD_NUMBER: _ClassVar[int]
     tenant: str
     scopes: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, tenant: _Optional[str] = ..., scopes: _Optional[_Iterable[str]] = ...) -> None: ...
+    weight: float
+    tokens_per_minute: int
+    concurrent_jobs: int
+    total_steps: int
+    def __init__(self, tenant: _Optional[str] = ..., scopes: _Optional[_Iterable[str]] = ..., weight: _Optional[float] = ..., tokens_per_minute: _Optional[int] = ..., concurrent_jobs: _Optional[int] = ..., total_steps: _Optional[int] = ...) -> None: ...
 
 class Key(_message.Message):
     __slots__ = ("key_id", "tenant", "scopes", "created_at", "last_used_at", "revoked_at")
@@ -391,14 +399,22 @@ class Key(_message.Message):
     def __init__(self, key_id: _Optional[str] = ..., tenant: _Optional[str] = ..., scopes: _Optional[_Iterable[str]] = ..., created_at: _Optional[str] = ..., last_used_at: _Optional[str] = ..., revoked_at: _Optional[str] = ...) -> None: ...
 
 class NewKey(_message.Message):
-    __slots__ = ("key", "tenant", "scopes")
+    __slots__ = ("key", "tenant", "scopes", "weight", "tokens_per_minute", "concurrent_jobs", "total_steps")
     KEY_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     SCOPES_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_MINUTE_FIELD_NUMBER: _ClassVar[int]
+    CONCURRENT_JOBS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_STEPS_FIELD_NUMBER: _ClassVar[int]
     key: str
     tenant: str
     scopes: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, key: _Optional[str] = ..., tenant: _Optional[str] = ..., scopes: _Optional[_Iterable[str]] = ...) -> None: ...
+    weight: float
+    tokens_per_minute: int
+    concurrent_jobs: int
+    total_steps: int
+    def __init__(self, key: _Optional[str] = ..., tenant: _Optional[str] = ..., scopes: _Optional[_Iterable[str]] = ..., weight: _Optional[float] = ..., tokens_per_minute: _Optional[int] = ..., concurrent_jobs: _Optional[int] = ..., total_steps: _Optional[int] = ...) -> None: ...
 
 class ListKeysRequest(_message.Message):
     __slots__ = ()

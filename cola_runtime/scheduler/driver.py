@@ -7,7 +7,7 @@ import enum
 import logging
 from collections.abc import Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from cola_runtime.errors import ColaError, JobFailed, Unavailable
 from cola_runtime.jobs.plan import TrainingPlan
@@ -19,9 +19,12 @@ from cola_runtime.scheduler.evaluation import Evaluations
 from cola_runtime.scheduler.job_data import JobData
 from cola_runtime.scheduler.leases import LeaseLost
 from cola_runtime.scheduler.primitives import AdapterPrimitives, LeasedAdapter, StepOutcome, TakenStep
+from cola_runtime.scheduler.slots import JobSlots
 from cola_runtime.types import Lease, Row
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MAX_LOSSES_WITHOUT_PROGRESS = 8  # leases lost in a row at one version before the job is failed
 RETRY_PAUSE_SECONDS = 0.1
@@ -63,8 +66,10 @@ class JobDriver:
         data: JobData,
         primitives: AdapterPrimitives,
         store: JobStore,
+        slots: JobSlots,
     ) -> None:
-        self._job_id = record.job_id
+        self._job_id, self._tenant_id = record.job_id, record.tenant_id
+        self._slots = slots
         self._plan, self._data = plan, data
         self._primitives, self._store = primitives, store
         self._evaluations = Evaluations(
@@ -95,7 +100,7 @@ class JobDriver:
     async def run(self) -> None:
         """Drive the job to a terminal state or to paused. Never raises but on cancellation of the task."""
         try:
-            await self._run_leases()
+            await self._run_in_slot()
             await self._succeed()
         except _Stopped as stopped:
             state = stopped.stop.value
@@ -109,6 +114,15 @@ class JobDriver:
                 "job driver broke", extra={"event": "job.internal_error", "job_id": self._job_id}
             )
             await self._fail("INTERNAL", INTERNAL_MESSAGE)
+
+    async def _run_in_slot(self) -> None:
+        """As soon as the tenant's cap on concurrent jobs allows it."""
+        entering = self._slots.enter(self._tenant_id, self._job_id, priority=self._plan.priority)
+        await self._unless_stopped(entering)
+        try:
+            await self._run_leases()
+        finally:
+            self._slots.leave(self._tenant_id, self._job_id)
 
     async def _run_leases(self) -> None:
         """Lease, train, and lease again from the last checkpoint whenever the lease is lost."""
@@ -213,8 +227,8 @@ class JobDriver:
             self._stopping = True
             raise _Stopped(self._stop)
 
-    async def _unless_stopped(self, opening: Coroutine[Any, Any, LeasedAdapter]) -> LeasedAdapter:
-        """Await the opening of an adapter, but give up as soon as the tenant asks to stop."""
+    async def _unless_stopped(self, opening: Coroutine[Any, Any, T]) -> T:
+        """Await an opening, but give up as soon as the tenant asks to stop."""
         task = asyncio.create_task(opening)
         try:
             while not task.done():

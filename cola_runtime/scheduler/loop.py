@@ -1,59 +1,37 @@
 """Keeps base steps in flight: takes what waits, lets the policy choose, runs it, hands the losses back.
 
 One loop per base model. Two base steps are in flight, so that the base model starts the next one the
-moment it ends the last; the second is sent when it is well filled or the first is about to end, since a
-step sent early is a step packed badly.
+moment it ends the last; the second is sent when the first is about to end, a filled one a little earlier: a
+step sent early is a step packed badly, and whoever comes back meanwhile waits for it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
-import time
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import reduce
+from collections.abc import Callable, Sequence
 
 from cola_runtime.config import SchedulerSettings
 from cola_runtime.errors import ColaError, Unavailable
-from cola_runtime.scheduler.packing import PaddedRow, padded_row
-from cola_runtime.scheduler.policy import Share, Waiting, admit, charge, choose
+from cola_runtime.scheduler.packing import padded_row
+from cola_runtime.scheduler.policy import FairQueue
 from cola_runtime.scheduler.ports import BaseModelPort
-from cola_runtime.types import BaseStep, BaseStepResult, Segment, SegmentLoss
+from cola_runtime.scheduler.tickets import Computed, Flight, Ticket
+from cola_runtime.scheduler.waiting import Share, Standing, Waiting, padded_tokens
+from cola_runtime.types import BaseStep, BaseStepResult, Priority, Segment
 
 logger = logging.getLogger(__name__)
 
-FILLED_ENOUGH = 0.5  # share of the token budget at which the next base step is sent ahead
+FILLED_ENOUGH = 0.5  # share of the token budget at which a base step counts as filled
+FILLED_AHEAD = 0.25  # share of the running one's time by which a filled step is sent ahead
 SEND_AHEAD_SECONDS = 0.02  # a part-filled step is sent this long before the running one should end
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Computed:
-    """What one segment cost and gave."""
-
-    loss: SegmentLoss
-    base_seconds: float  # the segment's share of its base step, by padded tokens
-    base_step: int
-
-
-@dataclass(slots=True, kw_only=True)
-class _Ticket:
-    waiting: Waiting
-    segment: Segment
-    done: asyncio.Future[Computed]
-
-
-@dataclass(slots=True, kw_only=True)
-class _Flight:
-    tickets: list[_Ticket]
-    padded_tokens: int
-    sent: float
+LEAST_HOLD_SECONDS = 0.001  # less is not worth a timer
 
 
 class SchedulerLoop:
-    """Owns the queue and the shares; `compute` is the only way into a base step."""
+    """Owns the fair queue; `compute` is the only way into a base step. Its clock is the event loop's."""
 
     def __init__(
         self, base: BaseModelPort, settings: SchedulerSettings, *, on_base_lost: Callable[[Exception], None]
@@ -61,14 +39,16 @@ class SchedulerLoop:
         self._base = base
         self._settings = settings
         self._on_base_lost = on_base_lost
-        self._queue: dict[int, _Ticket] = {}
-        self._shares: dict[str, Share] = {}
-        self._flights: dict[int, _Flight] = {}
+        self._queue = FairQueue()
+        self._tickets: dict[int, Ticket] = {}
+        self._of_job: dict[str, dict[int, Ticket]] = {}
+        self._of_device: dict[str, dict[int, Ticket]] = {}  # those that train
+        self._flights: dict[int, Flight] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._parked: set[str] = set()
         self._wake = asyncio.Event()
-        self._tickets = itertools.count(1)
-        self._numbers = itertools.count(1)
+        self._ticket_numbers = itertools.count(1)
+        self._step_numbers = itertools.count(1)
         self._seconds_per_token = 0.0
         self.busy_seconds = 0.0
         self.steps_done = 0
@@ -77,98 +57,104 @@ class SchedulerLoop:
     def token_budget(self) -> int:
         return self._settings.token_budget
 
-    async def compute(self, segment: Segment, *, tenant_id: str, train: bool) -> Computed:
+    def set_share(self, tenant_id: str, share: Share) -> None:
+        """From the tenant's next tokens on."""
+        self._queue.set_share(tenant_id, share)
+        self._wake.set()
+
+    async def compute(
+        self, segment: Segment, *, tenant_id: str, train: bool, priority: Priority = Priority.NORMAL
+    ) -> Computed:
         """Wait for a place in a base step and return the segment's loss. Cancelling gives the place back."""
-        ticket = _Ticket(
-            waiting=Waiting(
-                ticket=next(self._tickets),
-                tenant_id=tenant_id,
-                job_id=segment.lease.job_id,
-                rows=len(segment.rows),
-                padded=padded_row(segment.rows),
-                train=train,
-                gang=segment.gang,
-            ),
-            segment=segment,
-            done=asyncio.get_running_loop().create_future(),
+        waiting = Waiting(
+            ticket=next(self._ticket_numbers),
+            tenant_id=tenant_id,
+            job_id=segment.lease.job_id,
+            rows=len(segment.rows),
+            tokens=segment.tokens,
+            padded=padded_row(segment.rows),
+            train=train,
+            gang=segment.gang,
+            priority=priority,
         )
-        self._shares = admit(self._shares, tenant_id, active=self._active_tenants())
-        self._queue[ticket.waiting.ticket] = ticket
+        done: asyncio.Future[Computed] = asyncio.get_running_loop().create_future()
+        ticket = Ticket(waiting=waiting, segment=segment, done=done)
+        self._keep(ticket)
+        self._queue_up(ticket)
         self._wake.set()
         try:
             return await ticket.done
         finally:
-            self._queue.pop(ticket.waiting.ticket, None)
+            self._queue.remove(ticket.number, now=_now())
+            self._forget(ticket)
 
     def charge(self, tenant_id: str, tokens: int) -> None:
         """Count what the base model computed for a tenant outside of base steps."""
-        self._shares = charge(self._shares, {tenant_id: tokens})
+        self._queue.charge(tenant_id, tokens, now=_now())
+        self._wake.set()
 
     def park(self, device_id: str, *, parked: bool) -> None:
         """A device without credit: its tenants wait, nobody else does."""
         (self._parked.add if parked else self._parked.discard)(device_id)
+        for ticket in self._of_device.get(device_id, {}).values():
+            if parked:
+                self._queue.remove(ticket.number, now=_now())
+            elif not ticket.sent and ticket.number not in self._queue:
+                self._queue_up(ticket)
         self._wake.set()
 
     def waiting_reason(self, job_id: str) -> str | None:
-        """Why this job's microbatch is not in a base step; None when it has none waiting."""
-        entry = next((t for t in self._queue.values() if t.waiting.job_id == job_id), None)
-        if entry is None:
+        """Why this job's oldest microbatch is not in a base step; None when it has none waiting."""
+        ticket = next((t for t in self._of_job.get(job_id, {}).values() if not t.sent), None)
+        if ticket is None:
             return None
-        busy = self._parked.intersection(entry.segment.lease.device_ids)
+        busy = self._parked.intersection(ticket.device_ids)
         if busy:
             return f"device {min(busy)} is still busy with earlier gradients"
-        ahead = sum(1 for t in self._queue.values() if t.waiting.ticket < entry.waiting.ticket)
-        return f"queued for a base step, {ahead} microbatches arrived earlier"
+        return _said(self._queue.standing(ticket.number), now=_now())
 
     async def run_forever(self) -> None:
         while True:
             timeout = self._send_when_due()
             self._wake.clear()
-            try:
-                await asyncio.wait_for(self._wake.wait(), timeout)
-            except TimeoutError:
-                continue
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout):  # wait_for may swallow a cancellation (Python 3.11)
+                    await self._wake.wait()
 
     def _send_when_due(self) -> float | None:
         """Send what should be sent now; return after how many seconds to look again (None: when woken)."""
         while len(self._flights) < self._settings.base_steps_in_flight:
-            chosen = self._choose()
+            chosen = self._queue.choose(token_budget=self.token_budget, now=_now())
             if not chosen:
-                return None
-            wait_seconds = self._hold_seconds(chosen)
-            if wait_seconds > 0:
+                ready_at = self._queue.next_ready()
+                return None if ready_at is None else max(0.0, ready_at - _now())
+            wait_seconds = self._hold_seconds(padded_tokens(chosen))
+            if wait_seconds > LEAST_HOLD_SECONDS:
                 return wait_seconds
             self._send(chosen)
         return None
 
-    def _choose(self) -> list[_Ticket]:
-        runnable = (
-            t.waiting
-            for t in self._queue.values()
-            if not (t.waiting.train and self._parked.intersection(t.segment.lease.device_ids))
-        )
-        chosen = choose(runnable, shares=self._shares, token_budget=self._settings.token_budget)
-        return [self._queue[entry.ticket] for entry in chosen]
-
-    def _hold_seconds(self, chosen: list[_Ticket]) -> float:
-        """How long a part-filled step should wait for company while another one runs."""
-        if not self._flights or _padded_tokens(chosen) >= FILLED_ENOUGH * self._settings.token_budget:
+    def _hold_seconds(self, tokens: int) -> float:
+        """How long a step should wait, while another one runs, for company and for who is owed more."""
+        if not self._flights:
             return 0.0
         running = self._flights[min(self._flights)]
-        expected_end = running.sent + running.padded_tokens * self._seconds_per_token
-        return expected_end - time.monotonic() - SEND_AHEAD_SECONDS
+        expected_seconds = running.padded_tokens * self._seconds_per_token
+        filled = tokens >= FILLED_ENOUGH * self.token_budget
+        ahead = max(FILLED_AHEAD * expected_seconds if filled else 0.0, SEND_AHEAD_SECONDS)
+        return running.started + expected_seconds - ahead - _now()
 
-    def _send(self, tickets: list[_Ticket]) -> None:
-        number = next(self._numbers)
+    def _send(self, chosen: Sequence[Waiting]) -> None:
+        number, now = next(self._step_numbers), _now()
+        self._queue.take(chosen, now=now)
+        tickets = [self._tickets[waiting.ticket] for waiting in chosen]
         for ticket in tickets:
-            del self._queue[ticket.waiting.ticket]
-        self._flights[number] = _Flight(
-            tickets=tickets, padded_tokens=_padded_tokens(tickets), sent=time.monotonic()
-        )
+            ticket.sent = True
+        self._flights[number] = Flight(tickets=tickets, padded_tokens=padded_tokens(chosen), started=now)
         step = BaseStep(
             number=number,
             segments=tuple(ticket.segment for ticket in tickets),
-            train=tickets[0].waiting.train,
+            train=chosen[0].train,
         )
         task = asyncio.create_task(self._run(step), name=f"base-step-{number}")
         self._tasks.add(task)
@@ -184,20 +170,19 @@ class SchedulerLoop:
             self._finish(result)
         finally:
             self._flights.pop(step.number, None)
+            if self._flights:
+                self._flights[min(self._flights)].started = _now()
             self._wake.set()
 
     def _finish(self, result: BaseStepResult) -> None:
         flight = self._flights[result.number]
-        tokens: Counter[str] = Counter()
-        for ticket in flight.tickets:
-            tokens[ticket.waiting.tenant_id] += ticket.waiting.tokens
-        self._shares = charge(self._shares, tokens)
         self.busy_seconds += result.seconds
         self.steps_done += 1
         self._seconds_per_token = result.seconds / max(1, result.computed_tokens)
+        tokens = sum(ticket.waiting.tokens for ticket in flight.tickets)
         for ticket, loss in zip(flight.tickets, result.losses, strict=True):
-            share = ticket.waiting.tokens / max(1, sum(tokens.values()))
-            computed = Computed(loss=loss, base_seconds=result.seconds * share, base_step=result.number)
+            seconds = result.seconds * ticket.waiting.tokens / max(1, tokens)
+            computed = Computed(loss=loss, base_seconds=seconds, base_step=result.number)
             if not ticket.done.done():
                 ticket.done.set_result(computed)
 
@@ -209,11 +194,50 @@ class SchedulerLoop:
         if isinstance(cause, Unavailable):
             self._on_base_lost(error)
 
-    def _active_tenants(self) -> set[str]:
-        flying = {t.waiting.tenant_id for flight in self._flights.values() for t in flight.tickets}
-        return flying | {ticket.waiting.tenant_id for ticket in self._queue.values()}
+    def _queue_up(self, ticket: Ticket) -> None:
+        if not self._parked.intersection(ticket.device_ids):
+            self._queue.add(ticket.waiting, now=_now())
+
+    def _keep(self, ticket: Ticket) -> None:
+        self._tickets[ticket.number] = ticket
+        for index, name in self._indexes(ticket):
+            index.setdefault(name, {})[ticket.number] = ticket
+
+    def _forget(self, ticket: Ticket) -> None:
+        del self._tickets[ticket.number]
+        for index, name in self._indexes(ticket):
+            del index[name][ticket.number]
+            if not index[name]:
+                del index[name]
+
+    def _indexes(self, ticket: Ticket) -> list[tuple[dict[str, dict[int, Ticket]], str]]:
+        """Where the ticket is found by name: its job's, and each of its devices'."""
+        return [
+            (self._of_job, ticket.waiting.job_id),
+            *((self._of_device, device_id) for device_id in ticket.device_ids),
+        ]
 
 
-def _padded_tokens(tickets: list[_Ticket]) -> int:
-    padded = reduce(PaddedRow.beside, (ticket.waiting.padded for ticket in tickets))
-    return padded.total * sum(ticket.waiting.rows for ticket in tickets)
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _said(standing: Standing, *, now: float) -> str:
+    """For the tenant, who learns nothing of other tenants but how many are before it."""
+    if standing.ready_at is not None:
+        return (
+            f"its tenant's {standing.tokens_per_minute} tokens per minute are spent; "
+            f"it may go on in {max(0.0, standing.ready_at - now):.1f} s"
+        )
+    before = [
+        f"{count} {noun}{'' if count == 1 else 's'} before it"
+        for count, noun in (
+            (standing.tenants_ahead, "tenant"),
+            (standing.jobs_ahead, "job of its tenant"),
+            (standing.earlier_microbatches, "microbatch of its own"),
+        )
+        if count
+    ]
+    place = ", ".join(before) or "next in the fair order"
+    turn = "; the next base step is of other merged weights" if standing.gang_first != standing.gang else ""
+    return f"queued for a base step: {place}{turn}"

@@ -22,9 +22,10 @@ from cola_runtime.jobs.store import JobStore
 from cola_runtime.scheduler.checkpoints import CheckpointShelf
 from cola_runtime.scheduler.device_pool import DevicePool
 from cola_runtime.scheduler.leases import LeaseBook, LeaseLost
-from cola_runtime.scheduler.loop import Computed, SchedulerLoop
+from cola_runtime.scheduler.loop import SchedulerLoop
 from cola_runtime.scheduler.packing import first_prompts, split_rows
 from cola_runtime.scheduler.ports import BaseModelPort
+from cola_runtime.scheduler.tickets import Computed
 from cola_runtime.types import Gang, Lease, Row, Segment, StepApplied, TapPlan
 
 logger = logging.getLogger(__name__)
@@ -279,7 +280,12 @@ class AdapterPrimitives:
     ) -> list[Computed]:
         self._book.check(adapter.lease)
         together = asyncio.gather(
-            *(self._loop.compute(segment, tenant_id=adapter.tenant_id, train=train) for segment in segments)
+            *(
+                self._loop.compute(
+                    segment, tenant_id=adapter.tenant_id, train=train, priority=adapter.plan.priority
+                )
+                for segment in segments
+            )
         )
         computed = await self._unless_lost(adapter.lease, together)
         for entry in computed:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from cola_runtime.errors import ColaError, Conflict, InvalidInput
 from cola_runtime.gradients.planner import Costs
 from cola_runtime.jobs.plan import as_recorded, job_taps, training_plan
-from cola_runtime.jobs.records import JobRecord
+from cola_runtime.jobs.records import JobRecord, TenantTerms
 from cola_runtime.jobs.state import TERMINAL_STATES, JobState
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.scheduler.checkpoints import CheckpointShelf, read_checkpoint
@@ -24,6 +24,8 @@ from cola_runtime.scheduler.leases import LeaseBook
 from cola_runtime.scheduler.loop import SchedulerLoop
 from cola_runtime.scheduler.ports import BaseModelPort
 from cola_runtime.scheduler.primitives import AdapterPrimitives
+from cola_runtime.scheduler.slots import JobSlots
+from cola_runtime.scheduler.waiting import Share
 from cola_runtime.spec import JobSpec
 from cola_runtime.storage.objects import ObjectStorage
 from cola_runtime.types import (
@@ -69,6 +71,7 @@ class JobRunner:
         self._primitives = AdapterPrimitives(
             base=base, loop=loop, pool=pool, book=book, store=store, checkpoints=self.checkpoints
         )
+        self._slots = JobSlots()
         self._drivers: dict[str, JobDriver] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._background: list[asyncio.Task[None]] = []
@@ -122,11 +125,22 @@ class JobRunner:
             await self._store.transition(job_id, JobState.QUEUED, message="resumed at its tenant's request")
         await self.start(job_id)
 
-    def waiting_reason(self, job_id: str) -> str:
-        driver = self._drivers.get(job_id)
-        unable = self._pool.unable(job_id) if self._book.current(job_id) is None else ""
-        phase = ": ".join(filter(None, (driver.phase, unable))) if driver else ""
-        return self._loop.waiting_reason(job_id) or phase
+    def set_terms(self, tenant_id: str, terms: TenantTerms) -> None:
+        """What the tenant is entitled to from now on."""
+        share = Share(weight=terms.weight, tokens_per_minute=terms.tokens_per_minute)
+        self._loop.set_share(tenant_id, share)
+        self._slots.set_limit(tenant_id, terms.concurrent_jobs)
+
+    def waiting_reason(self, job: JobRecord) -> str:
+        """Which cap, device, gang or place in the fair order the job waits for; else what it is doing."""
+        driver = self._drivers.get(job.job_id)
+        phase = driver.phase if driver else "waiting for its data to be read"
+        unable = self._pool.unable(job.job_id) if self._book.current(job.job_id) is None else ""
+        return (
+            self._slots.waiting_reason(job.tenant_id, job.job_id)
+            or self._loop.waiting_reason(job.job_id)
+            or ": ".join(filter(None, (phase, unable)))
+        )
 
     async def generate(
         self,
@@ -167,11 +181,19 @@ class JobRunner:
         try:
             spec = _stored_spec(record)
             plan = training_plan(spec, self._description, total_steps=record.total_steps)
+            self.set_terms(record.tenant_id, await self._store.terms(record.tenant_id))
             data = await load_job_data(record, spec, self._description, self._storage)
             asked = as_recorded(spec, record.encoding)
             taps, _ = job_taps(asked, self._description, plan.adapter, data.size, self._costs)
             plan = replace(plan, taps=taps)
-            driver = JobDriver(record, plan=plan, data=data, primitives=self._primitives, store=self._store)
+            driver = JobDriver(
+                record,
+                plan=plan,
+                data=data,
+                primitives=self._primitives,
+                store=self._store,
+                slots=self._slots,
+            )
             self._drivers[record.job_id] = driver
             await driver.run()
         except ColaError as error:

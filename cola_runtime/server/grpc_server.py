@@ -11,7 +11,7 @@ import grpc.aio
 
 import cola_runtime
 from cola_runtime.errors import InvalidInput, Unavailable
-from cola_runtime.jobs.records import JobRecord
+from cola_runtime.jobs.records import JobRecord, TermChanges
 from cola_runtime.proto import jobs_pb2
 from cola_runtime.server import convert, keys
 from cola_runtime.server.auth import SCOPE_OF_RPC
@@ -21,6 +21,7 @@ from cola_runtime.server.service import BEST, FineTuningService
 from cola_runtime.server.upload import UploadGate, receive_submission
 from cola_runtime.transport.endpoints import OnStream, StreamMethod, add_stream_method
 
+_TERMS = tuple(field.name for field in dataclasses.fields(TermChanges))
 SERVICE = jobs_pb2.DESCRIPTOR.services_by_name["Jobs"]
 
 # The largest frame of a device stream on the same port (1 MiB and headers) fits the message limit too.
@@ -178,8 +179,17 @@ class JobsMethods:
         return convert.description_message(self._service.describe(call.tenant), cola_runtime.__version__)
 
     async def CreateKey(self, request: jobs_pb2.CreateKeyRequest, call: Call) -> jobs_pb2.NewKey:
-        created = await keys.create_key(self._service.store, request.tenant, request.scopes)
-        return jobs_pb2.NewKey(key=created.key, tenant=created.tenant, scopes=created.scopes)
+        changes = TermChanges(
+            **{name: getattr(request, name) for name in _TERMS if request.HasField(name)},
+        )
+        created = await keys.create_key(self._service.store, request.tenant, request.scopes, changes=changes)
+        self._service.terms_changed(created.tenant_id, created.terms)
+        return jobs_pb2.NewKey(
+            key=created.key,
+            tenant=created.tenant,
+            scopes=created.scopes,
+            **{name: value for name in _TERMS if (value := getattr(created.terms, name)) is not None},
+        )
 
     async def ListKeys(self, request: jobs_pb2.ListKeysRequest, call: Call) -> jobs_pb2.ListKeysResponse:
         found = await self._service.store.keys()

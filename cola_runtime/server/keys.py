@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from cola_runtime.errors import Conflict, InvalidInput, NotFound
-from cola_runtime.jobs.records import ApiKey
+from cola_runtime.jobs.records import ApiKey, TenantTerms, TermChanges
 from cola_runtime.jobs.store import ALL_SCOPES, JobStore
 from cola_runtime.server.auth import ADMIN, READ, TENANT_SCOPES, WRITE
 
@@ -19,10 +19,17 @@ class CreatedKey:
     key: str  # in the clear, for the only time
     tenant: str
     scopes: tuple[str, ...]
+    tenant_id: str
+    terms: TenantTerms  # of the tenant, as they are now
 
 
-async def create_key(store: JobStore, tenant: str, scopes: Collection[str] = ()) -> CreatedKey:
-    """A new key; a tenant of that name is created if there is none. Raises InvalidInput `SCOPE_UNKNOWN`."""
+async def create_key(
+    store: JobStore, tenant: str, scopes: Collection[str] = (), *, changes: TermChanges | None = None
+) -> CreatedKey:
+    """A new key; a tenant of that name is created if there is none, and its terms changed.
+
+    Raises InvalidInput `SCOPE_UNKNOWN`, `TERMS_INVALID`.
+    """
     wanted = tuple(sorted(set(scopes) or TENANT_SCOPES))
     unknown = [scope for scope in wanted if scope not in KNOWN_SCOPES]
     if unknown:
@@ -34,7 +41,10 @@ async def create_key(store: JobStore, tenant: str, scopes: Collection[str] = ())
         )
     with contextlib.suppress(Conflict):  # the tenant exists already
         await store.create_tenant(tenant)
-    return CreatedKey(key=await store.create_key(tenant, scopes=wanted), tenant=tenant, scopes=wanted)
+    tenant_id = next(each.tenant_id for each in await store.tenants() if each.name == tenant)
+    terms = await store.change_terms(tenant_id, changes or TermChanges())
+    key = await store.create_key(tenant, scopes=wanted)
+    return CreatedKey(key=key, tenant=tenant, scopes=wanted, tenant_id=tenant_id, terms=terms)
 
 
 async def revoke_key(store: JobStore, key_id: str) -> ApiKey:

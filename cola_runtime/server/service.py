@@ -25,6 +25,7 @@ from cola_runtime.jobs.records import (
     NewJob,
     StepRecord,
     Tenant,
+    TenantTerms,
 )
 from cola_runtime.jobs.state import TERMINAL_STATES, JobState
 from cola_runtime.jobs.store import JobStore
@@ -82,12 +83,16 @@ class FineTuningService:
     async def submit(self, tenant: Tenant, submission: Submission) -> JobRecord:
         """A queued job, already handed to the runner. Whatever is wrong, nothing was created."""
         checked = await self._admission.check(submission)
-        await self._check_quota(tenant, submission.idempotency_key)
+        await self._check_quota(tenant, submission.idempotency_key, steps=checked.report.steps)
         new = _new_job(tenant, submission, checked)
         creation = asyncio.create_task(self._create_and_start(new, submission, checked))
         self._creations.add(creation)
         creation.add_done_callback(self._creations.discard)
         return await asyncio.shield(creation)  # a caller who leaves now leaves a whole job, not half of one
+
+    def terms_changed(self, tenant_id: str, terms: TenantTerms) -> None:
+        """An operator has set them; the scheduler goes by them from now on."""
+        self._runner.set_terms(tenant_id, terms)
 
     async def job(self, tenant: Tenant, ref: str) -> JobRecord:
         return await self.store.find_job(tenant.tenant_id, ref)
@@ -102,7 +107,7 @@ class FineTuningService:
             return ""
         if job.state is JobState.PAUSED:
             return "paused; it goes on when it is resumed"
-        return self._runner.waiting_reason(job.job_id)
+        return self._runner.waiting_reason(job)
 
     async def cancel(self, tenant: Tenant, ref: str) -> JobRecord:
         """An ended job stays as it is."""
@@ -215,8 +220,8 @@ class FineTuningService:
         best = await self.store.best_evaluation(job.job_id)
         return None if best is None else best.step
 
-    async def _check_quota(self, tenant: Tenant, idempotency_key: str) -> None:
-        """Raises QuotaExceeded `QUOTA_JOBS`; a repeated request is no new job."""
+    async def _check_quota(self, tenant: Tenant, idempotency_key: str, *, steps: int) -> None:
+        """Raises QuotaExceeded `QUOTA_JOBS`, `QUOTA_STEPS`; a repeated request is no new job."""
         most = self.limits.active_jobs
         active = await self.store.jobs(tenant_id=tenant.tenant_id, states=ACTIVE_STATES, limit=most)
         repeated = idempotency_key and any(job.idempotency_key == idempotency_key for job in active)
@@ -228,6 +233,17 @@ class FineTuningService:
                 actual=len(active) + 1,
                 remedy="Wait for one to end, or cancel one: `cola jobs cancel`.",
             )
+        cap = (await self.store.terms(tenant.tenant_id)).total_steps
+        if cap is not None and not repeated:
+            taken = await self.store.steps_of_tenant(tenant.tenant_id)
+            if taken + steps > cap:
+                raise QuotaExceeded(
+                    "QUOTA_STEPS",
+                    f"the tenant's jobs have {taken} steps and this one would add {steps}",
+                    limit=cap,
+                    actual=taken + steps,
+                    remedy="Ask for fewer steps, cancel a job, or ask the operator for more.",
+                )
 
     async def _create_and_start(self, new: NewJob, submission: Submission, checked: CheckedJob) -> JobRecord:
         job = await self._create(new, submission)

@@ -229,7 +229,9 @@ def test_generate(cola: Cola, trained: JobHandle, monkeypatch: pytest.MonkeyPatc
 
 
 def test_keys(cola: Cola, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = cola("keys", "create", "carol", "--scope", "jobs:read", "--json").json
+    made = cola("keys", "create", "carol", "--scope", "jobs:read", "--concurrent-jobs", "3", "--json").json
+    assert (made["weight"], made["concurrent_jobs"]) == (1.0, 3)
+    assert cola("keys", "create", "carol", "--weight", "-1").code == 3
     assert made["key"].startswith("tml-")
     assert made["scopes"] == ["jobs:read"]
     (known,) = [key for key in cola("keys", "list", "--json").json if key["tenant"] == "carol"]
@@ -249,7 +251,8 @@ def test_keys_in_the_data_folder_of_a_stopped_service(
     busy = cola("keys", "list", "--data-dir", folder)
     assert (busy.code, "STORE_BUSY" in busy.err) == (9, True)
     served.run(served.store.close())
-    made = cola("keys", "create", "dave", "--data-dir", folder, "--json").json
+    made = cola("keys", "create", "dave", "--data-dir", folder, "--weight", "2", "--json").json
+    assert (made["weight"], made["total_steps"]) == (2.0, None)
     listed = cola("keys", "list", "--data-dir", folder, "--json").json
     assert made["key"].startswith("tml-")
     assert "dave" in {key["tenant"] for key in listed}

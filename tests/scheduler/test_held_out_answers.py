@@ -14,7 +14,6 @@ from cola_runtime.data.held_out import HeldOutPrompts
 from cola_runtime.errors import NotFound
 from cola_runtime.scheduler.leases import LeaseBook, LeaseLost
 from cola_runtime.scheduler.loop import SchedulerLoop
-from cola_runtime.scheduler.policy import Share
 from cola_runtime.scheduler.primitives import AdapterPrimitives, LeasedAdapter
 from cola_runtime.types import Encoding, Lease, TapPlan
 
@@ -65,7 +64,7 @@ async def test_prompts_go_in_parts_whose_tokens_are_the_tenants() -> None:
     answering, _, loop = primitives(base)
     assert await answering.answer(adapter(), asked()) == [[1], [2], [5]]
     assert base.calls == [PROMPTS[:2], PROMPTS[2:]]
-    assert loop._shares == {"t": Share(served=2 * (2 + 4) + 1 * (5 + 4))}
+    assert loop._queue.counter("t") == 2 * (2 + 4) + 1 * (5 + 4)
 
 
 async def test_an_adapter_that_is_gone_loses_the_lease_not_the_job() -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from cola_runtime.config import SchedulerSettings
 from cola_runtime.errors import Unavailable
-from cola_runtime.scheduler.loop import Computed, SchedulerLoop
+from cola_runtime.scheduler.loop import SchedulerLoop
+from cola_runtime.scheduler.tickets import Computed
 from cola_runtime.types import BaseStep, BaseStepResult, Gang, Lease, Row, Segment, SegmentLoss
 
 
@@ -189,3 +190,38 @@ async def test_cancelling_gives_the_place_in_the_queue_back() -> None:
         await asyncio.sleep(0.01)
         assert base.running == []
         assert loop.waiting_reason("b") is None
+
+
+async def test_a_sharded_lease_waits_for_each_of_its_devices() -> None:
+    base = SteppedBase()
+    async with running_loop(base, token_budget=100) as (loop, _):
+        loop.park("d1", parked=True)
+        loop.park("d2", parked=True)
+        task = submit(loop, "a", devices=("d1", "d2"))
+        await asyncio.sleep(0.01)
+        loop.park("d1", parked=False)
+        await asyncio.sleep(0.01)
+        assert base.running == []
+        assert loop.waiting_reason("a") == "device d2 is still busy with earlier gradients"
+        loop.park("d2", parked=False)
+        await base.next_step()
+        assert loop.waiting_reason("a") is None
+        base.finish()
+        await task
+
+
+async def test_generated_tokens_put_their_tenant_behind() -> None:
+    base = SteppedBase()
+    async with running_loop(base, token_budget=10, base_steps_in_flight=1) as (loop, _):
+        first = submit(loop, "warm")
+        await base.next_step()
+        loop.charge("a", 30)
+        tasks = [submit(loop, "a"), submit(loop, "b")]
+        await asyncio.sleep(0)
+        assert loop.waiting_reason("a") == "queued for a base step: 1 tenant before it"
+        base.finish()
+        assert (await base.next_step()).segments[0].lease.job_id == "b"
+        base.finish()
+        await base.next_step()
+        base.finish()
+        await asyncio.gather(first, *tasks)
