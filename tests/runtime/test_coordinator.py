@@ -187,15 +187,15 @@ async def test_a_stored_spec_that_this_version_refuses_fails_its_job_with_a_reas
 
 
 @pytest.fixture
-def unable(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The leases of the first job that device-0 was asked to take, although the job's module is not there."""
-    asked: list[str] = []
+def unable(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """(device, job) of the leases that the first device asked refuses: it lacks the first job's module."""
+    asked: list[tuple[str, str]] = []
     build = worker._session
 
     def refusing(grant: control_pb2.LeaseGrant, checkpoint: bytes | None) -> AdapterSession:
         lease = lease_from_proto(grant.lease)
-        if lease.device_id == "device-0" and (not asked or lease.job_id in asked):
-            asked.append(lease.job_id)
+        if not asked or (lease.device_id, lease.job_id) in asked:
+            asked.append((lease.device_id, lease.job_id))
             raise InvalidInput("ADAPTER_MODULE_UNKNOWN", "no adapter module is registered as 'gated'")
         return build(grant, checkpoint)
 
@@ -204,17 +204,18 @@ def unable(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 async def test_a_job_that_one_device_cannot_train_goes_to_another(
-    settings: ServiceSettings, unable: list[str]
+    settings: ServiceSettings, unable: list[tuple[str, str]]
 ) -> None:
     async with running(settings) as at:
         handle = await at.client.submit(job().spec, training=job().training)
         assert (await handle.wait(WAIT_SECONDS)).state == "succeeded"
-        assert {step.device_id for step in await handle.metrics()} == {"device-1"}
-        assert unable == [handle.job_id]
+        ((refused_by, job_id),) = unable
+        assert job_id == handle.job_id
+        assert {step.device_id for step in await handle.metrics()} == {"device-0", "device-1"} - {refused_by}
 
 
 async def test_a_job_that_no_device_can_train_waits_and_says_why_and_holds_up_nobody(
-    settings: ServiceSettings, unable: list[str]
+    settings: ServiceSettings, unable: list[tuple[str, str]]
 ) -> None:
     async with running(settings) as at:
         await at.devices.kill("device-1")
@@ -227,10 +228,10 @@ async def test_a_job_that_no_device_can_train_waits_and_says_why_and_holds_up_no
         assert (await other.wait(WAIT_SECONDS)).state == "succeeded"
         reason = (await handle.refresh()).waiting_reason
         assert reason.startswith("waiting for a device: device-0 cannot train it: ADAPTER_MODULE_UNKNOWN")
-        assert unable == [handle.job_id], "asked once"
+        assert unable == [("device-0", handle.job_id)], "asked once"
         at.devices.start("able", at.service.endpoint)
         assert (await handle.wait(WAIT_SECONDS)).state == "succeeded"
-        assert unable == [handle.job_id]
+        assert unable == [("device-0", handle.job_id)]
 
 
 async def test_generation_uses_the_adapter_while_training_and_after(settings: ServiceSettings) -> None:
