@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test matrix traps check lint types layers stubs proto bench exactness wire base_step quality staleness policy fairness simulate clean
+.PHONY: help setup demo test matrix traps check lint types layers stubs proto bench exactness wire base_step base_memory throughput quality staleness policy fairness simulate clean
 
 help: ## this list
 	@grep -hE '^[a-z_]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -62,9 +62,9 @@ stubs: setup
 	$(call generate,$(STUBS))
 	diff -r -x __init__.py -x __pycache__ $(STUBS)/cola_runtime/proto cola_runtime/proto
 
-bench: exactness wire base_step quality staleness policy fairness simulate ## every benchmark; BENCH_ARGS=--quick for the short form
+bench: exactness wire base_step base_memory throughput quality staleness policy fairness simulate ## every benchmark; BENCH_ARGS=--quick for the short form
 
-exactness wire base_step quality staleness policy fairness simulate: setup ## one benchmark
+exactness wire base_step base_memory throughput quality staleness policy fairness simulate: setup ## one benchmark
 	$(BIN)/python benchmarks/$@.py $(BENCH_ARGS)
 
 clean: ## caches and outputs; keeps the virtual environment
