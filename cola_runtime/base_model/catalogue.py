@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from cola_runtime.adapters.patches import positions
 from cola_runtime.adapters.site_modules import module_patch, module_site, site_kind
 from cola_runtime.base_model.encoder_decoders import decode
 from cola_runtime.base_model.images import TRACED_IMAGES, Shape, traced_images
+from cola_runtime.base_model.tracing import first_inputs
 from cola_runtime.types import Site, SiteKind
 
 TRACED_TOKENS = torch.tensor([[0, 1], [1, 0], [0, 0]])
@@ -32,7 +33,7 @@ def site_catalogue(model: Any, image_shape: Shape | None = None) -> tuple[Site, 
     """
     modules = dict(_candidates(model))
     if image_shape is None:
-        seen = _first_inputs(modules, lambda: _traced(model))
+        seen = first_inputs(modules, lambda: _traced(model))
         inputs = {name: x for name, x in seen.items() if _holds_every_token(modules[name], x)}
     else:
         inputs = traced_images(model, image_shape, modules)
@@ -55,8 +56,12 @@ def source_groups(model: Any, sites: Sequence[Site]) -> frozenset[int]:
     source_BS = TRACED_TOKENS
     target_BT = torch.zeros(len(source_BS), source_BS.shape[1] + 1, dtype=torch.int64)
     modules = {site.name: model.get_submodule(site.name) for site in sites}
-    inputs = _first_inputs(modules, lambda: decode(model, source_BS, torch.ones_like(source_BS), target_BT))
-    return frozenset(site.input_group for site in sites if inputs[site.name].shape[:2] == source_BS.shape)
+    inputs = first_inputs(modules, lambda: decode(model, source_BS, torch.ones_like(source_BS), target_BT))
+    return frozenset(
+        site.input_group
+        for site in sites
+        if _token_count(modules[site.name], inputs[site.name]) == source_BS.numel()
+    )
 
 
 def _candidates(model: Any) -> Iterator[tuple[str, nn.Module]]:
@@ -92,24 +97,3 @@ def _traced(model: Any) -> None:
         decode(model, TRACED_TOKENS, torch.ones_like(TRACED_TOKENS), TRACED_TOKENS)
     else:
         model.base_model(input_ids=TRACED_TOKENS, use_cache=False)
-
-
-def _first_inputs(modules: dict[str, nn.Module], forward: Callable[[], object]) -> dict[str, Tensor]:
-    """The x of every module's first call. All are kept until the end, so that no two share an id."""
-    seen: dict[str, Tensor] = {}
-
-    hooks = [
-        module.register_forward_pre_hook(lambda _m, args, name=name: _note(seen, name, args[0]))
-        for name, module in modules.items()
-    ]
-    try:
-        with torch.no_grad():
-            forward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seen
-
-
-def _note(seen: dict[str, Tensor], name: str, x: Tensor) -> None:
-    seen.setdefault(name, x)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cola_runtime.adapters.site_kinds import WHOLE_ROWS
 from cola_runtime.base_model.segments import MixedBatch
 from cola_runtime.base_model.stock import check_complete, open_classifier
+from cola_runtime.base_model.tracing import first_inputs
 from cola_runtime.errors import InvalidInput
 from cola_runtime.image_decoding import ImageRefused, decode_image
 from cola_runtime.image_processing import ImageProcessing, read_image_processing
@@ -114,8 +115,8 @@ def traced_images(model: Any, shape: Shape, modules: Mapping[str, nn.Module]) ->
     A module whose x mixes images, or leaves some out, is left out: tenants could not be told apart there.
     """
     drawn_BCHW = _drawn(model, shape)
-    together = _first_inputs(model, modules, drawn_BCHW)
-    alone = _first_inputs(model, modules, drawn_BCHW[-1:])
+    together = first_inputs(modules, lambda: model(pixel_values=drawn_BCHW))
+    alone = first_inputs(modules, lambda: model(pixel_values=drawn_BCHW[-1:]))
     return {name: x for name, x in together.items() if name in alone and _holds(x, alone[name])}
 
 
@@ -144,26 +145,6 @@ def image_tokens(model: Any, sites: Sequence[Site], shape: Shape) -> int:
     widths = {site.index: site.in_features + site.out_features for site in sites}
     total = sum(positions[index] * width for index, width in widths.items())
     return -(-total // sum(widths.values()))
-
-
-def _first_inputs(model: Any, modules: Mapping[str, nn.Module], pixels_BCHW: Tensor) -> dict[str, Tensor]:
-    """All are kept until the end, so that no two share an id."""
-    seen: dict[str, Tensor] = {}
-    hooks = [
-        module.register_forward_pre_hook(lambda _m, args, name=name: _note(seen, name, args[0]))
-        for name, module in modules.items()
-    ]
-    try:
-        with torch.no_grad():
-            model(pixel_values=pixels_BCHW)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seen
-
-
-def _note(seen: dict[str, Tensor], name: str, x: Tensor) -> None:
-    seen.setdefault(name, x)
 
 
 def _holds(x: Tensor, last: Tensor) -> bool:

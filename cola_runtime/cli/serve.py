@@ -13,6 +13,15 @@ if TYPE_CHECKING:
     from cola_runtime.runtime.coordinator import RunningService
 
 
+CheckpointingFlag = Annotated[
+    bool | None,
+    typer.Option(
+        "--activation-checkpointing/--no-activation-checkpointing",
+        help="Compute the base model's layers again in the backward pass: less memory, more time.",
+    ),
+]
+
+
 def serve(
     file: Annotated[
         Path | None,
@@ -33,13 +42,7 @@ def serve(
     quantization: Annotated[
         str | None, typer.Option(help="none, int8 or nf4: how the frozen weights are held.")
     ] = None,
-    activation_checkpointing: Annotated[
-        bool | None,
-        typer.Option(
-            "--activation-checkpointing/--no-activation-checkpointing",
-            help="Compute the base model's layers again in the backward pass: less memory, more time.",
-        ),
-    ] = None,
+    activation_checkpointing: CheckpointingFlag = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the base model.")] = None,
     devices: Annotated[
         int | None, typer.Option(min=0, help="Devices that the service starts itself.")
