@@ -6,8 +6,6 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
-from cola_runtime.errors import InvalidInput
-
 Key = TypeVar("Key", bound=tuple[object, ...])
 
 BUCKET_KEYS = 256  # a full bucket of twice as many is cut in two
@@ -52,7 +50,7 @@ class SortedKeys(Generic[Key]):
             self._highest[place] = bucket[-1]
 
     def remove(self, key: Key) -> None:
-        """Raises InvalidInput `KEY_NOT_IN_ORDER`."""
+        """Raises KeyError."""
         place, position = self._find(key)
         bucket = self._buckets[place]
         del bucket[position]
@@ -73,4 +71,4 @@ class SortedKeys(Generic[Key]):
             position = bisect_left(self._buckets[place], key)
             if self._buckets[place][position] == key:
                 return place, position
-        raise InvalidInput("KEY_NOT_IN_ORDER", f"{key!r} is not in the order")
+        raise KeyError(key)

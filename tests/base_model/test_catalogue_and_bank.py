@@ -6,8 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from cola_runtime.adapter_spec import AdapterPart, AdapterSpec
+from cola_runtime.adapters.site_modules import module_site
+from cola_runtime.base_model import catalogue
 from cola_runtime.base_model.load import load_frozen_model
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.errors import Fenced, InvalidInput, NotFound
@@ -150,3 +153,20 @@ def at_sites(spec: AdapterSpec, sites: tuple[Site, ...]) -> AdapterSpec:
     return AdapterSpec(
         parts=(AdapterPart(kind=spec.parts[0].kind, sites=sites),), seed=spec.seed, dtype=spec.dtype
     )
+
+
+def test_a_source_is_told_by_its_tokens_also_where_rows_are_flattened(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = nn.ModuleDict({"reads": nn.Linear(4, 4), "writes": nn.Linear(4, 4)})
+
+    def decode(_model: object, source_BS: torch.Tensor, _real: torch.Tensor, target_BT: torch.Tensor) -> None:
+        model["reads"](torch.zeros(source_BS.numel(), 4))
+        model["writes"](torch.zeros(target_BT.numel(), 4))
+
+    monkeypatch.setattr(catalogue, "decode", decode)
+    sites = [
+        module_site(module, index=number, name=name, input_group=number)
+        for number, (name, module) in enumerate(model.items())
+    ]
+    assert catalogue.source_groups(model, sites) == {0}
