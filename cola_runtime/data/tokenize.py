@@ -6,6 +6,8 @@ token. So an answer begins exactly where a generation would begin.
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,6 +98,10 @@ class _Draft:
         return Row(tokens=tokens, weights=weights)
 
 
+_MAKING = threading.Lock()
+_KEPT_TOKENIZERS = 4  # to read a vocabulary of 49,152 words takes a second or two of CPU
+
+
 class Tokenizer:
     """The tokenizer and chat template of the base model in a folder. Safe to use from several threads."""
 
@@ -122,13 +128,14 @@ class Tokenizer:
 
     @classmethod
     def of(cls, base: BaseModelDescription) -> Tokenizer:
-        """The base model's own. Raises InvalidInput as when it is made."""
-        return cls(
-            base.tokenizer_path,
-            bidirectional=base.bidirectional,
-            encoder_decoder=base.encoder_decoder,
-            image_tokens=base.context_length if base.takes_images else None,
-        )
+        """The base model's own, made once in a process. Raises InvalidInput as when it is made."""
+        with _MAKING:  # a second job that starts meanwhile waits for the first one's
+            return _made(
+                base.tokenizer_path,
+                bidirectional=base.bidirectional,
+                encoder_decoder=base.encoder_decoder,
+                image_tokens=base.context_length if base.takes_images else None,
+            )
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -256,6 +263,9 @@ class Tokenizer:
                 remedy="Ask a causal language model.",
             )
         return self._causal
+
+
+_made = functools.lru_cache(_KEPT_TOKENIZERS)(Tokenizer)
 
 
 def longest_row(spec: JobSpec, *, context_length: int) -> int:

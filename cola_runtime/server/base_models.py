@@ -12,11 +12,10 @@ from cola_runtime.types import BaseModelDescription
 
 
 class BaseModels:
-    """Looks base models up. Tokenizers are loaded once, off the event loop, when first needed."""
+    """Looks base models up."""
 
     def __init__(self, descriptions: Mapping[str, BaseModelDescription]) -> None:
         self._by_name = dict(descriptions)
-        self._tokenizers: dict[str, asyncio.Task[Tokenizer]] = {}
 
     @property
     def descriptions(self) -> tuple[BaseModelDescription, ...]:
@@ -41,9 +40,8 @@ class BaseModels:
         )
 
     async def tokenizer(self, name: str) -> Tokenizer:
-        """Raises InvalidInput `BASE_MODEL_UNKNOWN`, `TOKENIZER_UNSUPPORTED`."""
-        base = self.find(name)
-        if name not in self._tokenizers:
-            loading = asyncio.to_thread(Tokenizer.of, base)
-            self._tokenizers[name] = asyncio.create_task(loading)
-        return await asyncio.shield(self._tokenizers[name])
+        """Read off the event loop when first needed.
+
+        Raises InvalidInput `BASE_MODEL_UNKNOWN`, `TOKENIZER_UNSUPPORTED`.
+        """
+        return await asyncio.to_thread(Tokenizer.of, self.find(name))
