@@ -69,6 +69,9 @@ class BaseModelSettings(_Settings):
     activation_checkpointing: bool = False
     """Keep each layer's input only and compute the layer again in the backward pass: less memory, more time
     (docs/performance.md)."""
+    tiled_weights: bool = True
+    """Of a Llama in bfloat16 on a CPU: keep the layers' weights in the processor's own layout too, where a
+    trial finds that faster. Costs twice their memory once more (docs/performance.md)."""
     threads: Annotated[int, Field(ge=1, le=256)] = 1
     bind: str = "127.0.0.1:0"
     """Where the base model actor's gradient server listens; port 0 takes a free one."""

@@ -85,23 +85,6 @@ def swiglu_backward(
     aten.silu_backward.grad_input(grad_NF.mul_(up_NF), gate_NF, grad_input=grad_gate_NF)
 
 
-def project(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, out_NO: Tensor) -> None:
-    """out = x W^T + b."""
-    if bias_O is None:
-        torch.mm(x_NI, weight_OI.t(), out=out_NO)
-    else:
-        torch.addmm(bias_O, x_NI, weight_OI.t(), out=out_NO)
-
-
-def add_projected(
-    base_NO: Tensor, x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, out_NO: Tensor
-) -> None:
-    """out = base + x W^T + b: the residual is added by the product itself."""
-    torch.addmm(base_NO, x_NI, weight_OI.t(), out=out_NO)
-    if bias_O is not None:
-        out_NO.add_(bias_O)
-
-
 def causal_mask(tokens: int, dtype: torch.dtype) -> Tensor:
     """[T, T]: 0 where query t may see key u <= t, else -inf."""
     return torch.full((tokens, tokens), -torch.inf, dtype=dtype).triu_(1)

@@ -17,13 +17,12 @@ from torch import Tensor
 
 from cola_runtime.base_model.attention import AttentionRecord, CausalAttention, Rotary
 from cola_runtime.base_model.frozen_ops import (
-    add_projected,
     add_rms_norm_backward,
-    project,
     rms_norm,
     silu,
     swiglu_backward,
 )
+from cola_runtime.base_model.frozen_products import PlainProduct, TiledProduct, tiles_pay
 from cola_runtime.base_model.llama_weights import LlamaLayer, Projection, llama_layers
 from cola_runtime.base_model.segments import MixedBatch
 from cola_runtime.base_model.site_groups import SiteGroup
@@ -73,13 +72,21 @@ class LlamaBody:
     """
 
     def __init__(
-        self, model: Any, groups: Sequence[SiteGroup], space: Workspace, *, checkpointing: bool
+        self,
+        model: Any,
+        groups: Sequence[SiteGroup],
+        space: Workspace,
+        *,
+        checkpointing: bool,
+        keep_tiles: bool,
     ) -> None:
         attention = model.model.layers[0].self_attn
         self._model = model.model
         self._space = space
         self._checkpointing = checkpointing
-        self._layers = llama_layers(model, groups)
+        gate_OI = self._model.layers[0].mlp.gate_proj.weight.detach()
+        make = TiledProduct if keep_tiles and tiles_pay(gate_OI) else PlainProduct
+        self._layers = llama_layers(model, groups, make)
         self._eps = float(model.config.rms_norm_eps)
         self._attention = CausalAttention(
             heads=model.config.num_attention_heads,
@@ -113,10 +120,9 @@ class LlamaBody:
         for depth, layer in enumerate(self._layers):
             kept = f"layer{depth}" if train and depth >= step.lowest // 4 else ""
             passing = f"passing{depth % 2}"
-            next_ND = self._buffer(f"{kept or passing}.next", h_ND.shape[1], h_ND)
             slot = "again" if self._checkpointing else kept or passing
             record = self._layer_forward(layer, h_ND, step, slot)
-            self._add_down(layer, record, step, next_ND)
+            next_ND = self._add_down(layer, record, step, f"{kept or passing}.next")
             if kept:
                 step.inputs_ND[depth] = h_ND
             if kept and not self._checkpointing:
@@ -169,22 +175,22 @@ class LlamaBody:
         kept: dict[int, list[Kept]] = {}
         x_ND = self._buffer(f"{slot}.x", hidden, h_ND)
         inverse_N1 = rms_norm(h_ND, layer.attention_norm_D, self._eps, x_ND, self._space)
-        qkv_NW = self._buffer("qkv", layer.qkv.products[0].width, h_ND)
-        kept[layer.qkv.number] = _project(layer.qkv, x_ND, [qkv_NW], step)
-        mixed_ND = self._buffer(f"{slot}.mixed", layer.output.products[0].weight_OI.shape[1], h_ND)
+        (qkv_NW,), kept[layer.qkv.number] = self._project(layer.qkv, x_ND, ["qkv"], step)
+        width = self._attention.heads * self._attention.head_size
+        mixed_ND = self._buffer(f"{slot}.mixed", width, h_ND)
         attention = self._attention.forward(
             qkv_NW.view(*step.shape, -1), step.rotary, self._by_head(mixed_ND, step), slot, self._space
         )
-        middle_ND = self._buffer(f"{slot}.middle", hidden, h_ND)
-        kept[layer.output.number] = _add_projected(layer.output, h_ND, mixed_ND, middle_ND, step)
+        middle_ND, kept[layer.output.number] = self._add_projected(
+            layer.output, h_ND, mixed_ND, f"{slot}.middle", step
+        )
 
         middle_x_ND = self._buffer(f"{slot}.middle_x", hidden, h_ND)
         middle_inverse_N1 = rms_norm(middle_ND, layer.mlp_norm_D, self._eps, middle_x_ND, self._space)
-        gate_NF, up_NF, silu_NF = (
-            self._buffer(f"{slot}.{name}", layer.gate_up.products[0].width, h_ND)
-            for name in ("gate", "up", "silu")
+        (gate_NF, up_NF), kept[layer.gate_up.number] = self._project(
+            layer.gate_up, middle_x_ND, [f"{slot}.gate", f"{slot}.up"], step
         )
-        kept[layer.gate_up.number] = _project(layer.gate_up, middle_x_ND, [gate_NF, up_NF], step)
+        silu_NF = self._buffer(f"{slot}.silu", gate_NF.shape[1], h_ND)
         silu(gate_NF, silu_NF)
         return _LayerRecord(
             h_ND=h_ND,
@@ -201,10 +207,12 @@ class LlamaBody:
             kept=kept,
         )
 
-    def _add_down(self, layer: LlamaLayer, record: _LayerRecord, step: _Step, out_ND: Tensor) -> None:
-        """out = the layer's output."""
-        act_NF = self._activated(record)
-        record.kept[layer.down.number] = _add_projected(layer.down, record.middle_ND, act_NF, out_ND, step)
+    def _add_down(self, layer: LlamaLayer, record: _LayerRecord, step: _Step, name: str) -> Tensor:
+        """The layer's output."""
+        out_ND, record.kept[layer.down.number] = self._add_projected(
+            layer.down, record.middle_ND, self._activated(record), name, step
+        )
+        return out_ND
 
     def _activated(self, record: _LayerRecord) -> Tensor:
         """x of down: silu(gate) * up."""
@@ -213,17 +221,16 @@ class LlamaBody:
 
     def _mlp_backward(self, layer: LlamaLayer, record: _LayerRecord, step: _Step, dh_ND: Tensor) -> bool:
         """In place: dh becomes the gradient between attention and MLP. False if nothing below is adapted."""
-        act_NF = self._activated(record)
-        grad_NF, grad_gate_NF, grad_up_NF = (
-            self._buffer(name, record.gate_NF.shape[1], dh_ND)
-            for name in ("grad_act", "grad_gate", "grad_up")
-        )
-        if not self._input_gradient(layer.down, act_NF, [dh_ND], record, step, grad_NF):
+        grad_NF = self._input_gradient(layer.down, self._activated(record), [dh_ND], record, step)
+        if grad_NF is None:
             return False
+        grad_gate_NF, grad_up_NF = (
+            self._buffer(name, grad_NF.shape[1], dh_ND) for name in ("grad_gate", "grad_up")
+        )
         swiglu_backward(grad_NF, record.gate_NF, record.up_NF, record.silu_NF, grad_gate_NF, grad_up_NF)
-        dx_ND = self._buffer("dx", dh_ND.shape[1], dh_ND)
         grads = [grad_gate_NF, grad_up_NF]
-        if not self._input_gradient(layer.gate_up, record.middle_x_ND, grads, record, step, dx_ND):
+        dx_ND = self._input_gradient(layer.gate_up, record.middle_x_ND, grads, record, step)
+        if dx_ND is None:
             return False
         add_rms_norm_backward(
             dh_ND, dx_ND, record.middle_ND, record.middle_inverse_N1, layer.mlp_norm_D, self._space
@@ -234,10 +241,10 @@ class LlamaBody:
         self, layer: LlamaLayer, record: _LayerRecord, step: _Step, dh_ND: Tensor
     ) -> None:
         """In place: dh becomes the gradient of the layer's input, unless nothing below is adapted."""
-        grad_ND = self._buffer("grad_mixed", record.mixed_ND.shape[1], dh_ND)
-        if not self._input_gradient(layer.output, record.mixed_ND, [dh_ND], record, step, grad_ND):
+        grad_ND = self._input_gradient(layer.output, record.mixed_ND, [dh_ND], record, step)
+        if grad_ND is None:
             return
-        grad_NW = self._buffer("grad_qkv", layer.qkv.products[0].width, dh_ND)
+        grad_NW = self._buffer("grad_qkv", sum(layer.qkv.products[0].widths), dh_ND)
         self._attention.backward(
             self._by_head(grad_ND, step),
             record.attention,
@@ -245,8 +252,8 @@ class LlamaBody:
             grad_NW.view(*step.shape, -1),
             self._space,
         )
-        dx_ND = self._buffer("dx", dh_ND.shape[1], dh_ND)
-        if self._input_gradient(layer.qkv, record.x_ND, [grad_NW], record, step, dx_ND):
+        dx_ND = self._input_gradient(layer.qkv, record.x_ND, [grad_NW], record, step)
+        if dx_ND is not None:
             add_rms_norm_backward(
                 dh_ND, dx_ND, record.h_ND, record.inverse_N1, layer.attention_norm_D, self._space
             )
@@ -258,39 +265,44 @@ class LlamaBody:
         grads_NO: list[Tensor],
         record: _LayerRecord,
         step: _Step,
-        out_NI: Tensor,
-    ) -> bool:
-        """out = g W + the adapters' share; hands out the taps. False, and no out, at the lowest group."""
-        go_on = self._places[projection.number] > step.lowest
-        if go_on:
-            for number, (product, grad_NO) in enumerate(zip(projection.products, grads_NO, strict=True)):
-                torch.addmm(out_NI, grad_NO, product.weight_OI, beta=min(number, 1), out=out_NI)
+    ) -> Tensor | None:
+        """g W + the adapters' share, valid until the next one of its width; hands out the taps.
+
+        None at the lowest group, below which nobody needs it.
+        """
+        dx_NI = None
+        if self._places[projection.number] > step.lowest:
+            first, *others = projection.products
+            dx_NI = first.gradient(grads_NO[0], self._space, f"dx{x_NI.shape[1]}")
+            for product, grad_NO in zip(others, grads_NO[1:], strict=True):
+                dx_NI = product.add_gradient(dx_NI, grad_NO)
         x_BTI = x_NI.view(*step.shape, -1)
         grads_BTO = projection.sites(grads_NO, step.shape)
-        dx_BTI = out_NI.view(*step.shape, -1) if go_on else None
+        dx_BTI = None if dx_NI is None else dx_NI.view(*step.shape, -1)
         stacks = step.stacks.get(projection.number, [])
         for stack, kept in zip(stacks, record.kept[projection.number], strict=True):
             stack.backward(x_BTI, kept, grads_BTO, dx_BTI)
-        return go_on
+        return dx_NI
+
+    def _project(
+        self, projection: Projection, x_NI: Tensor, names: list[str], step: _Step
+    ) -> tuple[list[Tensor], list[Kept]]:
+        """x W^T + b + s a(x) of every product, and what every stack keeps."""
+        outputs_NO = [
+            product.project(x_NI, self._space, name)
+            for product, name in zip(projection.products, names, strict=True)
+        ]
+        return outputs_NO, _adapt(projection, x_NI, outputs_NO, step)
+
+    def _add_projected(
+        self, projection: Projection, base_NO: Tensor, x_NI: Tensor, name: str, step: _Step
+    ) -> tuple[Tensor, list[Kept]]:
+        """base + x W^T + b + s a(x), for a group of one site, and what every stack keeps."""
+        out_NO = projection.products[0].add_projected(base_NO, x_NI, self._space, name)
+        return out_NO, _adapt(projection, x_NI, [out_NO], step)
 
     def _by_head(self, tensor_ND: Tensor, step: _Step) -> Tensor:
         return tensor_ND.view(*step.shape, self._attention.heads, self._attention.head_size)
-
-
-def _project(projection: Projection, x_NI: Tensor, outputs_NO: list[Tensor], step: _Step) -> list[Kept]:
-    """outputs = x W^T + b + s a(x). Returns what every stack keeps."""
-    for product, out_NO in zip(projection.products, outputs_NO, strict=True):
-        project(x_NI, product.weight_OI, product.bias_O, out_NO)
-    return _adapt(projection, x_NI, outputs_NO, step)
-
-
-def _add_projected(
-    projection: Projection, base_NO: Tensor, x_NI: Tensor, out_NO: Tensor, step: _Step
-) -> list[Kept]:
-    """out = base + x W^T + b + s a(x), for a group of one site. Returns what every stack keeps."""
-    product = projection.products[0]
-    add_projected(base_NO, x_NI, product.weight_OI, product.bias_O, out_NO)
-    return _adapt(projection, x_NI, [out_NO], step)
 
 
 def _adapt(projection: Projection, x_NI: Tensor, outputs_NO: list[Tensor], step: _Step) -> list[Kept]:

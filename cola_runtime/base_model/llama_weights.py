@@ -10,20 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cola_runtime.base_model.frozen_products import FrozenProduct, PlainProduct, TiledProduct
 from cola_runtime.base_model.site_groups import SiteGroup
-
-
-@dataclass(frozen=True, slots=True)
-class Product:
-    """One matrix product x W^T + b, and how its columns divide into sites."""
-
-    weight_OI: Tensor
-    bias_O: Tensor | None
-    widths: list[int]
-
-    @property
-    def width(self) -> int:
-        return len(self.weight_OI)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +19,7 @@ class Projection:
     """One input group of a layer."""
 
     number: int  # the input group
-    products: tuple[Product, ...]
+    products: tuple[FrozenProduct, ...]
 
     def sites(self, tensors_NO: Sequence[Tensor], shape: tuple[int, int]) -> list[Tensor]:
         """[B, T, O] of every site: column slices of one tensor per product."""
@@ -57,15 +45,18 @@ class LlamaLayer:
         return self.qkv, self.output, self.gate_up, self.down
 
 
-def llama_layers(model: Any, groups: Sequence[SiteGroup]) -> list[LlamaLayer]:
+MakeProduct = type[PlainProduct] | type[TiledProduct]
+
+
+def llama_layers(model: Any, groups: Sequence[SiteGroup], make: MakeProduct) -> list[LlamaLayer]:
     of = {group.sites[0].name: group for group in groups}
     return [
         LlamaLayer(
-            qkv=_fused(of[f"model.layers.{depth}.self_attn.q_proj"]),
-            output=_apart(of[f"model.layers.{depth}.self_attn.o_proj"]),
+            qkv=_fused(of[f"model.layers.{depth}.self_attn.q_proj"], make),
+            output=_apart(of[f"model.layers.{depth}.self_attn.o_proj"], make),
             # Apart: two contiguous outputs cost no more and spare the adapters' products a copy of each.
-            gate_up=_apart(of[f"model.layers.{depth}.mlp.gate_proj"]),
-            down=_apart(of[f"model.layers.{depth}.mlp.down_proj"]),
+            gate_up=_apart(of[f"model.layers.{depth}.mlp.gate_proj"], make),
+            down=_apart(of[f"model.layers.{depth}.mlp.down_proj"], make),
             attention_norm_D=layer.input_layernorm.weight.detach(),
             mlp_norm_D=layer.post_attention_layernorm.weight.detach(),
         )
@@ -73,17 +64,16 @@ def llama_layers(model: Any, groups: Sequence[SiteGroup]) -> list[LlamaLayer]:
     ]
 
 
-def _fused(group: SiteGroup) -> Projection:
+def _fused(group: SiteGroup, make: MakeProduct) -> Projection:
     assert group.fused_weight is not None  # `is_plain_llama` has looked
-    return Projection(
-        group.sites[0].input_group, (Product(group.fused_weight, group.fused_bias, group.widths),)
-    )
+    product = make(group.fused_weight, group.fused_bias, group.widths)
+    return Projection(group.sites[0].input_group, (product,))
 
 
-def _apart(group: SiteGroup) -> Projection:
+def _apart(group: SiteGroup, make: MakeProduct) -> Projection:
     modules: Sequence[Any] = group.modules
     products = [
-        Product(module.weight.detach(), None if module.bias is None else module.bias.detach(), [width])
+        make(module.weight.detach(), None if module.bias is None else module.bias.detach(), [width])
         for module, width in zip(modules, group.widths, strict=True)
     ]
     return Projection(group.sites[0].input_group, tuple(products))

@@ -60,6 +60,7 @@ class LoadedModel:
     product_flops: float  # FLOP/s of matrix products in its dtype here
     tied_sites: tuple[int, ...]  # sites whose parameters another module uses too
     activation_checkpointing: bool
+    tiled_weights: bool  # kept in the processor's own layout beside the plain one, where that is faster
     quantization: str
     parameters: int
     source_groups: frozenset[int]  # of an encoder-decoder: input groups whose x is of the source's tokens
@@ -116,6 +117,7 @@ def load_frozen_model(
     dtype: str,
     attention: str,
     activation_checkpointing: bool = False,
+    tiled_weights: bool = True,
     quantization: str = UNQUANTIZED,
 ) -> LoadedModel:
     """Load, freeze, find the sites; of a causal model check that head(last hidden state) is its logits.
@@ -164,6 +166,7 @@ def load_frozen_model(
         product_flops=matrix_product_flops(DTYPES[dtype]),
         source_groups=source_groups(model, sites) if model.config.is_encoder_decoder else frozenset(),
         activation_checkpointing=activation_checkpointing,
+        tiled_weights=tiled_weights,
         quantization=quantization,
         parameters=parameters,
     )

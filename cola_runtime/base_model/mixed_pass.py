@@ -88,6 +88,7 @@ class MixedPass:
                 self._loaded.groups,
                 self.space,
                 checkpointing=self._loaded.activation_checkpointing,
+                keep_tiles=self._loaded.tiled_weights,
             )
         return PatchedBody(self._last_hidden(), self._modules)
 

@@ -78,13 +78,16 @@ class TappedModel:
         attention: str = "auto",
         threads: int = 1,
         activation_checkpointing: bool = False,
+        tiled_weights: bool = True,
         quantization: str = UNQUANTIZED,
     ) -> TappedModel:
         """Load a pretrained folder. Sets the number of torch's threads, for the whole process.
 
         `attention` is `eager`, `sdpa`, or `auto`: whichever is faster here, by a short trial. A plain Llama
         trains through our own attention and needs none. With `activation_checkpointing` a layer keeps its
-        input alone and is computed again in the backward pass. `quantization` is `none`, `int8` or `nf4`.
+        input alone and is computed again in the backward pass. With `tiled_weights` a Llama in bfloat16 keeps
+        its weights in the processor's layout too, where a trial finds that faster. `quantization` is `none`,
+        `int8` or `nf4`.
         """
         torch.set_num_threads(threads)
         loaded = load_frozen_model(
@@ -92,6 +95,7 @@ class TappedModel:
             dtype=dtype,
             attention=attention,
             activation_checkpointing=activation_checkpointing,
+            tiled_weights=tiled_weights,
             quantization=quantization,
         )
         return cls(loaded, threads=threads)

@@ -49,6 +49,7 @@ class BaseModelActor:
             attention=settings.attention,
             threads=settings.threads,
             activation_checkpointing=settings.activation_checkpointing,
+            tiled_weights=settings.tiled_weights,
             quantization=settings.quantization,
         )
         self._service = BaseModelService(model, name=settings.name, join_token=join_token)

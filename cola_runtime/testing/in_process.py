@@ -67,6 +67,7 @@ async def running_base_model(settings: ServiceSettings) -> AsyncIterator[BaseMod
         attention=chosen.attention,
         threads=chosen.threads,
         activation_checkpointing=chosen.activation_checkpointing,
+        tiled_weights=chosen.tiled_weights,
         quantization=chosen.quantization,
     )
     service = BaseModelService(model, name=chosen.name, join_token=JOIN_TOKEN)
