@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cola_runtime.adapter_spec import AdapterSpec, input_dropout
 from cola_runtime.adapters.adapter import site_adapters, torch_dtype
-from cola_runtime.adapters.shapes import weight_shapes
+from cola_runtime.adapters.flat_layout import FlatLayout
 from cola_runtime.adapters.site_adapter import Gradients, LinearSiteAdapter, Weights
 from cola_runtime.errors import ProtocolError
 from cola_runtime.gradients.compression import product_of_factors
@@ -43,7 +44,7 @@ class _InputGroup:
 
 
 class GradientAccumulator:
-    """Gradient of one adapter, summed over microbatches in spec.dtype.
+    """Gradient of one adapter, summed over microbatches in spec.dtype, in one vector [P] (`FlatLayout`).
 
     `adapter_gradient` taps are added as they come, `weight_gradient` taps go through the kind's mathematics.
     Of `activations` taps, each pair (x, g) does so as soon as both are there, and is freed: memory is the
@@ -58,9 +59,12 @@ class GradientAccumulator:
         self._kept = KeptTaps(self._adapters) if keep_taps else None
         self._dtype = torch_dtype(spec)
         self._sites = {site.index: site for site in spec.sites}
-        self._gradients = {
-            key.gradient: torch.zeros(shape, dtype=self._dtype) for key, shape in weight_shapes(spec).items()
-        }
+        self._layout = FlatLayout(spec)
+        self._gradient_P = torch.zeros(self._layout.numel, dtype=self._dtype)
+        views = self._layout.views(self._gradient_P)
+        self._gradients = {key.gradient: view for key, view in views.items()}
+        self._numbers = {key: number for number, key in enumerate(self._gradients)}
+        self._begun = np.zeros(len(self._gradients), dtype=bool)  # whose first term of this step has come
         self._groups: dict[int, _InputGroup] = {}  # by site
         for part in spec.parts:
             groups: dict[int, _InputGroup] = {}
@@ -105,17 +109,26 @@ class GradientAccumulator:
             raise _invalid(site.name, "a tap or a gradient of its kind", key.kind.name)
 
     def gradients(self) -> dict[TensorKey, Tensor]:
-        """The gradient of every weight, in its shape; zeros where no tap arrived.
+        """The gradient of every weight, in its shape: views of `gradient_vector`, with its errors."""
+        self.gradient_vector()
+        return dict(self._gradients)
 
-        The tensors are the accumulator's own, valid until `clear`. Raises ProtocolError `TAP_INCOMPLETE`
-        while a pair is open.
+    def gradient_vector(self) -> Tensor:
+        """[P]: the gradient of every weight, zeros where no tap arrived.
+
+        It is the accumulator's own, valid until `clear`. Raises ProtocolError `TAP_INCOMPLETE` while a pair
+        is open.
         """
         open_sites = sorted({group.first.name for group in self._groups.values() if group.is_open})
         if open_sites:
             raise ProtocolError(
                 "TAP_INCOMPLETE", f"taps are incomplete at the inputs of {', '.join(open_sites)}"
             )
-        return dict(self._gradients)
+        starts = self._layout.starts
+        for number in np.flatnonzero(~self._begun):
+            self._gradient_P[starts[number] : starts[number + 1]] = 0.0
+        self._begun[:] = True
+        return self._gradient_P
 
     def surrogate_gradients(self, weights: Weights, start: Weights) -> dict[TensorKey, Tensor]:
         """The gradient of the kept taps' surrogate at `weights`; they were taken at `start`. New tensors."""
@@ -123,11 +136,10 @@ class GradientAccumulator:
         return self._kept.gradients(weights, start)
 
     def clear(self) -> None:
-        """Zero the sums in place and drop open pairs and kept taps, for the next step."""
+        """Begin the next step's sums in the same memory; drop open pairs and kept taps."""
         if self._kept is not None:
             self._kept.clear()
-        for gradient in self._gradients.values():
-            gradient.zero_()
+        self._begun[:] = False
         for group in self._groups.values():
             _close(group)
 
@@ -136,7 +148,7 @@ class GradientAccumulator:
         _check_shape(site, tensor, tuple(total.shape))
         if tensor.dtype not in (total.dtype, torch.bfloat16):  # the latter of a compressed tap
             raise _invalid(site.name, str(total.dtype), str(tensor.dtype))
-        total.add_(tensor)
+        self._sum(key, tensor)
 
     def _add_product(self, site: Site, tensor: Tensor, weights: Mapping[TensorKey, Tensor]) -> None:
         adapter = self._adapters[site.index]
@@ -196,7 +208,16 @@ class GradientAccumulator:
 
     def _add_all(self, gradients: Gradients) -> None:
         for key, gradient in gradients.items():
-            self._gradients[key.gradient].add_(gradient)
+            self._sum(key.gradient, gradient)
+
+    def _sum(self, key: TensorKey, gradient: Tensor) -> None:
+        """A step's first term is written over the last step's sum: cheaper than zeroing it and adding."""
+        number = self._numbers[key]
+        if self._begun[number]:
+            self._gradients[key].add_(gradient)
+        else:
+            self._gradients[key].copy_(gradient)
+            self._begun[number] = True
 
 
 def _close(group: _InputGroup) -> None:

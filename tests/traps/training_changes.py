@@ -183,8 +183,11 @@ TRAINING_CHANGES: tuple[Change, ...] = (
         "test_a_session_is_bitwise_torch_optim",
         "device/session.py",
         (
-            "torch.nn.utils.clip_grads_with_norm_(list(self._weights.values()), limit, norm)",
-            "[torch.nn.utils.clip_grad_norm_([parameter], limit) for parameter in self._weights.values()]",
+            "        clip = self._clip(norm_of_all)\n",
+            "        clip = None\n"
+            "        for part in gradient_P.split(self._layout.sizes):\n"
+            "            factor = self._clip(part.norm())\n"
+            "            part.mul_(1.0 if factor is None else factor)\n",
         ),
     ),
     changed(
@@ -196,7 +199,7 @@ TRAINING_CHANGES: tuple[Change, ...] = (
             "        applied = held.session.apply(version=version, norm=norm)\n",
             "        for other in self._held.values():\n"
             "            if other is not held:\n"
-            "                other.session._step(other.session._accumulator.gradients())\n"
+            "                other.session._step(other.session._accumulator.gradient_vector(), 0.05)\n"
             "        applied = held.session.apply(version=version, norm=norm)\n",
         ),
     ),
