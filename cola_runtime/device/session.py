@@ -27,6 +27,7 @@ from cola_runtime.device.optimizer import build_optimizer
 from cola_runtime.errors import Conflict
 from cola_runtime.gradients.accumulate import GradientAccumulator
 from cola_runtime.gradients.norms import global_norm, tensor_norms
+from cola_runtime.gradients.packed import PackedKeys
 from cola_runtime.types import TensorKey
 
 CLIP_EPS = 1e-6  # torch's own
@@ -124,11 +125,11 @@ class AdapterSession:
 
         Its gradient is taken at the weights of that version. Raises Conflict VERSION_MISMATCH for any other.
         """
-        if self._previous is not None and version == self.version - 1:
-            self._accumulator.add(key, tensor, self._previous)
-            return
-        self._check_version(version)
-        self._accumulator.add(key, tensor, self._weights)
+        self._accumulator.add(key, tensor, self._weights_of(version))
+
+    def add_packed(self, packed: PackedKeys, vector: Tensor, *, version: int) -> None:
+        """As `add`, of every tensor in `vector`."""
+        self._accumulator.add_packed(packed, vector, self._weights_of(version))
 
     def gradient_norms(self) -> Tensor:
         """[tensors]: the norm of the gradient of each weight, in catalogue order.
@@ -166,6 +167,11 @@ class AdapterSession:
         """A copy of the weights, which later steps do not change."""
         return self._layout.views(self._weights_P.clone())
 
+    @property
+    def weights_vector(self) -> Tensor:
+        """[P]: the weights in catalogue order, on the session's own memory."""
+        return self._weights_P
+
     def checkpoint(self) -> bytes:
         """Everything `restore` needs, without the taps of the step under way."""
         content = CheckpointContent(
@@ -178,6 +184,12 @@ class AdapterSession:
             },
         )
         return encode_checkpoint(content)
+
+    def _weights_of(self, version: int) -> dict[TensorKey, Tensor]:
+        if self._previous is not None and version == self.version - 1:
+            return self._previous
+        self._check_version(version)
+        return self._weights
 
     def _check_version(self, version: int) -> None:
         if version != self.version:

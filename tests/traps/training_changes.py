@@ -166,15 +166,10 @@ TRAINING_CHANGES: tuple[Change, ...] = (
         4,
         "last microbatch alone makes the step",
         "test_trap_4_every_interval_trains_as_one_batch_a_step_would",
-        "device/session.py",
+        "device/worker.py",
         (
-            "        self._check_version(version)\n        self._accumulator.add(key, tensor, self._weights)",
-            "        self._check_version(version)\n"
-            "        if key in (seen := self.__dict__.setdefault('seen', set())):\n"
-            "            self._accumulator.clear()\n"
-            "            seen.clear()\n"
-            "        seen.add(key)\n"
-            "        self._accumulator.add(key, tensor, self._weights)",
+            "            if not end.apply:\n                return None\n",
+            "            if not end.apply:\n                return held.session.discard()\n",
         ),
     ),
     changed(
