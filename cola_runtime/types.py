@@ -130,6 +130,7 @@ class TensorKind(enum.IntEnum):
     WEIGHT_GRADIENT_FACTORS = (
         131  # P [out, k] above Q [in + 1, k], as one; P Q^T approximates WEIGHT_GRADIENT
     )
+    WEIGHTS = 132  # every weight of an adapter, one behind the other in catalogue order, [P]
     BLOB = 255  # opaque bytes (a checkpoint), uint8 [bytes]
 
     @property

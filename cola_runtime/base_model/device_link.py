@@ -9,12 +9,13 @@ from typing import Any
 
 from cola_runtime.errors import ProtocolError
 from cola_runtime.proto import control_pb2
-from cola_runtime.transport.frames import HEADER_BYTES, TensorAddress, WireTensor, tensor_wire_bytes
+from cola_runtime.transport.frames import HEADER_BYTES, TensorAddress
 from cola_runtime.transport.stream import FrameStream
+from cola_runtime.transport.tensors import Parcel
 
 
 class DeviceLink:
-    """Sends taps in order, never more unconsumed bytes than the device's credit (or one larger tensor).
+    """Sends taps in order, never more unconsumed bytes than the device's credit (or one larger parcel).
 
     The device is *parked* from the moment its credit is used up until its outbox is empty again. All methods
     belong to the event loop.
@@ -34,7 +35,7 @@ class DeviceLink:
         self.gone = asyncio.Event()  # set by the server once nothing of this link is left
         self._credit_bytes = credit_bytes
         self._in_flight_bytes = 0
-        self._outbox: deque[tuple[TensorAddress, WireTensor] | control_pb2.GradientControl] = deque()
+        self._outbox: deque[tuple[TensorAddress, Parcel] | control_pb2.GradientControl] = deque()
         self._outbox_bytes = 0
         self._on_parked = on_parked
         self._changed = asyncio.Event()
@@ -45,13 +46,12 @@ class DeviceLink:
         """Tensor bytes in the outbox, headers included."""
         return self._outbox_bytes
 
-    def put_tensor(self, address: TensorAddress, tensor: WireTensor) -> int:
-        """Queue a tensor behind everything queued before; returns its bytes on the stream."""
-        wire_bytes = tensor_wire_bytes(len(tensor.data))
-        self._outbox.append((address, tensor))
-        self._outbox_bytes += wire_bytes
+    def put_parcel(self, address: TensorAddress, parcel: Parcel) -> int:
+        """Queue tensors behind everything queued before; returns their bytes on the stream."""
+        self._outbox.append((address, parcel))
+        self._outbox_bytes += parcel.wire_bytes
         self._changed.set()
-        return wire_bytes
+        return parcel.wire_bytes
 
     def put_control(self, message: control_pb2.GradientControl) -> int:
         """Queue a control message in order with the tensors; it takes no credit. Returns its stream bytes."""
@@ -91,17 +91,17 @@ class DeviceLink:
         first = self._outbox[0]
         if not isinstance(first, tuple) or self._in_flight_bytes == 0:
             return True
-        return self._in_flight_bytes + tensor_wire_bytes(len(first[1].data)) <= self._credit_bytes
+        return self._in_flight_bytes + first[1].wire_bytes <= self._credit_bytes
 
     async def _send_first(self) -> None:
         first = self._outbox.popleft()
         if not isinstance(first, tuple):
             await self.stream.send_control(first)
             return
-        wire_bytes = tensor_wire_bytes(len(first[1].data))
-        self._outbox_bytes -= wire_bytes
-        self._in_flight_bytes += wire_bytes
-        await self.stream.send_tensor(*first)
+        address, parcel = first
+        self._outbox_bytes -= parcel.wire_bytes
+        self._in_flight_bytes += parcel.wire_bytes
+        await self.stream.send_frames(parcel.frames(address))
 
     def _set_parked(self, parked: bool) -> None:
         if parked != self.parked:

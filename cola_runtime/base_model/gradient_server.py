@@ -20,11 +20,11 @@ from cola_runtime.proto import control_pb2
 from cola_runtime.transport import control
 from cola_runtime.transport.concurrency import until_first_ends
 from cola_runtime.transport.endpoints import GRADIENTS, serve_streams
-from cola_runtime.transport.frames import TensorAddress, WireTensor
+from cola_runtime.transport.frames import TensorAddress
 from cola_runtime.transport.handshake import receive_hello
 from cola_runtime.transport.reader import FrameLimits, ReceivedTensor
 from cola_runtime.transport.stream import FrameStream, ReceivedControl
-from cola_runtime.transport.tensors import to_wire
+from cola_runtime.transport.tensors import parcels
 from cola_runtime.types import (
     BaseEvent,
     DeviceLinkChanged,
@@ -32,6 +32,7 @@ from cola_runtime.types import (
     Segment,
     StepRefused,
     TensorKey,
+    TensorKind,
 )
 
 if TYPE_CHECKING:
@@ -80,14 +81,13 @@ class GradientServer:
         return self._leases.find(lease) is not None
 
     def send_tap(self, segment: Segment, tensors: Mapping[TensorKey, Compressed]) -> Counter[int]:
-        """Queue a tap for its site's device; returns site -> tensors. From any thread, never blocks.
+        """Queue taps for their sites' devices; returns site -> tensors. From any thread, never blocks.
 
         The tensors must not be changed afterwards. Without a link to the device they are dropped: the
         microbatch's end tells.
         """
         assert self._loop is not None
-        wire = [(key, to_wire(tensor)) for key, tensor in tensors.items()]
-        self._loop.call_soon_threadsafe(self._queue_tap, segment, wire)
+        self._loop.call_soon_threadsafe(self._queue_tap, segment, tensors)
         return Counter(key.site for key in tensors)
 
     def end_microbatch(self, segment: Segment, tensors: Mapping[int, int]) -> None:
@@ -114,21 +114,23 @@ class GradientServer:
             message = control_pb2.GradientControl(microbatch_end=end)
             self._put_control(part, message, trained_version=segment.trained_version)
 
-    def _queue_tap(self, segment: Segment, tensors: list[tuple[TensorKey, WireTensor]]) -> None:
-        for key, tensor in tensors:
-            link = self._links.get(self._device_of(segment, key.site))
+    def _queue_tap(self, segment: Segment, tensors: Mapping[TensorKey, Compressed]) -> None:
+        address = TensorAddress(
+            job_id=segment.lease.job_id,
+            epoch=segment.lease.epoch,
+            version=segment.version,
+            microbatch=segment.microbatch,
+            kind=TensorKind.BLOB,  # a parcel says itself which tensors it holds
+        )
+        by_device: dict[str, dict[TensorKey, Compressed]] = {}
+        for key, tensor in tensors.items():
+            by_device.setdefault(self._device_of(segment, key.site), {})[key] = tensor
+        for device_id, of_device in by_device.items():
+            link = self._links.get(device_id)
             if link is None:
                 continue
-            address = TensorAddress(
-                job_id=segment.lease.job_id,
-                epoch=segment.lease.epoch,
-                version=segment.version,
-                microbatch=segment.microbatch,
-                site=key.site,
-                kind=key.kind,
-                slot=key.slot,
-            )
-            self._count_up(segment.lease, segment.trained_version, link.put_tensor(address, tensor))
+            sent = sum(link.put_parcel(address, parcel) for parcel in parcels(of_device))
+            self._count_up(segment.lease, segment.trained_version, sent)
 
     def _device_of(self, segment: Segment, site: int) -> str:
         adapter = self._leases.find(segment.lease)
@@ -191,13 +193,13 @@ class GradientServer:
 
     async def _read(self, link: DeviceLink) -> None:
         async for item in link.stream:
-            if isinstance(item, ReceivedTensor):
+            if isinstance(item, ReceivedControl):
+                self._control(link, item)
+            elif isinstance(item, ReceivedTensor):
                 address = item.address
                 adapter = self._leases.of(address.job_id, epoch=address.epoch, device_id=link.device_id)
                 if adapter is not None:
                     adapter.add(item, device_id=link.device_id)
-            else:
-                self._control(link, item)
 
     def _control(self, link: DeviceLink, item: ReceivedControl[control_pb2.GradientControl]) -> None:
         message = item.message

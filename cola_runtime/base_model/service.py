@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter, defaultdict, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from cola_runtime.adapter_spec import LeaseTerms
 from cola_runtime.adapters.checkpoint_format import checkpoint_weights
 from cola_runtime.base_model.compute_lane import ComputeLane
 from cola_runtime.base_model.event_log import EventLog
+from cola_runtime.base_model.gathered_taps import GatheredTaps
 from cola_runtime.base_model.gradient_server import GradientServer
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.base_model.updates import Update
@@ -105,18 +106,19 @@ class BaseModelService:
         if self._model.images is not None:
             async with self._decoding:
                 step = await asyncio.to_thread(self._model.images.decoded, step)
-        tensors: dict[int, Counter[int]] = defaultdict(Counter)
+        gathered = [GatheredTaps(segment, self._server.send_tap) for segment in step.segments]
 
         def sink(tap: Tap) -> None:
             segment = step.segments[tap.segment]
             compressed = self._compressor.compress(segment.lease, segment.taps.compression, tap.tensors)
-            tensors[tap.segment] += self._server.send_tap(segment, compressed)
+            gathered[tap.segment].add(compressed)
 
         def compute() -> BaseStepResult:
             result = self._model.run(step, sink)
-            for index, (segment, loss) in enumerate(zip(step.segments, result.losses, strict=True)):
+            for taps, segment, loss in zip(gathered, step.segments, result.losses, strict=True):
                 if step.train and loss.reason is None:
-                    self._server.end_microbatch(segment, tensors[index])
+                    taps.flush()
+                    self._server.end_microbatch(segment, taps.sent)
             return result
 
         result = await self._lane.run(compute)

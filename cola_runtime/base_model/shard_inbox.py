@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from cola_runtime.adapter_spec import AdapterSpec
 from cola_runtime.adapters.adapter import torch_dtype
-from cola_runtime.adapters.shapes import weight_shapes
+from cola_runtime.adapters.flat_layout import FlatLayout
 from cola_runtime.errors import Conflict, ProtocolError
 from cola_runtime.proto import control_pb2
 from cola_runtime.transport.reader import ReceivedTensor
 from cola_runtime.transport.tensors import from_wire
-from cola_runtime.types import TensorKey
+from cola_runtime.types import TensorKey, TensorKind
 
 
 @dataclass(slots=True)
 class _Pending:
     version: int
-    weights: dict[TensorKey, Tensor] = field(default_factory=dict)
+    weights_P: Tensor | None = None
     wire_bytes: int = 0
     failure: ProtocolError | None = None  # told at UpdateEnd, so that the device hears of it once
 
@@ -32,20 +32,20 @@ class ShardInbox:
         self.end: control_pb2.UpdateEnd | None = None  # of the last complete update, until it is handed over
         self.normed_version: int | None = None  # that the step of `norms` leaves
         self.norms: dict[TensorKey, float] = {}
-        self._shapes = weight_shapes(spec)
+        self._layout = FlatLayout(spec)
         self._dtype = torch_dtype(spec)
         self._pending: _Pending | None = None
-        self._complete: dict[TensorKey, Tensor] = {}
+        self._complete_P: Tensor | None = None
 
     def add(self, received: ReceivedTensor) -> None:
-        """Take one weight of a coming version; a fault is kept and told by `complete`."""
+        """Take all weights of a coming version; a fault is kept and told by `complete`."""
         address = received.address
         if self._pending is None or self._pending.version != address.version:
             self._pending = _Pending(address.version)
         pending = self._pending
         pending.wire_bytes += received.wire_bytes
         try:
-            self._take(pending, TensorKey(address.site, address.kind, address.slot), from_wire(received))
+            self._take(pending, address.kind, from_wire(received))
         except ProtocolError as error:
             pending.failure = pending.failure or error
 
@@ -56,47 +56,44 @@ class ShardInbox:
         """
         pending, self._pending = self._pending or _Pending(end.version), None
         self._check(pending, end)
-        self.version, self.end, self._complete = end.version, end, pending.weights
+        self.version, self.end, self._complete_P = end.version, end, pending.weights_P
         return pending.wire_bytes
 
     def hand_over(self) -> dict[TensorKey, Tensor]:
         """The weights of the last complete version, which are nobody else's from now on."""
-        weights, self._complete, self.end = self._complete, {}, None
+        assert self._complete_P is not None, "asked for only where `end` is there"
+        weights, self._complete_P, self.end = self._layout.views(self._complete_P), None, None
         return weights
 
     def take_norms(self, message: control_pb2.ShardNorms) -> None:
         """Raises ProtocolError `NORMS_INVALID` for another version, or another number of them."""
-        if message.version != self.version or len(message.norms) != len(self._shapes):
+        if message.version != self.version or len(message.norms) != len(self._layout.shapes):
             raise ProtocolError(
                 "NORMS_INVALID",
                 f"{len(message.norms)} norms of version {message.version}",
-                limit=f"{len(self._shapes)} of version {self.version}",
+                limit=f"{len(self._layout.shapes)} of version {self.version}",
             )
         self.normed_version = message.version
-        self.norms = dict(zip(self._shapes, message.norms, strict=True))
+        self.norms = dict(zip(self._layout.shapes, message.norms, strict=True))
 
-    def _take(self, pending: _Pending, key: TensorKey, tensor: Tensor) -> None:
-        shape = self._shapes.get(key)
-        if shape is None or tuple(tensor.shape) != shape or tensor.dtype != self._dtype:
+    def _take(self, pending: _Pending, kind: TensorKind, weights_P: Tensor) -> None:
+        expected = (self._layout.numel,)
+        if kind is not TensorKind.WEIGHTS or weights_P.shape != expected or weights_P.dtype != self._dtype:
             raise ProtocolError(
                 "UPDATE_INVALID",
-                f"{key.kind.name} of site {key.site} is {tensor.dtype} {tuple(tensor.shape)}",
-                limit=f"{self._dtype} {shape}",
+                f"{kind.name} is {weights_P.dtype} {tuple(weights_P.shape)}",
+                limit=f"{TensorKind.WEIGHTS.name} in {self._dtype} {expected}",
             )
-        if key in pending.weights:
-            raise ProtocolError("UPDATE_INVALID", f"{key.kind.name} of site {key.site} came twice")
-        pending.weights[key] = tensor
+        if pending.weights_P is not None:
+            raise ProtocolError("UPDATE_INVALID", f"the weights of version {pending.version} came twice")
+        pending.weights_P = weights_P
 
     def _check(self, pending: _Pending, end: control_pb2.UpdateEnd) -> None:
         if pending.failure is not None:
             raise pending.failure
-        counts = (len(pending.weights), end.tensors)
-        if pending.version != end.version or counts != (len(self._shapes), len(self._shapes)):
-            raise ProtocolError(
-                "UPDATE_INCOMPLETE",
-                f"version {end.version} has {end.tensors} tensors, {counts[0]} of {pending.version} came",
-                limit=len(self._shapes),
-            )
+        if pending.version != end.version or pending.weights_P is None:
+            came = "no weights" if pending.weights_P is None else f"weights of version {pending.version}"
+            raise ProtocolError("UPDATE_INCOMPLETE", f"version {end.version} is announced, {came} came")
         if self.version is not None and end.version not in (self.version, self.version + 1):
             raise Conflict(
                 "STEP_OUT_OF_ORDER", "an update out of turn", limit=self.version + 1, actual=end.version

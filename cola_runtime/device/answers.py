@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
-from cola_runtime.types import Lease, TensorKey
+from cola_runtime.transport.frames import Frame
+from cola_runtime.types import Lease
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
-    """The weights of one version, on their way to the base model."""
+    """The weights of one version, on their way to the base model: frames of their own memory."""
 
     lease: Lease
     version: int
-    weights: dict[TensorKey, Tensor]
+    frames: tuple[Frame, ...]
     learning_rate: float = 0.0
     gradient_norm: float = 0.0
     seconds: float = 0.0

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from cola_runtime.device.answers import Answer, Checkpoint, Norms, Refused
 from cola_runtime.device.config import DeviceConfig
-from cola_runtime.device.gradient_link import GradientItems, GradientLink
+from cola_runtime.device.gradient_link import GradientLink
 from cola_runtime.device.worker import DeviceWorker
 from cola_runtime.errors import ColaError, ProtocolError, Unavailable
 from cola_runtime.proto import control_pb2
@@ -25,6 +25,7 @@ from cola_runtime.transport.concurrency import until_first_ends
 from cola_runtime.transport.endpoints import Connection
 from cola_runtime.transport.frames import DType, TensorAddress, WireTensor
 from cola_runtime.transport.reader import ReceivedTensor
+from cola_runtime.transport.stream import ReceivedControl
 from cola_runtime.types import Lease, TensorKind
 
 T = TypeVar("T")
@@ -77,10 +78,10 @@ class ControlSession:
 
     async def _read_control(self) -> None:
         async for item in self._stream:
-            if isinstance(item, ReceivedTensor):
-                self._keep_blob(item)
-            else:
+            if isinstance(item, ReceivedControl):
                 await self._control(item.message)
+            elif isinstance(item, ReceivedTensor):
+                self._keep_blob(item)
         raise Unavailable("STREAM_LOST", "the coordinator closed the control stream")
 
     def _keep_blob(self, item: ReceivedTensor) -> None:
@@ -150,15 +151,15 @@ class ControlSession:
         try:
             for update in await self._in_thread(self._worker.current):
                 await link.send_update(update)
-            await link.serve(self._on_items)
+            await link.serve(self._on_messages)
         finally:
             self._link = None
             await link.close()
 
-    async def _on_items(self, items: GradientItems) -> None:
+    async def _on_messages(self, messages: list[bytes]) -> None:
         link = self._link
         assert link is not None
-        consumed = await self._in_thread(lambda: self._worker.consume(items))
+        consumed = await self._in_thread(lambda: self._worker.consume(link.decode(messages)))
         if consumed.credit_bytes:
             await link.send_credit(consumed.credit_bytes)
         for answer in consumed.answers:

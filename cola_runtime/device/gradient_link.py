@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any
 
 from cola_runtime.device.answers import Norms, Refused, Update
@@ -11,14 +11,13 @@ from cola_runtime.device.config import DeviceConfig
 from cola_runtime.proto import control_pb2
 from cola_runtime.transport import control
 from cola_runtime.transport.endpoints import GRADIENTS, Connection, connect
-from cola_runtime.transport.frames import PROTOCOL_VERSION, TensorAddress
+from cola_runtime.transport.frames import PROTOCOL_VERSION
 from cola_runtime.transport.handshake import introduce
 from cola_runtime.transport.reader import FrameLimits
 from cola_runtime.transport.stream import Item
-from cola_runtime.transport.tensors import to_wire
 
-GradientItems = list[Item[control_pb2.GradientControl]]
-OnItems = Callable[[GradientItems], Awaitable[None]]
+GradientItem = Item[control_pb2.GradientControl]
+OnMessages = Callable[[list[bytes]], Awaitable[None]]
 
 
 class GradientLink:
@@ -45,12 +44,13 @@ class GradientLink:
             raise
         return cls(stream)
 
-    async def serve(self, on_items: OnItems) -> None:
-        """Read until the base model closes, handing everything that has arrived to `on_items` at once.
+    async def serve(self, on_messages: OnMessages) -> None:
+        """Read until the base model closes, handing all messages that have arrived to `on_messages` at once.
 
-        Reading goes on while `on_items` runs; the credit bounds what gathers meanwhile.
+        They are for `decode`, which another thread may call. Reading goes on while `on_messages` runs; the
+        credit bounds what gathers meanwhile.
         """
-        waiting: GradientItems = []
+        waiting: list[bytes] = []
         arrived = asyncio.Event()
         reader = asyncio.create_task(self._read(waiting, arrived))
         try:
@@ -59,15 +59,21 @@ class GradientLink:
                 arrived.clear()
                 while waiting:
                     batch, waiting[:] = list(waiting), []
-                    await on_items(batch)
+                    await on_messages(batch)
             await reader
         finally:
             reader.cancel()
 
-    async def _read(self, waiting: GradientItems, arrived: asyncio.Event) -> None:
+    def decode(self, messages: Iterable[bytes]) -> Iterator[GradientItem]:
+        """What the messages complete, in order. Raises ProtocolError at the first bad frame."""
+        yield from self._stream.take_unread()
+        for message in messages:
+            yield from self._stream.decode(message)
+
+    async def _read(self, waiting: list[bytes], arrived: asyncio.Event) -> None:
         try:
-            while items := await self._stream.receive():
-                waiting += items
+            while (message := await self._stream.receive_message()) is not None:
+                waiting.append(message)
                 arrived.set()
         finally:
             arrived.set()
@@ -92,16 +98,7 @@ class GradientLink:
     async def send_update(self, update: Update) -> None:
         """All weights of a version, then its UpdateEnd."""
         async with self._sending:
-            for key, tensor in update.weights.items():
-                address = TensorAddress(
-                    job_id=update.lease.job_id,
-                    epoch=update.lease.epoch,
-                    version=update.version,
-                    site=key.site,
-                    kind=key.kind,
-                    slot=key.slot,
-                )
-                await self._stream.send_tensor(address, to_wire(tensor))
+            await self._stream.send_frames(update.frames)
             await self._stream.send_control(control_pb2.GradientControl(update_end=_update_end(update)))
 
     async def close(self) -> None:
@@ -112,7 +109,6 @@ def _update_end(update: Update) -> control_pb2.UpdateEnd:
     return control_pb2.UpdateEnd(
         lease=control.lease_to_proto(update.lease),
         version=update.version,
-        tensors=len(update.weights),
         learning_rate=update.learning_rate,
         gradient_norm=update.gradient_norm,
         device_seconds=update.seconds,
@@ -120,4 +116,4 @@ def _update_end(update: Update) -> control_pb2.UpdateEnd:
 
 
 def _limits(config: DeviceConfig) -> FrameLimits:
-    return FrameLimits(max_open_bytes=max(2 * config.credit_bytes, 1 << 30))
+    return FrameLimits(max_open_bytes=max(2 * config.credit_bytes, 1 << 30), packs=True)

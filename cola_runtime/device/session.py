@@ -6,7 +6,6 @@ Plain and synchronous; knows nothing of streams, leases or other adapters.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,14 +20,17 @@ from cola_runtime.adapters.checkpoint_format import (
     decode_checkpoint,
     encode_checkpoint,
 )
+from cola_runtime.adapters.flat_layout import FlatLayout
 from cola_runtime.adapters.optimizer_state import state_bytes
 from cola_runtime.adapters.schedule import learning_rate
-from cola_runtime.adapters.shapes import weight_shapes
 from cola_runtime.device.optimizer import build_optimizer
 from cola_runtime.errors import Conflict
 from cola_runtime.gradients.accumulate import GradientAccumulator
 from cola_runtime.gradients.norms import global_norm, tensor_norms
+from cola_runtime.gradients.packed import PackedKeys
 from cola_runtime.types import TensorKey
+
+CLIP_EPS = 1e-6  # torch's own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +47,7 @@ class Applied:
 class _Snapshot:
     """What a step with inner steps started from."""
 
-    weights: dict[TensorKey, Tensor]
+    weights_P: Tensor
     states: dict[TensorKey, dict[str, Tensor]]
 
 
@@ -69,11 +71,13 @@ class AdapterSession:
         self.version = version
         self._max_staleness = max_staleness
         self._previous: dict[TensorKey, Tensor] | None = None  # with max_staleness, the version before's
-        self._weights = {key: weights[key].detach().clone() for key in weight_shapes(definition.spec)}
+        self._layout = FlatLayout(definition.spec)
+        self._weights_P = self._layout.flat(weights)
+        self._weights = self._layout.views(self._weights_P)
         self._accumulator = GradientAccumulator(
             definition.spec, keep_taps=definition.optimizer.inner_steps > 1
         )
-        self._optimizer = build_optimizer(list(self._weights.values()), definition.optimizer)
+        self._optimizer = build_optimizer(definition.optimizer, self._layout, self._weights_P)
 
     @classmethod
     def create(cls, definition: TrainingDefinition, *, max_staleness: int = 0) -> AdapterSession:
@@ -89,10 +93,12 @@ class AdapterSession:
         content = decode_checkpoint(data)
         weights = {key: _tensor(array) for key, array in content.weights.items()}
         session = cls(content.definition, weights, version=content.version, max_staleness=max_staleness)
-        for key, parameter in session._weights.items():
-            state = {name: _tensor(array) for name, array in content.optimizer_state[key].items()}
-            if state:
-                session._optimizer.state[parameter] = state
+        session._optimizer.load(
+            {
+                key: {name: _tensor(array) for name, array in state.items()}
+                for key, state in content.optimizer_state.items()
+            }
+        )
         return session
 
     @property
@@ -119,11 +125,11 @@ class AdapterSession:
 
         Its gradient is taken at the weights of that version. Raises Conflict VERSION_MISMATCH for any other.
         """
-        if self._previous is not None and version == self.version - 1:
-            self._accumulator.add(key, tensor, self._previous)
-            return
-        self._check_version(version)
-        self._accumulator.add(key, tensor, self._weights)
+        self._accumulator.add(key, tensor, self._weights_of(version))
+
+    def add_packed(self, packed: PackedKeys, vector: Tensor, *, version: int) -> None:
+        """As `add`, of every tensor in `vector`."""
+        self._accumulator.add_packed(packed, vector, self._weights_of(version))
 
     def gradient_norms(self) -> Tensor:
         """[tensors]: the norm of the gradient of each weight, in catalogue order.
@@ -142,14 +148,12 @@ class AdapterSession:
         started = time.perf_counter()
         hyper = self.definition.optimizer
         rate = learning_rate(self.definition.schedule, hyper.learning_rate, self.version)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
         if self._max_staleness:
             self._previous = self.weights()
         start = self._snapshot() if hyper.inner_steps > 1 else None
-        norm = self._step(self._accumulator.gradients(), norm)
+        norm = self._step(self._accumulator.gradient_vector(), rate, norm)
         if start is not None:
-            self._more_steps(hyper.inner_steps - 1, start)
+            self._more_steps(hyper.inner_steps - 1, rate, start)
         self.version += 1
         self._accumulator.clear()
         seconds = time.perf_counter() - started
@@ -161,7 +165,12 @@ class AdapterSession:
 
     def weights(self) -> dict[TensorKey, Tensor]:
         """A copy of the weights, which later steps do not change."""
-        return {key: tensor.clone() for key, tensor in self._weights.items()}
+        return self._layout.views(self._weights_P.clone())
+
+    @property
+    def weights_vector(self) -> Tensor:
+        """[P]: the weights in catalogue order, on the session's own memory."""
+        return self._weights_P
 
     def checkpoint(self) -> bytes:
         """Everything `restore` needs, without the taps of the step under way."""
@@ -169,13 +178,18 @@ class AdapterSession:
             definition=self.definition,
             version=self.version,
             weights={key: tensor.numpy() for key, tensor in self._weights.items()},
-            optimizer_state={key: self._state(tensor) for key, tensor in self._weights.items()},
+            optimizer_state={
+                key: {name: value.numpy() for name, value in state.items()}
+                for key, state in self._optimizer.states().items()
+            },
         )
         return encode_checkpoint(content)
 
-    def _state(self, parameter: Tensor) -> dict[str, NDArray[Any]]:
-        state = self._optimizer.state.get(parameter, {})
-        return {name: value.numpy() for name, value in state.items() if isinstance(value, Tensor)}
+    def _weights_of(self, version: int) -> dict[TensorKey, Tensor]:
+        if self._previous is not None and version == self.version - 1:
+            return self._previous
+        self._check_version(version)
+        return self._weights
 
     def _check_version(self, version: int) -> None:
         if version != self.version:
@@ -186,45 +200,49 @@ class AdapterSession:
                 actual=version,
             )
 
-    def _more_steps(self, count: int, start: _Snapshot) -> None:
+    def _more_steps(self, count: int, rate: float, start: _Snapshot) -> None:
         """Train the surrogate of the step's taps. All or nothing: back to `start` when one fails."""
+        before = self._layout.views(start.weights_P)
         try:
             for _ in range(count):
-                self._step(self._accumulator.surrogate_gradients(self._weights, start.weights))
+                gradients = self._accumulator.surrogate_gradients(self._weights, before)
+                in_order = {key: gradients[key.gradient] for key in self._weights}
+                self._step(self._layout.flat(in_order), rate)
         except BaseException:
-            for key, parameter in self._weights.items():
-                parameter.copy_(start.weights[key])
-                self._optimizer.state[parameter] = start.states[key]
+            self._weights_P.copy_(start.weights_P)
+            self._optimizer.load(start.states)
             raise
 
     def _snapshot(self) -> _Snapshot:
-        states = {key: self._optimizer.state.get(tensor, {}) for key, tensor in self._weights.items()}
+        states = self._optimizer.states()
         return _Snapshot(
-            self.weights(),
+            self._weights_P.clone(),
             {key: {name: value.clone() for name, value in state.items()} for key, state in states.items()},
         )
 
-    def _step(self, gradients: Mapping[TensorKey, Tensor], norm: float | None = None) -> float:
+    def _step(self, gradient_P: Tensor, rate: float, norm: float | None = None) -> float:
         """Clip and apply; returns the norm before clipping. Raises Conflict NON_FINITE_GRADIENT."""
-        own = (gradients[key.gradient] for key in self._weights)
-        of_all = global_norm(tensor_norms(own)) if norm is None else norm
-        self._clip(gradients, torch.as_tensor(of_all, dtype=self.dtype))
-        self._optimizer.step()
-        return float(of_all)
+        if norm is None:
+            norm_of_all = global_norm(tensor_norms(torch.split(gradient_P, self._layout.sizes)))
+        else:
+            norm_of_all = torch.tensor(norm, dtype=self.dtype)
+        clip = self._clip(norm_of_all)
+        self._optimizer.step(self._weights_P, gradient_P, rate=rate, clip=clip)
+        return float(norm_of_all) if norm is None else norm
 
-    def _clip(self, gradients: Mapping[TensorKey, Tensor], norm: Tensor) -> None:
-        """Hand the gradients to the parameters, clipped in place by `norm`, [] in the adapter's dtype."""
+    def _clip(self, norm: Tensor) -> Tensor | None:
+        """What to multiply the gradient by, as torch.nn.utils.clip_grads_with_norm_ does; None for 1."""
         if not torch.isfinite(norm):
             raise Conflict(
                 "NON_FINITE_GRADIENT",
                 f"the gradient's norm at version {self.version} is {norm.item()}",
                 remedy="Lower the learning rate or check the data; the weights are unchanged.",
             )
-        for key, parameter in self._weights.items():
-            parameter.grad = gradients[key.gradient]
         limit = self.definition.optimizer.max_grad_norm
-        if limit is not None:
-            torch.nn.utils.clip_grads_with_norm_(list(self._weights.values()), limit, norm)
+        if limit is None:
+            return None
+        factor = limit / (norm + CLIP_EPS)
+        return factor if factor < 1 else None
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:

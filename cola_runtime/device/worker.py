@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +17,12 @@ from cola_runtime.device.session import AdapterSession, Applied
 from cola_runtime.errors import ColaError, Conflict, Fenced, ProtocolError
 from cola_runtime.proto import control_pb2
 from cola_runtime.transport import control
+from cola_runtime.transport.frames import DType, TensorAddress, tensor_frames
+from cola_runtime.transport.packs import ReceivedPack
 from cola_runtime.transport.reader import ReceivedTensor
 from cola_runtime.transport.stream import Item
-from cola_runtime.transport.tensors import tap_from_wire
-from cola_runtime.types import Lease, TensorKey
+from cola_runtime.transport.tensors import tap_from_wire, tensors_from_wire, to_wire, vector_from_wire
+from cola_runtime.types import Lease, TensorKey, TensorKind
 
 GradientItem = Item[control_pb2.GradientControl]
 
@@ -91,12 +93,12 @@ class DeviceWorker:
         self.busy_seconds += time.perf_counter() - started
         return Checkpoint(lease=lease, version=held.session.version, data=data, sha256=digest)
 
-    def consume(self, items: Sequence[GradientItem]) -> Consumed:
+    def consume(self, items: Iterable[GradientItem]) -> Consumed:
         """Add taps, apply steps. What belongs to a lease that is not held is dropped, its bytes credited."""
         started = time.perf_counter()
         consumed = Consumed()
         for item in items:
-            if isinstance(item, ReceivedTensor):
+            if isinstance(item, ReceivedTensor | ReceivedPack):
                 consumed.credit_bytes += item.wire_bytes
             consumed.answers += self._take(item)
         self.busy_seconds += time.perf_counter() - started
@@ -111,7 +113,7 @@ class DeviceWorker:
         if held is not None:
             held.behind.append(item)
             return []
-        if isinstance(item, ReceivedTensor):
+        if isinstance(item, ReceivedTensor | ReceivedPack):
             answer: Answer | None = self._add(item)
         elif item.message.HasField("global_norm"):
             return self._apply_shard(item.message.global_norm)
@@ -121,7 +123,7 @@ class DeviceWorker:
 
     def _waiting(self, item: GradientItem) -> _Held | None:
         """The shard that this belongs to, while its step waits for the other shards."""
-        if isinstance(item, ReceivedTensor):
+        if isinstance(item, ReceivedTensor | ReceivedPack):
             held = self._of_epoch(item.address.job_id, item.address.epoch)
         elif item.message.HasField("microbatch_end"):
             held = self._of(control.lease_from_proto(item.message.microbatch_end.lease))
@@ -129,17 +131,15 @@ class DeviceWorker:
             held = None
         return held if held is not None and held.announced is not None else None
 
-    def _add(self, item: ReceivedTensor) -> Refused | None:
+    def _add(self, item: ReceivedTensor | ReceivedPack) -> Refused | None:
         address = item.address
         held = self._of_epoch(address.job_id, address.epoch)
         if held is None or held.refused:
             return None
         started = time.perf_counter()
-        held.tensors += 1
+        held.tensors += len(item.contents.packed.keys) if isinstance(item, ReceivedPack) else 1
         try:
-            key = TensorKey(address.site, address.kind, address.slot)
-            tensor = tap_from_wire(item, held.session.dtype)
-            held.session.add(key, tensor, version=address.version)
+            _add_to(held.session, item)
         except ColaError as error:
             return _refuse(held, error)
         held.step_seconds += time.perf_counter() - started
@@ -215,6 +215,18 @@ class DeviceWorker:
             raise Fenced("FENCED", "an older lease", limit=held.lease.epoch, actual=lease.epoch)
 
 
+def _add_to(session: AdapterSession, item: ReceivedTensor | ReceivedPack) -> None:
+    address = item.address
+    if isinstance(item, ReceivedTensor):
+        key = TensorKey(address.site, address.kind, address.slot)
+        session.add(key, tap_from_wire(item, session.dtype), version=address.version)
+    elif item.dtype is DType.INT8_BLOCKS:
+        for key, tensor in tensors_from_wire(item, session.dtype):
+            session.add(key, tensor, version=address.version)
+    else:
+        session.add_packed(item.contents.packed, vector_from_wire(item), version=address.version)
+
+
 def _session(grant: control_pb2.LeaseGrant, checkpoint: bytes | None) -> AdapterSession:
     definition = TrainingDefinition(
         spec=control.spec_from_proto(grant.adapter),
@@ -244,10 +256,12 @@ def _update(
     seconds: float = 0.0,
     checkpoint_due: bool = False,
 ) -> Update:
+    address = TensorAddress(lease.job_id, lease.epoch, session.version, TensorKind.WEIGHTS)
+    frames = tensor_frames(address, to_wire(session.weights_vector))
     return Update(
         lease=lease,
         version=session.version,
-        weights=session.weights(),
+        frames=tuple((b"".join(frame),) for frame in frames),  # a copy: later steps do not change it
         learning_rate=applied.learning_rate if applied else 0.0,
         gradient_norm=applied.gradient_norm if applied else 0.0,
         seconds=seconds,

@@ -5,18 +5,21 @@ Shapes: N rows, I in_features, O out_features. Knows nothing of frames, leases o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cola_runtime.adapter_spec import AdapterSpec, input_dropout
 from cola_runtime.adapters.adapter import site_adapters, torch_dtype
-from cola_runtime.adapters.shapes import weight_shapes
+from cola_runtime.adapters.flat_layout import FlatLayout
 from cola_runtime.adapters.site_adapter import Gradients, LinearSiteAdapter, Weights
 from cola_runtime.errors import ProtocolError
 from cola_runtime.gradients.compression import product_of_factors
+from cola_runtime.gradients.packed import PackedKeys
 from cola_runtime.gradients.surrogate import KeptTaps
 from cola_runtime.types import Site, TensorKey, TensorKind
 
@@ -42,8 +45,18 @@ class _InputGroup:
         return self.input_NI is not None or bool(self.waiting)
 
 
+@dataclass(slots=True)
+class _Run:
+    """Tensors `first` to `stop` of the gradient: neighbours there and from `start` on in a pack's vector."""
+
+    first: int
+    stop: int
+    start: int
+    numbers: int
+
+
 class GradientAccumulator:
-    """Gradient of one adapter, summed over microbatches in spec.dtype.
+    """Gradient of one adapter, summed over microbatches in spec.dtype, in one vector [P] (`FlatLayout`).
 
     `adapter_gradient` taps are added as they come, `weight_gradient` taps go through the kind's mathematics.
     Of `activations` taps, each pair (x, g) does so as soon as both are there, and is freed: memory is the
@@ -58,9 +71,13 @@ class GradientAccumulator:
         self._kept = KeptTaps(self._adapters) if keep_taps else None
         self._dtype = torch_dtype(spec)
         self._sites = {site.index: site for site in spec.sites}
-        self._gradients = {
-            key.gradient: torch.zeros(shape, dtype=self._dtype) for key, shape in weight_shapes(spec).items()
-        }
+        self._layout = FlatLayout(spec)
+        self._gradient_P = torch.zeros(self._layout.numel, dtype=self._dtype)
+        views = self._layout.views(self._gradient_P)
+        self._gradients = {key.gradient: view for key, view in views.items()}
+        self._numbers = {key: number for number, key in enumerate(self._gradients)}
+        self._begun = np.zeros(len(self._gradients), dtype=bool)  # whose first term of this step has come
+        self._runs: WeakKeyDictionary[PackedKeys, list[_Run]] = WeakKeyDictionary()
         self._groups: dict[int, _InputGroup] = {}  # by site
         for part in spec.parts:
             groups: dict[int, _InputGroup] = {}
@@ -104,18 +121,51 @@ class GradientAccumulator:
         else:
             raise _invalid(site.name, "a tap or a gradient of its kind", key.kind.name)
 
-    def gradients(self) -> dict[TensorKey, Tensor]:
-        """The gradient of every weight, in its shape; zeros where no tap arrived.
+    def add_packed(self, packed: PackedKeys, vector: Tensor, weights: Mapping[TensorKey, Tensor]) -> None:
+        """`add` of every tensor in `vector`; gradients that are neighbours in both go in one operation."""
+        runs = self._runs_of(packed)
+        if runs and vector.dtype in (self._dtype, torch.bfloat16):
+            for run in runs:
+                self._sum(run.first, run.stop, vector[run.start : run.start + run.numbers])
+            return
+        for key, shape, part in zip(
+            packed.keys, packed.shapes, torch.split(vector, packed.sizes), strict=True
+        ):
+            self.add(key, part.view(shape), weights)
 
-        The tensors are the accumulator's own, valid until `clear`. Raises ProtocolError `TAP_INCOMPLETE`
-        while a pair is open.
+    def _runs_of(self, packed: PackedKeys) -> list[_Run]:
+        """[] for what is not all gradients of this adapter in their shapes: `add` says what it is."""
+        runs = self._runs.get(packed)
+        if runs is None:
+            own = self._kept is None and all(
+                key in self._gradients and self._gradients[key].shape == shape
+                for key, shape in zip(packed.keys, packed.shapes, strict=True)
+            )
+            numbers = [self._numbers[key] for key in packed.keys] if own else []
+            runs = self._runs[packed] = _runs(numbers, packed.sizes)
+        return runs
+
+    def gradients(self) -> dict[TensorKey, Tensor]:
+        """The gradient of every weight, in its shape: views of `gradient_vector`, with its errors."""
+        self.gradient_vector()
+        return dict(self._gradients)
+
+    def gradient_vector(self) -> Tensor:
+        """[P]: the gradient of every weight, zeros where no tap arrived.
+
+        It is the accumulator's own, valid until `clear`. Raises ProtocolError `TAP_INCOMPLETE` while a pair
+        is open.
         """
         open_sites = sorted({group.first.name for group in self._groups.values() if group.is_open})
         if open_sites:
             raise ProtocolError(
                 "TAP_INCOMPLETE", f"taps are incomplete at the inputs of {', '.join(open_sites)}"
             )
-        return dict(self._gradients)
+        starts = self._layout.starts
+        for number in np.flatnonzero(~self._begun):
+            self._gradient_P[starts[number] : starts[number + 1]] = 0.0
+        self._begun[:] = True
+        return self._gradient_P
 
     def surrogate_gradients(self, weights: Weights, start: Weights) -> dict[TensorKey, Tensor]:
         """The gradient of the kept taps' surrogate at `weights`; they were taken at `start`. New tensors."""
@@ -123,11 +173,10 @@ class GradientAccumulator:
         return self._kept.gradients(weights, start)
 
     def clear(self) -> None:
-        """Zero the sums in place and drop open pairs and kept taps, for the next step."""
+        """Begin the next step's sums in the same memory; drop open pairs and kept taps."""
         if self._kept is not None:
             self._kept.clear()
-        for gradient in self._gradients.values():
-            gradient.zero_()
+        self._begun[:] = False
         for group in self._groups.values():
             _close(group)
 
@@ -136,7 +185,7 @@ class GradientAccumulator:
         _check_shape(site, tensor, tuple(total.shape))
         if tensor.dtype not in (total.dtype, torch.bfloat16):  # the latter of a compressed tap
             raise _invalid(site.name, str(total.dtype), str(tensor.dtype))
-        total.add_(tensor)
+        self._sum_one(key, tensor)
 
     def _add_product(self, site: Site, tensor: Tensor, weights: Mapping[TensorKey, Tensor]) -> None:
         adapter = self._adapters[site.index]
@@ -196,7 +245,42 @@ class GradientAccumulator:
 
     def _add_all(self, gradients: Gradients) -> None:
         for key, gradient in gradients.items():
-            self._gradients[key.gradient].add_(gradient)
+            self._sum_one(key.gradient, gradient)
+
+    def _sum_one(self, key: TensorKey, gradient: Tensor) -> None:
+        number = self._numbers[key]
+        self._sum(number, number + 1, gradient.reshape(-1))
+
+    def _sum(self, first: int, stop: int, values: Tensor) -> None:
+        """Of tensors `first` to `stop`. A step's first term is written over the last step's sum: cheaper than
+        zeroing it and adding.
+        """
+        starts, begun = self._layout.starts, self._begun[first:stop]
+        sums = self._gradient_P[starts[first] : starts[stop]]
+        if begun.all():
+            sums.add_(values)
+        elif not begun.any():
+            sums.copy_(values)
+            begun[:] = True
+        else:
+            for number in range(first, stop):
+                offset = starts[number] - starts[first]
+                size = starts[number + 1] - starts[number]
+                self._sum(number, number + 1, values[offset : offset + size])
+
+
+def _runs(numbers: Sequence[int], sizes: Sequence[int]) -> list[_Run]:
+    """Consecutive numbers as one."""
+    runs: list[_Run] = []
+    start = 0
+    for number, size in zip(numbers, sizes, strict=False):
+        if runs and runs[-1].stop == number:
+            runs[-1].stop += 1
+            runs[-1].numbers += size
+        else:
+            runs.append(_Run(number, number + 1, start, size))
+        start += size
+    return runs
 
 
 def _close(group: _InputGroup) -> None:

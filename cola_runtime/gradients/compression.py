@@ -63,7 +63,7 @@ def dequantized(blocks: Int8Blocks, dtype: torch.dtype) -> Tensor:
             actual=blocks.payload.numel(),
         )
     border = int8_layout.scales_bytes(elements)
-    scales = blocks.payload[:border].view(torch.bfloat16).to(dtype)
+    scales = blocks.payload[:border].clone().view(torch.bfloat16).to(dtype)  # where it lay may be odd
     values = torch.zeros(len(scales), int8_layout.BLOCK_VALUES, dtype=dtype)
     values.view(-1)[:elements] = blocks.payload[border:].view(torch.int8)
     return values.mul_(scales.unsqueeze(1)).view(-1)[:elements].view(blocks.shape)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 def tensor_norms(gradients: Iterable[Tensor]) -> Tensor:
     """[tensors]: the 2-norm of each."""
-    return torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
+    return torch.stack(torch._foreach_norm(list(gradients)))
 
 
 def global_norm(norms_T: Tensor) -> Tensor:

@@ -235,20 +235,18 @@ class MicrobatchEnd(_message.Message):
     def __init__(self, lease: _Optional[_Union[LeaseRef, _Mapping]] = ..., version: _Optional[int] = ..., microbatch: _Optional[int] = ..., tensors: _Optional[int] = ..., apply: _Optional[bool] = ..., staleness: _Optional[int] = ...) -> None: ...
 
 class UpdateEnd(_message.Message):
-    __slots__ = ("lease", "version", "tensors", "learning_rate", "gradient_norm", "device_seconds")
+    __slots__ = ("lease", "version", "learning_rate", "gradient_norm", "device_seconds")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
-    TENSORS_FIELD_NUMBER: _ClassVar[int]
     LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_NORM_FIELD_NUMBER: _ClassVar[int]
     DEVICE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     lease: LeaseRef
     version: int
-    tensors: int
     learning_rate: float
     gradient_norm: float
     device_seconds: float
-    def __init__(self, lease: _Optional[_Union[LeaseRef, _Mapping]] = ..., version: _Optional[int] = ..., tensors: _Optional[int] = ..., learning_rate: _Optional[float] = ..., gradient_norm: _Optional[float] = ..., device_seconds: _Optional[float] = ...) -> None: ...
+    def __init__(self, lease: _Optional[_Union[LeaseRef, _Mapping]] = ..., version: _Optional[int] = ..., learning_rate: _Optional[float] = ..., gradient_norm: _Optional[float] = ..., device_seconds: _Optional[float] = ...) -> None: ...
 
 class ShardNorms(_message.Message):
     __slots__ = ("lease", "version", "norms")

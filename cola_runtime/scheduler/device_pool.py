@@ -24,7 +24,7 @@ from cola_runtime.transport.control import lease_from_proto, lease_grant, lease_
 from cola_runtime.transport.frames import DType, TensorAddress, WireTensor
 from cola_runtime.transport.handshake import receive_hello
 from cola_runtime.transport.reader import FrameLimits, ReceivedTensor
-from cola_runtime.transport.stream import FrameStream
+from cola_runtime.transport.stream import FrameStream, ReceivedControl
 from cola_runtime.types import Lease, TensorKind
 
 logger = logging.getLogger(__name__)
@@ -215,14 +215,14 @@ class DevicePool:
         blobs: dict[tuple[str, int], ReceivedTensor] = {}
         async for item in device.stream:
             device.heard = time.monotonic()
-            if isinstance(item, ReceivedTensor):
+            if isinstance(item, ReceivedControl):
+                await self._hear(device, item.message, blobs)
+            elif isinstance(item, ReceivedTensor):
                 if item.address.kind is not TensorKind.BLOB:
                     raise ProtocolError(
                         "TENSOR_INVALID", f"a control stream carries no {item.address.kind.name}"
                     )
                 blobs[item.address.job_id, item.address.epoch] = item
-            else:
-                await self._hear(device, item.message, blobs)
 
     async def _hear(
         self,

@@ -25,12 +25,14 @@ from cola_runtime.gradients.accumulate import GradientAccumulator
 from cola_runtime.gradients.compression import TapCompressor
 from cola_runtime.gradients.planner import encodings_of
 from cola_runtime.gradients.taps import Tap
-from cola_runtime.transport.frames import Frame, TensorAddress, tensor_frames
+from cola_runtime.transport.frames import DType, Frame, TensorAddress
+from cola_runtime.transport.packs import ReceivedPack
 from cola_runtime.transport.reader import FrameLimits, FrameReader, ReceivedTensor
-from cola_runtime.transport.tensors import tap_from_wire, to_wire
-from cola_runtime.types import Compression, Encoding, Lease, Site, TapPlan, TensorKey
+from cola_runtime.transport.tensors import parcels, tap_from_wire, tensors_from_wire, vector_from_wire
+from cola_runtime.types import Compression, Encoding, Lease, Site, TapPlan, TensorKey, TensorKind
 
 LEASE = Lease(job_id="job-" + "0" * 32, epoch=1, device_id="here")
+ADDRESS = TensorAddress(LEASE.job_id, LEASE.epoch, version=0, kind=TensorKind.BLOB)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,8 +110,8 @@ class _Group:
         frames: list[Frame] = []
 
         def sink(tap: Tap) -> None:
-            for key, tensor in self._compressor.compress(LEASE, plan.compression, tap.tensors).items():
-                frames.extend(tensor_frames(_address(key), to_wire(tensor)))
+            compressed = self._compressor.compress(LEASE, plan.compression, tap.tensors)
+            frames.extend(frame for parcel in parcels(compressed) for frame in parcel.frames(ADDRESS))
 
         taps = _TimedTaps(
             plan.encoding,
@@ -124,7 +126,7 @@ class _Group:
         outputs_BTO = [torch.zeros_like(grad) for grad in self._grads_BTO]
         kept = stack.add_to(outputs_BTO, self._x_BTI)
         stack.backward(self._x_BTI, kept, self._grads_BTO, None)
-        messages = [header + bytes(payload) for header, payload in frames]
+        messages = [b"".join(frame) for frame in frames]
         return Cell(
             bytes_up=sum(map(len, messages)), base_seconds=taps.seconds, device_seconds=self._add(messages)
         )
@@ -143,17 +145,20 @@ class _Group:
     def _add(self, messages: Sequence[bytes]) -> float:
         """What a device does with them; returns its CPU seconds."""
         started = time.thread_time()
-        reader = FrameReader(FrameLimits())
+        reader = FrameReader(FrameLimits(packs=True))
         for message in messages:
             for item in reader.feed(message):
-                assert isinstance(item, ReceivedTensor)
-                key = TensorKey(item.address.site, item.address.kind, item.address.slot)
-                self._accumulator.add(key, tap_from_wire(item, torch.float32), self._weights)
+                assert isinstance(item, ReceivedTensor | ReceivedPack)
+                self._add_one(item)
         assert self._accumulator.complete
         return time.thread_time() - started
 
-
-def _address(key: TensorKey) -> TensorAddress:
-    return TensorAddress(
-        job_id=LEASE.job_id, epoch=LEASE.epoch, version=0, site=key.site, kind=key.kind, slot=key.slot
-    )
+    def _add_one(self, item: ReceivedTensor | ReceivedPack) -> None:
+        if isinstance(item, ReceivedTensor):
+            key = TensorKey(item.address.site, item.address.kind, item.address.slot)
+            self._accumulator.add(key, tap_from_wire(item, torch.float32), self._weights)
+        elif item.dtype is DType.INT8_BLOCKS:
+            for key, tensor in tensors_from_wire(item, torch.float32):
+                self._accumulator.add(key, tensor, self._weights)
+        else:
+            self._accumulator.add_packed(item.contents.packed, vector_from_wire(item), self._weights)

@@ -3,7 +3,7 @@
     offset size field
          0    4 magic "COLA"
          4    8 checksum: xxh3_64 of everything from offset 12 to the end of the payload
-        12    1 protocol version          13  1 kind (1 tensor chunk, 2 control message)
+        12    1 protocol version          13  1 kind (1 tensor chunk, 2 control message, 3 pack)
         14    1 dtype code                15  1 number of dimensions (0 to 4)
         16    2 flags (0)                 18  2 site
         20    2 tensor id (TensorKind)    22  2 slot (of a registered module's parameter)
@@ -14,7 +14,8 @@
         72    8 total bytes of the tensor     80  8 offset of this chunk
 
 A tensor's chunks come in order; chunks of different tensors may alternate. A control frame has no dtype,
-shape or address: its payload is one protobuf message. A stream's message is a sequence of whole frames.
+shape or address: its payload is one protobuf message. A pack is many small tensors (packs.py). A stream's
+message is a sequence of whole frames.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import enum
 import functools
 import struct
 from collections.abc import Iterator
+from math import prod
 from typing import NamedTuple
 
 import xxhash
@@ -31,7 +33,7 @@ from cola_runtime.errors import ProtocolError
 from cola_runtime.gradients import int8_layout
 from cola_runtime.types import JOB_ID_PREFIX, TensorKind
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 MAGIC = b"COLA"
 HEADER_BYTES = 88
 MAX_PAYLOAD_BYTES = 1 << 20
@@ -47,6 +49,7 @@ _FIELDS_FORMAT = "<BBBBHHHH16s4I4IQQ"
 class FrameKind(enum.IntEnum):
     TENSOR = 1
     CONTROL = 2
+    PACK = 3
 
 
 class DType(enum.IntEnum):
@@ -65,7 +68,7 @@ class DType(enum.IntEnum):
 ITEM_BYTES = {1: 4, 2: 8, 3: 2, 4: 2, 5: 1, 6: 4, 7: 8, 8: 1}
 _INT8_BLOCKS = int(DType.INT8_BLOCKS)
 _FRAME_KINDS = frozenset(map(int, FrameKind))
-_TENSOR_KINDS = {int(kind): kind for kind in TensorKind}
+TENSOR_KINDS = {int(kind): kind for kind in TensorKind}
 DTYPES = {int(dtype): dtype for dtype in DType}
 
 
@@ -110,7 +113,7 @@ class Header(NamedTuple):
     offset: int
 
 
-Frame = tuple[bytes, memoryview | bytes]  # header and payload, not joined yet
+Frame = tuple[memoryview | bytes, ...]  # header and payload, not joined yet
 
 
 def control_frame(payload: bytes) -> Frame:
@@ -134,7 +137,10 @@ def tensor_frames(address: TensorAddress, tensor: WireTensor) -> Iterator[Frame]
     total = len(tensor.data)
     for offset in range(0, max(total, 1), MAX_PAYLOAD_BYTES):
         payload = tensor.data[offset : offset + MAX_PAYLOAD_BYTES]
-        yield _with_checksum(_tensor_fields(address, tensor, offset, len(payload)), payload), payload
+        header = frame_header(
+            FrameKind.TENSOR, address, tensor.dtype, payload, shape=tensor.shape, total=total, offset=offset
+        )
+        yield header, payload
 
 
 def tensor_wire_bytes(data_bytes: int) -> int:
@@ -177,16 +183,9 @@ def decode_header(message: bytes, start: int) -> Header:
 
 def check_tensor_header(header: Header) -> None:
     """Raise ProtocolError TENSOR_INVALID unless dtype, shape, total and chunk agree with one another."""
-    item_bytes = ITEM_BYTES.get(header.dtype)
-    if item_bytes is None or header.tensor not in _TENSOR_KINDS:
+    if header.dtype not in ITEM_BYTES or header.tensor not in TENSOR_KINDS:
         raise ProtocolError("TENSOR_INVALID", f"unknown dtype {header.dtype} or tensor id {header.tensor}")
-    elements = 1
-    for dimension in header.shape:
-        elements *= dimension
-    total_bytes = elements * item_bytes
-    if header.dtype == _INT8_BLOCKS:
-        total_bytes += int8_layout.scales_bytes(elements)
-    if total_bytes != header.total_bytes:
+    if element_bytes(header.dtype, header.shape) != header.total_bytes:
         raise ProtocolError(
             "TENSOR_INVALID", f"{header.shape} of dtype {header.dtype} is not {header.total_bytes} bytes"
         )
@@ -196,26 +195,45 @@ def check_tensor_header(header: Header) -> None:
         raise ProtocolError("TENSOR_INVALID", "an empty chunk of a tensor that is not empty")
 
 
+def element_bytes(dtype: int, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor of a known dtype on the wire, without headers."""
+    elements = prod(shape)
+    scales = int8_layout.scales_bytes(elements) if dtype == _INT8_BLOCKS else 0
+    return elements * ITEM_BYTES[dtype] + scales
+
+
 def tensor_address(header: Header) -> TensorAddress:
     """The address in a checked tensor header."""
-    job_id, kind = _job_id(header.job), _TENSOR_KINDS[header.tensor]
+    job_id, kind = _job_id(header.job), TENSOR_KINDS[header.tensor]
     return TensorAddress(
         job_id, header.epoch, header.version, kind, header.site, header.microbatch, header.slot
     )
 
 
-def _tensor_fields(address: TensorAddress, tensor: WireTensor, offset: int, payload_bytes: int) -> bytes:
-    shape = (*tensor.shape, *(0,) * (MAX_DIMENSIONS - len(tensor.shape)))
-    return struct.pack(
-        _FIELDS_FORMAT, PROTOCOL_VERSION, FrameKind.TENSOR, tensor.dtype, len(tensor.shape), 0, address.site,
-        address.kind, address.slot, _job_bytes(address.job_id), address.epoch, address.version,
-        address.microbatch, payload_bytes, *shape, len(tensor.data), offset,
+def frame_header(
+    kind: FrameKind,
+    address: TensorAddress,
+    dtype: DType,
+    *payload: memoryview | bytes,
+    shape: tuple[int, ...] = (),
+    total: int | None = None,
+    offset: int = 0,
+) -> bytes:
+    """Header of a tensor's chunk or of a pack; without `total`, the payload is all of it."""
+    payload_bytes = sum(map(len, payload))
+    fields = struct.pack(
+        _FIELDS_FORMAT, PROTOCOL_VERSION, kind, dtype, len(shape), 0, address.site, address.kind,
+        address.slot, _job_bytes(address.job_id), address.epoch, address.version, address.microbatch,
+        payload_bytes, *shape, *(0,) * (MAX_DIMENSIONS - len(shape)),
+        payload_bytes if total is None else total, offset,
     )  # fmt: skip
+    return _with_checksum(fields, *payload)
 
 
-def _with_checksum(fields: bytes, payload: memoryview | bytes) -> bytes:
+def _with_checksum(fields: bytes, *payload: memoryview | bytes) -> bytes:
     digest = xxhash.xxh3_64(fields)
-    digest.update(payload)
+    for part in payload:
+        digest.update(part)
     return struct.pack(_PREFIX_FORMAT, MAGIC, digest.intdigest()) + fields
 
 

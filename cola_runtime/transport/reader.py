@@ -19,6 +19,7 @@ from cola_runtime.transport.frames import (
     decode_header,
     tensor_address,
 )
+from cola_runtime.transport.packs import PackIndexes, ReceivedPack
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,9 +29,10 @@ class FrameLimits:
     max_tensor_bytes: int = 1 << 30
     max_open_tensors: int = 16
     max_open_bytes: int = 2 << 30
+    packs: bool = False  # where many small tensors are expected
 
 
-_CONTROL = int(FrameKind.CONTROL)
+_CONTROL, _PACK = int(FrameKind.CONTROL), int(FrameKind.PACK)
 NO_TENSORS = FrameLimits(max_tensor_bytes=0, max_open_tensors=0, max_open_bytes=0)
 
 
@@ -68,10 +70,11 @@ class FrameReader:
         self.limits = limits
         self._open: dict[_Name, _OpenTensor] = {}
         self._open_bytes = 0
+        self._indexes = PackIndexes()
 
-    def feed(self, message: bytes) -> list[ReceivedTensor | ControlPayload]:
+    def feed(self, message: bytes) -> list[ReceivedTensor | ReceivedPack | ControlPayload]:
         """Everything that `message` completes, in order. Raises ProtocolError at the first bad frame."""
-        received: list[ReceivedTensor | ControlPayload] = []
+        received: list[ReceivedTensor | ReceivedPack | ControlPayload] = []
         view = memoryview(message)
         start = 0
         while start < len(message):
@@ -81,6 +84,8 @@ class FrameReader:
             start = end
             if header.kind == _CONTROL:
                 received.append(_control(header, payload))
+            elif header.kind == _PACK:
+                received.append(self._pack(header, payload))
             elif (tensor := self._chunk(header, payload)) is not None:
                 received.append(tensor)
         return received
@@ -112,6 +117,15 @@ class FrameReader:
         return ReceivedTensor(
             tensor_address(header), DTYPES[header.dtype], header.shape, data, HEADER_BYTES + len(payload)
         )
+
+    def _pack(self, header: Header, payload: memoryview) -> ReceivedPack:
+        if not self.limits.packs:
+            raise ProtocolError("PACK_UNEXPECTED", "no packs of tensors travel this way")
+        index = self._indexes.of(header, payload)
+        _check_room(self.limits, header, open_tensors=len(self._open), open_bytes=self._open_bytes)
+        data = memoryview(bytearray(payload[len(payload) - index.data_bytes :]))
+        address = tensor_address(header)._replace(slot=index.packed.keys[0].slot)
+        return ReceivedPack(address, DTYPES[header.dtype], index, data, HEADER_BYTES + len(payload))
 
     def _begin(self, name: _Name, header: Header) -> _OpenTensor:
         _check_room(self.limits, header, open_tensors=len(self._open), open_bytes=self._open_bytes)

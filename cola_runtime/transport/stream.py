@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -28,7 +28,8 @@ from cola_runtime.transport.frames import (
     control_frame,
     tensor_frames,
 )
-from cola_runtime.transport.reader import NO_TENSORS, FrameLimits, FrameReader, ReceivedTensor
+from cola_runtime.transport.packs import ReceivedPack
+from cola_runtime.transport.reader import NO_TENSORS, ControlPayload, FrameLimits, FrameReader, ReceivedTensor
 from cola_runtime.transport.status import error_from_rpc
 
 SEND_QUEUE_BYTES = 4 << 20
@@ -47,7 +48,7 @@ class ReceivedControl(Generic[M]):
         self.wire_bytes = wire_bytes
 
 
-Item = ReceivedTensor | ReceivedControl[M]
+Item = ReceivedTensor | ReceivedPack | ReceivedControl[M]
 
 _LOST = (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError, asyncio.InvalidStateError)
 
@@ -94,8 +95,12 @@ class FrameStream(Generic[M]):
 
     async def send_tensor(self, address: TensorAddress, tensor: WireTensor) -> int:
         """Queue a tensor's frames, waiting for room; its memory must not change before it was written."""
+        return await self.send_frames(tensor_frames(address, tensor))
+
+    async def send_frames(self, frames: Iterable[Frame]) -> int:
+        """Queue frames, waiting for room; what they view must not change before they were written."""
         sent = 0
-        for frame in tensor_frames(address, tensor):
+        for frame in frames:
             sent += await self._queue(frame)
         return sent
 
@@ -105,19 +110,38 @@ class FrameStream(Generic[M]):
         Raises ProtocolError for a bad frame, Unavailable when the stream is lost or after `timeout_seconds`.
         """
         if self._unread:
-            items, self._unread = self._unread, []
-            return items
-        while True:
-            message = await self._read(timeout_seconds)
-            if message is grpc.aio.EOF:
-                return []
-            self.bytes_received += len(message)
-            items = [
-                item if isinstance(item, ReceivedTensor) else self._parse(item.payload, item.wire_bytes)
-                for item in self._reader.feed(message)
-            ]
+            return self.take_unread()
+        while (message := await self.receive_message(timeout_seconds=timeout_seconds)) is not None:
+            items = self.decode(message)
             if items:
                 return items
+        return []
+
+    async def receive_message(self, *, timeout_seconds: float | None = None) -> bytes | None:
+        """The next message as it came, for `decode`; None when the peer has closed.
+
+        Raises Unavailable as `receive` does. What `receive_one` left unread is not in it: see `take_unread`.
+        """
+        message = await self._read(timeout_seconds)
+        if message is grpc.aio.EOF:
+            return None
+        self.bytes_received += len(message)
+        return bytes(message)
+
+    def decode(self, message: bytes) -> list[Item[M]]:
+        """Everything that the next message completes. Any one thread may do it, message by message in order.
+
+        Raises ProtocolError for a bad frame.
+        """
+        return [
+            self._parse(item.payload, item.wire_bytes) if isinstance(item, ControlPayload) else item
+            for item in self._reader.feed(message)
+        ]
+
+    def take_unread(self) -> list[Item[M]]:
+        """What came together with the item that `receive_one` returned."""
+        items, self._unread = self._unread, []
+        return items
 
     async def receive_one(self, *, timeout_seconds: float) -> Item[M] | None:
         """The next item alone, None when the peer has closed; what came with it waits for `receive()`."""
@@ -171,7 +195,7 @@ class FrameStream(Generic[M]):
             raise ProtocolError("CONTROL_INVALID", f"not a {name} message") from error
 
     async def _queue(self, frame: Frame) -> int:
-        frame_bytes = len(frame[0]) + len(frame[1])
+        frame_bytes = sum(map(len, frame))
         if self._queued_bytes >= SEND_QUEUE_BYTES:
             await self._wait_below(SEND_QUEUE_BYTES)
         if self._failure is not None:
@@ -212,8 +236,7 @@ class FrameStream(Generic[M]):
         parts: list[bytes | memoryview] = []
         message_bytes = 0
         while self._frames:
-            header, payload = self._frames[0]
-            message_bytes += len(header) + len(payload)
+            message_bytes += sum(map(len, self._frames[0]))
             if parts and message_bytes > MAX_MESSAGE_BYTES:
                 break
             parts += self._frames.popleft()

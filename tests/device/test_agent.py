@@ -15,6 +15,7 @@ from torch import Tensor
 from cola_runtime.adapter_spec import LeaseTerms
 from cola_runtime.adapters.adapter import initial_weights
 from cola_runtime.adapters.checkpoint_format import TrainingDefinition
+from cola_runtime.adapters.flat_layout import FlatLayout
 from cola_runtime.base_model.gradient_server import GradientServer
 from cola_runtime.base_model.updates import Update
 from cola_runtime.device.agent import DeviceAgent
@@ -37,6 +38,7 @@ from cola_runtime.types import (
     SiteKind,
     StepRefused,
     TensorKey,
+    TensorKind,
 )
 from tests.device.adapter_samples import definition, gradients
 from tests.device.fake_coordinator import TOKEN, WAIT_SECONDS, FakeCoordinator
@@ -140,9 +142,7 @@ class Fabric:
             last_microbatch=last,
             staleness=staleness,
         )
-        sent: Counter[int] = Counter()
-        for key, tensor in tensors.items():
-            sent += await asyncio.to_thread(self.server.send_tap, segment, {key: tensor})
+        sent: Counter[int] = await asyncio.to_thread(self.server.send_tap, segment, tensors)
         self.server.end_microbatch(segment, sent if announced is None else {0: announced})
 
     async def step(self, lease: Lease, version: int, training: TrainingDefinition) -> Update:
@@ -203,9 +203,10 @@ async def test_bytes_are_counted_per_step_with_headers(fabric: Fabric) -> None:
     payload = sum(tensor.nbytes for tensor in update.weights.values())
     tensors = len(update.weights)
     assert start.bytes_up == 0
-    assert start.bytes_down >= payload + 88 * (tensors + 1)
-    assert 2 * (payload + 88 * (tensors + 1)) <= update.bytes_up <= 2 * (payload + 88 * tensors + 300)
-    assert payload + 88 * (tensors + 1) <= update.bytes_down <= payload + 88 * tensors + 300
+    assert start.bytes_down >= payload + 2 * 88  # the weights as one tensor, and their end
+    up = 2 * (payload + 24 * tensors + 2 * 88)  # of each microbatch one pack, and its end
+    assert up <= update.bytes_up <= up + 2 * 200
+    assert payload + 2 * 88 <= update.bytes_down <= payload + 2 * 88 + 200
 
 
 async def test_two_jobs_on_two_devices_do_not_touch_each_other(fabric: Fabric) -> None:
@@ -569,15 +570,13 @@ async def _impostor(fabric: Fabric, device_id: str, *, credit_bytes: int = 1 << 
 async def _send_weights(
     stream: Any, lease: Lease, *, version: int, training: TrainingDefinition, dropped: int = 0
 ) -> None:
-    weights = list(initial_weights(training.spec).items())[dropped:]
-    for key, tensor in weights:
+    weights_P = FlatLayout(training.spec).flat(initial_weights(training.spec))
+    if not dropped:
         address = TensorAddress(
-            job_id=lease.job_id, epoch=lease.epoch, version=version, site=key.site, kind=key.kind
+            job_id=lease.job_id, epoch=lease.epoch, version=version, kind=TensorKind.WEIGHTS
         )
-        await stream.send_tensor(address, to_wire(tensor))
-    end = control_pb2.UpdateEnd(
-        lease=control.lease_to_proto(lease), version=version, tensors=len(weights) + dropped
-    )
+        await stream.send_tensor(address, to_wire(weights_P))
+    end = control_pb2.UpdateEnd(lease=control.lease_to_proto(lease), version=version)
     await stream.send_control(control_pb2.GradientControl(update_end=end))
 
 

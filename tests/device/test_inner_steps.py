@@ -165,7 +165,7 @@ def test_one_inner_step_is_the_exact_mode_bit_for_bit(kind: str, dtype: str) -> 
     assert other.checkpoint() == exact.checkpoint()
     first = AdapterSession.create(definition(kind=kind, spec=spec, inner_steps=2))
     assert holds_taps(first, steps[0])
-    first._more_steps = lambda count, start: None  # type: ignore[method-assign]
+    first._more_steps = lambda count, rate, start: None  # type: ignore[method-assign]
     train(first, steps)
     assert all(torch.equal(first.weights()[key], weight) for key, weight in exact.weights().items())
 

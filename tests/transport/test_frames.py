@@ -191,7 +191,7 @@ def test_a_dtype_or_rank_without_a_code_is_not_sent() -> None:
 
 def test_every_dtype_code_has_an_item_size_and_a_tensor_kind_an_id() -> None:
     assert {int(dtype) for dtype in DType} == set(frames.ITEM_BYTES)
-    assert {int(kind) for kind in TensorKind} == set(frames._TENSOR_KINDS)
+    assert {int(kind) for kind in TensorKind} == set(frames.TENSOR_KINDS)
 
 
 def test_a_job_id_of_another_form_is_not_sent() -> None:

@@ -166,15 +166,10 @@ TRAINING_CHANGES: tuple[Change, ...] = (
         4,
         "last microbatch alone makes the step",
         "test_trap_4_every_interval_trains_as_one_batch_a_step_would",
-        "device/session.py",
+        "device/worker.py",
         (
-            "        self._check_version(version)\n        self._accumulator.add(key, tensor, self._weights)",
-            "        self._check_version(version)\n"
-            "        if key in (seen := self.__dict__.setdefault('seen', set())):\n"
-            "            self._accumulator.clear()\n"
-            "            seen.clear()\n"
-            "        seen.add(key)\n"
-            "        self._accumulator.add(key, tensor, self._weights)",
+            "            if not end.apply:\n                return None\n",
+            "            if not end.apply:\n                return held.session.discard()\n",
         ),
     ),
     changed(
@@ -183,8 +178,11 @@ TRAINING_CHANGES: tuple[Change, ...] = (
         "test_a_session_is_bitwise_torch_optim",
         "device/session.py",
         (
-            "torch.nn.utils.clip_grads_with_norm_(list(self._weights.values()), limit, norm)",
-            "[torch.nn.utils.clip_grad_norm_([parameter], limit) for parameter in self._weights.values()]",
+            "        clip = self._clip(norm_of_all)\n",
+            "        clip = None\n"
+            "        for part in gradient_P.split(self._layout.sizes):\n"
+            "            factor = self._clip(part.norm())\n"
+            "            part.mul_(1.0 if factor is None else factor)\n",
         ),
     ),
     changed(
@@ -196,7 +194,7 @@ TRAINING_CHANGES: tuple[Change, ...] = (
             "        applied = held.session.apply(version=version, norm=norm)\n",
             "        for other in self._held.values():\n"
             "            if other is not held:\n"
-            "                other.session._step(other.session._accumulator.gradients())\n"
+            "                other.session._step(other.session._accumulator.gradient_vector(), 0.05)\n"
             "        applied = held.session.apply(version=version, norm=norm)\n",
         ),
     ),
