@@ -102,6 +102,6 @@ def add_projected(
         out_NO.add_(bias_O)
 
 
-def causal_mask(tokens: int, dtype: torch.dtype) -> Tensor:
+def causal_mask(tokens: int, like: Tensor) -> Tensor:
     """[T, T]: 0 where query t may see key u <= t, else -inf."""
-    return torch.full((tokens, tokens), -torch.inf, dtype=dtype).triu_(1)
+    return like.new_full((tokens, tokens), -torch.inf).triu_(1)

@@ -68,6 +68,7 @@ async def running_base_model(settings: ServiceSettings) -> AsyncIterator[BaseMod
         threads=chosen.threads,
         activation_checkpointing=chosen.activation_checkpointing,
         quantization=chosen.quantization,
+        accelerator=chosen.accelerator,
     )
     service = BaseModelService(model, name=chosen.name, join_token=JOIN_TOKEN)
     await service.start(chosen.bind)
