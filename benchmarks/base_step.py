@@ -1,6 +1,6 @@
 """One mixed base step against the frozen floor and against peft, on one thread; and a tenant's memory.
 
-    python benchmarks/base_step.py [--quick] [--json] [--seed N]
+    python benchmarks/base_step.py [--quick] [--json] [--seed N] [--accelerator cuda]
 
 SmolLM2-135M, every token a label, B rows of T tokens. The sides take turns, round by round, in one process:
   floor            forward and backward of the bare transformers model down to its input embeddings
@@ -17,16 +17,20 @@ SmolLM2-135M, every token a label, B rows of T tokens. The sides take turns, rou
 The stock model and peft run with whichever attention implementation a trial finds faster for the bare model.
 Ratios are medians over rounds of the same round's thread CPU time, which other processes disturb least.
 bfloat16 has no merged side: it is refused. Memory (testing/counted_memory.py) is counted over living tensors.
+--accelerator cuda: on an accelerator, at sizes that fill one, in wall time up to where it has computed all
+that it was asked for; the model has SmolLM2-135M's shape and random weights, and no memory is counted.
 --quick: 8 x 32 instead of 8 x 128 tokens in float32, fewer rounds and sides, no peft in bfloat16.
 """
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -47,9 +51,11 @@ from cola_runtime.testing.base_step_sides import (
     Peft,
     Stock,
     merge_seconds,
+    random_rows,
     tokens_of,
 )
 from cola_runtime.testing.counted_memory import added_tenant, peft_tenant
+from cola_runtime.testing.cuda_step import CUDA_CASES, QUICK_CUDA_CASES, cuda_cases
 from cola_runtime.testing.record import argument_parser, compare, emit, interleaved, record
 from cola_runtime.types import Encoding
 
@@ -124,9 +130,15 @@ QUICK_CASES = (
 
 
 def main() -> None:
-    arguments = argument_parser(__doc__ or "").parse_args()
-    started = datetime.now(UTC)
+    parser = argument_parser(__doc__ or "")
+    parser.add_argument("--accelerator", choices=("cpu", "cuda"), default="cpu")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
+    (on_cpu if arguments.accelerator == "cpu" else on_cuda)(arguments)
+
+
+def on_cpu(arguments: Namespace) -> None:
+    started = datetime.now(UTC)
     path = prepare_smollm2(CACHE)
     cases = QUICK_CASES if arguments.quick else CASES
     kinds = ("lora",) if arguments.quick else tuple(MEMORY_KINDS)
@@ -145,8 +157,17 @@ def main() -> None:
     emit(record("base_step", summary, seed=arguments.seed, started=started), arguments.json)
 
 
+def on_cuda(arguments: Namespace) -> None:
+    started = datetime.now(UTC)
+    with TemporaryDirectory() as folder:
+        results = cuda_cases(
+            Path(folder), QUICK_CUDA_CASES if arguments.quick else CUDA_CASES, arguments.seed
+        )
+    emit(record("base_step_cuda", results, seed=arguments.seed, started=started), arguments.json)
+
+
 def run_case(path: Path, case: Case, *, seed: int) -> dict[str, Any]:
-    rows_BT = _random_rows(case.tenants, case.tokens, seed)
+    rows_BT = random_rows(case.tenants, case.tokens, seed)
     tokens_BT = tokens_of(rows_BT)
     stock, ours = Stock(path, case.dtype), Ours(path, case.dtype)
     attention = stock.choose_attention(tokens_BT[: case.tenants // 2])
@@ -179,7 +200,7 @@ def run_case(path: Path, case: Case, *, seed: int) -> dict[str, Any]:
 
 def memory(path: Path, kinds: tuple[str, ...], *, seed: int) -> dict[str, Any]:
     """Bytes per added tenant in float32: ours by kind, merged, and peft's."""
-    rows_BT = _random_rows(*MEMORY_ROWS, seed)
+    rows_BT = random_rows(*MEMORY_ROWS, seed)
 
     def counted(kind: AdapterKind, *, merged: bool = False) -> dict[str, float]:
         ours = Ours(path, "float32")
@@ -205,10 +226,6 @@ def _add_team(ours: Ours, side: str, rows_BT: NDArray[np.int32]) -> str | None:
     if team not in ours.install_seconds:
         ours.add_team(team, rows_BT, tenants=tenants, kinds=(kind,), merged=True)
     return team
-
-
-def _random_rows(rows: int, tokens: int, seed: int) -> NDArray[np.int32]:
-    return np.random.default_rng(seed).integers(0, 49_152, (rows, tokens), dtype=np.int32)
 
 
 if __name__ == "__main__":

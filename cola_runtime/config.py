@@ -64,6 +64,8 @@ class BaseModelSettings(_Settings):
     """A local folder in transformers' format; None looks the alias up."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     attention: Literal["auto", "eager", "sdpa"] = "auto"
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where it computes (docs/accelerators.md); auto: on a CUDA device where there is one."""
     quantization: Literal["none", "int8", "nf4"] = "none"
     """How the adapted layers' frozen weights are held (docs/base_precision.md); needs bitsandbytes."""
     activation_checkpointing: bool = False

@@ -14,7 +14,23 @@ Require = Callable[[str], None]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--matrix", action="store_true", help="all of the matrix, and its table: `make matrix`")
+    parser.addoption(
+        "--accelerator",
+        choices=["cpu", "cuda"],
+        default="cpu",
+        help="where base models are that a test loads without saying where: `make accelerator_tests`",
+    )
     parser.addoption("--traps", action="store_true", help="every trap put back, and the table: `make traps`")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def chosen_accelerator(request: pytest.FixtureRequest) -> None:
+    """With `--accelerator cuda` the base model's tests are tests of that."""
+    if request.config.getoption("--accelerator") != "cpu":
+        from cola_runtime.base_model.model import TappedModel
+
+        options = TappedModel.load.__func__.__kwdefaults__
+        options["accelerator"] = request.config.getoption("--accelerator")
 
 
 @pytest.fixture(scope="session")

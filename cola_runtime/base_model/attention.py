@@ -1,6 +1,7 @@
 """Causal grouped-query attention of a frozen model, forward and backward, into reused buffers.
 
-Short rows keep their probabilities; long ones go through torch's flash attention, whose memory is linear.
+On a processor short rows keep their probabilities, and long ones go through a fused kernel, whose memory is
+linear; on an accelerator all rows do, where there is one for the dtype.
 Shapes: B rows, T tokens, H query heads, K key heads, G = H / K, E head size, W = (H + 2 K) E, and
 Z = B K batched products of G T queries with T keys.
 """
@@ -12,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cola_runtime.base_model.attention_kernels import AttentionKernel, Saved, attention_kernel
 from cola_runtime.base_model.frozen_ops import causal_mask, rotate, rotate_backward
 from cola_runtime.base_model.workspace import Workspace
 
-LONGEST_KEPT = 512  # tokens; above, a row's probabilities would outgrow all its other activations
+LONGEST_KEPT = 512  # tokens, on a processor; above, probabilities would outgrow all other activations
 aten = torch.ops.aten
 
 
@@ -25,7 +27,8 @@ class Rotary:
 
     cos_TE: Tensor
     sin_TE: Tensor
-    mask_GTT: Tensor
+    mask_GTT: Tensor  # empty where a kernel is used
+    kernel: AttentionKernel | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +38,8 @@ class AttentionRecord:
     q_ZQE: Tensor
     k_ZTE: Tensor
     v_ZTE: Tensor
-    probabilities_ZQT: Tensor | None  # None where the row was long
-    output_and_normaliser: tuple[Tensor, Tensor] | None  # of flash attention
+    probabilities_ZQT: Tensor | None  # None where a fused kernel computed it, of q, k and v [B, *, T, E]
+    fused: tuple[AttentionKernel, Saved] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,8 +56,11 @@ class CausalAttention:
         return self.heads // self.key_heads
 
     def rotary(self, cos_TE: Tensor, sin_TE: Tensor) -> Rotary:
-        tokens = len(cos_TE) if len(cos_TE) <= LONGEST_KEPT else 0
-        return Rotary(cos_TE, sin_TE, causal_mask(tokens, cos_TE.dtype).repeat(self.groups, 1))
+        kernel = attention_kernel(cos_TE, head_size=self.head_size)
+        if not cos_TE.is_cuda and len(cos_TE) <= LONGEST_KEPT:
+            kernel = None
+        mask_TT = causal_mask(len(cos_TE) if kernel is None else 0, cos_TE)
+        return Rotary(cos_TE, sin_TE, mask_TT.repeat(self.groups, 1), kernel)
 
     def forward(
         self, qkv_BTW: Tensor, rotary: Rotary, out_BTHE: Tensor, slot: str, space: Workspace
@@ -69,8 +75,9 @@ class CausalAttention:
         rotate(q_BTHE, rotary.cos_TE, rotary.sin_TE, kept["q"])
         rotate(k_BTKE, rotary.cos_TE, rotary.sin_TE, kept["k"])
         kept["v"].copy_(v_BTKE.transpose(1, 2))
-        attend = self._attend if tokens <= LONGEST_KEPT else self._attend_long
-        return attend(kept["q"], kept["k"], kept["v"], rotary, out_BTHE, slot, space)
+        if rotary.kernel is not None:
+            return self._attend_fused(rotary.kernel, kept, out_BTHE)
+        return self._attend(kept["q"], kept["k"], kept["v"], rotary, out_BTHE, slot, space)
 
     def backward(
         self,
@@ -84,9 +91,12 @@ class CausalAttention:
         shape = grad_BTHE.shape
         grad_BHTE = space.tensor("attention.grad", (shape[0], shape[2], shape[1], shape[3]), grad_BTHE.dtype)
         grad_BHTE.copy_(grad_BTHE.transpose(1, 2))
-        if record.probabilities_ZQT is None:
-            dq, dk, dv = self._long_gradients(grad_BHTE, record)
+        if record.fused is not None:
+            kernel, saved = record.fused
+            q, k, v = record.q_ZQE, record.k_ZTE, record.v_ZTE
+            dq, dk, dv = kernel.backward(grad_BHTE, q, k, v, saved, self.scaling)
         else:
+            assert record.probabilities_ZQT is not None
             dq, dk, dv = self._gradients(grad_BHTE, record, record.probabilities_ZQT, space)
         q_BTHE, k_BTKE, v_BTKE = self._heads(out_BTW)
         rotate_backward(dq.view(grad_BHTE.shape), rotary.cos_TE, rotary.sin_TE, q_BTHE)
@@ -129,35 +139,10 @@ class CausalAttention:
         dk_ZTE = torch.bmm(ds_ZQT.transpose(1, 2), record.q_ZQE, out=buffer("dk", record.k_ZTE))
         return dq_ZQE, dk_ZTE.mul_(self.scaling), dv_ZTE
 
-    def _attend_long(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        _rotary: Rotary,
-        out_BTHE: Tensor,
-        _slot: str,
-        _space: Workspace,
+    def _attend_fused(
+        self, kernel: AttentionKernel, kept: dict[str, Tensor], out_BTHE: Tensor
     ) -> AttentionRecord:
-        output, normaliser = aten._scaled_dot_product_flash_attention_for_cpu(
-            q, self._repeated(k), self._repeated(v), 0.0, True, scale=self.scaling
-        )
-        out_BTHE.copy_(output.transpose(1, 2))
-        return AttentionRecord(q, k, v, None, (output, normaliser))
-
-    def _long_gradients(self, grad_BHTE: Tensor, record: AttentionRecord) -> tuple[Tensor, Tensor, Tensor]:
-        assert record.output_and_normaliser is not None
-        output, normaliser = record.output_and_normaliser
-        k, v = record.k_ZTE, record.v_ZTE
-        dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_BHTE, record.q_ZQE, self._repeated(k), self._repeated(v), output, normaliser, 0.0, True,
-            scale=self.scaling,
-        )  # fmt: skip
-        return dq, self._summed(dk), self._summed(dv)
-
-    def _repeated(self, keys_BKTE: Tensor) -> Tensor:
-        return keys_BKTE.repeat_interleave(self.groups, dim=1)
-
-    def _summed(self, grads_BHTE: Tensor) -> Tensor:
-        rows, _, tokens, size = grads_BHTE.shape
-        return grads_BHTE.reshape(rows, self.key_heads, self.groups, tokens, size).sum(dim=2)
+        q, k, v = kept["q"], kept["k"], kept["v"]
+        saved = kernel.forward(q, k, v, self.scaling)
+        out_BTHE.copy_(saved[0].transpose(1, 2))
+        return AttentionRecord(q, k, v, None, (kernel, saved))

@@ -17,6 +17,7 @@ from cola_runtime.adapters.adapter import site_adapters
 from cola_runtime.adapters.mergeable import check_mergeable
 from cola_runtime.adapters.shapes import weight_shapes
 from cola_runtime.adapters.site_adapter import LinearSiteAdapter
+from cola_runtime.base_model.accelerator import HOST, Accelerator
 from cola_runtime.base_model.heads import BankedHead
 from cola_runtime.base_model.layout import AdapterLayout, layout_key
 from cola_runtime.errors import Fenced, InvalidInput
@@ -77,7 +78,9 @@ class AdapterBank:
         hidden_size: int = 0,
         tied_sites: Collection[int] = (),
         quantization: str = UNQUANTIZED,
+        accelerator: Accelerator = HOST,
     ) -> None:
+        self._accelerator = accelerator
         self._sites = tuple(sites)
         self._hidden_size = hidden_size
         self._dtype = dtype
@@ -117,7 +120,7 @@ class AdapterBank:
         self._check(spec, weights)
         layout = current.layout if current is not None and current.spec is spec else self._layout(spec)
         if membership is None:
-            merged, flat = None, layout.flatten(weights, spec, self._dtype)
+            merged, flat = None, self._accelerator.placed(layout.flatten(weights, spec, self._dtype))
         else:
             merged = self._merged(lease.job_id, spec, weights, membership)
             flat = torch.empty(0, dtype=self._dtype)
@@ -132,7 +135,7 @@ class AdapterBank:
             layout=layout,
             flat=flat,
             merged=merged,
-            head=BankedHead.of(spec, weights),
+            head=BankedHead.of(spec, weights, self._accelerator),
         )
 
     def evict(self, job_id: str) -> None:
@@ -222,7 +225,7 @@ class AdapterBank:
         copies: dict[int, dict[TensorKey, Tensor]] = {index: {} for index in sites}
         for key, weight in weights.items():
             if key.site in sites:
-                copies[key.site][key] = weight.detach().to("cpu", copy=True)
+                copies[key.site][key] = self._accelerator.page_locked(weight.detach())
         return MergedAdapter(membership=membership, sites=sites, weights=copies)
 
     def _layout(self, spec: AdapterSpec) -> AdapterLayout:

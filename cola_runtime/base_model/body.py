@@ -66,7 +66,7 @@ def causal_hidden(model: Any, batch: MixedBatch) -> Tensor:
 
 def encoder_hidden(model: Any, batch: MixedBatch) -> Tensor:
     """Attention looks both ways, so the padding is masked."""
-    real_BT = torch.arange(batch.tokens_BT.shape[1]) < batch.lengths_B[:, None]
+    real_BT = torch.arange(batch.tokens_BT.shape[1], device=batch.lengths_B.device) < batch.lengths_B[:, None]
     hidden_BTD: Tensor = model.base_model(
         input_ids=batch.tokens_BT,
         attention_mask=real_BT.long(),

@@ -30,7 +30,7 @@ def described(
             "body": body,
             "activation_checkpointing": "on" if loaded.activation_checkpointing else "off",
             "threads": str(threads),
-            "device": "cpu",
+            "accelerator": loaded.accelerator.description,
             QUANTIZATION: loaded.quantization,
             "weight_bytes": str(_weight_bytes(loaded.model)),
             PRODUCT_FLOPS: repr(loaded.product_flops),

@@ -85,6 +85,6 @@ def swiglu_backward(
     aten.silu_backward.grad_input(grad_NF.mul_(up_NF), gate_NF, grad_input=grad_gate_NF)
 
 
-def causal_mask(tokens: int, dtype: torch.dtype) -> Tensor:
+def causal_mask(tokens: int, like: Tensor) -> Tensor:
     """[T, T]: 0 where query t may see key u <= t, else -inf."""
-    return torch.full((tokens, tokens), -torch.inf, dtype=dtype).triu_(1)
+    return like.new_full((tokens, tokens), -torch.inf).triu_(1)

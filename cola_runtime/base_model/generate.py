@@ -84,8 +84,9 @@ def generate_tokens(model: Any, prompts: Sequence[Sequence[int]], sampling: Samp
 
     A decoder continues a prompt; an encoder-decoder reads it as its source.
     """
-    tokens_BT, real_BT = _padded(prompts, left=not model.config.is_encoder_decoder)
-    with torch.random.fork_rng(devices=[]):
+    padded = _padded(prompts, left=not model.config.is_encoder_decoder)
+    tokens_BT, real_BT = (tensor.to(model.device) for tensor in padded)
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(sampling.seed)
         generated_BT = model.generate(
             input_ids=tokens_BT,

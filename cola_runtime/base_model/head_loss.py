@@ -5,13 +5,15 @@ Shapes: N = rows x tokens, n rows of one segment, D hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from cola_runtime.base_model.heads import BankedHead, HeadGradients, Pooling
 from cola_runtime.base_model.segments import Member, MixedBatch
-from cola_runtime.gradients.taps import Tap, TapSink
+from cola_runtime.base_model.tap_carrier import TapOutlet
+from cola_runtime.gradients.taps import Tap
 from cola_runtime.types import TensorKey, TensorKind
 
 
@@ -19,17 +21,22 @@ from cola_runtime.types import TensorKey, TensorKind
 class HeadOutcome:
     """Of one segment. A training step predicts nothing."""
 
-    loss_sum: float
-    predictions: tuple[float, ...] = ()
+    loss_sum: Tensor  # float64 []
+    predictions_n: Tensor | None = None
 
 
 def head_losses(
-    hidden_ND: Tensor, batch: MixedBatch, pooling: Pooling, *, grad_ND: Tensor | None, sink: TapSink | None
+    hidden_ND: Tensor,
+    batch: MixedBatch,
+    pooling: Pooling,
+    *,
+    grad_ND: Tensor | None,
+    outlet: TapOutlet | None,
 ) -> dict[int, HeadOutcome]:
     """Position in BaseStep.segments -> outcome, of every segment that a head judges.
 
-    With a sink, each head's gradient leaves as a tap, always in its own encoding: it is tiny. Where `grad_ND`
-    is given, d loss / d hidden is written to the pooled rows, in place.
+    With an outlet, each head's gradient leaves as a tap, always in its own encoding: it is tiny. Where
+    `grad_ND` is given, d loss / d hidden is written to the pooled rows, in place.
     """
     positions_B = pooling.positions(batch.lengths_B, len(hidden_ND) // len(batch.lengths_B))
     outcomes: dict[int, HeadOutcome] = {}
@@ -39,18 +46,23 @@ def head_losses(
             continue
         positions_n = positions_B[first_row : first_row + len(member.segment.rows)]
         hidden_nD = hidden_ND.index_select(0, positions_n)
-        if sink is None:
-            losses_n, predictions = head.losses(hidden_nD, _labels(member), pooling)
+        if outlet is None:
+            losses_n, predictions_n = head.losses(hidden_nD, _labels(member), pooling)
         else:
             losses_n, gradients = head.gradients(hidden_nD, _labels(member), pooling, member.loss_denominator)
-            sink(Tap(member.position, _tensors(head, gradients, member.loss_scale)))
-            predictions = ()
+            _hand_out(member, _tensors(head, gradients, member.loss_scale), outlet)
+            predictions_n = None
             if grad_ND is not None:
                 grad_ND.index_copy_(0, positions_n, gradients.hidden_nD)
-        outcomes[member.position] = HeadOutcome(
-            loss_sum=float(losses_n.double().sum()), predictions=predictions
-        )
+        outcomes[member.position] = HeadOutcome(loss_sum=losses_n.double().sum(), predictions_n=predictions_n)
     return outcomes
+
+
+def _hand_out(member: Member, tensors: dict[TensorKey, Tensor], outlet: TapOutlet) -> None:
+    def hand_out(copies: Sequence[Tensor]) -> None:
+        outlet.sink(Tap(member.position, dict(zip(tensors, copies, strict=True))))
+
+    outlet.carrier.carry(list(tensors.values()), hand_out)
 
 
 def _labels(member: Member) -> list[float]:

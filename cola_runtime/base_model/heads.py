@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cola_runtime.adapter_spec import AdapterSpec, HeadKind
+from cola_runtime.base_model.accelerator import HOST, Accelerator
 from cola_runtime.types import TensorKey, TensorKind
 
 
@@ -30,7 +31,7 @@ class Pooling:
 
     def positions(self, lengths_B: Tensor, longest: int) -> Tensor:
         """[B], into the batch's flattened [B * T]."""
-        starts_B = torch.arange(len(lengths_B)) * longest
+        starts_B = torch.arange(len(lengths_B), device=lengths_B.device) * longest
         return starts_B if self.first_token else starts_B + lengths_B - 1
 
     def pooled(self, hidden_nD: Tensor) -> Tensor:
@@ -60,13 +61,16 @@ class BankedHead:
     bias_C: Tensor
 
     @staticmethod
-    def of(spec: AdapterSpec, weights: Mapping[TensorKey, Tensor]) -> BankedHead | None:
+    def of(
+        spec: AdapterSpec, weights: Mapping[TensorKey, Tensor], accelerator: Accelerator = HOST
+    ) -> BankedHead | None:
         """A copy of the head's weights; None where the adapter has no head."""
         if spec.head is None:
             return None
         kind, site = spec.head
         weight_CD, bias_C = (
-            weights[TensorKey(site.index, tensor)].clone() for tensor in (TensorKind.WEIGHT, TensorKind.BIAS)
+            accelerator.placed(weights[TensorKey(site.index, tensor)].clone())
+            for tensor in (TensorKind.WEIGHT, TensorKind.BIAS)
         )
         return BankedHead(kind=kind, site=site.index, weight_CD=weight_CD, bias_C=bias_C)
 
@@ -74,16 +78,13 @@ class BankedHead:
     def nbytes(self) -> int:
         return self.weight_CD.nbytes + self.bias_C.nbytes
 
-    def losses(
-        self, hidden_nD: Tensor, labels: Sequence[float], pooling: Pooling
-    ) -> tuple[Tensor, tuple[float, ...]]:
-        """Each row's loss [n] (cross-entropy, or squared error), and its prediction: a class, or a value."""
+    def losses(self, hidden_nD: Tensor, labels: Sequence[float], pooling: Pooling) -> tuple[Tensor, Tensor]:
+        """Each row's loss [n] (cross-entropy, or squared error) and prediction [n]: a class, or a value."""
         with torch.no_grad():
             logits_nC = self._logits(pooling.pooled(hidden_nD), self.weight_CD, self.bias_C)
             losses_n = self._losses(logits_nC, labels)
         regression = self.kind.problem == "regression"
-        predicted_n = logits_nC.squeeze(1) if regression else logits_nC.argmax(dim=1)
-        return losses_n, tuple(float(value) for value in predicted_n.tolist())
+        return losses_n, logits_nC.squeeze(1) if regression else logits_nC.argmax(dim=1)
 
     def gradients(
         self, hidden_nD: Tensor, labels: Sequence[float], pooling: Pooling, loss_denominator: float
@@ -103,7 +104,11 @@ class BankedHead:
 
     def _losses(self, logits_nC: Tensor, labels: Sequence[float]) -> Tensor:
         if self.kind.problem == "regression":
-            targets_n = torch.tensor(labels, dtype=logits_nC.dtype)
+            targets_n = _placed(torch.tensor(labels, dtype=logits_nC.dtype), logits_nC)
             return functional.mse_loss(logits_nC.squeeze(1), targets_n, reduction="none")
-        targets_n = torch.tensor(labels, dtype=torch.int64)
+        targets_n = _placed(torch.tensor(labels, dtype=torch.int64), logits_nC)
         return functional.cross_entropy(logits_nC, targets_n, reduction="none")
+
+
+def _placed(tensor: Tensor, like: Tensor) -> Tensor:
+    return Accelerator(like.device).placed(tensor)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cola_runtime.adapters.site_kinds import WHOLE_ROWS
+from cola_runtime.base_model.accelerator import Accelerator
 from cola_runtime.base_model.segments import MixedBatch
 from cola_runtime.base_model.stock import check_complete, open_classifier
 from cola_runtime.base_model.tracing import first_inputs
@@ -49,6 +50,9 @@ class ImageInput:
         values_CV = torch.from_numpy(processing.normalised()).to(model.dtype)
         return ImageInput(processing=processing, values_CV=values_CV, hidden_size=hidden_size)
 
+    def at(self, accelerator: Accelerator) -> ImageInput:
+        return replace(self, values_CV=accelerator.placed(self.values_CV))
+
     @property
     def shape(self) -> Shape:
         return self.processing.shape
@@ -71,7 +75,7 @@ class ImageInput:
 
     def normalised(self, pixels_BCHW: Tensor) -> Tensor:
         """uint8 to the model's dtype."""
-        channels_C11 = torch.arange(len(self.values_CV))[:, None, None]
+        channels_C11 = torch.arange(len(self.values_CV), device=self.values_CV.device)[:, None, None]
         return self.values_CV[channels_C11, pixels_BCHW.long()]
 
 

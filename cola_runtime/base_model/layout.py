@@ -40,9 +40,9 @@ class Piece:
     start: int
 
     def blocks(self, flat: Tensor) -> Sequence[Tensor]:
-        """Views of one adapter's flat vector [P]."""
+        """Views of one adapter's flat vector [P], or of several ones' beside each other [S, P]."""
         sizes = self.layout.block_sizes
-        return torch.split(flat[self.start : self.start + sum(sizes)], list(sizes))
+        return torch.split(flat[..., self.start : self.start + sum(sizes)], list(sizes), dim=-1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -158,7 +158,7 @@ class LlamaBody:
         return self._space.tensor(name, (len(like), columns), like.dtype)
 
     def _rotary(self, embedded_BTD: Tensor) -> Rotary:
-        positions = torch.arange(embedded_BTD.shape[1])[None]
+        positions = torch.arange(embedded_BTD.shape[1], device=embedded_BTD.device)[None]
         cos_1TE, sin_1TE = self._model.rotary_emb(embedded_BTD, position_ids=positions)
         return self._attention.rotary(cos_1TE[0], sin_1TE[0])
 

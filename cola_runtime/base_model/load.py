@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cola_runtime.base_model.accelerator import HOST, Accelerator
 from cola_runtime.base_model.catalogue import site_catalogue, source_groups
 from cola_runtime.base_model.checkpointing import checkpoint_layers
 from cola_runtime.base_model.encoder_decoders import is_encoder_decoder, read_encoder_decoder
@@ -64,6 +65,7 @@ class LoadedModel:
     quantization: str
     parameters: int
     source_groups: frozenset[int]  # of an encoder-decoder: input groups whose x is of the source's tokens
+    accelerator: Accelerator = HOST
     images: ImageInput | None = None  # of an image classifier, which takes nothing else
     image_tokens: int = 0  # computed for every image
 
@@ -119,11 +121,13 @@ def load_frozen_model(
     activation_checkpointing: bool = False,
     tiled_weights: bool = True,
     quantization: str = UNQUANTIZED,
+    accelerator: Accelerator = HOST,
 ) -> LoadedModel:
     """Load, freeze, find the sites; of a causal model check that head(last hidden state) is its logits.
 
-    Reads safetensors only. Sites of one group get one weight buffer. Raises InvalidInput for an unknown dtype
-    or attention, `BASE_MODEL_UNSUPPORTED` where the logits are not a plain projection,
+    Reads safetensors only. What there is to find out is found out in host memory; then it moves to the
+    accelerator. Sites of one group get one weight buffer. Raises InvalidInput for an unknown dtype or
+    attention, `BASE_MODEL_UNSUPPORTED` where the logits are not a plain projection,
     `CHECKPOINTING_UNSUPPORTED`, and `QUANTIZATION_UNSUPPORTED`.
     """
     if dtype not in DTYPES:
@@ -142,12 +146,17 @@ def load_frozen_model(
     sites = site_catalogue(model, None if images is None else images.shape)
     tied_sites = _tied_sites(model, sites)
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    sources = source_groups(model, sites) if model.config.is_encoder_decoder else frozenset()
+    tokens_of_image = 0 if images is None else image_tokens(model, sites, images.shape)
     if quantization != UNQUANTIZED:
-        quantize_sites(model, sites, quantization, tied_sites=tied_sites)
+        quantize_sites(model, sites, quantization, tied_sites=tied_sites, device=accelerator.device)
+    model.to(accelerator.device)  # modules and ties stay; tensors taken out of it before do not follow
+    head = None if head is None else VocabularyProjection.of(model, hidden_scale=head.hidden_scale)
+    images = None if images is None else images.at(accelerator)
     groups = _site_groups(model, sites)
     by_hand = is_plain_llama(model, groups)
     if attention == "auto":
-        attention = "sdpa" if by_hand else _faster_attention(model, images)
+        attention = "sdpa" if by_hand else _faster_attention(model, images, accelerator)
     if activation_checkpointing and not by_hand:
         checkpoint_layers(model, groups)
     return LoadedModel(
@@ -162,9 +171,10 @@ def load_frozen_model(
         by_hand=by_hand,
         tied_sites=tied_sites,
         images=images,
-        image_tokens=0 if images is None else image_tokens(model, sites, images.shape),
-        product_flops=matrix_product_flops(DTYPES[dtype]),
-        source_groups=source_groups(model, sites) if model.config.is_encoder_decoder else frozenset(),
+        image_tokens=tokens_of_image,
+        product_flops=matrix_product_flops(DTYPES[dtype], accelerator),
+        source_groups=sources,
+        accelerator=accelerator,
         activation_checkpointing=activation_checkpointing,
         tiled_weights=tiled_weights,
         quantization=quantization,
@@ -241,7 +251,7 @@ def _shared_storages(model: Any) -> set[int]:
     return shared
 
 
-def _faster_attention(model: Any, images: ImageInput | None) -> str:
+def _faster_attention(model: Any, images: ImageInput | None, accelerator: Accelerator) -> str:
     """Set and return the implementation whose forward and backward take less time on this machine.
 
     An encoder-decoder keeps what transformers chose.
@@ -249,35 +259,42 @@ def _faster_attention(model: Any, images: ImageInput | None) -> str:
     if model.config.is_encoder_decoder:
         return str(model.config._attn_implementation)
     trial = partial(_text_trial, model) if images is None else partial(_image_trial, model, images)
-    seconds = {name: _trial_seconds(model, name, trial) for name in ATTENTIONS}
+    seconds = {name: _trial_seconds(model, name, trial, accelerator) for name in ATTENTIONS}
     best = min(seconds, key=lambda name: seconds[name])
     model.set_attn_implementation(best)
     return best
 
 
-def _trial_seconds(model: Any, attention: str, trial: Callable[[], Tensor]) -> float:
+def _trial_seconds(
+    model: Any, attention: str, trial: Callable[[], Tensor], accelerator: Accelerator
+) -> float:
     """Best of two passes over a small batch; infinite where the model does not have the implementation."""
     try:
         model.set_attn_implementation(attention)
     except ValueError:
         return float("inf")
-    return min(_timed_pass(trial) for _ in range(2))
+    return min(_timed_pass(trial, accelerator) for _ in range(2))
 
 
-def _timed_pass(trial: Callable[[], Tensor]) -> float:
+def _timed_pass(trial: Callable[[], Tensor], accelerator: Accelerator) -> float:
+    accelerator.wait()
     started = time.perf_counter()
     trial().sum().backward()  # type: ignore[no-untyped-call]
+    accelerator.wait()
     return time.perf_counter() - started
 
 
 def _text_trial(model: Any) -> Tensor:
-    embedded_BTD = model.get_input_embeddings()(torch.zeros(_TRIAL_SHAPE, dtype=torch.int64))
+    embedded_BTD = model.get_input_embeddings()(
+        torch.zeros(_TRIAL_SHAPE, dtype=torch.int64, device=model.device)
+    )
     hidden: Tensor = model.base_model(inputs_embeds=embedded_BTD.requires_grad_(True), use_cache=False)[0]
     return hidden
 
 
 def _image_trial(model: Any, images: ImageInput) -> Tensor:
-    pixels_BCHW = torch.zeros(_TRIAL_IMAGES, *images.shape, dtype=model.dtype, requires_grad=True)
+    shape = _TRIAL_IMAGES, *images.shape
+    pixels_BCHW = torch.zeros(shape, dtype=model.dtype, device=model.device, requires_grad=True)
     pooled: Tensor = model(pixel_values=pixels_BCHW).logits
     return pooled
 

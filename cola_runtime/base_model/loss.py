@@ -16,6 +16,7 @@ from cola_runtime.base_model.segments import Labels
 from cola_runtime.base_model.workspace import Workspace
 
 CHUNK_LABELS = 512  # of one product; 100 MB of float32 logits for a vocabulary of 49,152
+CUDA_CHUNK_LABELS = 4096
 BLOCK_LABELS = 8  # of one softmax: what it reads twice stays in the cache
 
 
@@ -41,18 +42,21 @@ def label_loss(
     """Cross-entropy of every label [K] in at least float32, and d(sum scale * ce)/d hidden [N, D] if `train`.
 
     A base model without a vocabulary projection has no labels, and gets zeros.
-    Never holds the logits of more than CHUNK_LABELS labels. Every row's result depends on that row alone.
+    Never holds the logits of more than CHUNK_LABELS labels (CUDA_CHUNK_LABELS on such a device). Every row's
+    result depends on that row alone.
     """
     wide = torch.promote_types(hidden_ND.dtype, torch.float32)
     losses_K = hidden_ND.new_empty(len(labels.targets_K), dtype=wide)
     grad_ND = space.tensor("loss.grad", tuple(hidden_ND.shape), hidden_ND.dtype).zero_() if train else None
-    for start in range(0, len(losses_K), CHUNK_LABELS):
+    chunk_labels = CUDA_CHUNK_LABELS if hidden_ND.is_cuda else CHUNK_LABELS
+    losses_and_slopes = _losses_and_slopes_at_once if hidden_ND.is_cuda else _losses_and_slopes
+    for start in range(0, len(losses_K), chunk_labels):
         assert head is not None  # `row_refusal` has looked
-        chunk = slice(start, start + CHUNK_LABELS)
+        chunk = slice(start, start + chunk_labels)
         positions_C = labels.positions_K[chunk]
         logits_CV = _logits(_scaled(hidden_ND.index_select(0, positions_C), head), head, space)
         scales_C = labels.scales_K[chunk].to(wide) * head.hidden_scale
-        _losses_and_slopes(logits_CV, labels.targets_K[chunk], losses_K[chunk], scales_C, space)
+        losses_and_slopes(logits_CV, labels.targets_K[chunk], losses_K[chunk], scales_C, space)
         if grad_ND is not None:
             grad_ND.index_copy_(0, positions_C, torch.mm(logits_CV, head.weight_VD))
     return losses_K, grad_ND
@@ -96,6 +100,19 @@ def _losses_and_slopes(
         _repair_underflow(wide_LV, targets_L1.squeeze(1), target_L1.squeeze(1), losses_C[block])
         slopes_LV.scatter_(1, targets_L1, target_L1 - 1)
         logits_LV.copy_(slopes_LV.mul_(scales_C[block, None]))
+
+
+def _losses_and_slopes_at_once(
+    logits_CV: Tensor, targets_C: Tensor, losses_C: Tensor, scales_C: Tensor, space: Workspace
+) -> None:
+    """`_losses_and_slopes` in few operations, none of which anybody waits for."""
+    wide_CV = space.tensor("loss.wide", tuple(logits_CV.shape), losses_C.dtype).copy_(logits_CV)
+    targets_C1 = targets_C[:, None]
+    normaliser_C1 = torch.logsumexp(wide_CV, dim=1, keepdim=True)
+    losses_C.copy_((normaliser_C1 - wide_CV.gather(1, targets_C1)).squeeze(1))
+    wide_CV.sub_(normaliser_C1).exp_()
+    wide_CV.scatter_add_(1, targets_C1, wide_CV.new_full(targets_C1.shape, -1.0))
+    logits_CV.copy_(wide_CV.mul_(scales_C[:, None]))
 
 
 def _repair_underflow(logits_LV: Tensor, targets_L: Tensor, target_L: Tensor, losses_L: Tensor) -> None:

@@ -81,7 +81,9 @@ class MergedWeights:
 
     def _add(self, index: int, member: MergedAdapter, share: float) -> None:
         target_OI, adapter = self._weights_OI[index], member.sites[index]
-        weights = {key: weight.to(target_OI) for key, weight in member.weights[index].items()}
+        weights = {
+            key: weight.to(target_OI, non_blocking=True) for key, weight in member.weights[index].items()
+        }
         adapter.add_delta_weight(target_OI, weights, share)
         bias_O = adapter.delta_bias(weights)
         if bias_O is not None:

@@ -20,6 +20,7 @@ from cola_runtime.base_model.merge import MergedWeights
 from cola_runtime.base_model.segments import Cohort, Member, mixed_batch
 from cola_runtime.base_model.stacks.cohorts import GroupPlaces, Stacks, group_stacks
 from cola_runtime.base_model.stacks.merged import bias_stacks, tap_stacks
+from cola_runtime.base_model.tap_carrier import CopyingCarrier, DirectCarrier, TapCarrier, TapOutlet
 from cola_runtime.base_model.tapped import TappedModules
 from cola_runtime.base_model.workspace import Workspace
 from cola_runtime.gradients.taps import TapSink
@@ -32,7 +33,11 @@ class MixedPass:
     def __init__(self, loaded: LoadedModel, bank: AdapterBank) -> None:
         self._loaded, self._bank = loaded, bank
         self.merged = MergedWeights(loaded.groups if loaded.quantization == UNQUANTIZED else ())
-        self.space = Workspace()
+        self.accelerator = loaded.accelerator
+        self.space = Workspace(self.accelerator.device)
+        self.carrier: TapCarrier = (
+            CopyingCarrier(self.accelerator) if self.accelerator.is_cuda else DirectCarrier()
+        )
         self._modules = TappedModules(loaded.groups)
         self.body = self._fastest_body()
         self._places = GroupPlaces(
@@ -43,27 +48,39 @@ class MixedPass:
         )
 
     def compute(self, members: Sequence[Member], sink: TapSink | None) -> tuple[dict[int, SegmentLoss], int]:
-        """Position in BaseStep.segments -> loss, and the computed tokens; taps if there is a sink."""
-        batch = mixed_batch(members)
-        stacks = self._stacks(batch.cohorts, sink)
-        train = sink is not None and bool(stacks)  # heads alone need no backward pass through the body
+        """Position in BaseStep.segments -> loss, and the computed tokens; taps if there is a sink.
+
+        The last of them may still be on their way, but not those of a dynamic loss scale, which are judged.
+        """
+        batch = mixed_batch(members, self.accelerator)
+        outlet = None if sink is None else TapOutlet(sink, self.carrier)
+        stacks = self._stacks(batch.cohorts, outlet)
+        train = outlet is not None and bool(stacks)  # heads alone need no backward pass through the body
         try:
             hidden_ND = self.body.forward(batch, stacks, train=train)
             with torch.no_grad():
                 losses_K, grad_ND = label_loss(
                     hidden_ND, self._loaded.head, batch.labels, self.space, train=train
                 )
-            heads = head_losses(hidden_ND, batch, self._loaded.pooling, grad_ND=grad_ND, sink=sink)
+            heads = head_losses(hidden_ND, batch, self._loaded.pooling, grad_ND=grad_ND, outlet=outlet)
             if grad_ND is not None:
                 self.body.backward(grad_ND)
         finally:
             self.body.finish()
-        sums = segment_loss_sums(losses_K, batch.labels)
+        if any(member.segment.loss_scaling.dynamic for member in members):
+            self.carrier.drained()
+        sums = segment_loss_sums(losses_K.cpu(), batch.labels)
         outcomes = {
             member.position: _segment_loss(member.segment, of_labels, heads.get(member.position))
             for member, of_labels in zip(batch.members, sums, strict=True)
         }
         return outcomes, batch.computed_tokens
+
+    def let_go(self) -> None:
+        """Of all memory that a smaller pass can do without, once the taps on their way have arrived."""
+        self.carrier.drained()
+        self.space.release()
+        self.accelerator.give_back()
 
     @contextmanager
     def adapted(self, cohorts: Sequence[Cohort], *, rows: int) -> Iterator[None]:
@@ -71,15 +88,15 @@ class MixedPass:
         with self._modules.active(self._stacks(cohorts, None), rows=rows, training=False):
             yield
 
-    def _stacks(self, cohorts: Sequence[Cohort], sink: TapSink | None) -> Stacks:
+    def _stacks(self, cohorts: Sequence[Cohort], outlet: TapOutlet | None) -> Stacks:
         """What is computed beside the base weights, which become those that these cohorts must see."""
         gang = cohorts[0].members[0].adapter.gang if cohorts else None
         asked = [member.adapter for cohort in cohorts for member in cohort.members]
         self.merged.put(self._bank.gang(gang, asked))
         if gang is None:
-            return group_stacks(cohorts, self._places, self.space, sink)
+            return group_stacks(cohorts, self._places, self.space, outlet)
         stacks = bias_stacks(self.merged.biases, self._loaded.groups)
-        return stacks if sink is None else tap_stacks(stacks, cohorts, self._places.positions, sink)
+        return stacks if outlet is None else tap_stacks(stacks, cohorts, self._places.positions, outlet)
 
     def _fastest_body(self) -> Body:
         if self._loaded.by_hand:
@@ -109,7 +126,9 @@ def _segment_loss(
         return SegmentLoss(job_id=job_id, loss_sum=of_labels[0], weight_sum=of_labels[1])
     return SegmentLoss(
         job_id=job_id,
-        loss_sum=of_head.loss_sum,
+        loss_sum=float(of_head.loss_sum),
         weight_sum=float(len(segment.rows)),
-        predictions=of_head.predictions,
+        predictions=()
+        if of_head.predictions_n is None
+        else tuple(map(float, of_head.predictions_n.tolist())),
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,10 @@ from torch import Tensor
 
 from cola_runtime.adapter_spec import AdapterSpec
 from cola_runtime.adapters.site_kinds import WHOLE_ROWS
+from cola_runtime.base_model.accelerator import Accelerator
 from cola_runtime.base_model.bank import AdapterBank, BankBytes
 from cola_runtime.base_model.description import described
+from cola_runtime.base_model.fitting import FittingPasses
 from cola_runtime.base_model.generate import Sampling, check_prompt, generate_tokens, keep_own_settings_only
 from cola_runtime.base_model.images import ImageInput
 from cola_runtime.base_model.load import DTYPES, LoadedModel, load_frozen_model
@@ -42,6 +46,8 @@ from cola_runtime.types import (
     TensorKey,
 )
 
+logger = logging.getLogger(__name__)
+
 
 class TappedModel:
     """Synchronous and not thread-safe: every call comes from one compute thread."""
@@ -55,6 +61,7 @@ class TappedModel:
             hidden_size=loaded.hidden_size,
             tied_sites=loaded.tied_sites,
             quantization=loaded.quantization,
+            accelerator=loaded.accelerator,
         )
         self._pass = MixedPass(loaded, self._bank)
         self._limits = RowLimits(
@@ -66,6 +73,7 @@ class TappedModel:
             image_shape=None if loaded.images is None else loaded.images.shape,
         )
         self._scales = LossScales()
+        self._fitting = FittingPasses(self._pass.compute, self._pass.let_go)
         if not loaded.bidirectional:
             keep_own_settings_only(loaded.model)
 
@@ -80,6 +88,7 @@ class TappedModel:
         activation_checkpointing: bool = False,
         tiled_weights: bool = True,
         quantization: str = UNQUANTIZED,
+        accelerator: str = "cpu",
     ) -> TappedModel:
         """Load a pretrained folder. Sets the number of torch's threads, for the whole process.
 
@@ -87,8 +96,11 @@ class TappedModel:
         trains through our own attention and needs none. With `activation_checkpointing` a layer keeps its
         input alone and is computed again in the backward pass. With `tiled_weights` a Llama in bfloat16 keeps
         its weights in the processor's layout too, where a trial finds that faster. `quantization` is `none`,
-        `int8` or `nf4`.
+        `int8` or `nf4`. `accelerator` is `cpu`, `cuda` or `auto`; InvalidInput `ACCELERATOR_MISSING` before
+        anything is read.
         """
+        chosen = Accelerator.of(accelerator)
+        chosen.compute_exactly()
         torch.set_num_threads(threads)
         loaded = load_frozen_model(
             path,
@@ -97,6 +109,7 @@ class TappedModel:
             activation_checkpointing=activation_checkpointing,
             tiled_weights=tiled_weights,
             quantization=quantization,
+            accelerator=chosen,
         )
         return cls(loaded, threads=threads)
 
@@ -130,7 +143,24 @@ class TappedModel:
         max_staleness: int = 0,
     ) -> None:
         """Make this version the job's current one. Raises Fenced, InvalidInput: see AdapterBank.install."""
-        self._bank.install(lease, spec, version, weights, membership=membership, max_staleness=max_staleness)
+        install = partial(
+            self._bank.install,
+            lease,
+            spec,
+            version,
+            weights,
+            membership=membership,
+            max_staleness=max_staleness,
+        )
+        try:
+            return install()
+        except torch.OutOfMemoryError:
+            logger.warning(
+                "no memory to install %s: buffers are given back", lease.job_id,
+                extra={"event": "base.out_of_memory", "job_id": lease.job_id},
+            )  # fmt: skip
+        self._pass.let_go()
+        install()
 
     def evict(self, job_id: str) -> None:
         """Forget the job's adapter; sites that no merged adapter is left at become pristine at once."""
@@ -146,7 +176,9 @@ class TappedModel:
         """(lease epoch, version) of the job's adapter in the bank."""
         return self._bank.version(job_id)
 
-    def run(self, step: BaseStep, sink: TapSink) -> BaseStepResult:
+    def run(
+        self, step: BaseStep, sink: TapSink, *, then: Callable[[BaseStepResult], None] | None = None
+    ) -> BaseStepResult:
         """Compute one mixed batch; its taps go to `sink` while the backward pass runs.
 
         A segment that the bank or the base model cannot serve gets a reason (`ADAPTER_UNKNOWN`, `FENCED`,
@@ -154,6 +186,10 @@ class TappedModel:
         were not there. The first one that can be served decides whose merged weights are put in place: those
         of another gang, or of another version of a member, get `GANG_MIXED`. Taps under a dynamic loss scale
         leave at the end: a segment whose gradient overflows is computed again at a lower one.
+
+        It returns when all taps have left, unless told what to do `then`: that is done behind the last tap,
+        by whoever hands them out, and with an accelerator the next step may be computed meanwhile. A step
+        that does not fit in memory is computed in halves; a row that does not fit alone: `OUT_OF_MEMORY`.
         """
         started = time.monotonic()
         refusals = one_gang(step.segments, [self._refusal(segment) for segment in step.segments])
@@ -166,11 +202,11 @@ class TappedModel:
         computed_tokens = 0
         if members:
             outcomes, computed_tokens = (
-                self._scales.train(members, sink, self._pass.compute)
+                self._scales.train(members, sink, self._fitting.compute)
                 if step.train
-                else self._pass.compute(members, None)
+                else self._fitting.compute(members, None)
             )
-        return BaseStepResult(
+        result = BaseStepResult(
             number=step.number,
             losses=tuple(
                 outcomes.get(position) or _refused(segment, refusals[position])
@@ -181,6 +217,15 @@ class TappedModel:
             computed_tokens=computed_tokens,
             real_tokens=sum(member.segment.tokens for member in members),
         )
+        if then is None:
+            self._pass.carrier.drained()
+        else:
+            self._pass.carrier.behind(lambda: then(result))
+        return result
+
+    def behind_taps(self, work: Callable[[], None]) -> None:
+        """Do this behind all taps that were computed so far, where they are handed out."""
+        self._pass.carrier.behind(work)
 
     @property
     def images(self) -> ImageInput | None:

@@ -71,9 +71,14 @@ class _Product(torch.autograd.Function):
 
 
 def quantize_sites(
-    model: Any, sites: Sequence[Site], quantization: str, *, tied_sites: Collection[int]
+    model: Any,
+    sites: Sequence[Site],
+    quantization: str,
+    *,
+    tied_sites: Collection[int],
+    device: torch.device,
 ) -> None:
-    """Replace the Linear and Conv1D sites' modules in place, whatever names they have.
+    """Replace the Linear and Conv1D sites' modules in place, whatever names they have, by ones on `device`.
 
     A weight that is tied stays as it is, and so do convolutions and embeddings.
 
@@ -81,7 +86,7 @@ def quantize_sites(
     """
     _check(model)
     chosen = {
-        id(module): _quantized(module, site, quantization)
+        id(module): _quantized(module, site, quantization, device)
         for site, module in ((site, model.get_submodule(site.name)) for site in sites)
         if site.index not in tied_sites and site.kind in (SiteKind.LINEAR, SiteKind.CONV1D)
     }
@@ -91,11 +96,11 @@ def quantize_sites(
                 parent._modules[name] = chosen[id(child)]
 
 
-def _quantized(module: nn.Module, site: Site, quantization: str) -> QuantizedLinear:
+def _quantized(module: nn.Module, site: Site, quantization: str, device: torch.device) -> QuantizedLinear:
     parameters: Any = module
-    weight: Tensor = parameters.weight.detach()
+    weight: Tensor = parameters.weight.detach().to(device)
     weight_OI = weight if site.kind is SiteKind.LINEAR else weight.t()
-    bias_O = None if parameters.bias is None else parameters.bias.detach()
+    bias_O = None if parameters.bias is None else parameters.bias.detach().to(device)
     return QuantizedLinear(weight_OI, bias_O, quantization).eval()
 
 

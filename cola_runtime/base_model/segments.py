@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cola_runtime.adapter_spec import HeadKind
+from cola_runtime.base_model.accelerator import HOST, Accelerator
 from cola_runtime.base_model.bank import BankedAdapter
 from cola_runtime.types import Image, Row, Segment, TapPlan
 
@@ -63,7 +64,7 @@ class Labels:
 
     positions_K: Tensor  # int64, ascending, in [0, B*T)
     targets_K: Tensor  # int64
-    weights_K: Tensor  # float64
+    weights_K: Tensor  # float64, in host memory, where the sums are made
     scales_K: Tensor  # float64: weight / loss_denominator, the scaled loss's derivative by the cross-entropy
     counts: tuple[int, ...]  # per member, in batch order
 
@@ -105,7 +106,7 @@ class MixedBatch:
                 yield member, cohort.first_row + number * cohort.rows_per_segment
 
 
-def mixed_batch(members: Sequence[Member]) -> MixedBatch:
+def mixed_batch(members: Sequence[Member], accelerator: Accelerator = HOST) -> MixedBatch:
     """Order the segments into cohorts (stably: equal compositions give equal batches) and pad their rows."""
     buckets: dict[object, list[Member]] = {}
     for member in members:
@@ -117,15 +118,17 @@ def mixed_batch(members: Sequence[Member]) -> MixedBatch:
     ordered = [member for bucket in buckets.values() for member in bucket]
     rows = [row for member in ordered for row in member.segment.rows]
     tokens, weights = _padded(rows)
+    types_BT = _token_types(rows, tokens.shape)
+    images_BCHW = _images([row.image for row in rows if isinstance(row.image, Image)])
     return MixedBatch(
-        tokens_BT=torch.from_numpy(tokens),
-        lengths_B=torch.tensor([len(row.tokens) for row in rows]),
-        token_types_BT=_token_types(rows, tokens.shape),
-        sources=_sources([row.source for row in rows if row.source is not None]),
-        images_BCHW=_images([row.image for row in rows if isinstance(row.image, Image)]),
+        tokens_BT=accelerator.placed(torch.from_numpy(tokens)),
+        lengths_B=accelerator.placed(torch.tensor([len(row.tokens) for row in rows])),
+        token_types_BT=None if types_BT is None else accelerator.placed(types_BT),
+        sources=_sources([row.source for row in rows if row.source is not None], accelerator),
+        images_BCHW=None if images_BCHW is None else accelerator.placed(images_BCHW),
         image_tokens=sum(row.image.tokens for row in rows if row.image is not None),
         cohorts=tuple(cohorts),
-        labels=_labels(ordered, tokens, weights),
+        labels=_labels(ordered, tokens, weights, accelerator),
     )
 
 
@@ -145,7 +148,7 @@ def _padded(rows: Sequence[Row]) -> tuple[NDArray[np.int64], NDArray[np.float64]
     return tokens, weights
 
 
-def _sources(sources: Sequence[NDArray[np.int32]]) -> Sources | None:
+def _sources(sources: Sequence[NDArray[np.int32]], accelerator: Accelerator) -> Sources | None:
     if not sources:
         return None
     shape = len(sources), max(map(len, sources))
@@ -153,7 +156,7 @@ def _sources(sources: Sequence[NDArray[np.int32]]) -> Sources | None:
     for number, source in enumerate(sources):
         tokens_BS[number, : len(source)] = torch.from_numpy(source)
         real_BS[number, : len(source)] = 1
-    return Sources(tokens_BS=tokens_BS, real_BS=real_BS)
+    return Sources(tokens_BS=accelerator.placed(tokens_BS), real_BS=accelerator.placed(real_BS))
 
 
 def _images(images: Sequence[Image]) -> Tensor | None:
@@ -170,7 +173,12 @@ def _token_types(rows: Sequence[Row], shape: tuple[int, ...]) -> Tensor | None:
     return types_BT
 
 
-def _labels(members: Sequence[Member], tokens: NDArray[np.int64], weights: NDArray[np.float64]) -> Labels:
+def _labels(
+    members: Sequence[Member],
+    tokens: NDArray[np.int64],
+    weights: NDArray[np.float64],
+    accelerator: Accelerator,
+) -> Labels:
     row, column = np.nonzero(weights)
     rows_of = [len(member.segment.rows) for member in members]
     denominators = np.repeat([member.loss_denominator for member in members], rows_of)
@@ -180,10 +188,10 @@ def _labels(members: Sequence[Member], tokens: NDArray[np.int64], weights: NDArr
     with np.errstate(divide="ignore", invalid="ignore"):  # a zero denominator spoils its own rows only
         scales = label_weights / denominators[row]
     return Labels(
-        positions_K=torch.from_numpy(row * tokens.shape[1] + column - 1),
-        targets_K=torch.from_numpy(tokens[row, column]),
+        positions_K=accelerator.placed(torch.from_numpy(row * tokens.shape[1] + column - 1)),
+        targets_K=accelerator.placed(torch.from_numpy(tokens[row, column])),
         weights_K=torch.from_numpy(label_weights),
-        scales_K=torch.from_numpy(scales),
+        scales_K=accelerator.placed(torch.from_numpy(scales)),
         counts=tuple(int(count) for count in counts),
     )
 

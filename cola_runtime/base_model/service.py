@@ -61,7 +61,7 @@ class BaseModelService:
         self._name = name
         self._lane = ComputeLane()
         self._decoding = asyncio.Lock()  # steps are decoded, and so computed, in the order they came
-        self._compressor = TapCompressor()  # the lane's alone
+        self._compressor = TapCompressor()  # belongs to whoever hands out the taps
         self._events = EventLog()
         self._server = GradientServer(
             join_token=join_token, on_update=self._install_soon, on_event=self._events.append
@@ -100,8 +100,8 @@ class BaseModelService:
     async def run(self, step: BaseStep) -> BaseStepResult:
         """Compute one mixed batch; taps leave while it runs, each microbatch's end behind them.
 
-        The ends are queued by the compute thread, too: else the next step's taps, which it may begin to hand
-        out before this coroutine goes on, would be ahead of them and count as this microbatch's.
+        The ends are queued by whoever hands out the taps, behind them: else the next step's taps, which may
+        be handed out before this coroutine goes on, would be ahead and count as this microbatch's.
         """
         if self._model.images is not None:
             async with self._decoding:
@@ -113,15 +113,13 @@ class BaseModelService:
             compressed = self._compressor.compress(segment.lease, segment.taps.compression, tap.tensors)
             gathered[tap.segment].add(compressed)
 
-        def compute() -> BaseStepResult:
-            result = self._model.run(step, sink)
+        def end(result: BaseStepResult) -> None:
             for taps, segment, loss in zip(gathered, step.segments, result.losses, strict=True):
                 if step.train and loss.reason is None:
                     taps.flush()
                     self._server.end_microbatch(segment, taps.sent)
-            return result
 
-        result = await self._lane.run(compute)
+        result = await self._lane.run(lambda: self._model.run(step, sink, then=end))
         self._record(result)
         return result
 
@@ -182,7 +180,7 @@ class BaseModelService:
 
     def _forget(self, job_id: str) -> None:
         self._model.evict(job_id)
-        self._compressor.forget(job_id)
+        self._model.behind_taps(lambda: self._compressor.forget(job_id))
 
     def _record(self, result: BaseStepResult) -> None:
         self._steps += 1

@@ -11,11 +11,14 @@ import math
 import torch
 from torch import Tensor
 
+from cola_runtime.base_model.accelerator import HOST
+
 
 class Workspace:
     """Named buffers of one compute thread. Asking for a name again gives the same memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = HOST.device) -> None:
+        self._device = device
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -25,8 +28,15 @@ class Workspace:
         if buffer is None or buffer.numel() < numel:
             self._buffers.pop((name, dtype), None)
             del buffer  # freed before the larger one is allocated
-            buffer = self._buffers[name, dtype] = torch.empty(numel, dtype=dtype)
+            buffer = self._buffers[name, dtype] = self._allocated(numel, dtype)
         return buffer[:numel].view(shape)
+
+    def _allocated(self, numel: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(numel, dtype=dtype, device=self._device)
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
 
     @property
     def nbytes(self) -> int:

@@ -1,4 +1,4 @@
-"""Lossy forms of a tap's tensors: made on the base model's compute thread, undone by the device.
+"""Lossy forms of a tap's tensors: made where the base model hands out its taps, undone by the device.
 
 Opt-in, and named in the job's encoding; docs/encodings.md has the errors. Weights on their way back are never
 compressed. Shapes: O out_features, I in_features, K rank.
@@ -89,7 +89,7 @@ class _OfLease:
 
 
 class TapCompressor:
-    """Compresses taps lease by lease. Only the compute thread may call it.
+    """Compresses taps lease by lease. Only the thread that hands out taps may call it.
 
     Low rank holds an error of [O, I + 1] for every site of a lease, beside the base model, until it ends.
     """

@@ -27,18 +27,24 @@ TapSink = Callable[[Tap], None]
 """Called on the compute thread during the backward pass, deepest layer first; must not block."""
 
 
-def activation_tensors(x_NI: Tensor, grads: Mapping[int, Tensor], rows_K: Tensor) -> dict[TensorKey, Tensor]:
+def activation_tensors(
+    x_NI: Tensor, grads: Mapping[int, Tensor], rows_K: Tensor | None
+) -> dict[TensorKey, Tensor]:
     """Copies of `rows_K` alone: x under the first site, g [N, O] under each of `grads`' sites.
 
-    Ids (an embedding's x, [N, 1]) are int32.
+    Ids (an embedding's x, [N, 1]) are int32. None is all rows, as they are.
     """
-    used_KI = x_NI.index_select(0, rows_K)
+    used_KI = _rows(x_NI, rows_K)
     if not used_KI.is_floating_point():
         used_KI = used_KI.int()
     tensors = {TensorKey(next(iter(grads)), TensorKind.INPUT): used_KI}
     for site, grad_NO in grads.items():
-        tensors[TensorKey(site, TensorKind.OUTPUT_GRADIENT)] = grad_NO.index_select(0, rows_K)
+        tensors[TensorKey(site, TensorKind.OUTPUT_GRADIENT)] = _rows(grad_NO, rows_K)
     return tensors
+
+
+def _rows(tensor_NF: Tensor, rows_K: Tensor | None) -> Tensor:
+    return tensor_NF if rows_K is None else tensor_NF.index_select(0, rows_K)
 
 
 def used_rows(grads_SNO: Sequence[Tensor]) -> list[Tensor]:
@@ -56,12 +62,20 @@ def used_rows(grads_SNO: Sequence[Tensor]) -> list[Tensor]:
     return [used_N.nonzero().squeeze(1) for used_N in used_SN]
 
 
+def any_used(grads_SNO: Sequence[Tensor]) -> Tensor:
+    """[S, N], whether any g of the row is not zero: `used_rows` for one who can wait for no answer."""
+    used_SN = (grads_SNO[0] != 0).any(dim=-1)
+    for grad_SNO in grads_SNO[1:]:
+        used_SN |= (grad_SNO != 0).any(dim=-1)
+    return used_SN
+
+
 def product_tensors(
     x_NI: Tensor, grads: Mapping[int, Tensor], site: Site, dtype: torch.dtype
 ) -> dict[TensorKey, Tensor]:
     """g^T [x, 1] of every site in `grads`, [O, I + 1]: all that a kind linear in x needs, whatever N.
 
-    `site` is any of them. The product is whole at grouped convolutions, too.
+    `site` is any of them. The product is whole at grouped convolutions, too. Leading dimensions are batched.
     """
     return {
         TensorKey(index, TensorKind.WEIGHT_GRADIENT): _product(x_NI, grad_NO, site).to(dtype)
@@ -70,10 +84,10 @@ def product_tensors(
 
 
 def _product(x_NI: Tensor, grad_NO: Tensor, site: Site) -> Tensor:
-    product = grad_NO.new_empty(grad_NO.shape[1], site.in_features + 1)
+    product = grad_NO.new_empty(*grad_NO.shape[:-2], grad_NO.shape[-1], site.in_features + 1)
     if site.takes_ids:
-        product[:, :-1] = outer(grad_NO, x_NI, site)
+        product[..., :-1] = outer(grad_NO, x_NI, site)
     else:
-        torch.mm(grad_NO.T, x_NI, out=product[:, :-1])
-    torch.sum(grad_NO, dim=0, out=product[:, -1])
+        torch.matmul(grad_NO.mT, x_NI, out=product[..., :-1])
+    torch.sum(grad_NO, dim=-2, out=product[..., -1])
     return product

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -51,6 +51,7 @@ class BaseModelActor:
             activation_checkpointing=settings.activation_checkpointing,
             tiled_weights=settings.tiled_weights,
             quantization=settings.quantization,
+            accelerator=settings.accelerator,
         )
         self._service = BaseModelService(model, name=settings.name, join_token=join_token)
         self._bind, self._advertise = settings.bind, settings.advertise
@@ -160,10 +161,14 @@ def _quiet_transformers() -> None:
     logging.set_verbosity_error()
 
 
-def base_model_handle(settings: ServiceSettings, join_token: str) -> Any:
-    """Place the base model actor on a node that offers the resource `cola_base_model`."""
+def base_model_handle(
+    settings: ServiceSettings, join_token: str, *, accelerator: Literal["cpu", "cuda"]
+) -> Any:
+    """Place the base model actor on a node that offers the resource `cola_base_model`, and a GPU on cuda."""
+    base_model = settings.base_model.model_copy(update={"accelerator": accelerator})
     options = {
         "num_cpus": 0,
+        "num_gpus": 1 if accelerator == "cuda" else 0,
         "resources": {"cola_base_model": 1},
         "max_restarts": -1,
         "max_concurrency": 64,
@@ -171,7 +176,7 @@ def base_model_handle(settings: ServiceSettings, join_token: str) -> Any:
     return (
         ray.remote(BaseModelActor)
         .options(**options)
-        .remote(settings.base_model, settings.cache_dir.resolve(), join_token, settings.adapter_modules)
+        .remote(base_model, settings.cache_dir.resolve(), join_token, settings.adapter_modules)
     )
 
 

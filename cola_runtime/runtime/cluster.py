@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from pydantic import SecretStr
 from ray.exceptions import RayError
 
 from cola_runtime.config import JoinSettings, ServiceSettings
-from cola_runtime.errors import Unavailable
+from cola_runtime.errors import ColaError, InvalidInput, Unavailable
 from cola_runtime.runtime.actors import RemoteBaseModel, base_model_handle, device_handle
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ class Cluster:
     def __init__(self, settings: ServiceSettings) -> None:
         self._settings = settings
         self._base_model: Any = None
+        self._accelerator: Literal["cpu", "cuda"] = "cpu"
 
     def __enter__(self) -> Cluster:
         if self._settings.ray_address:
@@ -42,6 +43,11 @@ class Cluster:
                 configure_logging=False,
                 object_store_memory=256 << 20,
             )
+        try:
+            self._accelerator = chosen_accelerator(self._settings, ray.cluster_resources())
+        except ColaError:
+            ray.shutdown()
+            raise
         return self
 
     def __exit__(
@@ -53,7 +59,7 @@ class Cluster:
 
     async def start_base_model(self, join_token: str) -> RemoteBaseModel:
         """Place the base model actor and wait until it answers. Raises Unavailable with what lacks."""
-        self._base_model = base_model_handle(self._settings, join_token)
+        self._base_model = base_model_handle(self._settings, join_token, accelerator=self._accelerator)
         base = RemoteBaseModel(self._base_model)
         try:
             async with asyncio.timeout(BASE_MODEL_START_SECONDS):
@@ -91,6 +97,22 @@ class Cluster:
             await asyncio.gather(*keepers, return_exceptions=True)
             for handle in handles:
                 ray.kill(handle)
+
+
+def chosen_accelerator(settings: ServiceSettings, resources: Mapping[str, float]) -> Literal["cpu", "cuda"]:
+    """Where the base model goes in a cluster with these resources.
+
+    Raises InvalidInput `ACCELERATOR_MISSING` where cuda is asked for and no node offers one: Ray would wait.
+    """
+    asked, offered = settings.base_model.accelerator, resources.get("GPU", 0) >= 1
+    if asked == "cuda" and not offered:
+        raise InvalidInput(
+            "ACCELERATOR_MISSING",
+            "no node of the Ray cluster offers a GPU",
+            where="base_model.accelerator",
+            remedy="Set base_model.accelerator to cpu, or add a node with a GPU; see `ray status`.",
+        )
+    return "cuda" if offered and asked != "cpu" else "cpu"
 
 
 async def _keep_running(handle: Any, device_id: str) -> None:

@@ -68,8 +68,8 @@ async def _serve(settings: ServiceSettings, on_ready: Callable[[RunningService],
 async def running_service(settings: ServiceSettings) -> AsyncIterator[RunningService]:
     """The whole service on Ray, for as long as the context lasts."""
     import_adapter_modules(settings.adapter_modules)  # what is wrong with them is said before Ray starts
-    join_token = _join_token(settings.data_dir)
     with Cluster(settings) as cluster:
+        join_token = _join_token(settings.data_dir)
         base = await cluster.start_base_model(join_token)
 
         def devices_at(endpoint: str) -> AbstractAsyncContextManager[None]:

@@ -34,6 +34,7 @@ FATAL_REASONS = {  # trying again would give the same; the remedies
     "NON_FINITE_GRADIENT": _LOWER_RATE,
     "NON_FINITE_ADAPTER": _LOWER_RATE,
     "TAPS_TOO_LARGE": "The last checkpoint is kept.",
+    "OUT_OF_MEMORY": "A row alone does not fit the base model's memory: set max_length, and submit again.",
 }
 
 

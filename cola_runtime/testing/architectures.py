@@ -110,6 +110,21 @@ def save_causal_model(model_type: str, folder: Path, *, dtype: str, **changes: A
     return _save(AutoModelForCausalLM, config, folder, dtype)
 
 
+def save_smollm2_shape(folder: Path, *, dtype: str = "bfloat16") -> Path:
+    """Random weights in the shapes of SmolLM2-135M: what is timed costs the same."""
+    changes = {
+        "vocab_size": 49_152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    }
+    return save_causal_model("llama", folder, dtype=dtype, **changes)
+
+
 def save_encoder_decoder(model_type: str, folder: Path, *, dtype: str) -> Path:
     """A random encoder-decoder of `model_type`, a key of SEQUENCE_TO_SEQUENCE, drawn in float32."""
     from transformers import AutoConfig, AutoModelForSeq2SeqLM

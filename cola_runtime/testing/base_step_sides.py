@@ -32,6 +32,7 @@ from cola_runtime.adapter_spec import (
 )
 from cola_runtime.adapters.adapter import initial_weights
 from cola_runtime.adapters.shapes import weight_shapes
+from cola_runtime.base_model.accelerator import HOST, Accelerator
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.gradients.taps import Tap
 from cola_runtime.testing.record import interleaved
@@ -55,8 +56,8 @@ MIXED_KINDS: tuple[AdapterKind, ...] = (LORA, LINEAR, MLP, LINEARIZED)
 class Stock:
     """The bare transformers model: the frozen floor."""
 
-    def __init__(self, path: Path, dtype: str) -> None:
-        self._model = _stock_model(path, dtype, "sdpa").requires_grad_(False)
+    def __init__(self, path: Path, dtype: str, accelerator: Accelerator = HOST) -> None:
+        self._model = _stock_model(path, dtype, "sdpa", accelerator).requires_grad_(False)
 
     def choose_attention(self, tokens_BT: Tensor) -> str:
         """Set the implementation that is faster for these rows; also warms everything up."""
@@ -80,8 +81,10 @@ class Stock:
 class Ours:
     """One tapped model and any number of teams of tenants in its bank; a step computes one team's rows."""
 
-    def __init__(self, path: Path, dtype: str) -> None:
-        self.model = TappedModel.load(path, dtype=dtype, attention="eager", threads=1)
+    def __init__(self, path: Path, dtype: str, *, accelerator: str = "cpu") -> None:
+        self.model = TappedModel.load(
+            path, dtype=dtype, attention="eager", threads=1, accelerator=accelerator
+        )
         self._itemsize = int(getattr(torch, dtype).itemsize)
         self.attention = self.model.describe("", "").details["attention"]
         self.install_seconds: dict[str, float] = {}  # per adapter, of each team
@@ -142,12 +145,14 @@ class Ours:
 class Peft:
     """peft on the stock model, all tenants' adapters loaded, with an optimizer for each."""
 
-    def __init__(self, path: Path, dtype: str, attention: str, *, tenants: int) -> None:
+    def __init__(
+        self, path: Path, dtype: str, attention: str, *, tenants: int, accelerator: Accelerator = HOST
+    ) -> None:
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
         self._names = [f"tenant{k}" for k in range(tenants)]
-        base = _stock_model(path, dtype, attention)
+        base = _stock_model(path, dtype, attention, accelerator)
         # Factors in the model's dtype, as in our forward; peft's own default (float32) is slower in bfloat16.
         self._model = get_peft_model(
             base, config, adapter_name=self._names[0], autocast_adapter_dtype=False
@@ -180,6 +185,10 @@ class Peft:
 
     def _backward(self, tokens_BT: Tensor) -> None:
         _loss(self._model(input_ids=tokens_BT, use_cache=False).logits, tokens_BT).backward()
+
+
+def random_rows(rows: int, tokens: int, seed: int) -> NDArray[np.int32]:
+    return np.random.default_rng(seed).integers(0, 49_152, (rows, tokens), dtype=np.int32)
 
 
 def tokens_of(rows_BT: NDArray[np.int32]) -> Tensor:
@@ -240,12 +249,13 @@ def _run(model: TappedModel, step: BaseStep) -> None:
     assert all(loss.reason is None for loss in result.losses)
 
 
-def _stock_model(path: Path, dtype: str, attention: str) -> Any:
+def _stock_model(path: Path, dtype: str, attention: str, accelerator: Accelerator) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         path, dtype=getattr(torch, dtype), attn_implementation=attention
-    ).eval()
+    )
+    return model.to(accelerator.device).eval()
 
 
 def _loss(logits_BTV: Tensor, tokens_BT: Tensor) -> Any:

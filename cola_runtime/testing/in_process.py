@@ -69,6 +69,7 @@ async def running_base_model(settings: ServiceSettings) -> AsyncIterator[BaseMod
         activation_checkpointing=chosen.activation_checkpointing,
         tiled_weights=chosen.tiled_weights,
         quantization=chosen.quantization,
+        accelerator=chosen.accelerator,
     )
     service = BaseModelService(model, name=chosen.name, join_token=JOIN_TOKEN)
     await service.start(chosen.bind)

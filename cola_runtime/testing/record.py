@@ -89,11 +89,12 @@ def interleaved(
     rounds: int,
     warmup: int,
     prepare: Mapping[str, Callable[[], object]] | None = None,
+    wait: Callable[[], object] = lambda: None,
 ) -> dict[str, Timing]:
     """Time the sides in turn, round by round, so that a change of the machine's load meets all of them.
 
     Every second round goes through them backwards; the first `warmup` rounds are not counted, nor is what
-    some sides `prepare` each time.
+    some sides `prepare` each time. `wait` returns when an accelerator has computed what it was asked for.
     """
     prepare = prepare or {}
     measured: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
@@ -101,7 +102,7 @@ def interleaved(
         order = list(sides) if number % 2 == 0 else list(reversed(list(sides)))
         for name in order:
             prepare.get(name, lambda: None)()
-            seconds = _timed(sides[name])
+            seconds = _timed(sides[name], wait)
             if number >= warmup:
                 measured[name].append(seconds)
     return {name: _timing(pairs) for name, pairs in measured.items()}
@@ -113,9 +114,11 @@ def _timing(pairs: Sequence[tuple[float, float]]) -> Timing:
     )
 
 
-def _timed(side: Callable[[], object]) -> tuple[float, float]:
+def _timed(side: Callable[[], object], wait: Callable[[], object]) -> tuple[float, float]:
+    wait()
     wall, cpu = time.perf_counter(), time.thread_time()
     side()
+    wait()
     return time.perf_counter() - wall, time.thread_time() - cpu
 
 

@@ -20,6 +20,7 @@ from cola_runtime.base_model.layout import AdapterLayout
 from cola_runtime.base_model.stacks.cohorts import GatheredStack
 from cola_runtime.base_model.stacks.protocol import CohortRows, SiteStack
 from cola_runtime.base_model.stacks.taps import GroupTaps, OwnGradients
+from cola_runtime.base_model.tap_carrier import DirectCarrier, TapOutlet
 from cola_runtime.base_model.workspace import Workspace
 from cola_runtime.gradients.accumulate import GradientAccumulator
 from cola_runtime.gradients.compression import TapCompressor
@@ -120,7 +121,7 @@ class _Group:
             scalings=[self._scaling],
             loss_scales=[1.0],
             dtype=torch.float32,
-            sink=sink,
+            outlet=TapOutlet(sink, DirectCarrier()),
         )
         stack = self._stack(taps)
         outputs_BTO = [torch.zeros_like(grad) for grad in self._grads_BTO]

@@ -89,9 +89,12 @@ def autograd_gradients(path: Path, member: Tenant, tapped: TappedModel) -> Weigh
     if by_hand:
         wide_norms(model)
     parameters = add_adapter(model.requires_grad_(False).eval(), member.spec, member.weights)
+    model.to(
+        "cuda" if details["accelerator"].startswith("cuda") else "cpu"
+    )  # float32 angles differ by a digit
     batch_loss(model, member.rows).backward()
     return {
-        key.gradient: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        key.gradient: torch.zeros_like(parameter).cpu() if parameter.grad is None else parameter.grad.cpu()
         for key, parameter in parameters.items()
     }
 

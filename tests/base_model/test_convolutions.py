@@ -18,6 +18,7 @@ from cola_runtime.base_model.merge import MergedWeights
 from cola_runtime.base_model.segments import Member, mixed_batch
 from cola_runtime.base_model.site_groups import site_group
 from cola_runtime.base_model.stacks.cohorts import GroupPlaces, group_stacks
+from cola_runtime.base_model.tap_carrier import DirectCarrier, TapOutlet
 from cola_runtime.base_model.tapped import TappedModules
 from cola_runtime.base_model.workspace import Workspace
 from cola_runtime.errors import InvalidInput
@@ -110,7 +111,7 @@ def mixed_taps(
     )
     taps: list[Tap] = []
     places = GroupPlaces(positions={site.index: 0 for site in sites}, source_groups=frozenset())
-    stacks = group_stacks(batch.cohorts, places, Workspace(), taps.append)
+    stacks = group_stacks(batch.cohorts, places, Workspace(), TapOutlet(taps.append, DirectCarrier()))
     x_BCHW = torch.cat([images_of(members[placed.position]) for placed in batch.members])
     with modules.active(stacks, rows=len(x_BCHW), training=True):
         output = tapped_net(x_BCHW)

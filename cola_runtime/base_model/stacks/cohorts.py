@@ -19,8 +19,8 @@ from cola_runtime.base_model.layout import Piece
 from cola_runtime.base_model.segments import Cohort
 from cola_runtime.base_model.stacks.protocol import CohortRows, Kept, SiteStack
 from cola_runtime.base_model.stacks.taps import GroupTaps
+from cola_runtime.base_model.tap_carrier import TapOutlet
 from cola_runtime.base_model.workspace import Workspace
-from cola_runtime.gradients.taps import TapSink
 from cola_runtime.types import Row, Site
 
 Stacks = dict[int, list[SiteStack]]
@@ -36,25 +36,27 @@ class GroupPlaces:
 
 
 def group_stacks(
-    cohorts: Sequence[Cohort], places: GroupPlaces, space: Workspace, sink: TapSink | None
+    cohorts: Sequence[Cohort], places: GroupPlaces, space: Workspace, outlet: TapOutlet | None
 ) -> Stacks:
     """The stacks of one mixed batch."""
     stacks: Stacks = {}
-    for cohort in cohorts:
+    for number, cohort in enumerate(cohorts):
         flats = tuple(member.adapter.flat for member in cohort.members)
+        if len(flats) > 1 and space.device.type == "cuda":
+            flats = (_beside(flats, space, f"cohort{number}"),)
         for piece in cohort.members[0].adapter.layout.pieces:
             for group, sites in piece.layout.groups.items():
                 of_source = group in places.source_groups
-                rows = _rows(cohort, piece.part, of_source=of_source, train=sink is not None)
+                rows = _rows(cohort, piece.part, of_source=of_source, train=outlet is not None)
                 gathered = GatheredStack(
                     piece,
                     flats,
                     rows,
                     tuple(places.positions[site.index] for site in sites),
-                    None if sink is None else cohort_taps(cohort, sites[0], rows.scalings, sink),
+                    None if outlet is None else cohort_taps(cohort, sites[0], rows.scalings, outlet),
                     space,
                 )
-                lasts = len(flats) == 1  # views of the bank itself: nothing to copy
+                lasts = len(flats) == 1  # views of the bank itself, or of the step's copy of it
                 stacks.setdefault(group, []).append(gathered.stack() if lasts else gathered)
     return stacks
 
@@ -68,7 +70,7 @@ class GatheredStack:
     """
 
     piece: Piece
-    flats: tuple[Tensor, ...]  # of each segment, in the bank
+    flats: tuple[Tensor, ...]  # of each segment, in the bank; or one [S, P] of all
     rows: CohortRows
     positions: tuple[int, ...]
     taps: GroupTaps | None
@@ -89,7 +91,7 @@ class GatheredStack:
         """The piece's blocks, [S, P] each, dense."""
         by_segment = [self.piece.blocks(flat) for flat in self.flats]
         if len(by_segment) == 1:
-            return [block[None] for block in by_segment[0]]
+            return [block if block.ndim == 2 else block[None] for block in by_segment[0]]
         segments, sizes = len(by_segment), self.piece.layout.block_sizes
         memory = self.space.tensor("gathered", (segments * sum(sizes),), self.flats[0].dtype)
         blocks = [
@@ -98,6 +100,14 @@ class GatheredStack:
         for block, parts in zip(blocks, zip(*by_segment, strict=True), strict=True):
             torch.stack(parts, out=block)
         return blocks
+
+
+def _beside(flats: Sequence[Tensor], space: Workspace, name: str) -> Tensor:
+    """[S, P]: on an accelerator one copy of whole adapters a step costs less than asking for many small ones,
+    and its batched products take blocks that are apart.
+    """
+    memory_SP = space.tensor(name, (len(flats), len(flats[0])), flats[0].dtype)
+    return torch.stack(list(flats), out=memory_SP)
 
 
 def _rows(cohort: Cohort, number: int, *, of_source: bool, train: bool) -> CohortRows:
@@ -139,7 +149,7 @@ def _seen(row: Row, *, of_source: bool) -> int | None:
     return len(row.source)
 
 
-def cohort_taps(cohort: Cohort, site: Site, scalings: tuple[float, ...], sink: TapSink) -> GroupTaps:
+def cohort_taps(cohort: Cohort, site: Site, scalings: tuple[float, ...], outlet: TapOutlet) -> GroupTaps:
     """Where the taps of one cohort's part at a site's input group go."""
     return GroupTaps(
         cohort.taps.encoding_of(site.input_group),
@@ -148,5 +158,5 @@ def cohort_taps(cohort: Cohort, site: Site, scalings: tuple[float, ...], sink: T
         scalings=scalings,
         loss_scales=[member.loss_scale for member in cohort.members],
         dtype=torch_dtype(cohort.members[0].adapter.spec),
-        sink=sink,
+        outlet=outlet,
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cola_runtime.base_model.accelerator import Accelerator, constants
 from cola_runtime.base_model.stacks.lora import LoraFactors, LoraLayout, LoraStack
 from cola_runtime.base_model.stacks.protocol import CohortRows, Kept
 from cola_runtime.base_model.stacks.taps import GroupTaps
@@ -66,8 +67,9 @@ class DropoutLoraStack(LoraStack):
     def _mask(self, alone: LoraStack, x_SMI: Tensor) -> Tensor:
         (site,) = alone.factors.sites
         masks = [draw.mask(site, x_SMI.shape[1] // len(draw.lengths)) for draw in self.rows.dropouts]
-        return torch.stack(masks).to(x_SMI.device)
+        return Accelerator(x_SMI.device).placed(torch.stack(masks))
 
     def _dropped(self, tensor_SMI: Tensor, keep_SMI: Tensor) -> Tensor:
-        factors_S11 = tensor_SMI.new_tensor([draw.factor for draw in self.rows.dropouts])[:, None, None]
+        factors = [draw.factor for draw in self.rows.dropouts]
+        factors_S11 = constants(factors, tensor_SMI.dtype, tensor_SMI.device)[:, None, None]
         return (tensor_SMI * keep_SMI).mul_(factors_S11)

@@ -19,7 +19,7 @@ from cola_runtime.base_model.site_groups import SiteGroup
 from cola_runtime.base_model.stacks.cohorts import Stacks, cohort_taps
 from cola_runtime.base_model.stacks.protocol import CohortRows, Kept
 from cola_runtime.base_model.stacks.taps import GroupTaps
-from cola_runtime.gradients.taps import TapSink
+from cola_runtime.base_model.tap_carrier import TapOutlet
 from cola_runtime.types import Site, TensorKey
 
 
@@ -34,7 +34,7 @@ def bias_stacks(biases: Mapping[int, Tensor], groups: Sequence[SiteGroup]) -> St
 
 
 def tap_stacks(
-    stacks: Stacks, cohorts: Sequence[Cohort], positions: Mapping[int, int], sink: TapSink
+    stacks: Stacks, cohorts: Sequence[Cohort], positions: Mapping[int, int], outlet: TapOutlet
 ) -> Stacks:
     """`stacks` and those that hand out every cohort's taps. `positions`: see `group_stacks`."""
     for cohort in cohorts:
@@ -42,7 +42,7 @@ def tap_stacks(
         rows = CohortRows(cohort.first_row, cohort.stop_row, (1.0,) * len(members))
         for piece in cohort.members[0].adapter.layout.pieces:
             for group, sites in piece.layout.groups.items():
-                taps = cohort_taps(cohort, sites[0], rows.scalings, sink)
+                taps = cohort_taps(cohort, sites[0], rows.scalings, outlet)
                 places = tuple(positions[site.index] for site in sites)
                 stacks.setdefault(group, []).append(TapStack(rows, places, sites, members, taps))
     return stacks
@@ -99,4 +99,4 @@ class TapStack:
 
 
 def _weights(member: MergedAdapter, index: int, like: Tensor) -> dict[TensorKey, Tensor]:
-    return {key: weight.to(like) for key, weight in member.weights[index].items()}
+    return {key: weight.to(like, non_blocking=True) for key, weight in member.weights[index].items()}
