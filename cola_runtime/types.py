@@ -465,6 +465,7 @@ class BaseModelDescription:
     hidden_size: int = 0
     tasks: tuple[Task, ...] = (Task.CAUSAL_LM,)
     details: dict[str, str] = field(default_factory=dict)  # attention implementation, threads, device
+    flat: bool = False  # it lays rows end to end, nearly without padding
     tied_sites: tuple[int, ...] = ()  # their weights are other modules' too, so nothing may be merged there
     source_groups: tuple[
         int, ...

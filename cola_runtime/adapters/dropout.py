@@ -5,7 +5,9 @@ Shapes: L tokens of one row, T of the longest one with its padding, I in_feature
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -39,11 +41,21 @@ class SegmentDropout:
 
     def mask(self, site: Site, tokens: int) -> Tensor:
         """True where x is kept, [rows * T, I] for `tokens` = T; padding is not."""
-        mask = np.zeros((len(self.lengths), tokens, site.in_features), np.bool_)
+        starts = range(0, len(self.lengths) * tokens, tokens)
+        lengths = [tokens if length is None else length for length in self.lengths]
+        return self._placed(site, starts, lengths, len(self.lengths) * tokens)
+
+    def line_mask(self, site: Site, tokens: int) -> Tensor:
+        """Of rows end to end, padded behind the last one to `tokens` = M: [M, I]."""
+        lengths = [length for length in self.lengths if length is not None]
+        return self._placed(site, accumulate(lengths[:-1], initial=0), lengths, tokens)
+
+    def _placed(self, site: Site, starts: Iterable[int], lengths: Sequence[int], places: int) -> Tensor:
+        """[places, I]: each row's entries from its start on."""
+        mask = np.zeros((places, site.in_features), np.bool_)
         least = np.uint32(min(round(self.dropout * 2**32), 2**32 - 1))
-        for number, tokens_of_row in enumerate(self.lengths):
-            length = tokens if tokens_of_row is None else tokens_of_row
+        for number, (start, length) in enumerate(zip(starts, lengths, strict=True)):
             key = f"dropout/{self.seed}/{self.version}/{self.first_row + number}/{site.name}"
             bits = uniform_bits(key, length * site.in_features)
-            np.greater_equal(bits.reshape(length, -1), least, out=mask[number, :length])
-        return torch.from_numpy(mask).flatten(0, 1)
+            np.greater_equal(bits.reshape(length, -1), least, out=mask[start : start + length])
+        return torch.from_numpy(mask)

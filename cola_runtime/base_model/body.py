@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from cola_runtime.base_model.accelerator import Accelerator
 from cola_runtime.base_model.segments import MixedBatch
 from cola_runtime.base_model.stacks.cohorts import Stacks
 from cola_runtime.base_model.tapped import TappedModules
@@ -66,9 +67,11 @@ def causal_hidden(model: Any, batch: MixedBatch) -> Tensor:
 
 def encoder_hidden(model: Any, batch: MixedBatch) -> Tensor:
     """Attention looks both ways, so the padding is masked."""
-    real_BT = torch.arange(batch.tokens_BT.shape[1], device=batch.lengths_B.device) < batch.lengths_B[:, None]
+    tokens_BT = batch.tokens_BT
+    lengths_B = Accelerator(tokens_BT.device).placed(torch.from_numpy(batch.lengths))
+    real_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device) < lengths_B[:, None]
     hidden_BTD: Tensor = model.base_model(
-        input_ids=batch.tokens_BT,
+        input_ids=tokens_BT,
         attention_mask=real_BT.long(),
         token_type_ids=batch.token_types_BT,
         use_cache=False,

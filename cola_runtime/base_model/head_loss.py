@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from cola_runtime.base_model.accelerator import Accelerator
 from cola_runtime.base_model.heads import BankedHead, HeadGradients, Pooling
 from cola_runtime.base_model.segments import Member, MixedBatch
 from cola_runtime.base_model.tap_carrier import TapOutlet
@@ -38,13 +40,15 @@ def head_losses(
     With an outlet, each head's gradient leaves as a tap, always in its own encoding: it is tiny. Where
     `grad_ND` is given, d loss / d hidden is written to the pooled rows, in place.
     """
-    positions_B = pooling.positions(batch.lengths_B, len(hidden_ND) // len(batch.lengths_B))
+    places = pooling.positions(batch.starts, batch.lengths)
     outcomes: dict[int, HeadOutcome] = {}
-    for member, first_row in batch.placed_members:
-        head = member.adapter.head
+    next_row = 0
+    for member in batch.members:
+        head, first_row = member.adapter.head, next_row
+        next_row += len(member.segment.rows)
         if head is None:
             continue
-        positions_n = positions_B[first_row : first_row + len(member.segment.rows)]
+        positions_n = Accelerator(hidden_ND.device).placed(torch.from_numpy(places[first_row:next_row]))
         hidden_nD = hidden_ND.index_select(0, positions_n)
         if outlet is None:
             losses_n, predictions_n = head.losses(hidden_nD, _labels(member), pooling)

@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -29,10 +31,9 @@ class Pooling:
     first_token: bool
     module: Any = None
 
-    def positions(self, lengths_B: Tensor, longest: int) -> Tensor:
-        """[B], into the batch's flattened [B * T]."""
-        starts_B = torch.arange(len(lengths_B), device=lengths_B.device) * longest
-        return starts_B if self.first_token else starts_B + lengths_B - 1
+    def positions(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Of each row, its place in the batch's flattened [B * T]."""
+        return starts if self.first_token else starts + lengths - 1
 
     def pooled(self, hidden_nD: Tensor) -> Tensor:
         """[n, D]; differentiable."""

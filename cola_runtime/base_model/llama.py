@@ -24,6 +24,7 @@ from cola_runtime.base_model.frozen_ops import (
 )
 from cola_runtime.base_model.frozen_products import PlainProduct, TiledProduct, tiles_pay
 from cola_runtime.base_model.llama_weights import LlamaLayer, Projection, llama_layers
+from cola_runtime.base_model.row_groups import RowGroups, row_groups
 from cola_runtime.base_model.segments import MixedBatch
 from cola_runtime.base_model.site_groups import SiteGroup
 from cola_runtime.base_model.stacks.cohorts import Stacks
@@ -38,7 +39,7 @@ class _LayerRecord:
     h_ND: Tensor
     inverse_N1: Tensor  # of h's norm
     x_ND: Tensor  # of q, k, v
-    attention: AttentionRecord
+    attention: list[AttentionRecord]  # of each group of rows
     mixed_ND: Tensor  # attention's output, x of o
     middle_ND: Tensor  # the residual stream between attention and MLP
     middle_inverse_N1: Tensor
@@ -55,7 +56,8 @@ class _Step:
 
     shape: tuple[int, int]
     stacks: Stacks
-    rotary: Rotary
+    rows: RowGroups
+    rotaries: list[Rotary]  # of each group of rows
     lowest: int  # the lowest adapted input group, by its place in the forward pass; -1: the embedding
     tokens_BT1: Tensor
     embedding_kept: list[Kept]
@@ -108,10 +110,12 @@ class LlamaBody:
         tokens_BT = batch.tokens_BT
         embedded_BTD = self._model.embed_tokens(tokens_BT)
         embedding = stacks.get(self._embedding, [])
+        rows = row_groups(batch)
         step = _Step(
             shape=(tokens_BT.shape[0], tokens_BT.shape[1]),
             stacks=stacks,
-            rotary=self._rotary(embedded_BTD),
+            rows=rows,
+            rotaries=self._rotaries(embedded_BTD, rows),
             lowest=min((self._places[group] for group in stacks), default=4 * len(self._layers)),
             tokens_BT1=tokens_BT[..., None],
             embedding_kept=[stack.add_to([embedded_BTD], tokens_BT[..., None]) for stack in embedding],
@@ -157,10 +161,15 @@ class LlamaBody:
     def _buffer(self, name: str, columns: int, like: Tensor) -> Tensor:
         return self._space.tensor(name, (len(like), columns), like.dtype)
 
-    def _rotary(self, embedded_BTD: Tensor) -> Rotary:
-        positions = torch.arange(embedded_BTD.shape[1], device=embedded_BTD.device)[None]
+    def _rotaries(self, embedded_BTD: Tensor, rows: RowGroups) -> list[Rotary]:
+        """By the tokens' positions in their rows."""
+        longest = max(group.tokens for group in rows.groups)
+        positions = torch.arange(longest, device=embedded_BTD.device)[None]
         cos_1TE, sin_1TE = self._model.rotary_emb(embedded_BTD, position_ids=positions)
-        return self._attention.rotary(cos_1TE[0], sin_1TE[0])
+        return [
+            self._attention.rotary(cos_1TE[0, : group.tokens], sin_1TE[0, : group.tokens])
+            for group in rows.groups
+        ]
 
     def _recomputed(self, layer: LlamaLayer, h_ND: Tensor, step: _Step) -> _LayerRecord:
         """The layer's record once more. The residual stream above it is known: down's product is left out."""
@@ -178,9 +187,7 @@ class LlamaBody:
         (qkv_NW,), kept[layer.qkv.number] = self._project(layer.qkv, x_ND, ["qkv"], step)
         width = self._attention.heads * self._attention.head_size
         mixed_ND = self._buffer(f"{slot}.mixed", width, h_ND)
-        attention = self._attention.forward(
-            qkv_NW.view(*step.shape, -1), step.rotary, self._by_head(mixed_ND, step), slot, self._space
-        )
+        attention = self._attend(qkv_NW, mixed_ND, step, slot)
         middle_ND, kept[layer.output.number] = self._add_projected(
             layer.output, h_ND, mixed_ND, f"{slot}.middle", step
         )
@@ -245,13 +252,7 @@ class LlamaBody:
         if grad_ND is None:
             return
         grad_NW = self._buffer("grad_qkv", sum(layer.qkv.products[0].widths), dh_ND)
-        self._attention.backward(
-            self._by_head(grad_ND, step),
-            record.attention,
-            step.rotary,
-            grad_NW.view(*step.shape, -1),
-            self._space,
-        )
+        self._attend_backward(grad_ND, record.attention, step, grad_NW)
         dx_ND = self._input_gradient(layer.qkv, record.x_ND, [grad_NW], record, step)
         if dx_ND is not None:
             add_rms_norm_backward(
@@ -301,8 +302,34 @@ class LlamaBody:
         out_NO = projection.products[0].add_projected(base_NO, x_NI, self._space, name)
         return out_NO, _adapt(projection, x_NI, [out_NO], step)
 
-    def _by_head(self, tensor_ND: Tensor, step: _Step) -> Tensor:
-        return tensor_ND.view(*step.shape, self._attention.heads, self._attention.head_size)
+    def _attend(self, qkv_NW: Tensor, mixed_ND: Tensor, step: _Step, slot: str) -> list[AttentionRecord]:
+        """Writes attention's output to `mixed`, group by group."""
+        records = []
+        for number, (group, rotary) in enumerate(zip(step.rows.groups, step.rotaries, strict=True)):
+            out_RTD = group.room(mixed_ND, self._space, "rows.mixed")
+            qkv_RTW = group.read(qkv_NW, self._space, "rows.qkv")
+            records.append(
+                self._attention.forward(
+                    qkv_RTW, rotary, self._by_head(out_RTD), f"{slot}.{number}", self._space
+                )
+            )
+            group.write(out_RTD, mixed_ND)
+        step.rows.silence(mixed_ND)
+        return records
+
+    def _attend_backward(
+        self, grad_ND: Tensor, records: list[AttentionRecord], step: _Step, grad_NW: Tensor
+    ) -> None:
+        """Writes the gradient of q, k and v, group by group."""
+        for group, rotary, record in zip(step.rows.groups, step.rotaries, records, strict=True):
+            out_RTW = group.room(grad_NW, self._space, "rows.grad_qkv")
+            grad_RTD = group.read_gradient(grad_ND, self._space, "rows.grad")
+            self._attention.backward(self._by_head(grad_RTD), record, rotary, out_RTW, self._space)
+            group.write(out_RTW, grad_NW)
+        step.rows.silence(grad_NW)
+
+    def _by_head(self, tensor_RTD: Tensor) -> Tensor:
+        return tensor_RTD.view(*tensor_RTD.shape[:2], self._attention.heads, self._attention.head_size)
 
 
 def _adapt(projection: Projection, x_NI: Tensor, outputs_NO: list[Tensor], step: _Step) -> list[Kept]:

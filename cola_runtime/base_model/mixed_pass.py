@@ -52,7 +52,7 @@ class MixedPass:
 
         The last of them may still be on their way, but not those of a dynamic loss scale, which are judged.
         """
-        batch = mixed_batch(members, self.accelerator)
+        batch = mixed_batch(members, self.accelerator, flat=self.lays_flat)
         outlet = None if sink is None else TapOutlet(sink, self.carrier)
         stacks = self._stacks(batch.cohorts, outlet)
         train = outlet is not None and bool(stacks)  # heads alone need no backward pass through the body
@@ -81,6 +81,11 @@ class MixedPass:
         self.carrier.drained()
         self.space.release()
         self.accelerator.give_back()
+
+    @property
+    def lays_flat(self) -> bool:
+        """Rows end to end, nearly without padding: where the body tells them apart at no great cost."""
+        return isinstance(self.body, LlamaBody) and not self.accelerator.is_cuda
 
     @contextmanager
     def adapted(self, cohorts: Sequence[Cohort], *, rows: int) -> Iterator[None]:

@@ -23,13 +23,9 @@ from cola_runtime.base_model.images import ImageInput
 from cola_runtime.base_model.load import DTYPES, LoadedModel, load_frozen_model
 from cola_runtime.base_model.loss_scales import LossScales
 from cola_runtime.base_model.mixed_pass import MixedPass
-from cola_runtime.base_model.segments import (
-    Cohort,
-    Member,
-    RowLimits,
-    one_gang,
-    row_refusal,
-)
+from cola_runtime.base_model.refusals import RowLimits, one_gang, row_refusal
+from cola_runtime.base_model.segments import Cohort, Member
+from cola_runtime.base_model.stacks.protocol import Span
 from cola_runtime.errors import NotFound
 from cola_runtime.gradients.taps import TapSink
 from cola_runtime.types import (
@@ -129,6 +125,7 @@ class TappedModel:
             name=name,
             gradient_endpoint=gradient_endpoint,
             body=type(self._pass.body).__name__,
+            flat=self._pass.lays_flat,
             threads=self._threads,
         )
 
@@ -279,7 +276,7 @@ class TappedModel:
             loss_denominator=1.0,
             gang=adapter.gang,
         )
-        return Cohort(members=(Member(position=0, segment=segment, adapter=adapter),), first_row=0)
+        return Cohort(members=(Member(position=0, segment=segment, adapter=adapter),), span=Span(0, rows))
 
 
 def _refused(segment: Segment, reason: str | None) -> SegmentLoss:

@@ -1,26 +1,31 @@
-"""Composes one rectangular batch out of many tenants' rows.
+"""Composes one batch out of many tenants' rows.
 
-Segments of equal (adapter layout, rows, tap plan) become neighbours, a *cohort*: their adapters run as one
-batched product over views. Rows are padded on the right: under causal attention no real token sees padding,
-bidirectional attention masks it by the rows' lengths.
-Shapes: B rows of the batch, T padded length, K label positions.
+Segments of equal (adapter layout, tap plan) and as many padded tokens become neighbours, a *cohort*: their
+adapters run as one batched product over views.
+A rectangular batch has rows padded on the right to the longest: under causal attention no real token sees
+padding, bidirectional attention masks it by the rows' lengths. A flat one has all rows end to end in one line
+(B = 1), and pads only the segments of one cohort, to the longest of them: a body must tell its rows apart.
+Shapes: B rows of the batch, T padded length, P = B * T places, K label positions.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cola_runtime.adapter_spec import HeadKind
 from cola_runtime.base_model.accelerator import HOST, Accelerator
 from cola_runtime.base_model.bank import BankedAdapter
+from cola_runtime.base_model.near_sizes import near_sizes
+from cola_runtime.base_model.stacks.protocol import Span
 from cola_runtime.types import Image, Row, Segment, TapPlan
+
+COHORT_TOKENS = 16  # what a further cohort costs a flat batch, in computed tokens: its own batched products
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,18 +45,10 @@ class Member:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cohort:
-    """Segments that stack: equal layout, rows, tap plan and wire dtype; contiguous in the batch."""
+    """Segments that stack: equal layout, tap plan, wire dtype and padded tokens; contiguous in the batch."""
 
     members: tuple[Member, ...]
-    first_row: int
-
-    @property
-    def rows_per_segment(self) -> int:
-        return len(self.members[0].segment.rows)
-
-    @property
-    def stop_row(self) -> int:
-        return self.first_row + len(self.members) * self.rows_per_segment
+    span: Span
 
     @property
     def taps(self) -> TapPlan:
@@ -80,7 +77,9 @@ class Sources:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixedBatch:
     tokens_BT: Tensor  # int64, padded with 0
-    lengths_B: Tensor  # int64
+    flat: bool
+    starts: NDArray[np.int64]  # of each row, its first token's place
+    lengths: NDArray[np.int64]  # of each row, tokens
     token_types_BT: Tensor | None  # int64, padded with 0; None: all 0
     sources: Sources | None  # of an encoder-decoder
     images_BCHW: Tensor | None  # uint8, of an image classifier, whose rows have no tokens
@@ -90,7 +89,7 @@ class MixedBatch:
 
     @property
     def computed_tokens(self) -> int:
-        """Rows times padded length."""
+        """Padding included."""
         sources = 0 if self.sources is None else self.sources.tokens_BS.numel()
         return self.tokens_BT.numel() + sources + self.image_tokens
 
@@ -98,54 +97,81 @@ class MixedBatch:
     def members(self) -> tuple[Member, ...]:
         return tuple(member for cohort in self.cohorts for member in cohort.members)
 
-    @property
-    def placed_members(self) -> Iterator[tuple[Member, int]]:
-        """Every member and its first row, in batch order."""
-        for cohort in self.cohorts:
-            for number, member in enumerate(cohort.members):
-                yield member, cohort.first_row + number * cohort.rows_per_segment
 
+def mixed_batch(
+    members: Sequence[Member], accelerator: Accelerator = HOST, *, flat: bool = False
+) -> MixedBatch:
+    """Order the segments into cohorts (stably: equal compositions give equal batches) and place their rows.
 
-def mixed_batch(members: Sequence[Member], accelerator: Accelerator = HOST) -> MixedBatch:
-    """Order the segments into cohorts (stably: equal compositions give equal batches) and pad their rows."""
-    buckets: dict[object, list[Member]] = {}
-    for member in members:
-        buckets.setdefault(_stacking_key(member), []).append(member)
-    cohorts, row = [], 0
-    for bucket in buckets.values():
-        cohorts.append(Cohort(members=tuple(bucket), first_row=row))
-        row = cohorts[-1].stop_row
-    ordered = [member for bucket in buckets.values() for member in bucket]
+    `flat`: rows of text end to end, for a body that tells them apart.
+    """
+    places = _flat(members) if flat else _rectangle(members)
+    ordered = [member for cohort in places.cohorts for member in cohort.members]
     rows = [row for member in ordered for row in member.segment.rows]
-    tokens, weights = _padded(rows)
-    types_BT = _token_types(rows, tokens.shape)
+    types_BT = _token_types(rows, places.shape)
     images_BCHW = _images([row.image for row in rows if isinstance(row.image, Image)])
+    tokens_P, labels = _labelled(ordered, places, accelerator)
     return MixedBatch(
-        tokens_BT=accelerator.placed(torch.from_numpy(tokens)),
-        lengths_B=accelerator.placed(torch.tensor([len(row.tokens) for row in rows])),
+        tokens_BT=accelerator.placed(torch.from_numpy(tokens_P).view(places.shape)),
+        flat=flat,
+        starts=places.starts,
+        lengths=np.array([len(row.tokens) for row in rows]),
         token_types_BT=None if types_BT is None else accelerator.placed(types_BT),
         sources=_sources([row.source for row in rows if row.source is not None], accelerator),
         images_BCHW=None if images_BCHW is None else accelerator.placed(images_BCHW),
         image_tokens=sum(row.image.tokens for row in rows if row.image is not None),
-        cohorts=tuple(cohorts),
-        labels=_labels(ordered, tokens, weights, accelerator),
+        cohorts=places.cohorts,
+        labels=labels,
     )
 
 
-def _stacking_key(member: Member) -> object:
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Where everything lies; rows in the order of the cohorts' members."""
+
+    cohorts: tuple[Cohort, ...]
+    starts: NDArray[np.int64]
+    shape: tuple[int, int]  # B, T
+
+
+def _rectangle(members: Sequence[Member]) -> _Places:
+    """A cohort's segments have equally many rows, so that each is as many padded tokens."""
+    buckets: dict[object, list[Member]] = {}
+    for member in members:
+        buckets.setdefault((*_stacking_key(member), len(member.segment.rows)), []).append(member)
+    cohorts, row = [], 0
+    for bucket in buckets.values():
+        stop = row + sum(len(member.segment.rows) for member in bucket)
+        cohorts.append(Cohort(members=tuple(bucket), span=Span(row, stop)))
+        row = stop
+    longest = max(len(row.tokens) for member in members for row in member.segment.rows)
+    return _Places(tuple(cohorts), np.arange(row) * longest, (row, longest))
+
+
+def _flat(members: Sequence[Member]) -> _Places:
+    """A cohort's segments are of near sizes, and padded behind their last rows."""
+    buckets: dict[object, list[Member]] = {}
+    for member in members:
+        buckets.setdefault(_stacking_key(member), []).append(member)
+    cohorts: list[Cohort] = []
+    starts: list[int] = []
+    place = 0
+    for bucket in buckets.values():
+        sizes = [sum(len(row.tokens) for row in member.segment.rows) for member in bucket]
+        for part in near_sizes(sizes, further=COHORT_TOKENS):
+            first, longest = place, max(sizes[number] for number in part)
+            for number in part:
+                lengths = [len(row.tokens) for row in bucket[number].segment.rows]
+                starts += (place + start for start in accumulate(lengths[:-1], initial=0))
+                place += longest
+            in_part = tuple(bucket[number] for number in part)
+            cohorts.append(Cohort(members=in_part, span=Span(first, place, of_tokens=True)))
+    return _Places(tuple(cohorts), np.array(starts), (1, place))
+
+
+def _stacking_key(member: Member) -> tuple[object, ...]:
     segment, adapter = member.segment, member.adapter
-    return adapter.layout, len(segment.rows), segment.taps, adapter.spec.dtype
-
-
-def _padded(rows: Sequence[Row]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    longest = max(len(row.tokens) for row in rows)
-    tokens = np.zeros((len(rows), longest), np.int64)
-    weights = np.zeros((len(rows), longest), np.float64)
-    for number, row in enumerate(rows):
-        tokens[number, : len(row.tokens)] = row.tokens
-        if row.label is None:
-            weights[number, 1 : len(row.tokens)] = row.weights[1:]
-    return tokens, weights
+    return adapter.layout, segment.taps, adapter.spec.dtype
 
 
 def _sources(sources: Sequence[NDArray[np.int32]], accelerator: Accelerator) -> Sources | None:
@@ -173,99 +199,29 @@ def _token_types(rows: Sequence[Row], shape: tuple[int, ...]) -> Tensor | None:
     return types_BT
 
 
-def _labels(
-    members: Sequence[Member],
-    tokens: NDArray[np.int64],
-    weights: NDArray[np.float64],
-    accelerator: Accelerator,
-) -> Labels:
-    row, column = np.nonzero(weights)
-    rows_of = [len(member.segment.rows) for member in members]
-    denominators = np.repeat([member.loss_denominator for member in members], rows_of)
-    label_weights = weights[row, column]
-    per_row = np.count_nonzero(weights, axis=1)
-    counts = np.add.reduceat(per_row, np.cumsum([0, *rows_of[:-1]]))
+def _labelled(
+    members: Sequence[Member], places: _Places, accelerator: Accelerator
+) -> tuple[NDArray[np.int64], Labels]:
+    """Tokens [P], and which of them are labels."""
+    size = places.shape[0] * places.shape[1]
+    tokens_P, owners_P = np.zeros(size, np.int64), np.zeros(size, np.int64)
+    weights_P = np.zeros(size, np.float64)
+    rows = ((owner, row) for owner, member in enumerate(members) for row in member.segment.rows)
+    for start, (owner, row) in zip(places.starts, rows, strict=True):
+        stop = start + len(row.tokens)
+        tokens_P[start:stop] = row.tokens
+        owners_P[start:stop] = owner
+        if row.label is None:
+            weights_P[start + 1 : stop] = row.weights[1:]  # nothing predicts a row's first token
+    labels_K = np.flatnonzero(weights_P)
+    weights_K, owners_K = weights_P[labels_K], owners_P[labels_K]
+    denominators = np.array([member.loss_denominator for member in members], np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):  # a zero denominator spoils its own rows only
-        scales = label_weights / denominators[row]
-    return Labels(
-        positions_K=accelerator.placed(torch.from_numpy(row * tokens.shape[1] + column - 1)),
-        targets_K=accelerator.placed(torch.from_numpy(tokens[row, column])),
-        weights_K=torch.from_numpy(label_weights),
-        scales_K=accelerator.placed(torch.from_numpy(scales)),
-        counts=tuple(int(count) for count in counts),
+        scales_K = weights_K / denominators[owners_K]
+    return tokens_P, Labels(
+        positions_K=accelerator.placed(torch.from_numpy(labels_K - 1)),
+        targets_K=accelerator.placed(torch.from_numpy(tokens_P[labels_K])),
+        weights_K=torch.from_numpy(weights_K),
+        scales_K=accelerator.placed(torch.from_numpy(scales_K)),
+        counts=tuple(np.bincount(owners_K, minlength=len(members)).tolist()),
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowLimits:
-    """What a base model can embed and predict."""
-
-    vocabulary_size: int
-    context_length: int
-    token_types: int  # how many it has an embedding for; 0 where it has none
-    causal: bool  # it predicts tokens
-    encoder_decoder: bool  # its rows have a source
-    image_shape: tuple[int, int, int] | None  # its rows are images [channels, height, width]
-
-
-def row_refusal(rows: Sequence[Row], limits: RowLimits, head: HeadKind | None) -> str | None:
-    """`ROW_INVALID` if a row is empty, too long, holds what the base model has no embedding for, or has no
-    label that the adapter's head, or else the vocabulary, could be judged by.
-    """
-    valid = rows and all(_embeddable(row, limits) and _judged(row, limits, head) for row in rows)
-    return None if valid else "ROW_INVALID"
-
-
-def _embeddable(row: Row, limits: RowLimits) -> bool:
-    if limits.image_shape is not None or row.image is not None:
-        return _is_image(row, limits)
-    tokens, types = row.tokens, row.token_types
-    if (row.source is not None) != limits.encoder_decoder:
-        return False
-    texts = [tokens] if row.source is None else [tokens, row.source]
-    if not all(0 < len(text) <= limits.context_length for text in texts):
-        return False
-    if not all(0 <= text.min() <= text.max() < limits.vocabulary_size for text in texts):
-        return False
-    return types is None or (
-        len(types) == len(tokens) and 0 <= types.min() <= types.max() < limits.token_types
-    )
-
-
-def _is_image(row: Row, limits: RowLimits) -> bool:
-    image = row.image
-    texts = (row.token_types, row.source)
-    return (
-        isinstance(image, Image)
-        and len(row.tokens) == 0
-        and all(text is None for text in texts)
-        and image.pixels.dtype == np.uint8
-        and image.pixels.shape == limits.image_shape
-        and image.tokens == limits.context_length
-    )
-
-
-def _judged(row: Row, limits: RowLimits, head: HeadKind | None) -> bool:
-    if head is None or row.label is None:
-        return limits.causal and head is None and row.label is None and len(row.weights) == len(row.tokens)
-    if head.problem == "regression":
-        return math.isfinite(row.label)
-    return isinstance(row.label, int) and 0 <= row.label < head.labels
-
-
-def one_gang(segments: Sequence[Segment], refusals: Sequence[str | None]) -> list[str | None]:
-    """The refusals, and `GANG_MIXED` for what needs other merged weights than the first segment without one.
-
-    That is another gang, or a member in another version than in its first segment.
-    """
-    served = [segment for segment, refusal in zip(segments, refusals, strict=True) if refusal is None]
-    versions = {segment.lease.job_id: segment.version for segment in reversed(served)}
-
-    def fits(segment: Segment) -> bool:
-        same = segment.gang is None or segment.version == versions[segment.lease.job_id]
-        return segment.gang == served[0].gang and same
-
-    return [
-        "GANG_MIXED" if refusal is None and not fits(segment) else refusal
-        for segment, refusal in zip(segments, refusals, strict=True)
-    ]

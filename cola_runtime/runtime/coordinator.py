@@ -138,7 +138,9 @@ def _wire(
     costs: Costs,
 ) -> tuple[JobRunner, DevicePool]:
     book = LeaseBook()
-    loop = SchedulerLoop(base, settings.scheduler, on_base_lost=lost_base_reporter(book))
+    loop = SchedulerLoop(
+        base, settings.scheduler, on_base_lost=lost_base_reporter(book), flat=description.flat
+    )
     pool = DevicePool(
         settings.devices,
         join_token=join_token,

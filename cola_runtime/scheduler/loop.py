@@ -15,12 +15,12 @@ from collections.abc import Callable, Sequence
 
 from cola_runtime.config import SchedulerSettings
 from cola_runtime.errors import ColaError, Unavailable
-from cola_runtime.scheduler.packing import padded_row
+from cola_runtime.scheduler.packing import measured, split_rows
 from cola_runtime.scheduler.policy import FairQueue
 from cola_runtime.scheduler.ports import BaseModelPort
 from cola_runtime.scheduler.tickets import Computed, Flight, Ticket
 from cola_runtime.scheduler.waiting import Share, Standing, Waiting, padded_tokens
-from cola_runtime.types import BaseStep, BaseStepResult, Priority, Segment
+from cola_runtime.types import BaseStep, BaseStepResult, Priority, Row, Segment
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +34,16 @@ class SchedulerLoop:
     """Owns the fair queue; `compute` is the only way into a base step. Its clock is the event loop's."""
 
     def __init__(
-        self, base: BaseModelPort, settings: SchedulerSettings, *, on_base_lost: Callable[[Exception], None]
+        self,
+        base: BaseModelPort,
+        settings: SchedulerSettings,
+        *,
+        on_base_lost: Callable[[Exception], None],
+        flat: bool = False,
     ) -> None:
+        """`flat`: the base model lays rows end to end instead of padding them to one another."""
         self._base = base
+        self._flat = flat
         self._settings = settings
         self._on_base_lost = on_base_lost
         self._queue = FairQueue()
@@ -57,6 +64,10 @@ class SchedulerLoop:
     def token_budget(self) -> int:
         return self._settings.token_budget
 
+    def parts(self, rows: Sequence[Row]) -> list[tuple[Row, ...]]:
+        """Cut what is above a base step's token budget."""
+        return split_rows(rows, token_budget=self.token_budget, flat=self._flat)
+
     def set_share(self, tenant_id: str, share: Share) -> None:
         """From the tenant's next tokens on."""
         self._queue.set_share(tenant_id, share)
@@ -66,13 +77,14 @@ class SchedulerLoop:
         self, segment: Segment, *, tenant_id: str, train: bool, priority: Priority = Priority.NORMAL
     ) -> Computed:
         """Wait for a place in a base step and return the segment's loss. Cancelling gives the place back."""
+        rows, padded = measured(segment.rows, flat=self._flat)
         waiting = Waiting(
             ticket=next(self._ticket_numbers),
             tenant_id=tenant_id,
             job_id=segment.lease.job_id,
-            rows=len(segment.rows),
+            rows=rows,
             tokens=segment.tokens,
-            padded=padded_row(segment.rows),
+            padded=padded,
             train=train,
             gang=segment.gang,
             priority=priority,

@@ -44,18 +44,27 @@ def padded_row(rows: Sequence[Row]) -> PaddedRow:
     return padded
 
 
-def split_rows(rows: Sequence[Row], *, token_budget: int) -> list[tuple[Row, ...]]:
-    """Cut rows, in order, into parts of at most `token_budget` padded tokens; a longer row is one part."""
+def measured(rows: Sequence[Row], *, flat: bool) -> tuple[int, PaddedRow]:
+    """What rows are in a base step: so many, and what each costs beside no longer ones.
+
+    In a flat batch rows lie end to end: as many as they have tokens, of one token each.
+    """
+    return (sum(row.length for row in rows), PaddedRow(1)) if flat else (len(rows), padded_row(rows))
+
+
+def split_rows(rows: Sequence[Row], *, token_budget: int, flat: bool = False) -> list[tuple[Row, ...]]:
+    """Cut rows, in order, into parts of at most `token_budget` computed tokens; a longer row is one part."""
     parts: list[list[Row]] = []
-    padded = PaddedRow()
+    count, padded = 0, PaddedRow()
     for row in rows:
-        grown = padded.beside(_of(row))
-        if parts and (len(parts[-1]) + 1) * grown.total <= token_budget:
+        further, size = measured([row], flat=flat)
+        grown = padded.beside(size)
+        if parts and (count + further) * grown.total <= token_budget:
             parts[-1].append(row)
-            padded = grown
+            count, padded = count + further, grown
         else:
             parts.append([row])
-            padded = _of(row)
+            count, padded = further, size
     return [tuple(part) for part in parts]
 
 

@@ -23,7 +23,7 @@ from cola_runtime.scheduler.checkpoints import CheckpointShelf
 from cola_runtime.scheduler.device_pool import DevicePool
 from cola_runtime.scheduler.leases import LeaseBook, LeaseLost
 from cola_runtime.scheduler.loop import SchedulerLoop
-from cola_runtime.scheduler.packing import first_prompts, split_rows
+from cola_runtime.scheduler.packing import first_prompts
 from cola_runtime.scheduler.ports import BaseModelPort
 from cola_runtime.scheduler.tickets import Computed
 from cola_runtime.types import Gang, Lease, Row, Segment, StepApplied, TapPlan
@@ -158,7 +158,7 @@ class AdapterPrimitives:
                 loss_denominator=1.0,
                 gang=adapter.gang,
             )
-            for part in split_rows(rows, token_budget=self._loop.token_budget)
+            for part in self._loop.parts(rows)
         ]
         computed = await self._compute(adapter, segments, train=False)
         return _total(computed)
@@ -208,11 +208,7 @@ class AdapterPrimitives:
         staleness: int = 0,
     ) -> TakenStep:
         """Compute a step's rows at `version`; their taps train the version that is `staleness` steps on."""
-        parts = [
-            part
-            for microbatch in microbatches
-            for part in split_rows(microbatch, token_budget=self._loop.token_budget)
-        ]
+        parts = [part for microbatch in microbatches for part in self._loop.parts(microbatch)]
         denominator = sum(row.loss_weight for part in parts for row in part)
         segments = [
             Segment(

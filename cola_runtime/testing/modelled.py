@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cola_runtime.scheduler.loop import SchedulerLoop
-from cola_runtime.scheduler.packing import split_rows
+from cola_runtime.scheduler.packing import measured
 from cola_runtime.types import BaseStep, BaseStepResult, Lease, Priority, Row, Segment, SegmentLoss
 
 STEP_SECONDS = 0.05
@@ -30,9 +30,13 @@ class ComputedStep:
 
 
 class ModelledBase:
-    """Computes base steps one after another, each in STEP_SECONDS + TOKEN_SECONDS per padded token."""
+    """Computes base steps one after another, each in STEP_SECONDS + TOKEN_SECONDS per computed token.
 
-    def __init__(self) -> None:
+    `flat`: rows lie end to end; else they are padded to the longest.
+    """
+
+    def __init__(self, *, flat: bool = False) -> None:
+        self.flat = flat
         self.steps: list[ComputedStep] = []
         self._compute = asyncio.Lock()
         self._ended = asyncio.Condition()
@@ -43,14 +47,15 @@ class ModelledBase:
             await self._ended.wait_for(lambda: len(self.steps) >= steps)
 
     async def run(self, step: BaseStep) -> BaseStepResult:
-        rows = [row.length for segment in step.segments for row in segment.rows]
-        padded = len(rows) * max(rows)
+        rows = [row for segment in step.segments for row in segment.rows]
+        count, size = measured(rows, flat=self.flat)
+        computed = count * size.total
         async with self._compute:
-            seconds = STEP_SECONDS + TOKEN_SECONDS * padded
+            seconds = STEP_SECONDS + TOKEN_SECONDS * computed
             await asyncio.sleep(seconds)
         ended = asyncio.get_running_loop().time()
-        tokens = {segment.lease.job_id: segment.tokens for segment in step.segments}
-        self.steps.append(ComputedStep(step.number, ended, tokens))
+        by_job = {segment.lease.job_id: segment.tokens for segment in step.segments}
+        self.steps.append(ComputedStep(step.number, ended, by_job))
         async with self._ended:
             self._ended.notify_all()
         losses = tuple(SegmentLoss(job_id=segment.lease.job_id) for segment in step.segments)
@@ -59,8 +64,8 @@ class ModelledBase:
             losses=losses,
             started=ended - seconds,
             seconds=seconds,
-            computed_tokens=padded,
-            real_tokens=sum(rows),
+            computed_tokens=computed,
+            real_tokens=sum(row.length for row in rows),
         )
 
 
@@ -84,7 +89,7 @@ class ModelledJob:
             lengths = [self.draw(drawn) for _ in range(self.rows)]
             computing = (
                 loop.compute(segment, tenant_id=self.tenant_id, train=True, priority=self.priority)
-                for segment in self._segments(lengths, version, loop.token_budget)
+                for segment in self._segments(lengths, version, loop)
             )
             await asyncio.gather(*computing)
             await asyncio.sleep(self.device_seconds)
@@ -92,10 +97,10 @@ class ModelledJob:
             if latencies is not None:
                 latencies.append(clock() - started)
 
-    def _segments(self, lengths: Sequence[int], version: int, token_budget: int) -> list[Segment]:
+    def _segments(self, lengths: Sequence[int], version: int, loop: SchedulerLoop) -> list[Segment]:
         rows = [Row(tokens=np.empty(length, np.int32), weights=np.empty(0, np.float32)) for length in lengths]
         lease = Lease(job_id=self.job_id, epoch=1, device_id=f"device of {self.job_id}")
         return [
             Segment(lease=lease, version=version, rows=part, loss_denominator=1.0)
-            for part in split_rows(rows, token_budget=token_budget)
+            for part in loop.parts(rows)
         ]

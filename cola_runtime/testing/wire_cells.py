@@ -18,7 +18,7 @@ from cola_runtime.adapter_spec import AdapterKind, AdapterPart, AdapterSpec
 from cola_runtime.adapters.adapter import initial_weights
 from cola_runtime.base_model.layout import AdapterLayout
 from cola_runtime.base_model.stacks.cohorts import GatheredStack
-from cola_runtime.base_model.stacks.protocol import CohortRows, SiteStack
+from cola_runtime.base_model.stacks.protocol import CohortRows, SiteStack, Span
 from cola_runtime.base_model.stacks.taps import GroupTaps, OwnGradients
 from cola_runtime.base_model.tap_carrier import DirectCarrier, TapOutlet
 from cola_runtime.base_model.workspace import Workspace
@@ -140,7 +140,7 @@ class _Group:
         layout = AdapterLayout.of(self._spec)
         (piece,) = layout.pieces
         flat = layout.flatten(self._weights, self._spec, self._dtype)
-        rows = CohortRows(0, 1, (self._scaling,))
+        rows = CohortRows(Span(0, 1), (self._scaling,))
         return GatheredStack(piece, (flat,), rows, tuple(range(len(self._sites))), taps, Workspace()).stack()
 
     def _add(self, messages: Sequence[bytes]) -> float:

@@ -193,7 +193,7 @@ def test_without_dropout_a_step_draws_nothing(tiny_folder: TinyFolder, monkeypat
     path = tiny_folder("llama", "float64")
     tenants = mixed_tenants(loaded(path, []).sites)
     tapped = loaded(path, tenants)
-    monkeypatch.setattr(SegmentDropout, "mask", None)
+    monkeypatch.setattr(SegmentDropout, "_placed", None)
     step = BaseStep(number=1, segments=(segment(tenants[2]),))
     tapped.run(step, lambda tap: None)
     with pytest.raises(TypeError):

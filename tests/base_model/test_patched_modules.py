@@ -16,6 +16,7 @@ from cola_runtime.base_model.segments import Cohort, Member
 from cola_runtime.base_model.site_groups import SiteGroup
 from cola_runtime.base_model.stacks.cohorts import GroupPlaces, group_stacks
 from cola_runtime.base_model.stacks.lora import LoraStack
+from cola_runtime.base_model.stacks.protocol import Span
 from cola_runtime.base_model.tapped import TappedModules
 from cola_runtime.base_model.workspace import Workspace
 from cola_runtime.types import Lease, Segment, Site, SiteKind
@@ -40,7 +41,9 @@ def two_siblings() -> tuple[list[nn.Linear], TappedModules, dict[int, list[LoraS
     adapter = bank.adapter("job-0")
     assert adapter is not None
     segment = Segment(lease=lease, version=0, rows=(random_row(3, seed=0),), loss_denominator=1.0)
-    cohort = Cohort(members=(Member(position=0, segment=segment, adapter=adapter),), first_row=0)
+    cohort = Cohort(
+        members=(Member(position=0, segment=segment, adapter=adapter),), span=Span(0, len(segment.rows))
+    )
     places = GroupPlaces(positions={0: 0, 1: 1}, source_groups=frozenset())
     return modules, tapped, group_stacks([cohort], places, Workspace(), None)
 

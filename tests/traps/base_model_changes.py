@@ -157,10 +157,10 @@ BASE_MODEL_CHANGES: tuple[Change, ...] = (
         "test_a_collaboration_is_not_the_joint_gradient",
         f"{_STACKS}/merged.py",
         (
-            "        rows = CohortRows(cohort.first_row, cohort.stop_row, (1.0,) * len(members))\n",
+            "        rows = CohortRows(cohort.span, (1.0,) * len(members))\n",
             "        everybody = [m.adapter.merged.membership.weight for c in cohorts for m in c.members]\n"
             "        shares = tuple(member.membership.weight / sum(everybody) for member in members)\n"
-            "        rows = CohortRows(cohort.first_row, cohort.stop_row, shares)\n",
+            "        rows = CohortRows(cohort.span, shares)\n",
         ),
         (
             "        self.taps.emit(x_SMI, grads_SMO, lambda: self._gradients(x_SMI, grads_SMO))\n",

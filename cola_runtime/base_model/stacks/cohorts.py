@@ -113,8 +113,7 @@ def _beside(flats: Sequence[Tensor], space: Workspace, name: str) -> Tensor:
 def _rows(cohort: Cohort, number: int, *, of_source: bool, train: bool) -> CohortRows:
     """The cohort's rows as one of its parts sees them."""
     return CohortRows(
-        cohort.first_row,
-        cohort.stop_row,
+        cohort.span,
         tuple(member.adapter.spec.parts[number].kind.scaling for member in cohort.members),
         _dropouts(cohort, number, of_source=of_source) if train else (),
     )

@@ -66,7 +66,11 @@ class DropoutLoraStack(LoraStack):
 
     def _mask(self, alone: LoraStack, x_SMI: Tensor) -> Tensor:
         (site,) = alone.factors.sites
-        masks = [draw.mask(site, x_SMI.shape[1] // len(draw.lengths)) for draw in self.rows.dropouts]
+        tokens = x_SMI.shape[1]
+        if self.rows.span.of_tokens:
+            masks = [draw.line_mask(site, tokens) for draw in self.rows.dropouts]
+        else:
+            masks = [draw.mask(site, tokens // len(draw.lengths)) for draw in self.rows.dropouts]
         return Accelerator(x_SMI.device).placed(torch.stack(masks))
 
     def _dropped(self, tensor_SMI: Tensor, keep_SMI: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def tap_stacks(
     """`stacks` and those that hand out every cohort's taps. `positions`: see `group_stacks`."""
     for cohort in cohorts:
         members = tuple(m.adapter.merged for m in cohort.members if m.adapter.merged is not None)
-        rows = CohortRows(cohort.first_row, cohort.stop_row, (1.0,) * len(members))
+        rows = CohortRows(cohort.span, (1.0,) * len(members))
         for piece in cohort.members[0].adapter.layout.pieces:
             for group, sites in piece.layout.groups.items():
                 taps = cohort_taps(cohort, sites[0], rows.scalings, outlet)

@@ -22,11 +22,19 @@ Kept = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class CohortRows:
-    """Which rows of the mixed batch a cohort has, and in how many equal segments."""
+class Span:
+    """Where a cohort lies in the batch."""
 
     first: int
     stop: int
+    of_tokens: bool = False  # counted in tokens of a flat batch, else in rows
+
+
+@dataclass(frozen=True, slots=True)
+class CohortRows:
+    """Where in the mixed batch a cohort lies, and in how many equal segments."""
+
+    span: Span
     scalings: tuple[float, ...]  # s of each segment
     dropouts: tuple[SegmentDropout, ...] = ()  # of each segment, where the part drops inputs in this step
 
@@ -35,8 +43,9 @@ class CohortRows:
         return len(self.scalings)
 
     def of(self, tensor_BTF: Tensor) -> Tensor:
-        """The cohort's rows as [S, M, F], a view; also of a tensor that is a slice of columns."""
-        return tensor_BTF[self.first : self.stop].view(self.segments, -1, tensor_BTF.shape[-1])
+        """The cohort's tokens as [S, M, F], a view; also of a tensor that is a slice of columns."""
+        lines = tensor_BTF[0] if self.span.of_tokens else tensor_BTF
+        return lines[self.span.first : self.span.stop].view(self.segments, -1, tensor_BTF.shape[-1])
 
 
 class SiteStack(Protocol):
