@@ -8,10 +8,9 @@
    queue) and wall time beside it, each decision at its fastest of three identical runs (--quick: one), as the
    machine is shared.
 2. Padding, as a share of computed tokens, of K tenants with one job each (8 rows a step, in turn film
-   dialogue, text messages, German talk and chat; a device takes one base step to train): by bands of near
-   length over the look-ahead window, and by the rule before it (in fair order, each microbatch joining if
-   the padding that it brings costs less than 1.25 times what it costs alone). Both take microbatches whole,
-   so `within_microbatches` is the padding that neither can avoid.
+   dialogue, text messages, German talk and chat; a device takes one base step to train): of a base model
+   that lays rows end to end, which pads only segments that stack (as a Llama on a CPU), and of one that pads
+   rows to the longest, packed by bands of near length over the look-ahead window.
 """
 
 from __future__ import annotations
@@ -19,10 +18,12 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from cola_runtime.base_model.near_sizes import near_sizes
+from cola_runtime.base_model.segments import COHORT_TOKENS
 from cola_runtime.scheduler.packing import PaddedRow
 from cola_runtime.scheduler.policy import FairQueue
 from cola_runtime.scheduler.waiting import Waiting, padded_tokens
@@ -35,9 +36,6 @@ ROWS = 8
 TOKEN_BUDGET = 1024
 TENANTS = (1, 4, 16, 64)
 BUDGETS = (512, 1024, 2048)
-WORTH = 1.25  # of the former rule
-
-Choose = Callable[[int], Sequence[Waiting]]
 
 
 def main() -> None:
@@ -67,10 +65,11 @@ def main() -> None:
 
 
 class Draw:
-    """Microbatches of real rows."""
+    """Microbatches of real rows, for a base model that lays rows end to end or one that pads them."""
 
-    def __init__(self, lengths: dict[str, list[int]], seed: int) -> None:
+    def __init__(self, lengths: dict[str, list[int]], seed: int, *, flat: bool) -> None:
         self._lengths, self._random = list(lengths.values()), random.Random(seed)
+        self._flat = flat
         self._ticket = 0
 
     def microbatch(self, tenant: int, job: int) -> Waiting:
@@ -80,10 +79,19 @@ class Draw:
             ticket=self._ticket,
             tenant_id=f"tenant-{tenant}",
             job_id=f"job-{job}",
-            rows=ROWS,
+            rows=sum(lengths) if self._flat else ROWS,
             tokens=sum(lengths),
-            padded=PaddedRow(max(lengths)),
+            padded=PaddedRow(1 if self._flat else max(lengths)),
             train=True,
+        )
+
+    def computed(self, chosen: Sequence[Waiting]) -> int:
+        """Tokens of a base step: of a flat one, padded where segments stack (all adapters are alike)."""
+        if not self._flat:
+            return padded_tokens(chosen)
+        sizes = [entry.tokens for entry in chosen]
+        return sum(
+            len(part) * max(sizes[n] for n in part) for part in near_sizes(sizes, further=COHORT_TOKENS)
         )
 
 
@@ -95,7 +103,7 @@ def decision_cost(
     The queue is deterministic, so the same history is played several times and each decision counts with
     its fastest time: what it costs, without what else this machine did meanwhile.
     """
-    played = [play(size, Draw(lengths, seed), decisions=decisions) for _ in range(repetitions)]
+    played = [play(size, Draw(lengths, seed, flat=False), decisions=decisions) for _ in range(repetitions)]
     wall, cpu = ([min(each) for each in zip(*clock, strict=True)] for clock in zip(*played, strict=True))
     return {**_percentiles("cpu", cpu), **_percentiles("wall", wall)}
 
@@ -145,17 +153,14 @@ def _percentiles(clock: str, seconds: list[float]) -> dict[str, float]:
 
 
 def packing(tenants: int, budget: int, lengths: dict[str, list[int]], *, steps: int) -> dict[str, float]:
-    draw = Draw(lengths, tenants)
-    banded, former = Steady(draw, tenants), Steady(draw, tenants)
-    new = banded.run(steps, lambda: banded.queue.choose(token_budget=budget, now=0.0))
-    old = former.run(steps, lambda: former_rule(former, budget))
+    flat, padded = (Steady(Draw(lengths, tenants, flat=flat), tenants) for flat in (True, False))
+    end_to_end, banded = (state.run(steps, budget) for state in (flat, padded))
     return {
-        "padding": new["padding"],
-        "former_padding": old["padding"],
-        "computed_over_former": (1 - old["padding"]) / (1 - new["padding"]),
-        "within_microbatches": new["within_microbatches"],
-        "step_tokens": new["step_tokens"],
-        "former_step_tokens": old["step_tokens"],
+        "padding": end_to_end["padding"],
+        "step_tokens": end_to_end["step_tokens"],
+        "padded_rows_padding": banded["padding"],
+        "padded_rows_step_tokens": banded["step_tokens"],
+        "computed_over_padded_rows": (1 - banded["padding"]) / (1 - end_to_end["padding"]),
     }
 
 
@@ -169,43 +174,27 @@ class Steady:
         for tenant in range(tenants):
             self._arrive(tenant)
 
-    def run(self, steps: int, choose: Callable[[], Sequence[Waiting]]) -> dict[str, float]:
-        real = computed = alone = sent = 0
+    def run(self, steps: int, budget: int) -> dict[str, float]:
+        real = computed = sent = 0
         training: list[int] = []
         for _ in range(steps):
             arriving, training = training, []
-            chosen = choose()
+            chosen = self.queue.choose(token_budget=budget, now=0.0)
             if chosen:
                 self.queue.take(chosen, now=0.0)
                 real += sum(entry.tokens for entry in chosen)
-                alone += sum(entry.padded_tokens for entry in chosen)
-                computed += padded_tokens(chosen)
+                computed += self._draw.computed(chosen)
                 sent += 1
             for entry in chosen:
                 training.append(_numbers(self.waiting.pop(entry.ticket))[0])
             for tenant in arriving:
                 self._arrive(tenant)
-        return {
-            "padding": 1 - real / computed,
-            "step_tokens": computed / sent,
-            "within_microbatches": 1 - real / alone,
-        }
+        return {"padding": 1 - real / computed, "step_tokens": computed / sent}
 
     def _arrive(self, tenant: int) -> None:
         entry = self._draw.microbatch(tenant, tenant)
         self.waiting[entry.ticket] = entry
         self.queue.add(entry, now=0.0)
-
-
-def former_rule(state: Steady, budget: int) -> list[Waiting]:
-    """By counter; one joins if both sides' padding costs less than WORTH times itself."""
-    chosen: list[Waiting] = []
-    for entry in sorted(state.waiting.values(), key=lambda w: (state.queue.counter(w.tenant_id), w.ticket)):
-        grown = padded_tokens([*chosen, entry])
-        if chosen and (grown > budget or grown - padded_tokens(chosen) > WORTH * entry.padded_tokens):
-            continue
-        chosen.append(entry)
-    return chosen
 
 
 if __name__ == "__main__":
