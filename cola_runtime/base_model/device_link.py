@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from cola_runtime.base_model.sent_taps import SentTaps
 from cola_runtime.errors import ProtocolError
 from cola_runtime.proto import control_pb2
 from cola_runtime.transport.frames import HEADER_BYTES, TensorAddress, WireTensor, tensor_wire_bytes
@@ -27,7 +28,9 @@ class DeviceLink:
         device_id: str,
         credit_bytes: int,
         on_parked: Callable[[bool], None],
+        sent: SentTaps,
     ) -> None:
+        self._sent = sent
         self.stream = stream
         self.device_id = device_id
         self.parked = False
@@ -97,10 +100,12 @@ class DeviceLink:
         first = self._outbox.popleft()
         if not isinstance(first, tuple):
             await self.stream.send_control(first)
+            self._sent.control(first)
             return
         wire_bytes = tensor_wire_bytes(len(first[1].data))
         self._outbox_bytes -= wire_bytes
         self._in_flight_bytes += wire_bytes
+        self._sent.tensor(first[0], wire_bytes)
         await self.stream.send_tensor(*first)
 
     def _set_parked(self, parked: bool) -> None:

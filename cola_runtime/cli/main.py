@@ -8,7 +8,21 @@ from typing import Annotated
 import typer
 
 import cola_runtime
-from cola_runtime.cli import adapters, config, dataset, demo, device, doctor, generate, jobs, keys, run, serve
+from cola_runtime.cli import (
+    adapters,
+    bench,
+    config,
+    dataset,
+    demo,
+    device,
+    doctor,
+    generate,
+    jobs,
+    keys,
+    run,
+    serve,
+    trace,
+)
 from cola_runtime.cli.failures import report
 from cola_runtime.errors import ColaError
 
@@ -31,6 +45,8 @@ for name, group in (
     ("adapters", adapters.app),
     ("keys", keys.app),
     ("config", config.app),
+    ("trace", trace.app),
+    ("bench", bench.app),
 ):
     app.add_typer(group, name=name)
 

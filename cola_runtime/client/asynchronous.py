@@ -26,6 +26,7 @@ from cola_runtime.proto import jobs_pb2
 from cola_runtime.spec import JobSpec
 
 UPLOAD_TIMEOUT_SECONDS = 900.0
+TRACE_TIMEOUT_SECONDS = 120.0
 PAGE = 500
 
 
@@ -146,6 +147,19 @@ class AsyncClient:
         return value_from(
             Key, await self._connection.call("RevokeKey", jobs_pb2.RevokeKeyRequest(key_id=key_id))
         )
+
+    async def start_trace(self) -> None:
+        """Record what the whole service does, until `stop_trace`. Needs the scope `admin`.
+
+        Conflict `TRACE_RECORDING` when somebody records already.
+        """
+        await self._connection.call("StartTrace", jobs_pb2.StartTraceRequest(), retry=False)
+
+    async def stop_trace(self) -> bytes:
+        """The trace since `start_trace`: a JSON file for Perfetto. Needs the scope `admin`."""
+        request = jobs_pb2.StopTraceRequest()
+        chunks = self._connection.stream("StopTrace", request, timeout_seconds=TRACE_TIMEOUT_SECONDS)
+        return b"".join([chunk.content async for chunk in chunks])
 
     async def _send(
         self, rpc: str, header: jobs_pb2.JobHeader, training: Dataset, evaluation: Dataset | None

@@ -130,3 +130,5 @@ class Client:
     create_key = synchronous(AsyncClient.create_key)
     keys = synchronous(AsyncClient.keys)
     revoke_key = synchronous(AsyncClient.revoke_key)
+    start_trace = synchronous(AsyncClient.start_trace)
+    stop_trace = synchronous(AsyncClient.stop_trace)

@@ -366,6 +366,18 @@ class ServiceDescription(_message.Message):
     base_steps: int
     def __init__(self, version: _Optional[str] = ..., tenant: _Optional[str] = ..., base_models: _Optional[_Iterable[_Union[BaseModelInfo, _Mapping]]] = ..., devices: _Optional[_Iterable[_Union[DeviceInfo, _Mapping]]] = ..., base_busy_seconds: _Optional[float] = ..., uptime_seconds: _Optional[float] = ..., base_steps: _Optional[int] = ...) -> None: ...
 
+class StartTraceRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StartTraceResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StopTraceRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class CreateKeyRequest(_message.Message):
     __slots__ = ("tenant", "scopes", "weight", "tokens_per_minute", "concurrent_jobs", "total_steps")
     TENANT_FIELD_NUMBER: _ClassVar[int]

@@ -119,6 +119,16 @@ class JobsStub:
                 request_serializer=cola__runtime_dot_proto_dot_jobs__pb2.RevokeKeyRequest.SerializeToString,
                 response_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.Key.FromString,
                 _registered_method=True)
+        self.StartTrace = channel.unary_unary(
+                '/cola.v1.Jobs/StartTrace',
+                request_serializer=cola__runtime_dot_proto_dot_jobs__pb2.StartTraceRequest.SerializeToString,
+                response_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.StartTraceResponse.FromString,
+                _registered_method=True)
+        self.StopTrace = channel.unary_stream(
+                '/cola.v1.Jobs/StopTrace',
+                request_serializer=cola__runtime_dot_proto_dot_jobs__pb2.StopTraceRequest.SerializeToString,
+                response_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.FileChunk.FromString,
+                _registered_method=True)
 
 
 class JobsServicer:
@@ -229,6 +239,19 @@ class JobsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StartTrace(self, request, context):
+        """What the whole service does, all tenants' jobs included; scope `admin`. In Chrome's trace format.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StopTrace(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_JobsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -316,6 +339,16 @@ def add_JobsServicer_to_server(servicer, server):
                     servicer.RevokeKey,
                     request_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.RevokeKeyRequest.FromString,
                     response_serializer=cola__runtime_dot_proto_dot_jobs__pb2.Key.SerializeToString,
+            ),
+            'StartTrace': grpc.unary_unary_rpc_method_handler(
+                    servicer.StartTrace,
+                    request_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.StartTraceRequest.FromString,
+                    response_serializer=cola__runtime_dot_proto_dot_jobs__pb2.StartTraceResponse.SerializeToString,
+            ),
+            'StopTrace': grpc.unary_stream_rpc_method_handler(
+                    servicer.StopTrace,
+                    request_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.StopTraceRequest.FromString,
+                    response_serializer=cola__runtime_dot_proto_dot_jobs__pb2.FileChunk.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -777,6 +810,60 @@ class Jobs:
             '/cola.v1.Jobs/RevokeKey',
             cola__runtime_dot_proto_dot_jobs__pb2.RevokeKeyRequest.SerializeToString,
             cola__runtime_dot_proto_dot_jobs__pb2.Key.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StartTrace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cola.v1.Jobs/StartTrace',
+            cola__runtime_dot_proto_dot_jobs__pb2.StartTraceRequest.SerializeToString,
+            cola__runtime_dot_proto_dot_jobs__pb2.StartTraceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StopTrace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cola.v1.Jobs/StopTrace',
+            cola__runtime_dot_proto_dot_jobs__pb2.StopTraceRequest.SerializeToString,
+            cola__runtime_dot_proto_dot_jobs__pb2.FileChunk.FromString,
             options,
             channel_credentials,
             insecure,

@@ -18,8 +18,10 @@ from cola_runtime.scheduler.device_pool import UNABLE_REASONS
 from cola_runtime.scheduler.evaluation import Evaluations
 from cola_runtime.scheduler.job_data import JobData
 from cola_runtime.scheduler.leases import LeaseLost
+from cola_runtime.scheduler.phases import JobPhase
 from cola_runtime.scheduler.primitives import AdapterPrimitives, LeasedAdapter, StepOutcome, TakenStep
 from cola_runtime.scheduler.slots import JobSlots
+from cola_runtime.trace.spans import SpanRecorder
 from cola_runtime.types import Lease, Row
 
 logger = logging.getLogger(__name__)
@@ -67,6 +69,7 @@ class JobDriver:
         primitives: AdapterPrimitives,
         store: JobStore,
         slots: JobSlots,
+        spans: SpanRecorder,
     ) -> None:
         self._job_id, self._tenant_id = record.job_id, record.tenant_id
         self._slots = slots
@@ -81,7 +84,12 @@ class JobDriver:
         self._waiting = "waiting for a device"
         if plan.shards > 1:
             self._waiting = f"waiting for {plan.shards} devices at once, one for each shard"
-        self.phase = self._waiting
+        self._phase = JobPhase(record.job_id, spans, text=self._waiting)
+
+    @property
+    def phase(self) -> str:
+        """What the job does or waits for."""
+        return self._phase.text
 
     def ask(self, stop: Stop) -> None:
         """Stop at the next step boundary; a cancel overrides a pause."""
@@ -114,9 +122,12 @@ class JobDriver:
                 "job driver broke", extra={"event": "job.internal_error", "job_id": self._job_id}
             )
             await self._fail("INTERNAL", INTERNAL_MESSAGE)
+        finally:
+            self._phase.end()
 
     async def _run_in_slot(self) -> None:
         """As soon as the tenant's cap on concurrent jobs allows it."""
+        self._phase.enter("concurrent jobs", self._waiting)
         entering = self._slots.enter(self._tenant_id, self._job_id, priority=self._plan.priority)
         await self._unless_stopped(entering)
         try:
@@ -139,7 +150,7 @@ class JobDriver:
                 await self._note_loss(lost, progress)
 
     async def _run_lease(self) -> None:
-        self.phase = self._waiting
+        self._phase.enter("a device", self._waiting)
         record = await self._store.job(self._job_id)
         adapter = await self._unless_stopped(self._primitives.open(record, self._plan))
         try:
@@ -156,7 +167,7 @@ class JobDriver:
                 await self._stop_at_boundary(adapter)
             ahead = await self._one_step(adapter, ahead)
             await self._evaluate(adapter)
-        self.phase = "waiting for the last checkpoint"
+        self._phase.enter("last checkpoint", "waiting for the last checkpoint")
         if adapter.version == self._plan.schedule.total_steps:
             await self._primitives.wait_checkpoint(adapter)  # the device makes one of the last step unasked
         else:
@@ -170,12 +181,15 @@ class JobDriver:
         """Apply the next step, taken already or now; returns the one behind it, if that may run ahead."""
         version = adapter.version
         microbatches = self._data.microbatches(version)
-        self.phase = f"step {version + 1} is with {_named(adapter.lease)}"
+        step = f"step {version + 1}"
         if taken is None:
+            self._phase.enter("base steps", f"{step} is being computed by the base model")
             taken = await self._primitives.take(adapter, microbatches, version=version)
         ahead = self._start_ahead(adapter, version)
+        self._phase.enter("its device", f"{step} is with {_named(adapter.lease)}")
         try:
             outcome = await self._primitives.apply(adapter, taken)
+            self._phase.enter("recording", f"{step} is being recorded")
             rows = [row for microbatch in microbatches for row in microbatch]
             await self._store.record_step(_step_record(adapter, rows, outcome))
             self._primitives.recorded(adapter)
@@ -205,7 +219,7 @@ class JobDriver:
 
     async def _evaluate(self, adapter: LeasedAdapter) -> None:
         if self._evaluations.due(adapter.version):
-            self.phase = "evaluating"
+            self._phase.enter("evaluation", "evaluating")
             await self._evaluations.run(adapter)
 
     async def _succeed(self) -> None:
@@ -218,7 +232,7 @@ class JobDriver:
     async def _stop_at_boundary(self, adapter: LeasedAdapter) -> None:
         if self._stop is not None:
             if adapter.version > 0:
-                self.phase = "making a checkpoint before it stops"
+                self._phase.enter("checkpoint", "making a checkpoint before it stops")
                 await self._primitives.checkpoint(adapter)
             self._check_stop()
 

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import time
 from collections.abc import Callable, Sequence
 
 from cola_runtime.config import SchedulerSettings
@@ -20,6 +21,8 @@ from cola_runtime.scheduler.policy import FairQueue
 from cola_runtime.scheduler.ports import BaseModelPort
 from cola_runtime.scheduler.tickets import Computed, Flight, Ticket
 from cola_runtime.scheduler.waiting import Share, Standing, Waiting, padded_tokens
+from cola_runtime.trace.report import QUEUED
+from cola_runtime.trace.spans import SpanRecorder
 from cola_runtime.types import BaseStep, BaseStepResult, Priority, Segment
 
 logger = logging.getLogger(__name__)
@@ -34,8 +37,14 @@ class SchedulerLoop:
     """Owns the fair queue; `compute` is the only way into a base step. Its clock is the event loop's."""
 
     def __init__(
-        self, base: BaseModelPort, settings: SchedulerSettings, *, on_base_lost: Callable[[Exception], None]
+        self,
+        base: BaseModelPort,
+        settings: SchedulerSettings,
+        *,
+        on_base_lost: Callable[[Exception], None],
+        spans: SpanRecorder | None = None,
     ) -> None:
+        self._spans = spans or SpanRecorder()
         self._base = base
         self._settings = settings
         self._on_base_lost = on_base_lost
@@ -78,7 +87,7 @@ class SchedulerLoop:
             priority=priority,
         )
         done: asyncio.Future[Computed] = asyncio.get_running_loop().create_future()
-        ticket = Ticket(waiting=waiting, segment=segment, done=done)
+        ticket = Ticket(waiting=waiting, segment=segment, done=done, asked=time.monotonic())
         self._keep(ticket)
         self._queue_up(ticket)
         self._wake.set()
@@ -150,6 +159,7 @@ class SchedulerLoop:
         tickets = [self._tickets[waiting.ticket] for waiting in chosen]
         for ticket in tickets:
             ticket.sent = True
+            self._record_queued(ticket, number)
         self._flights[number] = Flight(tickets=tickets, padded_tokens=padded_tokens(chosen), started=now)
         step = BaseStep(
             number=number,
@@ -193,6 +203,12 @@ class SchedulerLoop:
                 ticket.done.set_exception(cause)
         if isinstance(cause, Unavailable):
             self._on_base_lost(error)
+
+    def _record_queued(self, ticket: Ticket, number: int) -> None:
+        if self._spans.on:
+            job_id, tokens = ticket.waiting.job_id, ticket.waiting.tokens
+            lane, now = f"queue of {job_id}", time.monotonic()
+            self._spans.add(lane, QUEUED, begin=ticket.asked, end=now, base_step=number, tokens=tokens)
 
     def _queue_up(self, ticket: Ticket) -> None:
         if not self._parked.intersection(ticket.device_ids):

@@ -25,9 +25,11 @@ from cola_runtime.scheduler.loop import SchedulerLoop
 from cola_runtime.scheduler.ports import BaseModelPort
 from cola_runtime.scheduler.primitives import AdapterPrimitives
 from cola_runtime.scheduler.slots import JobSlots
+from cola_runtime.scheduler.trace_desk import TraceDesk
 from cola_runtime.scheduler.waiting import Share
 from cola_runtime.spec import JobSpec
 from cola_runtime.storage.objects import ObjectStorage
+from cola_runtime.trace.spans import SpanRecorder
 from cola_runtime.types import (
     BaseEvent,
     BaseModelDescription,
@@ -63,11 +65,14 @@ class JobRunner:
         store: JobStore,
         storage: ObjectStorage,
         costs: Costs,
+        spans: SpanRecorder,
     ) -> None:
         self._costs = costs
+        self.spans = spans
+        self.trace = TraceDesk(spans, base=base, pool=pool)
         self._base, self._description, self._loop, self._pool = base, description, loop, pool
         self._book, self._store, self._storage = book, store, storage
-        self.checkpoints = CheckpointShelf(book=book, store=store, storage=storage)
+        self.checkpoints = CheckpointShelf(book=book, store=store, storage=storage, spans=spans)
         self._primitives = AdapterPrimitives(
             base=base, loop=loop, pool=pool, book=book, store=store, checkpoints=self.checkpoints
         )
@@ -193,6 +198,7 @@ class JobRunner:
                 primitives=self._primitives,
                 store=self._store,
                 slots=self._slots,
+                spans=self.spans,
             )
             self._drivers[record.job_id] = driver
             await driver.run()

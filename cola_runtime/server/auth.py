@@ -31,6 +31,8 @@ SCOPE_OF_RPC = {
     "CreateKey": ADMIN,
     "ListKeys": ADMIN,
     "RevokeKey": ADMIN,
+    "StartTrace": ADMIN,
+    "StopTrace": ADMIN,
 }
 
 _MAX_KEY_CHARACTERS = 512

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
 import grpc.aio
@@ -151,10 +151,9 @@ class JobsMethods:
         files = await self._service.export(
             call.tenant, request.job_id, version=BEST if request.best else version
         )
-        chunk_bytes = self._service.limits.export_chunk_bytes
         for name, content in files.items():
-            for start in range(0, max(len(content), 1), chunk_bytes):
-                yield jobs_pb2.FileChunk(file_name=name, content=content[start : start + chunk_bytes])
+            for chunk in self._chunks(content):
+                yield jobs_pb2.FileChunk(file_name=name, content=chunk)
 
     async def Generate(self, request: jobs_pb2.GenerateRequest, call: Call) -> jobs_pb2.GenerateResponse:
         completion = await self._service.generate(
@@ -197,6 +196,24 @@ class JobsMethods:
 
     async def RevokeKey(self, request: jobs_pb2.RevokeKeyRequest, call: Call) -> jobs_pb2.Key:
         return convert.key_message(await keys.revoke_key(self._service.store, request.key_id))
+
+    async def StartTrace(
+        self, request: jobs_pb2.StartTraceRequest, call: Call
+    ) -> jobs_pb2.StartTraceResponse:
+        await self._service.start_trace()
+        return jobs_pb2.StartTraceResponse()
+
+    async def StopTrace(
+        self, request: jobs_pb2.StopTraceRequest, call: Call
+    ) -> AsyncIterator[jobs_pb2.FileChunk]:
+        trace = await self._service.stop_trace()
+        for chunk in self._chunks(trace):
+            yield jobs_pb2.FileChunk(file_name="trace.json", content=chunk)
+
+    def _chunks(self, content: bytes) -> Iterator[bytes]:
+        chunk_bytes = self._service.limits.export_chunk_bytes
+        for start in range(0, max(len(content), 1), chunk_bytes):
+            yield content[start : start + chunk_bytes]
 
     def _job(self, job: JobRecord) -> jobs_pb2.Job:
         return convert.job_message(job, self._service.waiting_reason(job))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -38,6 +39,7 @@ from cola_runtime.server.limits import Limits
 from cola_runtime.server.prompts import Completion, Prompts
 from cola_runtime.spec import JobSpec
 from cola_runtime.storage.objects import ObjectStorage
+from cola_runtime.trace.report import EXPORT
 from cola_runtime.types import BaseModelDescription
 
 BEST: Literal["best"] = "best"
@@ -179,7 +181,11 @@ class FineTuningService:
             if version is None:
                 raise _no_best(job)
         checkpoint = _pick(await self.store.checkpoints(job.job_id), job, version)
-        return await asyncio.to_thread(self._adapter_files, checkpoint, job)
+        begin = time.monotonic()
+        files = await asyncio.to_thread(self._adapter_files, checkpoint, job)
+        end, version = time.monotonic(), checkpoint.version
+        self._runner.spans.add("exports", EXPORT, begin=begin, end=end, job=job.job_id, version=version)
+        return files
 
     async def generate(
         self,
@@ -207,6 +213,14 @@ class FineTuningService:
             stop_ids=encoded.stop_ids,
         )
         return await self._prompts.decode(encoded, tokens, version)
+
+    async def start_trace(self) -> None:
+        """Record what the whole service does. For operators: it shows all tenants' jobs."""
+        await self._runner.trace.start()
+
+    async def stop_trace(self) -> bytes:
+        """The trace that was recorded, in Chrome's format."""
+        return await self._runner.trace.stop()
 
     def describe(self, tenant: Tenant) -> Overview:
         return Overview(

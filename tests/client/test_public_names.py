@@ -62,6 +62,8 @@ def test_the_methods_are_exactly_those_intended() -> None:
         "jobs",
         "keys",
         "revoke_key",
+        "start_trace",
+        "stop_trace",
         "submit",
     }
     assert methods(sdk.JobHandle) == {
