@@ -296,3 +296,15 @@ def test_config_schema_and_show(cola: Cola, monkeypatch: pytest.MonkeyPatch) -> 
     assert yaml.safe_load(shown.out)["service"]["devices"]["count"] == 7
     assert cola("config", "show", "--json").json == yaml.safe_load(shown.out)
     assert "tml-" not in shown.out
+
+
+def test_a_trace_is_recorded_and_read(cola: Cola, tmp_path: Path) -> None:
+    file = tmp_path / "trace.json"
+    ran = cola("trace", "record", "--seconds", "0", "--to", file)
+    assert ran.code == 0
+    assert "85.7%" in ran.out  # of 1.75 s, two steps of 0.75
+    shown = cola("trace", "show", file, "--json")
+    assert shown.json["base_steps"] == 2
+    assert shown.json["base_busy"] == pytest.approx(1.5 / 1.75)
+    file.write_text("{}")
+    assert cola("trace", "show", file).code == 3
