@@ -80,7 +80,7 @@ def print_job(job: Job) -> None:
             "step": f"{job.version} of {job.total_steps}",
             "loss": number(job.last_loss),
             "held-out loss": held_out(job),
-            "tokens": f"{job.tokens:,} ({job.label_tokens:,} labels)",
+            "tokens": _tokens(job),
             "wire": f"{job.encoding}, {byte_size(job.bytes_up)} up, {byte_size(job.bytes_down)} down",
             "time": f"base {job.base_seconds:.1f} s, device {job.device_seconds:.1f} s",
             "device": job.device_id,
@@ -88,6 +88,12 @@ def print_job(job: Job) -> None:
             "finished": job.finished_at,
         }
     )
+
+
+def _tokens(job: Job) -> str:
+    evaluated = f", and {job.evaluation_tokens:,} of held-out rows" if job.evaluation_tokens else ""
+    repeated = f"; {job.repeated_steps} steps were repeated" if job.repeated_steps else ""
+    return f"{job.tokens:,} ({job.label_tokens:,} labels){evaluated}{repeated}"
 
 
 def _adapter_part(part: PartSpec) -> str:

@@ -22,6 +22,7 @@ from cola_runtime.cli import (
     run,
     serve,
     trace,
+    usage,
 )
 from cola_runtime.cli.failures import report
 from cola_runtime.errors import ColaError
@@ -37,7 +38,15 @@ app = typer.Typer(
     "9 unavailable. Settings: COLA_BASE_URL, COLA_API_KEY.",
 )
 
-for command in (demo.demo, serve.serve, run.run, generate.generate, device.device, doctor.doctor):
+for command in (
+    demo.demo,
+    serve.serve,
+    run.run,
+    generate.generate,
+    device.device,
+    usage.usage,
+    doctor.doctor,
+):
     app.command()(command)
 for name, group in (
     ("jobs", jobs.app),

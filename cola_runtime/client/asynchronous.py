@@ -18,6 +18,7 @@ from cola_runtime.client.values import (
     Key,
     NewKey,
     Service,
+    Usage,
     service_from,
     value_from,
 )
@@ -147,6 +148,15 @@ class AsyncClient:
         return value_from(
             Key, await self._connection.call("RevokeKey", jobs_pb2.RevokeKeyRequest(key_id=key_id))
         )
+
+    async def usage(self) -> Usage:
+        """What the tenant's jobs have used."""
+        return value_from(Usage, await self._connection.call("GetUsage", jobs_pb2.GetUsageRequest()))
+
+    async def usage_of_all(self) -> list[Usage]:
+        """Of every tenant, by name. Needs the scope `admin`."""
+        answer = await self._connection.call("ListUsage", jobs_pb2.ListUsageRequest())
+        return [value_from(Usage, usage) for usage in answer.usage]
 
     async def start_trace(self) -> None:
         """Record what the whole service does, until `stop_trace`. Needs the scope `admin`.

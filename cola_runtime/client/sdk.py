@@ -32,6 +32,7 @@ from cola_runtime.client.values import (
     NewKey,
     Service,
     Step,
+    Usage,
 )
 from cola_runtime.spec import JobSpec
 
@@ -53,6 +54,7 @@ __all__ = [
     "NewKey",
     "Service",
     "Step",
+    "Usage",
 ]
 
 
@@ -130,5 +132,7 @@ class Client:
     create_key = synchronous(AsyncClient.create_key)
     keys = synchronous(AsyncClient.keys)
     revoke_key = synchronous(AsyncClient.revoke_key)
+    usage = synchronous(AsyncClient.usage)
+    usage_of_all = synchronous(AsyncClient.usage_of_all)
     start_trace = synchronous(AsyncClient.start_trace)
     stop_trace = synchronous(AsyncClient.stop_trace)

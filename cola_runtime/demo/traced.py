@@ -86,7 +86,6 @@ def span_seconds() -> float:
 async def _record(run: TracedRun) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         settings = _settings(run, Path(folder))
-        datasets = await asyncio.to_thread(_datasets, run)
         async with running_service(settings) as service, AsyncExitStack() as stack:
             operator = await stack.enter_async_context(await _client(service, "operator"))
             clients = [
@@ -94,6 +93,8 @@ async def _record(run: TracedRun) -> bytes:
                 for number in range(run.tenants)
             ]
             spec = _spec(run, service.base_model.tasks)
+            labelled = Task.CAUSAL_LM not in service.base_model.tasks
+            datasets = await asyncio.to_thread(_datasets, run, labelled=labelled)
             await operator.start_trace()
             training = (
                 _train(client, spec, dataset, Path(folder) / f"adapters-{number}")
@@ -151,13 +152,14 @@ def _spec(run: TracedRun, tasks: Sequence[Task]) -> JobSpec:
     return JobSpec.model_validate(fields)
 
 
-def _datasets(run: TracedRun) -> list[bytes]:
-    """Of each tenant some messages of one sender; their label, where one is asked for: longer than usual."""
+def _datasets(run: TracedRun, *, labelled: bool) -> list[bytes]:
+    """Of each tenant some messages of one sender; where there are labels: whether longer than usual."""
     senders = sorted(chat_messages_by_sender().values(), key=lambda texts: -sum(map(len, texts)))
-    return [_rows(texts, run.rows_per_step * run.steps) for texts in senders[: run.tenants]]
+    rows = run.rows_per_step * run.steps
+    return [_rows(texts, rows, labelled=labelled) for texts in senders[: run.tenants]]
 
 
-def _rows(messages: Sequence[str], count: int) -> bytes:
+def _rows(messages: Sequence[str], count: int, *, labelled: bool) -> bytes:
     texts, text = [], ""
     for message in messages:
         text = f"{text} {message}".strip()
@@ -167,4 +169,5 @@ def _rows(messages: Sequence[str], count: int) -> bytes:
         if len(texts) == count:
             break
     usual = statistics.median(map(len, texts))
-    return b"".join(json.dumps({"text": t, "label": int(len(t) > usual)}).encode() + b"\n" for t in texts)
+    records = [{"text": t} | ({"label": int(len(t) > usual)} if labelled else {}) for t in texts]
+    return b"".join(json.dumps(record).encode() + b"\n" for record in records)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection
 
 from cola_runtime import clock
-from cola_runtime.jobs import evaluations, job_rows, progress, tenancy, terms, trail
+from cola_runtime.jobs import evaluations, job_rows, progress, tenancy, terms, trail, usage
 from cola_runtime.jobs.database import Database
 from cola_runtime.jobs.records import (
     ApiKey,
@@ -27,6 +27,7 @@ from cola_runtime.jobs.records import (
     Tenant,
     TenantTerms,
     TermChanges,
+    Usage,
 )
 from cola_runtime.jobs.state import JobState
 from cola_runtime.types import Lease
@@ -102,6 +103,15 @@ class JobStore:
     async def steps_of_tenant(self, tenant_id: str) -> int:
         """Taken by its jobs so far, and to come of those that have not ended."""
         return await self._database.run(lambda c: terms.steps_of(c, tenant_id))
+
+    async def usage(self, tenant_id: str) -> Usage:
+        """What the tenant's jobs have used."""
+        [found] = await self._database.run(lambda c: usage.read_usage(c, tenant_id=tenant_id))
+        return found
+
+    async def usage_of_all(self) -> list[Usage]:
+        """Of every tenant, by name."""
+        return await self._database.run(usage.read_usage)
 
     # Jobs
 

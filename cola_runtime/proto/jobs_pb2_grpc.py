@@ -99,6 +99,16 @@ class JobsStub:
                 request_serializer=cola__runtime_dot_proto_dot_jobs__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.GetUsage = channel.unary_unary(
+                '/cola.v1.Jobs/GetUsage',
+                request_serializer=cola__runtime_dot_proto_dot_jobs__pb2.GetUsageRequest.SerializeToString,
+                response_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.Usage.FromString,
+                _registered_method=True)
+        self.ListUsage = channel.unary_unary(
+                '/cola.v1.Jobs/ListUsage',
+                request_serializer=cola__runtime_dot_proto_dot_jobs__pb2.ListUsageRequest.SerializeToString,
+                response_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.ListUsageResponse.FromString,
+                _registered_method=True)
         self.DescribeService = channel.unary_unary(
                 '/cola.v1.Jobs/DescribeService',
                 request_serializer=cola__runtime_dot_proto_dot_jobs__pb2.DescribeServiceRequest.SerializeToString,
@@ -214,6 +224,20 @@ class JobsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetUsage(self, request, context):
+        """the caller's own tenant's
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListUsage(self, request, context):
+        """every tenant's; scope `admin`
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DescribeService(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -319,6 +343,16 @@ def add_JobsServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.GenerateRequest.FromString,
                     response_serializer=cola__runtime_dot_proto_dot_jobs__pb2.GenerateResponse.SerializeToString,
+            ),
+            'GetUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUsage,
+                    request_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.GetUsageRequest.FromString,
+                    response_serializer=cola__runtime_dot_proto_dot_jobs__pb2.Usage.SerializeToString,
+            ),
+            'ListUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListUsage,
+                    request_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.ListUsageRequest.FromString,
+                    response_serializer=cola__runtime_dot_proto_dot_jobs__pb2.ListUsageResponse.SerializeToString,
             ),
             'DescribeService': grpc.unary_unary_rpc_method_handler(
                     servicer.DescribeService,
@@ -702,6 +736,60 @@ class Jobs:
             '/cola.v1.Jobs/Generate',
             cola__runtime_dot_proto_dot_jobs__pb2.GenerateRequest.SerializeToString,
             cola__runtime_dot_proto_dot_jobs__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cola.v1.Jobs/GetUsage',
+            cola__runtime_dot_proto_dot_jobs__pb2.GetUsageRequest.SerializeToString,
+            cola__runtime_dot_proto_dot_jobs__pb2.Usage.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cola.v1.Jobs/ListUsage',
+            cola__runtime_dot_proto_dot_jobs__pb2.ListUsageRequest.SerializeToString,
+            cola__runtime_dot_proto_dot_jobs__pb2.ListUsageResponse.FromString,
             options,
             channel_credentials,
             insecure,

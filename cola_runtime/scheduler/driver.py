@@ -307,6 +307,6 @@ def _step_record(adapter: LeasedAdapter, rows: list[Row], outcome: StepOutcome) 
         device_id=adapter.lease.devices,
         bytes_up=outcome.applied.bytes_up,
         bytes_down=outcome.applied.bytes_down,
-        base_seconds=outcome.base_seconds,
+        base_seconds=outcome.loss.base_seconds,
         device_seconds=outcome.applied.device_seconds,
     )

@@ -189,9 +189,12 @@ class SchedulerLoop:
         self.busy_seconds += result.seconds
         self.steps_done += 1
         self._seconds_per_token = result.seconds / max(1, result.computed_tokens)
-        tokens = sum(ticket.waiting.tokens for ticket in flight.tickets)
-        for ticket, loss in zip(flight.tickets, result.losses, strict=True):
-            seconds = result.seconds * ticket.waiting.tokens / max(1, tokens)
+        tokens = [
+            0 if loss.reason else ticket.waiting.tokens  # a refused segment was not computed
+            for ticket, loss in zip(flight.tickets, result.losses, strict=True)
+        ]
+        for ticket, loss, own in zip(flight.tickets, result.losses, tokens, strict=True):
+            seconds = result.seconds * own / max(1, sum(tokens))
             computed = Computed(loss=loss, base_seconds=seconds, base_step=result.number)
             if not ticket.done.done():
                 ticket.done.set_result(computed)

@@ -54,6 +54,7 @@ class Loss:
     loss_sum: float
     weight_sum: float
     predictions: tuple[float, ...] = ()  # of labelled rows that were not trained on
+    base_seconds: float = 0.0  # the rows' share of their base steps
 
     @property
     def mean(self) -> float:
@@ -66,14 +67,12 @@ class TakenStep:
 
     version: int  # after the step
     loss: Loss
-    base_seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutcome:
     loss: Loss
     applied: StepApplied
-    base_seconds: float
 
 
 class AdapterPrimitives:
@@ -232,11 +231,7 @@ class AdapterPrimitives:
         first_rows = accumulate((len(part) for part in parts[:-1]), initial=0)
         segments = [replace(s, first_row=row) for s, row in zip(segments, first_rows, strict=True)]
         computed = await self._compute(adapter, segments, train=True)
-        return TakenStep(
-            version=version + staleness + 1,
-            loss=_total(computed),
-            base_seconds=sum(c.base_seconds for c in computed),
-        )
+        return TakenStep(version=version + staleness + 1, loss=_total(computed))
 
     async def apply(self, adapter: LeasedAdapter, taken: TakenStep) -> StepOutcome:
         """Return when the device has applied the step and its new version is current."""
@@ -244,7 +239,7 @@ class AdapterPrimitives:
             adapter.lease, taken.version, timeout_seconds=APPLY_TIMEOUT_SECONDS
         )
         adapter.version = applied.version
-        return StepOutcome(loss=taken.loss, applied=applied, base_seconds=taken.base_seconds)
+        return StepOutcome(loss=taken.loss, applied=applied)
 
     def recorded(self, adapter: LeasedAdapter) -> None:
         """The job store holds the adapter's version; a checkpoint of it may be recorded now."""
@@ -315,4 +310,5 @@ def _total(computed: Sequence[Computed]) -> Loss:
         loss_sum=sum(c.loss.loss_sum for c in computed),
         weight_sum=sum(c.loss.weight_sum for c in computed),
         predictions=tuple(value for c in computed for value in c.loss.predictions),
+        base_seconds=sum(c.base_seconds for c in computed),
     )

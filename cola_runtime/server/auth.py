@@ -31,6 +31,8 @@ SCOPE_OF_RPC = {
     "CreateKey": ADMIN,
     "ListKeys": ADMIN,
     "RevokeKey": ADMIN,
+    "GetUsage": READ,
+    "ListUsage": ADMIN,
     "StartTrace": ADMIN,
     "StopTrace": ADMIN,
 }

@@ -14,6 +14,7 @@ from cola_runtime.jobs.records import (
     EventRecord,
     JobRecord,
     StepRecord,
+    Usage,
 )
 from cola_runtime.proto import jobs_pb2
 from cola_runtime.server.service import Overview
@@ -40,6 +41,10 @@ def evaluation_message(evaluation: EvaluationRecord, *, best_step: int | None) -
 
 def checkpoint_message(checkpoint: CheckpointRecord, *, best_step: int | None) -> jobs_pb2.Checkpoint:
     return _message(jobs_pb2.Checkpoint, checkpoint, best=checkpoint.version == best_step)
+
+
+def usage_message(usage: Usage) -> jobs_pb2.Usage:
+    return _message(jobs_pb2.Usage, usage)
 
 
 def key_message(key: ApiKey) -> jobs_pb2.Key:

@@ -197,6 +197,13 @@ class JobsMethods:
     async def RevokeKey(self, request: jobs_pb2.RevokeKeyRequest, call: Call) -> jobs_pb2.Key:
         return convert.key_message(await keys.revoke_key(self._service.store, request.key_id))
 
+    async def GetUsage(self, request: jobs_pb2.GetUsageRequest, call: Call) -> jobs_pb2.Usage:
+        return convert.usage_message(await self._service.usage(call.tenant))
+
+    async def ListUsage(self, request: jobs_pb2.ListUsageRequest, call: Call) -> jobs_pb2.ListUsageResponse:
+        found = await self._service.usage_of_all()
+        return jobs_pb2.ListUsageResponse(usage=map(convert.usage_message, found))
+
     async def StartTrace(
         self, request: jobs_pb2.StartTraceRequest, call: Call
     ) -> jobs_pb2.StartTraceResponse:

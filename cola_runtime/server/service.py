@@ -27,6 +27,7 @@ from cola_runtime.jobs.records import (
     StepRecord,
     Tenant,
     TenantTerms,
+    Usage,
 )
 from cola_runtime.jobs.state import TERMINAL_STATES, JobState
 from cola_runtime.jobs.store import JobStore
@@ -213,6 +214,14 @@ class FineTuningService:
             stop_ids=encoded.stop_ids,
         )
         return await self._prompts.decode(encoded, tokens, version)
+
+    async def usage(self, tenant: Tenant) -> Usage:
+        """What the tenant's jobs have used."""
+        return await self.store.usage(tenant.tenant_id)
+
+    async def usage_of_all(self) -> list[Usage]:
+        """Of every tenant. For operators."""
+        return await self.store.usage_of_all()
 
     async def start_trace(self) -> None:
         """Record what the whole service does. For operators: it shows all tenants' jobs."""

@@ -308,3 +308,12 @@ def test_a_trace_is_recorded_and_read(cola: Cola, tmp_path: Path) -> None:
     assert shown.json["base_busy"] == pytest.approx(1.5 / 1.75)
     file.write_text("{}")
     assert cola("trace", "show", file).code == 3
+
+
+def test_usage_is_for_ones_own_tenant_and_for_the_operator_of_all(
+    cola: Cola, trained: JobHandle, served: Served
+) -> None:
+    own = cola("usage", "--json").json
+    assert (own["tenant"], own["jobs"], own["steps"], own["tokens"]) == ("alice", 1, 5, 500)
+    assert [each["tenant"] for each in cola("usage", "--all", "--json").json] == ["alice", "bob"]
+    assert "10.0 KiB" in cola("usage").out

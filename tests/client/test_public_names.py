@@ -43,6 +43,7 @@ def test_the_public_names_are_exactly_those_intended() -> None:
         "NewKey",
         "Service",
         "Step",
+        "Usage",
     ]
     assert all(hasattr(cola_runtime, name) for name in cola_runtime.__all__)
     assert all(hasattr(sdk, name) for name in sdk.__all__)
@@ -65,6 +66,8 @@ def test_the_methods_are_exactly_those_intended() -> None:
         "start_trace",
         "stop_trace",
         "submit",
+        "usage",
+        "usage_of_all",
     }
     assert methods(sdk.JobHandle) == {
         "cancel",
