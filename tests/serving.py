@@ -136,7 +136,7 @@ class FakeRunner:
         ]
 
     def statistics(self) -> ServiceStatistics:
-        return ServiceStatistics(uptime_seconds=60.0, base_busy_seconds=30.0, base_steps=7)
+        return ServiceStatistics(uptime_seconds=60.0, base_busy_seconds=30.0, base_steps=7, tokens=3000)
 
 
 @dataclass

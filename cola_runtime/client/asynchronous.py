@@ -15,6 +15,7 @@ from cola_runtime.client.values import (
     DatasetReport,
     Generation,
     Job,
+    JobEstimate,
     Key,
     NewKey,
     Service,
@@ -77,6 +78,13 @@ class AsyncClient:
         """The checks of `submit`, without creating anything."""
         header = jobs_pb2.JobHeader(spec_json=spec.model_dump_json())
         return value_from(DatasetReport, await self._send("CheckDataset", header, training, evaluation))
+
+    async def estimate(
+        self, spec: JobSpec, *, training: Dataset, evaluation: Dataset | None = None
+    ) -> JobEstimate:
+        """What a job would take, after the checks of `submit`; nothing is created."""
+        header = jobs_pb2.JobHeader(spec_json=spec.model_dump_json())
+        return value_from(JobEstimate, await self._send("EstimateJob", header, training, evaluation))
 
     async def jobs(self, *, limit: int | None = None) -> list[Job]:
         """The tenant's jobs in the service's order; all of them, or the first `limit`."""

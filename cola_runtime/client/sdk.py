@@ -28,6 +28,7 @@ from cola_runtime.client.values import (
     Event,
     Generation,
     Job,
+    JobEstimate,
     Key,
     NewKey,
     Service,
@@ -48,6 +49,7 @@ __all__ = [
     "Event",
     "Generation",
     "Job",
+    "JobEstimate",
     "JobHandle",
     "JobSpec",
     "Key",
@@ -127,6 +129,7 @@ class Client:
     job = _giving_handle(AsyncClient.job)
     jobs = synchronous(AsyncClient.jobs)
     check_dataset = synchronous(AsyncClient.check_dataset)
+    estimate = synchronous(AsyncClient.estimate)
     generate = synchronous(AsyncClient.generate)
     describe = synchronous(AsyncClient.describe)
     create_key = synchronous(AsyncClient.create_key)

@@ -154,6 +154,25 @@ class DatasetReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class JobEstimate:
+    """What a job would take; `assumptions` says under which conditions."""
+
+    steps: int
+    tokens: int  # trained on
+    label_tokens: int
+    evaluation_tokens: int
+    encoding: str
+    bytes_up: int  # base model -> device
+    bytes_down: int  # device -> base model
+    bank_bytes: int  # beside the base model, while it trains
+    base_seconds: float
+    seconds: float  # from now to its end, as long as those stay who are there now
+    share: float  # of the base model, likewise
+    meets_deadline: bool | None  # None: the job has none
+    assumptions: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
     text: str
     prompt_tokens: int

@@ -139,6 +139,15 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TenantLoad:
+    """A tenant's jobs that are queued or running."""
+
+    tenant_id: str
+    jobs: int
+    weight: float  # of its fair share
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
     """One applied optimizer step. Its loss is the one before the step, at version `step - 1`."""
 

@@ -25,6 +25,7 @@ from cola_runtime.jobs.records import (
     NewJob,
     StepRecord,
     Tenant,
+    TenantLoad,
     TenantTerms,
     TermChanges,
     Usage,
@@ -112,6 +113,10 @@ class JobStore:
     async def usage_of_all(self) -> list[Usage]:
         """Of every tenant, by name."""
         return await self._database.run(usage.read_usage)
+
+    async def loads(self) -> list[TenantLoad]:
+        """Of the tenants that have jobs queued or running."""
+        return await self._database.run(usage.read_loads)
 
     # Jobs
 

@@ -50,6 +50,36 @@ class DatasetReport(_message.Message):
     literal_markup_rows: int
     def __init__(self, rows: _Optional[int] = ..., tokens: _Optional[int] = ..., label_tokens: _Optional[int] = ..., longest: _Optional[int] = ..., median: _Optional[int] = ..., truncated: _Optional[int] = ..., steps: _Optional[int] = ..., format: _Optional[str] = ..., literal_markup_rows: _Optional[int] = ...) -> None: ...
 
+class JobEstimate(_message.Message):
+    __slots__ = ("steps", "tokens", "label_tokens", "evaluation_tokens", "encoding", "bytes_up", "bytes_down", "bank_bytes", "base_seconds", "seconds", "share", "meets_deadline", "assumptions")
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LABEL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EVALUATION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
+    BYTES_UP_FIELD_NUMBER: _ClassVar[int]
+    BYTES_DOWN_FIELD_NUMBER: _ClassVar[int]
+    BANK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    MEETS_DEADLINE_FIELD_NUMBER: _ClassVar[int]
+    ASSUMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    steps: int
+    tokens: int
+    label_tokens: int
+    evaluation_tokens: int
+    encoding: str
+    bytes_up: int
+    bytes_down: int
+    bank_bytes: int
+    base_seconds: float
+    seconds: float
+    share: float
+    meets_deadline: bool
+    assumptions: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, steps: _Optional[int] = ..., tokens: _Optional[int] = ..., label_tokens: _Optional[int] = ..., evaluation_tokens: _Optional[int] = ..., encoding: _Optional[str] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., bank_bytes: _Optional[int] = ..., base_seconds: _Optional[float] = ..., seconds: _Optional[float] = ..., share: _Optional[float] = ..., meets_deadline: _Optional[bool] = ..., assumptions: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class JobRef(_message.Message):
     __slots__ = ("job_id",)
     JOB_ID_FIELD_NUMBER: _ClassVar[int]

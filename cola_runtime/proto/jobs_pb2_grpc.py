@@ -44,6 +44,11 @@ class JobsStub:
                 request_serializer=cola__runtime_dot_proto_dot_jobs__pb2.SubmitJobRequest.SerializeToString,
                 response_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.DatasetReport.FromString,
                 _registered_method=True)
+        self.EstimateJob = channel.stream_unary(
+                '/cola.v1.Jobs/EstimateJob',
+                request_serializer=cola__runtime_dot_proto_dot_jobs__pb2.SubmitJobRequest.SerializeToString,
+                response_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.JobEstimate.FromString,
+                _registered_method=True)
         self.GetJob = channel.unary_unary(
                 '/cola.v1.Jobs/GetJob',
                 request_serializer=cola__runtime_dot_proto_dot_jobs__pb2.JobRef.SerializeToString,
@@ -152,6 +157,13 @@ class JobsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CheckDataset(self, request_iterator, context):
+        """the same checks, nothing is created
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EstimateJob(self, request_iterator, context):
         """the same checks, nothing is created
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -288,6 +300,11 @@ def add_JobsServicer_to_server(servicer, server):
                     servicer.CheckDataset,
                     request_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.SubmitJobRequest.FromString,
                     response_serializer=cola__runtime_dot_proto_dot_jobs__pb2.DatasetReport.SerializeToString,
+            ),
+            'EstimateJob': grpc.stream_unary_rpc_method_handler(
+                    servicer.EstimateJob,
+                    request_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.SubmitJobRequest.FromString,
+                    response_serializer=cola__runtime_dot_proto_dot_jobs__pb2.JobEstimate.SerializeToString,
             ),
             'GetJob': grpc.unary_unary_rpc_method_handler(
                     servicer.GetJob,
@@ -439,6 +456,33 @@ class Jobs:
             '/cola.v1.Jobs/CheckDataset',
             cola__runtime_dot_proto_dot_jobs__pb2.SubmitJobRequest.SerializeToString,
             cola__runtime_dot_proto_dot_jobs__pb2.DatasetReport.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EstimateJob(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/cola.v1.Jobs/EstimateJob',
+            cola__runtime_dot_proto_dot_jobs__pb2.SubmitJobRequest.SerializeToString,
+            cola__runtime_dot_proto_dot_jobs__pb2.JobEstimate.FromString,
             options,
             channel_credentials,
             insecure,

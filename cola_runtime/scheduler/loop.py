@@ -61,6 +61,7 @@ class SchedulerLoop:
         self._seconds_per_token = 0.0
         self.busy_seconds = 0.0
         self.steps_done = 0
+        self.tokens_done = 0  # without padding
 
     @property
     def token_budget(self) -> int:
@@ -188,6 +189,7 @@ class SchedulerLoop:
         flight = self._flights[result.number]
         self.busy_seconds += result.seconds
         self.steps_done += 1
+        self.tokens_done += result.real_tokens
         self._seconds_per_token = result.seconds / max(1, result.computed_tokens)
         tokens = [
             0 if loss.reason else ticket.waiting.tokens  # a refused segment was not computed

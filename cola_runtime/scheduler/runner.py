@@ -49,6 +49,12 @@ class ServiceStatistics:
     uptime_seconds: float
     base_busy_seconds: float
     base_steps: int
+    tokens: int  # that they computed, without padding
+
+    @property
+    def seconds_per_token(self) -> float | None:
+        """Of the base steps so far; None before the first."""
+        return self.base_busy_seconds / self.tokens if self.tokens else None
 
 
 class JobRunner:
@@ -180,6 +186,7 @@ class JobRunner:
             uptime_seconds=time.monotonic() - self._started,
             base_busy_seconds=self._loop.busy_seconds,
             base_steps=self._loop.steps_done,
+            tokens=self._loop.tokens_done,
         )
 
     async def _drive(self, record: JobRecord) -> None:

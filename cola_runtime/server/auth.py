@@ -16,6 +16,7 @@ TENANT_SCOPES = (READ, WRITE)
 SCOPE_OF_RPC = {
     "SubmitJob": WRITE,
     "CheckDataset": WRITE,
+    "EstimateJob": WRITE,
     "GetJob": READ,
     "ListJobs": READ,
     "CancelJob": WRITE,

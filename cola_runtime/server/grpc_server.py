@@ -70,6 +70,7 @@ def _rule(name: str, limits: Limits) -> Rule:
     seconds = {
         "SubmitJob": limits.upload_seconds,
         "CheckDataset": limits.upload_seconds,
+        "EstimateJob": limits.upload_seconds,
         "Generate": limits.generate_seconds,
     }
     return Rule(scope=SCOPE_OF_RPC[name], seconds=seconds.get(name, limits.call_seconds))
@@ -95,6 +96,11 @@ class JobsMethods:
             submission = await receive_submission(requests, self._service.limits)
             report = await self._service.check_dataset(call.tenant, submission)
         return jobs_pb2.DatasetReport(**dataclasses.asdict(report))
+
+    async def EstimateJob(self, requests: AsyncIterator[Any], call: Call) -> jobs_pb2.JobEstimate:
+        async with self._gate.pass_one():
+            submission = await receive_submission(requests, self._service.limits)
+            return convert.estimate_message(await self._service.estimate(call.tenant, submission))
 
     async def GetJob(self, request: jobs_pb2.JobRef, call: Call) -> jobs_pb2.Job:
         return self._job(await self._service.job(call.tenant, request.job_id))

@@ -36,6 +36,7 @@ from cola_runtime.scheduler.device_pool import DeviceStatus
 from cola_runtime.scheduler.runner import JobRunner, ServiceStatistics
 from cola_runtime.server.admission import Admission, CheckedJob, Submission
 from cola_runtime.server.base_models import BaseModels
+from cola_runtime.server.estimates import JobEstimate, Situation, estimate_job
 from cola_runtime.server.limits import Limits
 from cola_runtime.server.prompts import Completion, Prompts
 from cola_runtime.spec import JobSpec
@@ -75,13 +76,30 @@ class FineTuningService:
         self._storage = storage
         self._runner = runner
         self._base_models = BaseModels(base_models)
-        self._admission = Admission(self._base_models, costs or Costs())
+        self._costs = costs or Costs()
+        self._admission = Admission(self._base_models, self._costs)
         self._prompts = Prompts(self._base_models, self.limits)
         self._creations: set[asyncio.Task[JobRecord]] = set()
 
     async def check_dataset(self, tenant: Tenant, submission: Submission) -> DatasetReport:
         """The checks of `submit`; nothing is created."""
         return (await self._admission.check(submission)).report
+
+    async def estimate(self, tenant: Tenant, submission: Submission) -> JobEstimate:
+        """What the job would take, after the checks of `submit`; nothing is created."""
+        checked = await self._admission.check(submission)
+        await self._check_quota(tenant, "", steps=checked.report.steps)
+        devices = self._runner.devices()
+        situation = Situation(
+            costs=self._costs,
+            terms=await self.store.terms(tenant.tenant_id),
+            loads=await self.store.loads(),
+            tenant_id=tenant.tenant_id,
+            seconds_per_token=self._runner.statistics().seconds_per_token,
+            device_id=devices[0].device_id if devices else "device-0",
+        )
+        base = self._base_models.find(checked.spec.base_model)
+        return await asyncio.to_thread(estimate_job, checked, base, situation)
 
     async def submit(self, tenant: Tenant, submission: Submission) -> JobRecord:
         """A queued job, already handed to the runner. Whatever is wrong, nothing was created."""

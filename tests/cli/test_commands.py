@@ -317,3 +317,11 @@ def test_usage_is_for_ones_own_tenant_and_for_the_operator_of_all(
     assert (own["tenant"], own["jobs"], own["steps"], own["tokens"]) == ("alice", 1, 5, 500)
     assert [each["tenant"] for each in cola("usage", "--all", "--json").json] == ["alice", "bob"]
     assert "10.0 KiB" in cola("usage").out
+
+
+def test_an_estimate_creates_nothing(cola: Cola, served: Served, job_file: Path) -> None:
+    told = cola("jobs", "estimate", "-f", job_file)
+    assert (told.code, told.err) == (0, "")
+    assert "10 ms, as those of the base steps so far" in told.out
+    assert cola("jobs", "estimate", "-f", job_file, "--json").json["steps"] == 5
+    assert served.nothing_exists()
