@@ -83,6 +83,7 @@ def print_job(job: Job) -> None:
             "tokens": _tokens(job),
             "wire": f"{job.encoding}, {byte_size(job.bytes_up)} up, {byte_size(job.bytes_down)} down",
             "time": f"base {job.base_seconds:.1f} s, device {job.device_seconds:.1f} s",
+            "deadline": _deadline(job),
             "device": job.device_id,
             "created": f"{job.created_at} ({age(job.created_at)})",
             "finished": job.finished_at,
@@ -106,6 +107,12 @@ def print_estimate(estimate: JobEstimate) -> None:
             "assuming": "\n".join(estimate.assumptions),
         }
     )
+
+
+def _deadline(job: Job) -> str:
+    if not job.deadline_missed_at:
+        return job.deadline_at
+    return f"{job.deadline_at}, missed"
 
 
 def _tokens(job: Job) -> str:

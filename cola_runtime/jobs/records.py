@@ -68,6 +68,7 @@ class NewJob:
     evaluation_key: str | None = None  # storage key of the held-out JSONL
     evaluation_name: str = ""
     idempotency_key: str | None = None  # same key and same request: the same job
+    deadline_seconds: float | None = None  # from its creation; None: it may end whenever
     job_id: str = field(default_factory=new_job_id)  # made before, so that storage keys can hold it
 
 

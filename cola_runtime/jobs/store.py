@@ -186,6 +186,10 @@ class JobStore:
 
         return await self._write(job_id, stop)
 
+    async def miss_deadline(self, job_id: str) -> JobRecord | None:
+        """Note, once, that the job has not ended by its deadline; None if it has, or was noted before."""
+        return await self._write(job_id, lambda c: job_rows.miss_deadline(c, job_id, at=self._at()))
+
     # Leases, steps, evaluations, checkpoints
 
     async def grant_lease(self, job_id: str, *device_ids: str) -> Lease:

@@ -14,6 +14,7 @@ from cola_runtime.jobs.plan import TrainingPlan
 from cola_runtime.jobs.records import JobRecord, StepRecord
 from cola_runtime.jobs.state import JobState
 from cola_runtime.jobs.store import JobStore
+from cola_runtime.scheduler.deadlines import Pace, seconds_until
 from cola_runtime.scheduler.device_pool import UNABLE_REASONS
 from cola_runtime.scheduler.evaluation import Evaluations
 from cola_runtime.scheduler.job_data import JobData
@@ -72,13 +73,19 @@ class JobDriver:
         spans: SpanRecorder,
     ) -> None:
         self._job_id, self._tenant_id = record.job_id, record.tenant_id
+        self._version = min(record.version, record.total_steps - 1)  # when it was taken up
         self._slots = slots
         self._plan, self._data = plan, data
         self._primitives, self._store = primitives, store
         self._evaluations = Evaluations(
             data, total_steps=plan.schedule.total_steps, primitives=primitives, store=store
         )
+        self._pace: Pace | None = None
+        if record.deadline_at is not None:
+            deadline = asyncio.get_running_loop().time() + seconds_until(record.deadline_at)
+            self._pace = Pace(deadline=deadline, steps=plan.schedule.total_steps)
         self._stop: Stop | None = None
+        self._why_stopped = ""
         self._stop_asked = asyncio.Event()
         self._stopping = False
         self._waiting = "waiting for a device"
@@ -91,10 +98,10 @@ class JobDriver:
         """What the job does or waits for."""
         return self._phase.text
 
-    def ask(self, stop: Stop) -> None:
-        """Stop at the next step boundary; a cancel overrides a pause."""
+    def ask(self, stop: Stop, *, why: str) -> None:
+        """Stop at the next step boundary; a cancel overrides a pause. `why` ends a sentence."""
         if self._stop is not Stop.CANCEL:
-            self._stop = stop
+            self._stop, self._why_stopped = stop, why
             self._stop_asked.set()
 
     def withdraw_pause(self) -> bool:
@@ -112,9 +119,8 @@ class JobDriver:
             await self._succeed()
         except _Stopped as stopped:
             state = stopped.stop.value
-            await self._store.transition(
-                self._job_id, state, message=f"{state.value} at its tenant's request"
-            )
+            message = f"{state.value} {self._why_stopped}"
+            await self._store.transition(self._job_id, state, message=message)
         except ColaError as error:
             await self._fail(error.reason, str(error))
         except Exception:
@@ -128,7 +134,11 @@ class JobDriver:
     async def _run_in_slot(self) -> None:
         """As soon as the tenant's cap on concurrent jobs allows it."""
         self._phase.enter("concurrent jobs", self._waiting)
-        entering = self._slots.enter(self._tenant_id, self._job_id, priority=self._plan.priority)
+        due = None
+        if self._pace is not None:
+            of_a_step = self._primitives.base_seconds(self._data.microbatches(self._version))
+            due = self._pace.due(self._version, base_seconds=of_a_step)
+        entering = self._slots.enter(self._tenant_id, self._job_id, priority=self._plan.priority, due=due)
         await self._unless_stopped(entering)
         try:
             await self._run_leases()
@@ -179,8 +189,11 @@ class JobDriver:
 
     async def _one_step(self, adapter: LeasedAdapter, taken: TakenStep | None) -> TakenStep | None:
         """Apply the next step, taken already or now; returns the one behind it, if that may run ahead."""
-        version = adapter.version
+        version, began = adapter.version, asyncio.get_running_loop().time()
         microbatches = self._data.microbatches(version)
+        if self._pace is not None:
+            base_seconds = self._primitives.base_seconds(microbatches)
+            adapter.due = self._pace.due(version, base_seconds=base_seconds)
         step = f"step {version + 1}"
         if taken is None:
             self._phase.enter("base steps", f"{step} is being computed by the base model")
@@ -193,6 +206,8 @@ class JobDriver:
             rows = [row for microbatch in microbatches for row in microbatch]
             await self._store.record_step(_step_record(adapter, rows, outcome))
             self._primitives.recorded(adapter)
+            if self._pace is not None:
+                self._pace.step_took(asyncio.get_running_loop().time() - began)
             return None if ahead is None else await ahead
         finally:
             if ahead is not None:

@@ -20,7 +20,7 @@ from cola_runtime.scheduler.packing import padded_row
 from cola_runtime.scheduler.policy import FairQueue
 from cola_runtime.scheduler.ports import BaseModelPort
 from cola_runtime.scheduler.tickets import Computed, Flight, Ticket
-from cola_runtime.scheduler.waiting import Share, Standing, Waiting, padded_tokens
+from cola_runtime.scheduler.waiting import Due, Share, Standing, Waiting, padded_tokens
 from cola_runtime.trace.report import QUEUED
 from cola_runtime.trace.spans import SpanRecorder
 from cola_runtime.types import BaseStep, BaseStepResult, Priority, Segment
@@ -73,7 +73,13 @@ class SchedulerLoop:
         self._wake.set()
 
     async def compute(
-        self, segment: Segment, *, tenant_id: str, train: bool, priority: Priority = Priority.NORMAL
+        self,
+        segment: Segment,
+        *,
+        tenant_id: str,
+        train: bool,
+        priority: Priority = Priority.NORMAL,
+        due: Due | None = None,
     ) -> Computed:
         """Wait for a place in a base step and return the segment's loss. Cancelling gives the place back."""
         waiting = Waiting(
@@ -86,6 +92,7 @@ class SchedulerLoop:
             train=train,
             gang=segment.gang,
             priority=priority,
+            due=due,
         )
         done: asyncio.Future[Computed] = asyncio.get_running_loop().create_future()
         ticket = Ticket(waiting=waiting, segment=segment, done=done, asked=time.monotonic())
@@ -97,6 +104,10 @@ class SchedulerLoop:
         finally:
             self._queue.remove(ticket.number, now=_now())
             self._forget(ticket)
+
+    def base_seconds(self, tokens: int) -> float:
+        """Of so many tokens, as the base steps so far took; 0 before the first."""
+        return tokens * self.busy_seconds / max(1, self.tokens_done)
 
     def charge(self, tenant_id: str, tokens: int) -> None:
         """Count what the base model computed for a tenant outside of base steps."""
@@ -260,5 +271,9 @@ def _said(standing: Standing, *, now: float) -> str:
         if count
     ]
     place = ", ".join(before) or "next in the fair order"
+    if standing.due:
+        place += "; its deadline is in danger, so it goes before its tenant's other jobs"
+    elif standing.due_ahead:
+        place += f"; {standing.due_ahead} of the jobs before it because their deadlines are in danger"
     turn = "; the next base step is of other merged weights" if standing.gang_first != standing.gang else ""
     return f"queued for a base step: {place}{turn}"

@@ -26,6 +26,7 @@ from cola_runtime.scheduler.loop import SchedulerLoop
 from cola_runtime.scheduler.packing import first_prompts, split_rows
 from cola_runtime.scheduler.ports import BaseModelPort
 from cola_runtime.scheduler.tickets import Computed
+from cola_runtime.scheduler.waiting import Due
 from cola_runtime.types import Gang, Lease, Row, Segment, StepApplied, TapPlan
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class LeasedAdapter:
     taps: TapPlan
     gang: Gang | None = None
     version: int
+    due: Due | None = None  # as of its present step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,6 +200,10 @@ class AdapterPrimitives:
         except NotFound as gone:  # with the base model that held it
             raise LeaseLost(adapter.lease, gone.reason, gone.message) from gone
 
+    def base_seconds(self, microbatches: Sequence[Sequence[Row]]) -> float:
+        """What these rows should take in base steps."""
+        return self._loop.base_seconds(sum(row.length for microbatch in microbatches for row in microbatch))
+
     async def take(
         self,
         adapter: LeasedAdapter,
@@ -277,7 +283,11 @@ class AdapterPrimitives:
         together = asyncio.gather(
             *(
                 self._loop.compute(
-                    segment, tenant_id=adapter.tenant_id, train=train, priority=adapter.plan.priority
+                    segment,
+                    tenant_id=adapter.tenant_id,
+                    train=train,
+                    priority=adapter.plan.priority,
+                    due=adapter.due,
                 )
                 for segment in segments
             )

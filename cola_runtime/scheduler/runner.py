@@ -17,6 +17,7 @@ from cola_runtime.jobs.records import JobRecord, TenantTerms
 from cola_runtime.jobs.state import TERMINAL_STATES, JobState
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.scheduler.checkpoints import CheckpointShelf, read_checkpoint
+from cola_runtime.scheduler.deadlines import DeadlineWatch
 from cola_runtime.scheduler.device_pool import DevicePool, DeviceStatus
 from cola_runtime.scheduler.driver import INTERNAL_MESSAGE, JobDriver, Stop
 from cola_runtime.scheduler.job_data import load_job_data
@@ -86,6 +87,7 @@ class JobRunner:
         self._drivers: dict[str, JobDriver] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._background: list[asyncio.Task[None]] = []
+        self._deadlines = DeadlineWatch(store, cancel=self._cancel_late)
         self._started = time.monotonic()
 
     async def open(self) -> None:
@@ -99,10 +101,13 @@ class JobRunner:
             await self._store.transition(record.job_id, JobState.QUEUED, message="the coordinator restarted")
         for record in await self._store.jobs(states=[JobState.QUEUED], limit=100_000):
             await self.start(record.job_id)
+        for record in await self._store.jobs(states=[JobState.PAUSED], limit=100_000):
+            self._deadlines.watch(record)
 
     async def close(self) -> None:
         """Stop driving: jobs stay as they are recorded and go on at the next `open`."""
         self._pool.closing = True
+        self._deadlines.close()
         tasks = [*self._tasks.values(), *self._background]
         for task in tasks:
             task.cancel()
@@ -113,6 +118,7 @@ class JobRunner:
         record = await self._store.job(job_id)
         if job_id in self._tasks or record.state in TERMINAL_STATES:
             return
+        self._deadlines.watch(record)
         self._tasks[job_id] = asyncio.create_task(self._drive(record), name=job_id)
 
     async def cancel(self, job_id: str) -> None:
@@ -225,15 +231,18 @@ class JobRunner:
             job_id, JobState.FAILED, message=message, failure_reason=reason, failure_message=message
         )
 
-    async def _stop(self, job_id: str, stop: Stop) -> None:
+    async def _cancel_late(self, job_id: str) -> None:
+        await self._stop(job_id, Stop.CANCEL, why="since its deadline has passed")
+
+    async def _stop(self, job_id: str, stop: Stop, *, why: str = "at its tenant's request") -> None:
         record = await self._store.job(job_id)
         if record.state in TERMINAL_STATES or record.state is stop.value:
             return
         driver = self._drivers.get(job_id)
         if driver is not None:
-            driver.ask(stop)
+            driver.ask(stop, why=why)
         else:
-            await self._store.transition(job_id, stop.value, message=f"{stop.value} at its tenant's request")
+            await self._store.transition(job_id, stop.value, message=f"{stop.value} {why}")
 
     async def _adapter_to_ask(self, record: JobRecord) -> tuple[int, bytes | None]:
         """The version to generate with; a job that holds no lease brings its newest checkpoint."""

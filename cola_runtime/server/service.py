@@ -334,6 +334,7 @@ def _new_job(tenant: Tenant, submission: Submission, checked: CheckedJob) -> New
         training_name=submission.training_name,
         evaluation_name=submission.evaluation_name,
         idempotency_key=submission.idempotency_key or None,
+        deadline_seconds=None if checked.spec.deadline is None else checked.spec.deadline.seconds,
     )
     return replace(
         job,
