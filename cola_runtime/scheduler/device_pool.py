@@ -118,9 +118,13 @@ class DevicePool:
         return available[:count] if len(available) >= count else []
 
     def unable(self, job_id: str) -> str:
-        """Which of the connected devices cannot train the job, and why; "" if each may."""
+        """Which of the connected devices cannot train the job, and why; "" if one may."""
         refusals = ((device_id, device.unable.get(job_id)) for device_id, device in self._devices.items())
-        return "; ".join(f"{device_id} cannot train it: {why}" for device_id, why in refusals if why)
+        found = "; ".join(f"{device_id} cannot train it: {why}" for device_id, why in refusals if why)
+        if not self._devices:
+            return "no device is connected"
+        draining = all(device.draining for device in self._devices.values())
+        return found or ("all devices are draining" if draining else "")
 
     async def grant(self, lease: Lease, plan: TrainingPlan, *, checkpoint: bytes | None) -> None:
         """Tell the device to train the plan's adapter, or its shard, from its seed or from a checkpoint."""

@@ -31,6 +31,7 @@ T = TypeVar("T")
 
 MAX_LOSSES_WITHOUT_PROGRESS = 8  # leases lost in a row at one version before the job is failed
 RETRY_PAUSE_SECONDS = 0.1
+ENTERING, LEASING = "concurrent jobs", "a device"  # what a job waits for first, as spans' names
 INTERNAL_MESSAGE = "the service failed; its log has the cause. Submit the job again."
 _LOWER_RATE = "Lower the learning rate or set max_grad_norm; the last checkpoint is kept."
 FATAL_REASONS = {  # trying again would give the same; the remedies
@@ -96,7 +97,14 @@ class JobDriver:
     @property
     def phase(self) -> str:
         """What the job does or waits for."""
-        return self._phase.text
+        if self._stop is None:
+            return self._phase.text
+        return f"{self._phase.text}; it is {self._stop.value} at the next step boundary"
+
+    @property
+    def leases(self) -> bool:
+        """It waits for a device (its tenant's cap allows that), or for one to build or restore its adapter."""
+        return self._phase.name in ("", ENTERING, LEASING)
 
     def ask(self, stop: Stop, *, why: str) -> None:
         """Stop at the next step boundary; a cancel overrides a pause. `why` ends a sentence."""
@@ -133,7 +141,7 @@ class JobDriver:
 
     async def _run_in_slot(self) -> None:
         """As soon as the tenant's cap on concurrent jobs allows it."""
-        self._phase.enter("concurrent jobs", self._waiting)
+        self._phase.enter(ENTERING, self._waiting)
         due = None
         if self._pace is not None:
             of_a_step = self._primitives.base_seconds(self._data.microbatches(self._version))
@@ -160,7 +168,7 @@ class JobDriver:
                 await self._note_loss(lost, progress)
 
     async def _run_lease(self) -> None:
-        self._phase.enter("a device", self._waiting)
+        self._phase.enter(LEASING, self._waiting)
         record = await self._store.job(self._job_id)
         adapter = await self._unless_stopped(self._primitives.open(record, self._plan))
         try:
@@ -273,6 +281,7 @@ class JobDriver:
                 await asyncio.wait({task})
 
     async def _note_loss(self, lost: LeaseLost | Unavailable, progress: _Progress) -> None:
+        self._phase.enter("a new lease", f"its lease was lost and is taken anew: {lost.message}")
         record = await self._store.job(self._job_id)
         await self._store.add_event(
             self._job_id,

@@ -134,6 +134,11 @@ class SchedulerLoop:
             return f"device {min(busy)} is still busy with earlier gradients"
         return _said(self._queue.standing(ticket.number), now=_now())
 
+    def computes(self, job_id: str) -> bool:
+        """A microbatch of the job is in a base step that was sent."""
+        tickets = self._of_job.get(job_id, {}).values()
+        return any(ticket.sent for ticket in tickets)
+
     async def run_forever(self) -> None:
         while True:
             timeout = self._send_when_due()

@@ -20,6 +20,10 @@ class JobPhase:
         self.end()
         self._name, self._since, self.text = name, time.monotonic(), text
 
+    @property
+    def name(self) -> str:
+        return self._name
+
     def end(self) -> None:
         """The job does nothing more."""
         if self._name:

@@ -149,15 +149,25 @@ class JobRunner:
         self._slots.set_limit(tenant_id, terms.concurrent_jobs)
 
     def waiting_reason(self, job: JobRecord) -> str:
-        """Which cap, device, gang or place in the fair order the job waits for; else what it is doing."""
-        driver = self._drivers.get(job.job_id)
-        phase = driver.phase if driver else "waiting for its data to be read"
-        unable = self._pool.unable(job.job_id) if self._book.current(job.job_id) is None else ""
-        return (
-            self._slots.waiting_reason(job.tenant_id, job.job_id)
-            or self._loop.waiting_reason(job.job_id)
-            or ": ".join(filter(None, (phase, unable)))
-        )
+        """Which cap, device, gang, place in the fair order or deadline the job waits for; else what it is
+        doing; "" while it is in a base step.
+        """
+        if not self._background:
+            return "the service is starting: jobs go on when its devices are there"
+        waits = self._slots.waiting_reason(job.tenant_id, job.job_id)
+        if waits is None and self._loop.computes(job.job_id):
+            return ""
+        return waits or self._loop.waiting_reason(job.job_id) or self._doing(job)
+
+    def _doing(self, job: JobRecord) -> str:
+        driver, lease = self._drivers.get(job.job_id), self._book.current(job.job_id)
+        if driver is None:
+            return "waiting for its data to be read"
+        if not driver.leases:
+            return driver.phase
+        if lease is not None:
+            return f"{lease.devices} builds or restores its adapter"
+        return ": ".join(filter(None, (driver.phase, self._pool.unable(job.job_id))))
 
     async def generate(
         self,
