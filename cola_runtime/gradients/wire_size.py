@@ -12,19 +12,17 @@ from cola_runtime.gradients.planner import ID_BYTES, ITEM_BYTES, LOW_RANK, Workl
 from cola_runtime.types import Compression, Encoding, Site, TapPlan, TensorKind
 
 
-def tap_bytes(spec: AdapterSpec, plan: TapPlan, workload: Workload) -> list[int]:
-    """Payload bytes of every tensor that one microbatch of `workload` sends.
+def tap_bytes(spec: AdapterSpec, plan: TapPlan, workload: Workload) -> list[list[int]]:
+    """Payload bytes of every tensor that one microbatch of `workload` sends, by part and input group.
 
     Exact but for activations, where every token counts: those whose gradient is zero are not sent.
     """
-    return [
-        size
-        for part in spec.parts
-        for group in dict.fromkeys(site.input_group for site in part.sites)
-        for size in _of_group(
-            part.kind, [s for s in part.sites if s.input_group == group], plan, workload.at(group), spec.dtype
-        )
-    ]
+    groups = []
+    for part in spec.parts:
+        for group in dict.fromkeys(site.input_group for site in part.sites):
+            sites = [site for site in part.sites if site.input_group == group]
+            groups.append([*_of_group(part.kind, sites, plan, workload.at(group), spec.dtype)])
+    return groups
 
 
 def _of_group(

@@ -103,7 +103,7 @@ class JobDriver:
 
     @property
     def leases(self) -> bool:
-        """It waits for a device (its tenant's cap allows that), or for one to build or restore its adapter."""
+        """It waits for a device, or for one to build or restore its adapter."""
         return self._phase.name in ("", ENTERING, LEASING)
 
     def ask(self, stop: Stop, *, why: str) -> None:

@@ -18,17 +18,20 @@ from cola_runtime.gradients.planner import ITEM_BYTES, Costs
 from cola_runtime.gradients.wire_size import tap_bytes
 from cola_runtime.jobs.plan import DataSize, TrainingPlan, job_workload
 from cola_runtime.jobs.records import TenantLoad, TenantTerms
-from cola_runtime.proto import control_pb2
 from cola_runtime.scheduler.packing import split_rows
 from cola_runtime.server.admission import CheckedJob
 from cola_runtime.spec import EvaluationSpec
-from cola_runtime.transport.frames import HEADER_BYTES, tensor_wire_bytes
+from cola_runtime.transport.wire_size import (
+    microbatch_end_bytes,
+    taps_wire_bytes,
+    update_end_bytes,
+    weights_wire_bytes,
+)
 from cola_runtime.types import BaseModelDescription, Encoding, Row
 
 MOST_WALKED_STEPS = 20_000  # of a longer job these are counted, and the others taken to be alike
 FLOPS_PER_PARAMETER = 4.0  # of a token: forward, and backward to the activations of a frozen base model
 FORWARD_SHARE = 0.5  # of a training token's time that a held-out token takes
-_JOB_ID = "job-" + "0" * 32
 _VERSIONS = (0, 1, 1 << 7, 1 << 14)  # from each of these on a version takes one byte more in a message
 
 
@@ -84,11 +87,11 @@ def estimate_job(checked: CheckedJob, base: BaseModelDescription, situation: Sit
     walked = min(steps, MOST_WALKED_STEPS)
     workload = job_workload(checked.spec, base, DataSize.of(checked.rows), situation.costs)
     taps = tap_bytes(checked.plan.adapter, checked.taps, workload)
-    counted = _count(checked, len(taps), walked, situation).scaled(steps / walked)
+    counted = _count(checked, sum(map(len, taps)), walked, situation).scaled(steps / walked)
     evaluation_tokens = sum(row.length for row in checked.held_out) * _evaluations(
         checked.spec.evaluation, steps, held_out=bool(checked.held_out)
     )
-    bytes_up = round(counted.parts * sum(map(tensor_wire_bytes, taps)) + counted.ends_bytes)
+    bytes_up = round(counted.parts * taps_wire_bytes(taps) + counted.ends_bytes)
     bytes_down = _bytes_down(checked.plan, steps, situation.device_id)
     per_token = situation.seconds_per_token or _from_flops(base, situation.costs)
     base_seconds = per_token * (counted.tokens + FORWARD_SHARE * evaluation_tokens)
@@ -137,47 +140,24 @@ def _parts(rows: Sequence[Row], budget: int) -> int:
 
 def _ends_bytes(tensors: int, version: int, parts: int, device_id: str) -> int:
     """Of one step's MicrobatchEnd messages to one device."""
-    sizes = (
-        control_pb2.GradientControl(
-            microbatch_end=control_pb2.MicrobatchEnd(
-                lease=control_pb2.LeaseRef(job_id=_JOB_ID, epoch=1, device_id=device_id),
-                version=version,
-                microbatch=number,
-                tensors=tensors,
-                apply=number == parts - 1,
-            )
-        ).ByteSize()
+    return sum(
+        microbatch_end_bytes(
+            device_id, version=version, microbatch=number, tensors=tensors, apply=number == parts - 1
+        )
         for number in range(parts)
     )
-    return sum(HEADER_BYTES + size for size in sizes)
 
 
 def _bytes_down(plan: TrainingPlan, steps: int, device_id: str) -> int:
     """Every step's new weights, and the message that ends them, from each shard's device."""
-    weights = sum(
-        tensor_wire_bytes(prod(shape) * ITEM_BYTES[plan.adapter.dtype])
-        for shape in weight_shapes(plan.adapter).values()
-    )
-    total = steps * weights
+    total, item_bytes = 0, ITEM_BYTES[plan.adapter.dtype]
     for of_shard in plan.of_shards():
-        tensors = len(weight_shapes(of_shard.adapter))
+        sizes = [prod(shape) * item_bytes for shape in weight_shapes(of_shard.adapter).values()]
+        total += steps * weights_wire_bytes(sizes)
         for first, behind in zip(_VERSIONS[1:], (*_VERSIONS[2:], steps + 1), strict=True):
             times = max(0, min(behind, steps + 1) - first)
-            total += times * (HEADER_BYTES + _update_end(first, tensors, device_id).ByteSize())
+            total += times * update_end_bytes(device_id, version=first, tensors=len(sizes))
     return total
-
-
-def _update_end(version: int, tensors: int, device_id: str) -> control_pb2.GradientControl:
-    return control_pb2.GradientControl(
-        update_end=control_pb2.UpdateEnd(
-            lease=control_pb2.LeaseRef(job_id=_JOB_ID, epoch=1, device_id=device_id),
-            version=version,
-            tensors=tensors,
-            learning_rate=1.0,
-            gradient_norm=1.0,
-            device_seconds=1.0,
-        )
-    )
 
 
 def _bank_bytes(plan: TrainingPlan, base: BaseModelDescription) -> int:
