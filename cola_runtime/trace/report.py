@@ -47,8 +47,9 @@ class Gap:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exports:
-    """What exports did to the base model. The step behind a gap during an export counts as delayed if no gap
-    without one is as long."""
+    """What exports did to the base model. A gap is here what its thread did nothing in, not even an install.
+    The step behind a gap during an export counts as delayed if no gap without one is as long.
+    """
 
     exports: int
     base_steps_meanwhile: int  # that began or ended during an export
@@ -108,7 +109,7 @@ def read_trace(trace: Mapping[str, Any]) -> TraceReport:
             if process.role == DEVICE
         },
         longest_gaps=_longest_gaps(gaps_between(steps), base, processes),
-        exports=_exports(steps, [i for process in processes for i in process.named(EXPORT)]),
+        exports=_exports(steps, base, [i for process in processes for i in process.named(EXPORT)]),
     )
 
 
@@ -197,11 +198,14 @@ def _most(spans: Iterable[tuple[str, Interval]]) -> Any:
     return of
 
 
-def _exports(steps: Sequence[Interval], exports: Sequence[Interval]) -> Exports:
-    during = [any(gap.overlap(each) > 0 for each in exports) for gap in gaps_between(steps)]
-    gaps = [gap.seconds for gap in gaps_between(steps)]
-    meanwhile = [gap for gap, overlaps in zip(gaps, during, strict=True) if overlaps]
-    others = sorted(gap for gap, overlaps in zip(gaps, during, strict=True) if not overlaps)
+def _exports(steps: Sequence[Interval], base: _Process, exports: Sequence[Interval]) -> Exports:
+    lane = next(lane for lane, name, _, _ in base.spans if name == BASE_STEP)
+    window = Interval(steps[0].begin, steps[-1].end)
+    at_work = merged(i for each, _, i, _ in base.spans if each == lane and i.overlap(window) > 0)
+    gaps = gaps_between(at_work)
+    during = [any(gap.overlap(each) > 0 for each in exports) for gap in gaps]
+    meanwhile = [gap.seconds for gap, overlaps in zip(gaps, during, strict=True) if overlaps]
+    others = sorted(gap.seconds for gap, overlaps in zip(gaps, during, strict=True) if not overlaps)
     longest = others[-1] if others else 0.0
     return Exports(
         exports=len(exports),

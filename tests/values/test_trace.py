@@ -145,3 +145,14 @@ def test_a_device_that_answers_with_times_that_are_none_is_refused() -> None:
     with pytest.raises(ProtocolError) as refused:
         SpanAnswer().add(control_pb2.RecordedSpans(now=1.0, spans=[span], last=True))
     assert refused.value.reason == "SPANS_INVALID"
+
+
+def test_an_export_is_not_blamed_for_installs_nor_for_what_comes_after_the_last_base_step() -> None:
+    steps = [(0.0, 1.0), (1.1, 2.0), (3.0, 4.0)]
+    installs = (("install", 2.0, 2.95), ("install", 9.0, 9.1))
+    exports = process(
+        COORDINATOR, ("exports", EXPORT, 2.5, 2.9), ("exports", EXPORT, 2.96, 3.5), ("exports", EXPORT, 5, 6)
+    )
+    found = report(base(*steps, other=installs), exports).exports
+    assert (found.gaps_meanwhile, found.delayed_steps) == (1, 0)
+    assert found.longest_gap_meanwhile_seconds == pytest.approx(0.05)
