@@ -50,6 +50,7 @@ EVALUATION_TOKENS = 64
 MAX_EVALUATION_TOKENS = 256
 MAX_LOSS_SCALE = 2.0**24
 MAX_SHARDS = 8
+MAX_DEADLINE_SECONDS = 366 * 86_400.0
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 ModulePattern = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,200}$")]
@@ -219,6 +220,15 @@ class EvaluationSpec(Frozen):
         return (self.max_new_tokens or EVALUATION_TOKENS) if self.metric.generates else 0
 
 
+class DeadlineSpec(Frozen):
+    """When the job should have ended. Its tenant's share goes to it first while that is in danger."""
+
+    seconds: Annotated[float, Field(gt=0, le=MAX_DEADLINE_SECONDS)]
+    """From its submission."""
+    when_missed: Literal["continue", "cancel"] = "continue"
+    """A missed deadline is an event in any case; `cancel` also ends the job, and its checkpoints stay."""
+
+
 class JobSpec(Frozen):
     """One adaptation job: which base model, which adapter, which data, how long."""
 
@@ -259,6 +269,8 @@ class JobSpec(Frozen):
     that base model and device work on a job at the same time (docs/staleness.md)."""
     priority: Literal["low", "normal", "high"] = "normal"
     """Among the tenant's own jobs: one of higher priority goes strictly before (docs/scheduling.md)."""
+    deadline: DeadlineSpec | None = None
+    """Orders the tenant's own jobs, never other tenants' (docs/scheduling.md)."""
     shards: Annotated[int, Field(ge=1, le=MAX_SHARDS, strict=True)] = 1
     """Devices that the adapter's sites are divided among; training stays the same (docs/sharding.md)."""
     loss_scaling: Literal["none", "dynamic"] | PowerOfTwo | None = None

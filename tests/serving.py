@@ -39,6 +39,10 @@ from cola_runtime.server.limits import Limits
 from cola_runtime.server.service import FineTuningService
 from cola_runtime.spec import JobSpec
 from cola_runtime.storage.objects import ObjectStorage
+from cola_runtime.trace.chrome import BASE_MODEL as BASE_MODEL_ROLE
+from cola_runtime.trace.chrome import TracedProcess, chrome_trace, trace_bytes
+from cola_runtime.trace.report import BASE_STEP
+from cola_runtime.trace.spans import ProcessSpans, Span, SpanRecorder
 from cola_runtime.types import BaseModelDescription, Site, SiteKind
 
 BASE_MODEL = "tiny-llama"
@@ -74,6 +78,19 @@ def description(tokenizer_path: Path) -> BaseModelDescription:
     )
 
 
+class FakeTrace:
+    """Two base steps of a base model, whoever records."""
+
+    async def start(self) -> None:
+        pass
+
+    async def stop(self) -> bytes:
+        steps = tuple(Span("compute thread", BASE_STEP, n, n + 0.75, {}) for n in range(2))
+        recorded = ProcessSpans(now=2.0, spans=steps, recorded=2)
+        process = TracedProcess(name=BASE_MODEL_ROLE, role=BASE_MODEL_ROLE, recorded=recorded)
+        return trace_bytes(chrome_trace([process], began=0.0, ended=2.0))
+
+
 class FakeRunner:
     """Moves jobs between states when asked, and trains nothing by itself."""
 
@@ -82,6 +99,8 @@ class FakeRunner:
         self.started: list[str] = []
         self.generated: list[dict[str, Any]] = []
         self.terms: dict[str, TenantTerms] = {}
+        self.spans = SpanRecorder()
+        self.trace = FakeTrace()
 
     async def start(self, job_id: str) -> None:
         self.started.append(job_id)
@@ -117,7 +136,7 @@ class FakeRunner:
         ]
 
     def statistics(self) -> ServiceStatistics:
-        return ServiceStatistics(uptime_seconds=60.0, base_busy_seconds=30.0, base_steps=7)
+        return ServiceStatistics(uptime_seconds=60.0, base_busy_seconds=30.0, base_steps=7, tokens=3000)
 
 
 @dataclass

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from cola_runtime.base_model.sent_taps import SentTaps
 from cola_runtime.errors import ProtocolError
 from cola_runtime.proto import control_pb2
 from cola_runtime.transport.frames import HEADER_BYTES, TensorAddress
@@ -28,7 +29,9 @@ class DeviceLink:
         device_id: str,
         credit_bytes: int,
         on_parked: Callable[[bool], None],
+        sent: SentTaps,
     ) -> None:
+        self._sent = sent
         self.stream = stream
         self.device_id = device_id
         self.parked = False
@@ -97,10 +100,12 @@ class DeviceLink:
         first = self._outbox.popleft()
         if not isinstance(first, tuple):
             await self.stream.send_control(first)
+            self._sent.control(first)
             return
         address, parcel = first
         self._outbox_bytes -= parcel.wire_bytes
         self._in_flight_bytes += parcel.wire_bytes
+        self._sent.tensor(address, parcel.wire_bytes)
         await self.stream.send_frames(parcel.frames(address))
 
     def _set_parked(self, parked: bool) -> None:

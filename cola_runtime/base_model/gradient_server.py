@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from cola_runtime.adapter_spec import LeaseTerms
 from cola_runtime.base_model.device_link import DeviceLink
+from cola_runtime.base_model.sent_taps import SentTaps
 from cola_runtime.base_model.updates import LeasedAdapter, LeaseTable, Update
 from cola_runtime.errors import ColaError, ProtocolError, Unavailable
 from cola_runtime.gradients.compression import Compressed
 from cola_runtime.proto import control_pb2
+from cola_runtime.trace.spans import SpanRecorder
 from cola_runtime.transport import control
 from cola_runtime.transport.concurrency import until_first_ends
 from cola_runtime.transport.endpoints import GRADIENTS, serve_streams
@@ -46,8 +48,14 @@ class GradientServer:
     """`on_update` gets every complete version, `on_event` links and refusals; both must return at once."""
 
     def __init__(
-        self, *, join_token: str, on_update: Callable[[Update], None], on_event: Callable[[BaseEvent], None]
+        self,
+        *,
+        join_token: str,
+        on_update: Callable[[Update], None],
+        on_event: Callable[[BaseEvent], None],
+        spans: SpanRecorder | None = None,
     ) -> None:
+        self._spans = spans or SpanRecorder()
         self._join_token = join_token
         self._on_update = on_update
         self._on_event = on_event
@@ -171,7 +179,11 @@ class GradientServer:
             self._on_event(DeviceLinkChanged(device_id=hello.device_id, connected=True, parked=parked))
 
         return DeviceLink(
-            stream, device_id=hello.device_id, credit_bytes=hello.credit_bytes, on_parked=on_parked
+            stream,
+            device_id=hello.device_id,
+            credit_bytes=hello.credit_bytes,
+            on_parked=on_parked,
+            sent=SentTaps(self._spans, hello.device_id),
         )
 
     async def _replace(self, link: DeviceLink) -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +22,8 @@ from cola_runtime.base_model.updates import Update
 from cola_runtime.errors import ColaError
 from cola_runtime.gradients.compression import TapCompressor
 from cola_runtime.gradients.taps import Tap
+from cola_runtime.trace.report import BASE_STEP
+from cola_runtime.trace.spans import ProcessSpans, SpanRecorder
 from cola_runtime.types import (
     BaseEvent,
     BaseModelDescription,
@@ -37,20 +37,9 @@ from cola_runtime.types import (
 if TYPE_CHECKING:
     import grpc
 
-TRACE_STEPS = 65_536
-
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BaseStatistics:
-    """How busy the base model was; times are `time.monotonic()` of its process."""
-
-    started: float
-    now: float
-    busy_seconds: float  # in base steps
-    steps: int
-    trace: tuple[tuple[int, float, float], ...]  # number, begin, end of the latest base steps
+COMPUTE = "compute thread"  # its lane in a trace
 
 
 class BaseModelService:
@@ -63,15 +52,15 @@ class BaseModelService:
         self._decoding = asyncio.Lock()  # steps are decoded, and so computed, in the order they came
         self._compressor = TapCompressor()  # belongs to whoever hands out the taps
         self._events = EventLog()
+        self._spans = SpanRecorder()
         self._server = GradientServer(
-            join_token=join_token, on_update=self._install_soon, on_event=self._events.append
+            join_token=join_token,
+            on_update=self._install_soon,
+            on_event=self._events.append,
+            spans=self._spans,
         )
         self._endpoint = ""
         self._installing: set[asyncio.Task[None]] = set()
-        self._started = time.monotonic()
-        self._busy_seconds = 0.0
-        self._steps = 0
-        self._trace: deque[tuple[int, float, float]] = deque(maxlen=TRACE_STEPS)
 
     async def start(self, bind: str, *, credentials: grpc.ServerCredentials | None = None) -> str:
         """Listen for devices; returns the gradient endpoint, host:port."""
@@ -120,7 +109,7 @@ class BaseModelService:
                     self._server.end_microbatch(segment, taps.sent)
 
         result = await self._lane.run(lambda: self._model.run(step, sink, then=end))
-        self._record(result)
+        self._record(step, result)
         return result
 
     async def generate(
@@ -139,7 +128,7 @@ class BaseModelService:
         """
 
         def ask() -> list[list[int]]:
-            with self._resident(job_id, checkpoint):
+            with self._resident(job_id, checkpoint), self._timed("generate", job_id or ""):
                 return self._model.generate(
                     job_id,
                     prompts,
@@ -155,14 +144,9 @@ class BaseModelService:
         """Events numbered above `after` as soon as there is one, or none after 5 s. Conflict EVENTS_LOST."""
         return await self._events.after(after)
 
-    def statistics(self) -> BaseStatistics:
-        return BaseStatistics(
-            started=self._started,
-            now=time.monotonic(),
-            busy_seconds=self._busy_seconds,
-            steps=self._steps,
-            trace=tuple(self._trace),
-        )
+    async def record_spans(self, on: bool) -> ProcessSpans:
+        """Record what the compute thread and the streams do from now on, or no more; what was, until now."""
+        return self._spans.switch(on, now=time.monotonic())
 
     @contextmanager
     def _resident(self, job_id: str | None, checkpoint: bytes | None) -> Iterator[None]:
@@ -182,10 +166,29 @@ class BaseModelService:
         self._model.evict(job_id)
         self._model.behind_taps(lambda: self._compressor.forget(job_id))
 
-    def _record(self, result: BaseStepResult) -> None:
-        self._steps += 1
-        self._busy_seconds += result.seconds
-        self._trace.append((result.number, result.started, result.started + result.seconds))
+    def _record(self, step: BaseStep, result: BaseStepResult) -> None:
+        if self._spans.on:
+            self._spans.add(
+                COMPUTE,
+                BASE_STEP,
+                begin=result.started,
+                end=result.started + result.seconds,
+                number=result.number,
+                jobs=len({segment.lease.job_id for segment in step.segments}),
+                microbatches=len(step.segments),
+                tokens=result.real_tokens,
+                computed_tokens=result.computed_tokens,
+                does="train" if step.train else "losses",
+            )
+
+    @contextmanager
+    def _timed(self, name: str, job_id: str) -> Iterator[None]:
+        """On the compute thread: its time goes into the trace."""
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self._spans.add(COMPUTE, name, begin=begin, end=time.monotonic(), job=job_id)
 
     def _install_soon(self, update: Update) -> None:
         """Queue the install between two base steps; the bank never changes under a running one."""
@@ -195,14 +198,15 @@ class BaseModelService:
 
     async def _install(self, update: Update) -> None:
         def install() -> None:
-            self._model.install(
-                update.lease,
-                update.terms.spec,
-                update.version,
-                update.weights,
-                max_staleness=update.terms.max_staleness,
-                membership=update.terms.membership,
-            )
+            with self._timed("install", update.lease.job_id):
+                self._model.install(
+                    update.lease,
+                    update.terms.spec,
+                    update.version,
+                    update.weights,
+                    max_staleness=update.terms.max_staleness,
+                    membership=update.terms.membership,
+                )
 
         if not self._server.honours(update.lease):
             return  # ended since: behind the eviction, an install would stay in the bank for good

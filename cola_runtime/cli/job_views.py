@@ -22,7 +22,7 @@ from cola_runtime.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from cola_runtime.client.sdk import Checkpoint, Evaluation, Event, Job, Step
+    from cola_runtime.client.sdk import Checkpoint, Evaluation, Event, Job, JobEstimate, Step
     from cola_runtime.spec import PartSpec
 
 SHORT_ID_CHARACTERS = 12
@@ -80,14 +80,45 @@ def print_job(job: Job) -> None:
             "step": f"{job.version} of {job.total_steps}",
             "loss": number(job.last_loss),
             "held-out loss": held_out(job),
-            "tokens": f"{job.tokens:,} ({job.label_tokens:,} labels)",
+            "tokens": _tokens(job),
             "wire": f"{job.encoding}, {byte_size(job.bytes_up)} up, {byte_size(job.bytes_down)} down",
             "time": f"base {job.base_seconds:.1f} s, device {job.device_seconds:.1f} s",
+            "deadline": _deadline(job),
             "device": job.device_id,
             "created": f"{job.created_at} ({age(job.created_at)})",
             "finished": job.finished_at,
         }
     )
+
+
+def print_estimate(estimate: JobEstimate) -> None:
+    held_out = f", and {estimate.evaluation_tokens:,} of held-out rows" if estimate.evaluation_tokens else ""
+    wire = f"{byte_size(estimate.bytes_up)} up, {byte_size(estimate.bytes_down)} down"
+    meets = {None: "", True: "it is met", False: "it is missed"}[estimate.meets_deadline]
+    print_fields(
+        {
+            "steps": f"{estimate.steps:,}",
+            "tokens": f"{estimate.tokens:,} ({estimate.label_tokens:,} labels){held_out}",
+            "time": f"{estimate.seconds:,.1f} s, of them {estimate.base_seconds:,.1f} s of the base model, "
+            f"of which it has {estimate.share:.0%}",
+            "deadline": meets,
+            "wire": f"{estimate.encoding}, {wire}",
+            "memory": f"{byte_size(estimate.bank_bytes)} beside the base model",
+            "assuming": "\n".join(estimate.assumptions),
+        }
+    )
+
+
+def _deadline(job: Job) -> str:
+    if not job.deadline_missed_at:
+        return job.deadline_at
+    return f"{job.deadline_at}, missed"
+
+
+def _tokens(job: Job) -> str:
+    evaluated = f", and {job.evaluation_tokens:,} of held-out rows" if job.evaluation_tokens else ""
+    repeated = f"; {job.repeated_steps} steps were repeated" if job.repeated_steps else ""
+    return f"{job.tokens:,} ({job.label_tokens:,} labels){evaluated}{repeated}"
 
 
 def _adapter_part(part: PartSpec) -> str:

@@ -36,6 +36,23 @@ def submit(
         print_submitted(job, watching=False)
 
 
+@app.command()
+def estimate(file: FileOption, url: UrlOption = None, as_json: JsonFlag = False) -> None:
+    """What a job file would take: steps, tokens, seconds, bytes and memory. Nothing is created."""
+    from cola_runtime.cli.connect import connected
+    from cola_runtime.cli.job_file import read_job_file
+    from cola_runtime.cli.job_views import print_estimate
+    from cola_runtime.cli.output import print_json
+
+    content = read_job_file(file)
+    with connected(url) as client:
+        found = client.estimate(content.spec, training=content.training, evaluation=content.evaluation)
+    if as_json:
+        print_json(found)
+    else:
+        print_estimate(found)
+
+
 @app.command("list")
 def list_jobs(
     limit: Annotated[int | None, typer.Option(min=1, help="The newest so many; all without it.")] = None,

@@ -8,7 +8,22 @@ from typing import Annotated
 import typer
 
 import cola_runtime
-from cola_runtime.cli import adapters, config, dataset, demo, device, doctor, generate, jobs, keys, run, serve
+from cola_runtime.cli import (
+    adapters,
+    bench,
+    config,
+    dataset,
+    demo,
+    device,
+    doctor,
+    generate,
+    jobs,
+    keys,
+    run,
+    serve,
+    trace,
+    usage,
+)
 from cola_runtime.cli.failures import report
 from cola_runtime.errors import ColaError
 
@@ -23,7 +38,15 @@ app = typer.Typer(
     "9 unavailable. Settings: COLA_BASE_URL, COLA_API_KEY.",
 )
 
-for command in (demo.demo, serve.serve, run.run, generate.generate, device.device, doctor.doctor):
+for command in (
+    demo.demo,
+    serve.serve,
+    run.run,
+    generate.generate,
+    device.device,
+    usage.usage,
+    doctor.doctor,
+):
     app.command()(command)
 for name, group in (
     ("jobs", jobs.app),
@@ -31,6 +54,8 @@ for name, group in (
     ("adapters", adapters.app),
     ("keys", keys.app),
     ("config", config.app),
+    ("trace", trace.app),
+    ("bench", bench.app),
 ):
     app.add_typer(group, name=name)
 

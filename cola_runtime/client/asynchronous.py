@@ -15,9 +15,11 @@ from cola_runtime.client.values import (
     DatasetReport,
     Generation,
     Job,
+    JobEstimate,
     Key,
     NewKey,
     Service,
+    Usage,
     service_from,
     value_from,
 )
@@ -26,6 +28,7 @@ from cola_runtime.proto import jobs_pb2
 from cola_runtime.spec import JobSpec
 
 UPLOAD_TIMEOUT_SECONDS = 900.0
+TRACE_TIMEOUT_SECONDS = 120.0
 PAGE = 500
 
 
@@ -75,6 +78,13 @@ class AsyncClient:
         """The checks of `submit`, without creating anything."""
         header = jobs_pb2.JobHeader(spec_json=spec.model_dump_json())
         return value_from(DatasetReport, await self._send("CheckDataset", header, training, evaluation))
+
+    async def estimate(
+        self, spec: JobSpec, *, training: Dataset, evaluation: Dataset | None = None
+    ) -> JobEstimate:
+        """What a job would take, after the checks of `submit`; nothing is created."""
+        header = jobs_pb2.JobHeader(spec_json=spec.model_dump_json())
+        return value_from(JobEstimate, await self._send("EstimateJob", header, training, evaluation))
 
     async def jobs(self, *, limit: int | None = None) -> list[Job]:
         """The tenant's jobs in the service's order; all of them, or the first `limit`."""
@@ -146,6 +156,28 @@ class AsyncClient:
         return value_from(
             Key, await self._connection.call("RevokeKey", jobs_pb2.RevokeKeyRequest(key_id=key_id))
         )
+
+    async def usage(self) -> Usage:
+        """What the tenant's jobs have used."""
+        return value_from(Usage, await self._connection.call("GetUsage", jobs_pb2.GetUsageRequest()))
+
+    async def usage_of_all(self) -> list[Usage]:
+        """Of every tenant, by name. Needs the scope `admin`."""
+        answer = await self._connection.call("ListUsage", jobs_pb2.ListUsageRequest())
+        return [value_from(Usage, usage) for usage in answer.usage]
+
+    async def start_trace(self) -> None:
+        """Record what the whole service does, until `stop_trace`. Needs the scope `admin`.
+
+        Conflict `TRACE_RECORDING` when somebody records already.
+        """
+        await self._connection.call("StartTrace", jobs_pb2.StartTraceRequest(), retry=False)
+
+    async def stop_trace(self) -> bytes:
+        """The trace since `start_trace`: a JSON file for Perfetto. Needs the scope `admin`."""
+        request = jobs_pb2.StopTraceRequest()
+        chunks = self._connection.stream("StopTrace", request, timeout_seconds=TRACE_TIMEOUT_SECONDS)
+        return b"".join([chunk.content async for chunk in chunks])
 
     async def _send(
         self, rpc: str, header: jobs_pb2.JobHeader, training: Dataset, evaluation: Dataset | None

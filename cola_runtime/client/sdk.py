@@ -28,10 +28,12 @@ from cola_runtime.client.values import (
     Event,
     Generation,
     Job,
+    JobEstimate,
     Key,
     NewKey,
     Service,
     Step,
+    Usage,
 )
 from cola_runtime.spec import JobSpec
 
@@ -47,12 +49,14 @@ __all__ = [
     "Event",
     "Generation",
     "Job",
+    "JobEstimate",
     "JobHandle",
     "JobSpec",
     "Key",
     "NewKey",
     "Service",
     "Step",
+    "Usage",
 ]
 
 
@@ -125,8 +129,13 @@ class Client:
     job = _giving_handle(AsyncClient.job)
     jobs = synchronous(AsyncClient.jobs)
     check_dataset = synchronous(AsyncClient.check_dataset)
+    estimate = synchronous(AsyncClient.estimate)
     generate = synchronous(AsyncClient.generate)
     describe = synchronous(AsyncClient.describe)
     create_key = synchronous(AsyncClient.create_key)
     keys = synchronous(AsyncClient.keys)
     revoke_key = synchronous(AsyncClient.revoke_key)
+    usage = synchronous(AsyncClient.usage)
+    usage_of_all = synchronous(AsyncClient.usage_of_all)
+    start_trace = synchronous(AsyncClient.start_trace)
+    stop_trace = synchronous(AsyncClient.stop_trace)

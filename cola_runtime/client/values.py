@@ -46,6 +46,10 @@ class Job:
     encoding: str
     base_seconds: float
     device_seconds: float
+    evaluation_tokens: int
+    repeated_steps: int  # made again since a device or the service was lost
+    deadline_at: str  # "" without one
+    deadline_missed_at: str  # "" unless it passed before the end
 
     @property
     def ended(self) -> bool:
@@ -54,6 +58,26 @@ class Job:
     @property
     def spec(self) -> JobSpec:
         return JobSpec.model_validate_json(self.spec_json)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What all jobs of a tenant have used, of what is recorded with their steps and evaluations.
+
+    Steps and tokens as the records stand; bytes and seconds also of repeated steps.
+    """
+
+    tenant: str
+    jobs: int
+    steps: int
+    repeated_steps: int
+    tokens: int  # trained on
+    label_tokens: int
+    evaluation_tokens: int
+    base_seconds: float  # of the base model: a base step's seconds are shared by tokens
+    device_seconds: float
+    bytes_up: int
+    bytes_down: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +151,25 @@ class DatasetReport:
     steps: int
     format: str
     literal_markup_rows: int  # whose text spells a special token; it is encoded as text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobEstimate:
+    """What a job would take; `assumptions` says under which conditions."""
+
+    steps: int
+    tokens: int  # trained on
+    label_tokens: int
+    evaluation_tokens: int
+    encoding: str
+    bytes_up: int  # base model -> device
+    bytes_down: int  # device -> base model
+    bank_bytes: int  # beside the base model, while it trains
+    base_seconds: float
+    seconds: float  # from now to its end, as long as those stay who are there now
+    share: float  # of the base model, likewise
+    meets_deadline: bool | None  # None: the job has none
+    assumptions: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

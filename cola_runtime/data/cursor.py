@@ -5,7 +5,7 @@ A pass takes every row once, `rows_per_step` a step; the last step of a pass may
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,15 +45,29 @@ def step_indices(row_count: int, spec: JobSpec, step: int) -> tuple[tuple[int, .
     Sizes of a step's microbatches differ by at most one; none is empty, so a small last step may have fewer.
     """
     turn, position = divmod(step, steps_per_pass(row_count, spec))
-    start = position * spec.rows_per_step
-    rows = _order(row_count, spec, turn)[start : start + spec.rows_per_step]
-    parts = np.array_split(rows, min(spec.adaptation_interval, len(rows)))
-    return tuple(tuple(part.tolist()) for part in parts)
+    return _microbatches(_order(row_count, spec, turn), spec, position)
 
 
 def step_rows(rows: Sequence[Row], spec: JobSpec, step: int) -> list[list[Row]]:
     """`step_indices` with the rows themselves."""
     return [[rows[index] for index in part] for part in step_indices(len(rows), spec, step)]
+
+
+def walked_steps(rows: Sequence[Row], spec: JobSpec, steps: int) -> Iterator[list[list[Row]]]:
+    """`step_rows` of the first `steps` steps, each pass's order drawn once."""
+    per_pass = steps_per_pass(len(rows), spec)
+    for step in range(steps):
+        turn, position = divmod(step, per_pass)
+        if position == 0:
+            order = _order(len(rows), spec, turn)
+        yield [[rows[index] for index in part] for part in _microbatches(order, spec, position)]
+
+
+def _microbatches(order: NDArray[np.int64], spec: JobSpec, position: int) -> tuple[tuple[int, ...], ...]:
+    start = position * spec.rows_per_step
+    rows = order[start : start + spec.rows_per_step]
+    parts = np.array_split(rows, min(spec.adaptation_interval, len(rows)))
+    return tuple(tuple(part.tolist()) for part in parts)
 
 
 def _order(row_count: int, spec: JobSpec, turn: int) -> NDArray[np.int64]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -25,6 +26,7 @@ from cola_runtime.transport.concurrency import until_first_ends
 from cola_runtime.transport.endpoints import Connection
 from cola_runtime.transport.frames import DType, TensorAddress, WireTensor
 from cola_runtime.transport.reader import ReceivedTensor
+from cola_runtime.transport.span_messages import recorded_spans
 from cola_runtime.transport.stream import ReceivedControl
 from cola_runtime.types import Lease, TensorKind
 
@@ -100,8 +102,16 @@ class ControlSession:
             await self._checkpoint(control.lease_from_proto(message.checkpoint_request.lease))
         elif kind == "drain":
             self._draining = True
+        elif kind == "record_spans":
+            await self._record_spans(message.record_spans.on)
         else:
             raise ProtocolError("CONTROL_INVALID", f"a coordinator does not send {kind}")
+
+    async def _record_spans(self, on: bool) -> None:
+        """Answered at once, so that the coordinator learns this process's clock."""
+        recorded = self._worker.spans.switch(on, now=time.monotonic())
+        for message in recorded_spans(recorded):
+            await self._stream.send_control(message)
 
     async def _grant(self, grant: control_pb2.LeaseGrant) -> None:
         lease = control.lease_from_proto(grant.lease)
@@ -171,7 +181,16 @@ class ControlSession:
         elif isinstance(answer, Norms):
             await link.send_norms(answer)
         else:
+            begin = time.monotonic()
             await link.send_update(answer)
+            self._worker.spans.add(
+                "to the base model",
+                "update",
+                begin=begin,
+                end=time.monotonic(),
+                job=answer.lease.job_id,
+                version=answer.version,
+            )
             if answer.checkpoint_due:
                 await self._checkpoint(answer.lease)
 

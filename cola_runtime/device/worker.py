@@ -16,6 +16,8 @@ from cola_runtime.device.answers import Answer, Checkpoint, Consumed, Norms, Ref
 from cola_runtime.device.session import AdapterSession, Applied
 from cola_runtime.errors import ColaError, Conflict, Fenced, ProtocolError
 from cola_runtime.proto import control_pb2
+from cola_runtime.trace.report import WORKER
+from cola_runtime.trace.spans import SpanRecorder
 from cola_runtime.transport import control
 from cola_runtime.transport.frames import DType, TensorAddress, tensor_frames
 from cola_runtime.transport.packs import ReceivedPack
@@ -48,6 +50,7 @@ class DeviceWorker:
 
     def __init__(self) -> None:
         self._held: dict[str, _Held] = {}
+        self.spans = SpanRecorder()  # switched and read from the event loop
         self.busy_seconds = 0.0
         self.resident_bytes = 0  # of all sessions; may be read from another thread
 
@@ -87,22 +90,27 @@ class DeviceWorker:
         held = self._of(lease)
         if held is None:
             return Refused(lease=lease, reason="LEASE_UNKNOWN", message="this device does not hold the lease")
-        started = time.perf_counter()
+        started = time.monotonic()
         data = held.session.checkpoint()
         digest = hashlib.sha256(data).hexdigest()
-        self.busy_seconds += time.perf_counter() - started
+        self._spent("checkpoint", started, lease.job_id, held.session.version)
         return Checkpoint(lease=lease, version=held.session.version, data=data, sha256=digest)
 
     def consume(self, items: Iterable[GradientItem]) -> Consumed:
         """Add taps, apply steps. What belongs to a lease that is not held is dropped, its bytes credited."""
-        started = time.perf_counter()
+        started = time.monotonic()
         consumed = Consumed()
         for item in items:
             if isinstance(item, ReceivedTensor | ReceivedPack):
                 consumed.credit_bytes += item.wire_bytes
             consumed.answers += self._take(item)
-        self.busy_seconds += time.perf_counter() - started
+        self._spent("gradients", started)
         return consumed
+
+    def _spent(self, name: str, started: float, job_id: str = "", version: int = 0) -> None:
+        now = time.monotonic()
+        self.busy_seconds += now - started
+        self.spans.add(WORKER, name, begin=started, end=now, job=job_id, version=version)
 
     def _count_resident(self) -> None:
         self.resident_bytes = sum(held.session.resident_bytes for held in self._held.values())
@@ -194,8 +202,11 @@ class DeviceWorker:
         return answers
 
     def _apply(self, held: _Held, version: int, *, norm: float | None = None) -> Update:
+        started = time.monotonic()
         applied = held.session.apply(version=version, norm=norm)
         seconds = held.step_seconds + applied.seconds
+        job_id, now = held.lease.job_id, time.monotonic()
+        self.spans.add(WORKER, "optimizer step", begin=started, end=now, job=job_id, version=applied.version)
         held.step_seconds, held.microbatch = 0.0, 0
         total = held.session.definition.schedule.total_steps
         every = held.checkpoint_every

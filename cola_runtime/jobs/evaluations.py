@@ -9,6 +9,7 @@ from sqlalchemy import Connection, select
 
 from cola_runtime.errors import Conflict, InvalidInput
 from cola_runtime.jobs import schema
+from cola_runtime.jobs.job_rows import update_job
 from cola_runtime.jobs.progress import current_job
 from cola_runtime.jobs.records import EvaluationRecord
 from cola_runtime.jobs.trail import append_event
@@ -17,7 +18,8 @@ _evaluations = schema.evaluations
 
 
 def insert_evaluation(connection: Connection, evaluation: EvaluationRecord, *, at: str) -> EvaluationRecord:
-    """Record the evaluation of the job's version, with its event; the same version again changes nothing.
+    """Record the evaluation of the job's version, with its event, and add what it cost to the job's totals;
+    the same version again changes nothing.
 
     Raises Fenced, InvalidInput `METRIC_NOT_FINITE`, Conflict `EVALUATION_OUT_OF_ORDER` for a version that is
     not the job's.
@@ -41,6 +43,12 @@ def insert_evaluation(connection: Connection, evaluation: EvaluationRecord, *, a
         )
     evaluation = replace(evaluation, created_at=evaluation.created_at or at)
     connection.execute(_evaluations.insert().values(**asdict(evaluation)))
+    update_job(
+        connection,
+        job.job_id,
+        evaluation_tokens=job.evaluation_tokens + evaluation.tokens,
+        base_seconds=job.base_seconds + evaluation.base_seconds,
+    )
     _append_evaluation(connection, evaluation, at=at)
     return evaluation
 

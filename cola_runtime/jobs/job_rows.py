@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import asdict
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, ScalarSelect, Select, select, tuple_
 
+from cola_runtime.clock import rfc3339
 from cola_runtime.errors import Conflict, InvalidInput, NotFound
 from cola_runtime.jobs import schema
 from cola_runtime.jobs.records import JobRecord, NewJob
@@ -29,11 +31,29 @@ def insert_job(connection: Connection, new: NewJob, *, at: str) -> JobRecord:
     earlier = _made_by_key(connection, new)
     if earlier is not None:
         return earlier
-    connection.execute(_jobs.insert().values(**asdict(new), state=JobState.QUEUED, created_at=at))
+    values = asdict(new)
+    values["deadline_at"] = _later(at, values.pop("deadline_seconds"))
+    connection.execute(_jobs.insert().values(**values, state=JobState.QUEUED, created_at=at))
     message = f"job {new.name!r} is queued: {new.total_steps} steps on {new.base_model}"
     data = {"to": JobState.QUEUED, "total_steps": new.total_steps}
     append_event(connection, new.job_id, at=at, kind="job.queued", message=message, data=data)
     return read_job(connection, new.job_id)
+
+
+def miss_deadline(connection: Connection, job_id: str, *, at: str) -> JobRecord | None:
+    """Note, once, that the job had not ended by its deadline; None if it had, or has none.
+
+    The job goes on: a missed deadline is an event.
+    """
+    job = read_job(connection, job_id)
+    if job.ended or job.deadline_at is None or job.deadline_missed_at is not None:
+        return None
+    update_job(connection, job_id, deadline_missed_at=at)
+    message = f"its deadline, {job.deadline_at}, passed at step {job.version} of {job.total_steps}"
+    data = {"deadline_at": job.deadline_at, "version": job.version, "total_steps": job.total_steps}
+    kind = "job.deadline_missed"
+    append_event(connection, job_id, at=at, kind=kind, message=message, data=data, level="warning")
+    return read_job(connection, job_id)
 
 
 def read_job(connection: Connection, job_id: str, *, tenant_id: str | None = None) -> JobRecord:
@@ -113,6 +133,10 @@ def end_lease(connection: Connection, job_id: str, *, at: str) -> None:
     still_open = (_leases.c.job_id == job_id) & _leases.c.ended_at.is_(None)
     connection.execute(_leases.update().where(still_open).values(ended_at=at))
     update_job(connection, job_id, device_id=None)
+
+
+def _later(at: str, seconds: float | None) -> str | None:
+    return None if seconds is None else rfc3339(datetime.fromisoformat(at) + timedelta(seconds=seconds))
 
 
 def _changes(job: JobRecord, state: JobState, at: str) -> dict[str, Any]:

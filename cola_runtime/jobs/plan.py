@@ -91,11 +91,19 @@ def job_taps(
 
     Raises InvalidInput `ENCODING_UNSUPPORTED`, `COMPRESSION_UNSUPPORTED`, `INNER_STEPS_NEED_ACTIVATIONS`.
     """
+    workload = job_workload(job, base, data, costs)
+    return plan_taps(
+        adapter, workload, costs, requested=_requested(job), compression=Compression(job.compression)
+    )
+
+
+def job_workload(job: JobSpec, base: BaseModelDescription, data: DataSize, costs: Costs) -> Workload:
+    """What an optimizer step of the job looks like, on the average."""
     rows = min(job.rows_per_step, data.rows)
     microbatches = min(job.adaptation_interval, rows)
     share = rows / data.rows / microbatches
     parts = math.ceil(share * (data.tokens + data.source_tokens) / costs.token_budget)
-    workload = Workload(
+    return Workload(
         tokens=share * data.tokens / parts,
         rows=rows / microbatches / parts,
         microbatches=microbatches * parts,
@@ -103,9 +111,6 @@ def job_taps(
         loss_scaled=_loss_scaling(job, base) != UNSCALED,
         source_tokens=share * data.source_tokens / parts,
         source_groups=frozenset(base.source_groups),
-    )
-    return plan_taps(
-        adapter, workload, costs, requested=_requested(job), compression=Compression(job.compression)
     )
 
 

@@ -86,7 +86,9 @@ def rewind_job(connection: Connection, lease: Lease, version: int, *, at: str) -
     if version == job.version:
         return job
     _delete_above(connection, job.job_id, version)
-    update_job(connection, job.job_id, version=version, **_totals(connection, job.job_id, version))
+    totals = _totals(connection, job.job_id, version)
+    repeated = job.repeated_steps + job.version - version
+    update_job(connection, job.job_id, version=version, repeated_steps=repeated, **totals)
     message = f"back from version {job.version} to {version}: {job.version - version} steps run again"
     data = {"from": job.version, "to": version, "epoch": lease.epoch}
     append_event(
@@ -185,9 +187,16 @@ def _totals(connection: Connection, job_id: str, version: int) -> dict[str, Any]
     of_job = _steps.c.job_id == job_id
     sums = (func.coalesce(func.sum(column), 0) for column in (_steps.c.tokens, _steps.c.label_tokens))
     tokens, label_tokens = connection.execute(select(*sums).where(of_job)).one()
+    evaluations = schema.evaluations
+    held_out = select(func.coalesce(func.sum(evaluations.c.tokens), 0)).where(evaluations.c.job_id == job_id)
     last = select(_steps.c.loss).where(of_job, _steps.c.step == version)
     last_loss = connection.execute(last).scalar_one_or_none()
-    return {"tokens": tokens, "label_tokens": label_tokens, "last_loss": last_loss}
+    return {
+        "tokens": tokens,
+        "label_tokens": label_tokens,
+        "last_loss": last_loss,
+        "evaluation_tokens": connection.execute(held_out).scalar_one(),
+    }
 
 
 def _checkpoint_at(connection: Connection, job_id: str, version: int) -> CheckpointRecord | None:

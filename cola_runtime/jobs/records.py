@@ -68,6 +68,7 @@ class NewJob:
     evaluation_key: str | None = None  # storage key of the held-out JSONL
     evaluation_name: str = ""
     idempotency_key: str | None = None  # same key and same request: the same job
+    deadline_seconds: float | None = None  # from its creation; None: it may end whenever
     job_id: str = field(default_factory=new_job_id)  # made before, so that storage keys can hold it
 
 
@@ -105,12 +106,46 @@ class JobRecord:
     label_tokens: int  # of these, labels
     bytes_up: int  # base model -> device, rewound steps included: they were spent
     bytes_down: int  # device -> base model, likewise
-    base_seconds: float  # this job's share of base steps, likewise
+    base_seconds: float  # this job's share of base steps, evaluations included, likewise
     device_seconds: float  # likewise
+    evaluation_tokens: int  # of held-out rows, over the recorded evaluations
+    repeated_steps: int  # that a rewind took from the record, to be made again
+    deadline_at: str | None  # when it should have ended; None: whenever
+    deadline_missed_at: str | None  # when it was seen that it had not
 
     @property
     def ended(self) -> bool:
         return self.state in TERMINAL_STATES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What all jobs of a tenant have used. It counts what is recorded with a step or an evaluation.
+
+    Steps and tokens are those of the record as it stands; bytes and seconds also of steps that were repeated
+    because a device or the service was lost: they were spent.
+    """
+
+    tenant: str
+    jobs: int
+    steps: int
+    repeated_steps: int
+    tokens: int  # trained on
+    label_tokens: int
+    evaluation_tokens: int
+    base_seconds: float  # in base steps: each one's seconds are shared by tokens
+    device_seconds: float
+    bytes_up: int
+    bytes_down: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TenantLoad:
+    """A tenant's jobs that are queued or running."""
+
+    tenant_id: str
+    jobs: int
+    weight: float  # of its fair share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +180,8 @@ class EvaluationRecord:
     greater_is_better: bool  # of the primary metric
     improved: bool  # over the best one before, by more than the job's min_delta; the first one always
     created_at: str = ""  # the store stamps it when empty
+    tokens: int = 0  # of the held-out rows
+    base_seconds: float = 0.0  # this job's share of the base steps that computed them
 
     @property
     def value(self) -> float:

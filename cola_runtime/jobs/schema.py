@@ -109,6 +109,10 @@ jobs = Table(
     Column("bytes_down", BigInteger, nullable=False, server_default="0"),
     Column("base_seconds", Float, nullable=False, server_default="0"),
     Column("device_seconds", Float, nullable=False, server_default="0"),
+    Column("evaluation_tokens", BigInteger, nullable=False, server_default="0"),
+    Column("repeated_steps", Integer, nullable=False, server_default="0"),
+    Column("deadline_at", String(32)),
+    Column("deadline_missed_at", String(32)),
     # A state outside the declared machine cannot be stored.
     CheckConstraint(
         "state IN ('queued', 'running', 'paused', 'succeeded', 'failed', 'cancelled')", name="state_known"
@@ -193,6 +197,8 @@ evaluations = Table(
     Column("greater_is_better", Boolean, nullable=False),
     Column("improved", Boolean, nullable=False),
     Column("created_at", String(32), nullable=False),
+    Column("tokens", BigInteger, nullable=False, server_default="0"),
+    Column("base_seconds", Float, nullable=False, server_default="0"),
     # Step 0 is the adapter before its first step.
     CheckConstraint("step >= 0", name="step_not_negative"),
     # An evaluation is made under a lease that was granted.

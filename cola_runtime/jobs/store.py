@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection
 
 from cola_runtime import clock
-from cola_runtime.jobs import evaluations, job_rows, progress, tenancy, terms, trail
+from cola_runtime.jobs import evaluations, job_rows, progress, tenancy, terms, trail, usage
 from cola_runtime.jobs.database import Database
 from cola_runtime.jobs.records import (
     ApiKey,
@@ -25,8 +25,10 @@ from cola_runtime.jobs.records import (
     NewJob,
     StepRecord,
     Tenant,
+    TenantLoad,
     TenantTerms,
     TermChanges,
+    Usage,
 )
 from cola_runtime.jobs.state import JobState
 from cola_runtime.types import Lease
@@ -103,6 +105,19 @@ class JobStore:
         """Taken by its jobs so far, and to come of those that have not ended."""
         return await self._database.run(lambda c: terms.steps_of(c, tenant_id))
 
+    async def usage(self, tenant_id: str) -> Usage:
+        """What the tenant's jobs have used."""
+        [found] = await self._database.run(lambda c: usage.read_usage(c, tenant_id=tenant_id))
+        return found
+
+    async def usage_of_all(self) -> list[Usage]:
+        """Of every tenant, by name."""
+        return await self._database.run(usage.read_usage)
+
+    async def loads(self) -> list[TenantLoad]:
+        """Of the tenants that have jobs queued or running."""
+        return await self._database.run(usage.read_loads)
+
     # Jobs
 
     async def create_job(self, new: NewJob) -> JobRecord:
@@ -170,6 +185,10 @@ class JobStore:
             return job_rows.move_job(connection, job_id, JobState.SUCCEEDED, at=at, message=message)
 
         return await self._write(job_id, stop)
+
+    async def miss_deadline(self, job_id: str) -> JobRecord | None:
+        """Note, once, that the job has not ended by its deadline; None if it has, or was noted before."""
+        return await self._write(job_id, lambda c: job_rows.miss_deadline(c, job_id, at=self._at()))
 
     # Leases, steps, evaluations, checkpoints
 

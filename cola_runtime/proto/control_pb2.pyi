@@ -65,7 +65,7 @@ class ScheduleDefinition(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., warmup_steps: _Optional[int] = ..., total_steps: _Optional[int] = ...) -> None: ...
 
 class DeviceControl(_message.Message):
-    __slots__ = ("hello", "welcome", "heartbeat", "lease_grant", "lease_end", "checkpoint_request", "checkpoint_made", "lease_failed", "drain")
+    __slots__ = ("hello", "welcome", "heartbeat", "lease_grant", "lease_end", "checkpoint_request", "checkpoint_made", "lease_failed", "drain", "record_spans", "recorded_spans")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
@@ -75,6 +75,8 @@ class DeviceControl(_message.Message):
     CHECKPOINT_MADE_FIELD_NUMBER: _ClassVar[int]
     LEASE_FAILED_FIELD_NUMBER: _ClassVar[int]
     DRAIN_FIELD_NUMBER: _ClassVar[int]
+    RECORD_SPANS_FIELD_NUMBER: _ClassVar[int]
+    RECORDED_SPANS_FIELD_NUMBER: _ClassVar[int]
     hello: DeviceHello
     welcome: DeviceWelcome
     heartbeat: Heartbeat
@@ -84,7 +86,9 @@ class DeviceControl(_message.Message):
     checkpoint_made: CheckpointMade
     lease_failed: LeaseFailed
     drain: Drain
-    def __init__(self, hello: _Optional[_Union[DeviceHello, _Mapping]] = ..., welcome: _Optional[_Union[DeviceWelcome, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., lease_grant: _Optional[_Union[LeaseGrant, _Mapping]] = ..., lease_end: _Optional[_Union[LeaseEnd, _Mapping]] = ..., checkpoint_request: _Optional[_Union[CheckpointRequest, _Mapping]] = ..., checkpoint_made: _Optional[_Union[CheckpointMade, _Mapping]] = ..., lease_failed: _Optional[_Union[LeaseFailed, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ...) -> None: ...
+    record_spans: RecordSpans
+    recorded_spans: RecordedSpans
+    def __init__(self, hello: _Optional[_Union[DeviceHello, _Mapping]] = ..., welcome: _Optional[_Union[DeviceWelcome, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., lease_grant: _Optional[_Union[LeaseGrant, _Mapping]] = ..., lease_end: _Optional[_Union[LeaseEnd, _Mapping]] = ..., checkpoint_request: _Optional[_Union[CheckpointRequest, _Mapping]] = ..., checkpoint_made: _Optional[_Union[CheckpointMade, _Mapping]] = ..., lease_failed: _Optional[_Union[LeaseFailed, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., record_spans: _Optional[_Union[RecordSpans, _Mapping]] = ..., recorded_spans: _Optional[_Union[RecordedSpans, _Mapping]] = ...) -> None: ...
 
 class DeviceHello(_message.Message):
     __slots__ = ("device_id", "join_token", "protocol_version", "threads", "trust_class", "pid")
@@ -175,6 +179,40 @@ class LeaseFailed(_message.Message):
 class Drain(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class RecordSpans(_message.Message):
+    __slots__ = ("on",)
+    ON_FIELD_NUMBER: _ClassVar[int]
+    on: bool
+    def __init__(self, on: _Optional[bool] = ...) -> None: ...
+
+class RecordedSpans(_message.Message):
+    __slots__ = ("now", "spans", "recorded", "last")
+    NOW_FIELD_NUMBER: _ClassVar[int]
+    SPANS_FIELD_NUMBER: _ClassVar[int]
+    RECORDED_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    now: float
+    spans: _containers.RepeatedCompositeFieldContainer[RecordedSpan]
+    recorded: int
+    last: bool
+    def __init__(self, now: _Optional[float] = ..., spans: _Optional[_Iterable[_Union[RecordedSpan, _Mapping]]] = ..., recorded: _Optional[int] = ..., last: _Optional[bool] = ...) -> None: ...
+
+class RecordedSpan(_message.Message):
+    __slots__ = ("lane", "name", "begin", "end", "job_id", "version")
+    LANE_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    BEGIN_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    lane: str
+    name: str
+    begin: float
+    end: float
+    job_id: str
+    version: int
+    def __init__(self, lane: _Optional[str] = ..., name: _Optional[str] = ..., begin: _Optional[float] = ..., end: _Optional[float] = ..., job_id: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...
 
 class GradientControl(_message.Message):
     __slots__ = ("hello", "welcome", "credit", "microbatch_end", "update_end", "refusal", "shard_norms", "global_norm")

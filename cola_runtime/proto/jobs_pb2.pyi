@@ -50,6 +50,36 @@ class DatasetReport(_message.Message):
     literal_markup_rows: int
     def __init__(self, rows: _Optional[int] = ..., tokens: _Optional[int] = ..., label_tokens: _Optional[int] = ..., longest: _Optional[int] = ..., median: _Optional[int] = ..., truncated: _Optional[int] = ..., steps: _Optional[int] = ..., format: _Optional[str] = ..., literal_markup_rows: _Optional[int] = ...) -> None: ...
 
+class JobEstimate(_message.Message):
+    __slots__ = ("steps", "tokens", "label_tokens", "evaluation_tokens", "encoding", "bytes_up", "bytes_down", "bank_bytes", "base_seconds", "seconds", "share", "meets_deadline", "assumptions")
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LABEL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EVALUATION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
+    BYTES_UP_FIELD_NUMBER: _ClassVar[int]
+    BYTES_DOWN_FIELD_NUMBER: _ClassVar[int]
+    BANK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    MEETS_DEADLINE_FIELD_NUMBER: _ClassVar[int]
+    ASSUMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    steps: int
+    tokens: int
+    label_tokens: int
+    evaluation_tokens: int
+    encoding: str
+    bytes_up: int
+    bytes_down: int
+    bank_bytes: int
+    base_seconds: float
+    seconds: float
+    share: float
+    meets_deadline: bool
+    assumptions: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, steps: _Optional[int] = ..., tokens: _Optional[int] = ..., label_tokens: _Optional[int] = ..., evaluation_tokens: _Optional[int] = ..., encoding: _Optional[str] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., bank_bytes: _Optional[int] = ..., base_seconds: _Optional[float] = ..., seconds: _Optional[float] = ..., share: _Optional[float] = ..., meets_deadline: _Optional[bool] = ..., assumptions: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class JobRef(_message.Message):
     __slots__ = ("job_id",)
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
@@ -57,7 +87,7 @@ class JobRef(_message.Message):
     def __init__(self, job_id: _Optional[str] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("job_id", "name", "state", "base_model", "version", "total_steps", "device_id", "waiting_reason", "created_at", "finished_at", "failure_reason", "failure_message", "evaluation_loss_before", "evaluation_loss_after", "last_loss", "tokens", "label_tokens", "bytes_up", "bytes_down", "spec_json", "tenant", "encoding", "base_seconds", "device_seconds")
+    __slots__ = ("job_id", "name", "state", "base_model", "version", "total_steps", "device_id", "waiting_reason", "created_at", "finished_at", "failure_reason", "failure_message", "evaluation_loss_before", "evaluation_loss_after", "last_loss", "tokens", "label_tokens", "bytes_up", "bytes_down", "spec_json", "tenant", "encoding", "base_seconds", "device_seconds", "evaluation_tokens", "repeated_steps", "deadline_at", "deadline_missed_at")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -82,6 +112,10 @@ class Job(_message.Message):
     ENCODING_FIELD_NUMBER: _ClassVar[int]
     BASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    EVALUATION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REPEATED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_AT_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_MISSED_AT_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     name: str
     state: str
@@ -106,7 +140,11 @@ class Job(_message.Message):
     encoding: str
     base_seconds: float
     device_seconds: float
-    def __init__(self, job_id: _Optional[str] = ..., name: _Optional[str] = ..., state: _Optional[str] = ..., base_model: _Optional[str] = ..., version: _Optional[int] = ..., total_steps: _Optional[int] = ..., device_id: _Optional[str] = ..., waiting_reason: _Optional[str] = ..., created_at: _Optional[str] = ..., finished_at: _Optional[str] = ..., failure_reason: _Optional[str] = ..., failure_message: _Optional[str] = ..., evaluation_loss_before: _Optional[float] = ..., evaluation_loss_after: _Optional[float] = ..., last_loss: _Optional[float] = ..., tokens: _Optional[int] = ..., label_tokens: _Optional[int] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., spec_json: _Optional[str] = ..., tenant: _Optional[str] = ..., encoding: _Optional[str] = ..., base_seconds: _Optional[float] = ..., device_seconds: _Optional[float] = ...) -> None: ...
+    evaluation_tokens: int
+    repeated_steps: int
+    deadline_at: str
+    deadline_missed_at: str
+    def __init__(self, job_id: _Optional[str] = ..., name: _Optional[str] = ..., state: _Optional[str] = ..., base_model: _Optional[str] = ..., version: _Optional[int] = ..., total_steps: _Optional[int] = ..., device_id: _Optional[str] = ..., waiting_reason: _Optional[str] = ..., created_at: _Optional[str] = ..., finished_at: _Optional[str] = ..., failure_reason: _Optional[str] = ..., failure_message: _Optional[str] = ..., evaluation_loss_before: _Optional[float] = ..., evaluation_loss_after: _Optional[float] = ..., last_loss: _Optional[float] = ..., tokens: _Optional[int] = ..., label_tokens: _Optional[int] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., spec_json: _Optional[str] = ..., tenant: _Optional[str] = ..., encoding: _Optional[str] = ..., base_seconds: _Optional[float] = ..., device_seconds: _Optional[float] = ..., evaluation_tokens: _Optional[int] = ..., repeated_steps: _Optional[int] = ..., deadline_at: _Optional[str] = ..., deadline_missed_at: _Optional[str] = ...) -> None: ...
 
 class ListJobsRequest(_message.Message):
     __slots__ = ("limit", "after")
@@ -365,6 +403,58 @@ class ServiceDescription(_message.Message):
     uptime_seconds: float
     base_steps: int
     def __init__(self, version: _Optional[str] = ..., tenant: _Optional[str] = ..., base_models: _Optional[_Iterable[_Union[BaseModelInfo, _Mapping]]] = ..., devices: _Optional[_Iterable[_Union[DeviceInfo, _Mapping]]] = ..., base_busy_seconds: _Optional[float] = ..., uptime_seconds: _Optional[float] = ..., base_steps: _Optional[int] = ...) -> None: ...
+
+class GetUsageRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListUsageRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListUsageResponse(_message.Message):
+    __slots__ = ("usage",)
+    USAGE_FIELD_NUMBER: _ClassVar[int]
+    usage: _containers.RepeatedCompositeFieldContainer[Usage]
+    def __init__(self, usage: _Optional[_Iterable[_Union[Usage, _Mapping]]] = ...) -> None: ...
+
+class Usage(_message.Message):
+    __slots__ = ("tenant", "jobs", "steps", "repeated_steps", "tokens", "label_tokens", "evaluation_tokens", "base_seconds", "device_seconds", "bytes_up", "bytes_down")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    JOBS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    REPEATED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LABEL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EVALUATION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_UP_FIELD_NUMBER: _ClassVar[int]
+    BYTES_DOWN_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    jobs: int
+    steps: int
+    repeated_steps: int
+    tokens: int
+    label_tokens: int
+    evaluation_tokens: int
+    base_seconds: float
+    device_seconds: float
+    bytes_up: int
+    bytes_down: int
+    def __init__(self, tenant: _Optional[str] = ..., jobs: _Optional[int] = ..., steps: _Optional[int] = ..., repeated_steps: _Optional[int] = ..., tokens: _Optional[int] = ..., label_tokens: _Optional[int] = ..., evaluation_tokens: _Optional[int] = ..., base_seconds: _Optional[float] = ..., device_seconds: _Optional[float] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ...) -> None: ...
+
+class StartTraceRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StartTraceResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StopTraceRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class CreateKeyRequest(_message.Message):
     __slots__ = ("tenant", "scopes", "weight", "tokens_per_minute", "concurrent_jobs", "total_steps")

@@ -44,6 +44,11 @@ class JobsStub:
                 request_serializer=cola__runtime_dot_proto_dot_jobs__pb2.SubmitJobRequest.SerializeToString,
                 response_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.DatasetReport.FromString,
                 _registered_method=True)
+        self.EstimateJob = channel.stream_unary(
+                '/cola.v1.Jobs/EstimateJob',
+                request_serializer=cola__runtime_dot_proto_dot_jobs__pb2.SubmitJobRequest.SerializeToString,
+                response_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.JobEstimate.FromString,
+                _registered_method=True)
         self.GetJob = channel.unary_unary(
                 '/cola.v1.Jobs/GetJob',
                 request_serializer=cola__runtime_dot_proto_dot_jobs__pb2.JobRef.SerializeToString,
@@ -99,6 +104,16 @@ class JobsStub:
                 request_serializer=cola__runtime_dot_proto_dot_jobs__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.GetUsage = channel.unary_unary(
+                '/cola.v1.Jobs/GetUsage',
+                request_serializer=cola__runtime_dot_proto_dot_jobs__pb2.GetUsageRequest.SerializeToString,
+                response_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.Usage.FromString,
+                _registered_method=True)
+        self.ListUsage = channel.unary_unary(
+                '/cola.v1.Jobs/ListUsage',
+                request_serializer=cola__runtime_dot_proto_dot_jobs__pb2.ListUsageRequest.SerializeToString,
+                response_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.ListUsageResponse.FromString,
+                _registered_method=True)
         self.DescribeService = channel.unary_unary(
                 '/cola.v1.Jobs/DescribeService',
                 request_serializer=cola__runtime_dot_proto_dot_jobs__pb2.DescribeServiceRequest.SerializeToString,
@@ -119,6 +134,16 @@ class JobsStub:
                 request_serializer=cola__runtime_dot_proto_dot_jobs__pb2.RevokeKeyRequest.SerializeToString,
                 response_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.Key.FromString,
                 _registered_method=True)
+        self.StartTrace = channel.unary_unary(
+                '/cola.v1.Jobs/StartTrace',
+                request_serializer=cola__runtime_dot_proto_dot_jobs__pb2.StartTraceRequest.SerializeToString,
+                response_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.StartTraceResponse.FromString,
+                _registered_method=True)
+        self.StopTrace = channel.unary_stream(
+                '/cola.v1.Jobs/StopTrace',
+                request_serializer=cola__runtime_dot_proto_dot_jobs__pb2.StopTraceRequest.SerializeToString,
+                response_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.FileChunk.FromString,
+                _registered_method=True)
 
 
 class JobsServicer:
@@ -132,6 +157,13 @@ class JobsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CheckDataset(self, request_iterator, context):
+        """the same checks, nothing is created
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EstimateJob(self, request_iterator, context):
         """the same checks, nothing is created
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -204,6 +236,20 @@ class JobsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetUsage(self, request, context):
+        """the caller's own tenant's
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListUsage(self, request, context):
+        """every tenant's; scope `admin`
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DescribeService(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -229,6 +275,19 @@ class JobsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StartTrace(self, request, context):
+        """What the whole service does, all tenants' jobs included; scope `admin`. In Chrome's trace format.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StopTrace(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_JobsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -241,6 +300,11 @@ def add_JobsServicer_to_server(servicer, server):
                     servicer.CheckDataset,
                     request_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.SubmitJobRequest.FromString,
                     response_serializer=cola__runtime_dot_proto_dot_jobs__pb2.DatasetReport.SerializeToString,
+            ),
+            'EstimateJob': grpc.stream_unary_rpc_method_handler(
+                    servicer.EstimateJob,
+                    request_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.SubmitJobRequest.FromString,
+                    response_serializer=cola__runtime_dot_proto_dot_jobs__pb2.JobEstimate.SerializeToString,
             ),
             'GetJob': grpc.unary_unary_rpc_method_handler(
                     servicer.GetJob,
@@ -297,6 +361,16 @@ def add_JobsServicer_to_server(servicer, server):
                     request_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.GenerateRequest.FromString,
                     response_serializer=cola__runtime_dot_proto_dot_jobs__pb2.GenerateResponse.SerializeToString,
             ),
+            'GetUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUsage,
+                    request_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.GetUsageRequest.FromString,
+                    response_serializer=cola__runtime_dot_proto_dot_jobs__pb2.Usage.SerializeToString,
+            ),
+            'ListUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListUsage,
+                    request_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.ListUsageRequest.FromString,
+                    response_serializer=cola__runtime_dot_proto_dot_jobs__pb2.ListUsageResponse.SerializeToString,
+            ),
             'DescribeService': grpc.unary_unary_rpc_method_handler(
                     servicer.DescribeService,
                     request_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.DescribeServiceRequest.FromString,
@@ -316,6 +390,16 @@ def add_JobsServicer_to_server(servicer, server):
                     servicer.RevokeKey,
                     request_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.RevokeKeyRequest.FromString,
                     response_serializer=cola__runtime_dot_proto_dot_jobs__pb2.Key.SerializeToString,
+            ),
+            'StartTrace': grpc.unary_unary_rpc_method_handler(
+                    servicer.StartTrace,
+                    request_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.StartTraceRequest.FromString,
+                    response_serializer=cola__runtime_dot_proto_dot_jobs__pb2.StartTraceResponse.SerializeToString,
+            ),
+            'StopTrace': grpc.unary_stream_rpc_method_handler(
+                    servicer.StopTrace,
+                    request_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.StopTraceRequest.FromString,
+                    response_serializer=cola__runtime_dot_proto_dot_jobs__pb2.FileChunk.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -372,6 +456,33 @@ class Jobs:
             '/cola.v1.Jobs/CheckDataset',
             cola__runtime_dot_proto_dot_jobs__pb2.SubmitJobRequest.SerializeToString,
             cola__runtime_dot_proto_dot_jobs__pb2.DatasetReport.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EstimateJob(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/cola.v1.Jobs/EstimateJob',
+            cola__runtime_dot_proto_dot_jobs__pb2.SubmitJobRequest.SerializeToString,
+            cola__runtime_dot_proto_dot_jobs__pb2.JobEstimate.FromString,
             options,
             channel_credentials,
             insecure,
@@ -680,6 +791,60 @@ class Jobs:
             _registered_method=True)
 
     @staticmethod
+    def GetUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cola.v1.Jobs/GetUsage',
+            cola__runtime_dot_proto_dot_jobs__pb2.GetUsageRequest.SerializeToString,
+            cola__runtime_dot_proto_dot_jobs__pb2.Usage.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cola.v1.Jobs/ListUsage',
+            cola__runtime_dot_proto_dot_jobs__pb2.ListUsageRequest.SerializeToString,
+            cola__runtime_dot_proto_dot_jobs__pb2.ListUsageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def DescribeService(request,
             target,
             options=(),
@@ -777,6 +942,60 @@ class Jobs:
             '/cola.v1.Jobs/RevokeKey',
             cola__runtime_dot_proto_dot_jobs__pb2.RevokeKeyRequest.SerializeToString,
             cola__runtime_dot_proto_dot_jobs__pb2.Key.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StartTrace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cola.v1.Jobs/StartTrace',
+            cola__runtime_dot_proto_dot_jobs__pb2.StartTraceRequest.SerializeToString,
+            cola__runtime_dot_proto_dot_jobs__pb2.StartTraceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StopTrace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cola.v1.Jobs/StopTrace',
+            cola__runtime_dot_proto_dot_jobs__pb2.StopTraceRequest.SerializeToString,
+            cola__runtime_dot_proto_dot_jobs__pb2.FileChunk.FromString,
             options,
             channel_credentials,
             insecure,

@@ -14,6 +14,7 @@ from cola_runtime.adapter_spec import LeaseTerms
 from cola_runtime.adapters.module_registry import import_adapter_modules
 from cola_runtime.config import BaseModelSettings, JoinSettings, ServiceSettings, set_thread_environment
 from cola_runtime.errors import Unavailable
+from cola_runtime.trace.spans import ProcessSpans
 from cola_runtime.types import (
     BaseEvent,
     BaseModelDescription,
@@ -76,6 +77,9 @@ class BaseModelActor:
     async def next_events(self, after: int) -> tuple[int, list[BaseEvent]]:
         return await self._service.next_events(after)
 
+    async def record_spans(self, on: bool) -> ProcessSpans:
+        return await self._service.record_spans(on)
+
     async def generate(self, job_id: str | None, prompts: list[list[int]], **options: Any) -> list[list[int]]:
         return await self._service.generate(job_id, prompts, **options)
 
@@ -123,6 +127,9 @@ class RemoteBaseModel:
 
     async def next_events(self, after: int) -> tuple[int, list[BaseEvent]]:
         return await _answer(self._handle.next_events.remote(after))
+
+    async def record_spans(self, on: bool) -> ProcessSpans:
+        return await _answer(self._handle.record_spans.remote(on))
 
     async def generate(
         self,

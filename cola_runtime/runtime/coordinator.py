@@ -29,6 +29,7 @@ from cola_runtime.scheduler.runner import JobRunner, lost_base_reporter
 from cola_runtime.server.grpc_server import serve_jobs
 from cola_runtime.server.service import FineTuningService
 from cola_runtime.storage.objects import ObjectStorage
+from cola_runtime.trace.spans import SpanRecorder
 from cola_runtime.transport.endpoints import DEVICES
 from cola_runtime.types import BaseModelDescription
 
@@ -137,9 +138,13 @@ def _wire(
     join_token: str,
     costs: Costs,
 ) -> tuple[JobRunner, DevicePool]:
-    book = LeaseBook()
+    book, spans = LeaseBook(), SpanRecorder()
     loop = SchedulerLoop(
-        base, settings.scheduler, on_base_lost=lost_base_reporter(book), flat=description.flat
+        base,
+        settings.scheduler,
+        on_base_lost=lost_base_reporter(book),
+        flat=description.flat,
+        spans=spans,
     )
     pool = DevicePool(
         settings.devices,
@@ -156,6 +161,7 @@ def _wire(
         store=store,
         storage=storage,
         costs=costs,
+        spans=spans,
     )
     pool.on_checkpoint = runner.checkpoints.store
     return runner, pool

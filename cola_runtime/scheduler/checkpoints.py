@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,6 +20,7 @@ from cola_runtime.jobs.records import CheckpointRecord
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.scheduler.leases import LeaseBook, LeaseLost
 from cola_runtime.storage.objects import ObjectStorage
+from cola_runtime.trace.spans import SpanRecorder
 from cola_runtime.types import Lease
 
 RECORD_TIMEOUT_SECONDS = 60.0
@@ -54,7 +56,15 @@ class _Gathering:
 class CheckpointShelf:
     """Takes what the devices hand on, under current leases. Belongs to the coordinator's event loop."""
 
-    def __init__(self, *, book: LeaseBook, store: JobStore, storage: ObjectStorage) -> None:
+    def __init__(
+        self,
+        *,
+        book: LeaseBook,
+        store: JobStore,
+        storage: ObjectStorage,
+        spans: SpanRecorder | None = None,
+    ) -> None:
+        self._spans = spans or SpanRecorder()
         self._book, self._store, self._storage = book, store, storage
         self._gatherings: dict[str, _Gathering] = {}
 
@@ -76,6 +86,21 @@ class CheckpointShelf:
         gathering = self._gatherings.get(part.job_id)
         if gathering is None or not gathering.lease.covers(part):
             raise LeaseLost(part, "LEASE_ENDED", "the lease is no longer open")
+        begin = time.monotonic()
+        await self._store_part(gathering, part, version, content, sha256)
+        self._spans.add(
+            "checkpoints",
+            "checkpoint",
+            begin=begin,
+            end=time.monotonic(),
+            job=part.job_id,
+            version=version,
+            bytes=len(content),
+        )
+
+    async def _store_part(
+        self, gathering: _Gathering, part: Lease, version: int, content: bytes, sha256: str
+    ) -> None:
         stem = f"checkpoints/{part.job_id}/{version:08d}-{part.epoch:06d}"
         shard = StoredShard(bytes=len(content), sha256=sha256)
         if len(gathering.lease.device_ids) == 1:

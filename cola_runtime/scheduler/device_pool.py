@@ -19,6 +19,7 @@ from cola_runtime.config import DeviceSettings
 from cola_runtime.errors import ColaError, ProtocolError, Unavailable
 from cola_runtime.jobs.plan import TrainingPlan
 from cola_runtime.proto import control_pb2
+from cola_runtime.scheduler.device_spans import Answered, DeviceSpans
 from cola_runtime.scheduler.leases import LeaseBook, LeaseLost
 from cola_runtime.transport.control import lease_from_proto, lease_grant, lease_to_proto
 from cola_runtime.transport.frames import DType, TensorAddress, WireTensor
@@ -78,6 +79,8 @@ class DevicePool:
         self.closing = False  # devices that leave from now on are not lost
         self._storing: set[asyncio.Task[None]] = set()
         self.on_checkpoint: CheckpointSink | None = None
+        self._spans = DeviceSpans()
+        self._recording = False
 
     async def on_stream(self, stream: FrameStream[Any]) -> None:
         """Serve one device until its stream ends. Registered as `/cola.v1.Devices/Attach`."""
@@ -86,6 +89,9 @@ class DevicePool:
         await self._admit(device)
         try:
             await self._welcome(device)
+            if self._recording:
+                record = control_pb2.RecordSpans(on=True)
+                await device.stream.send_control(control_pb2.DeviceControl(record_spans=record))
             await self._listen(device)
         finally:
             self._forget(device, "its control stream ended")
@@ -112,9 +118,13 @@ class DevicePool:
         return available[:count] if len(available) >= count else []
 
     def unable(self, job_id: str) -> str:
-        """Which of the connected devices cannot train the job, and why; "" if each may."""
+        """Which of the connected devices cannot train the job, and why; "" if one may."""
         refusals = ((device_id, device.unable.get(job_id)) for device_id, device in self._devices.items())
-        return "; ".join(f"{device_id} cannot train it: {why}" for device_id, why in refusals if why)
+        found = "; ".join(f"{device_id} cannot train it: {why}" for device_id, why in refusals if why)
+        if not self._devices:
+            return "no device is connected"
+        draining = all(device.draining for device in self._devices.values())
+        return found or ("all devices are draining" if draining else "")
 
     async def grant(self, lease: Lease, plan: TrainingPlan, *, checkpoint: bytes | None) -> None:
         """Tell the device to train the plan's adapter, or its shard, from its seed or from a checkpoint."""
@@ -148,6 +158,12 @@ class DevicePool:
     async def request_checkpoint(self, lease: Lease) -> None:
         request = control_pb2.CheckpointRequest(lease=lease_to_proto(lease))
         await self._device(lease).stream.send_control(control_pb2.DeviceControl(checkpoint_request=request))
+
+    async def record_spans(self, on: bool) -> dict[str, Answered]:
+        """Let every device record what it does from now on, or no more; what each answered."""
+        self._recording = on
+        devices = {name: device.stream.send_control for name, device in self._devices.items()}
+        return await self._spans.ask(devices, on=on)
 
     async def move(self, gradient_endpoint: str) -> None:
         """The base model answers at a new endpoint: every device dials in again and learns it."""
@@ -245,6 +261,8 @@ class DevicePool:
             self._book.lose(lease, reason=failed.reason, message=failed.message)
         elif kind == "drain":
             device.draining = True
+        elif kind == "recorded_spans":
+            self._spans.heard(device.hello.device_id, message.recorded_spans)
         else:
             raise ProtocolError("CONTROL_UNEXPECTED", f"a device does not send {kind}")
 

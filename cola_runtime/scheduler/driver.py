@@ -14,12 +14,15 @@ from cola_runtime.jobs.plan import TrainingPlan
 from cola_runtime.jobs.records import JobRecord, StepRecord
 from cola_runtime.jobs.state import JobState
 from cola_runtime.jobs.store import JobStore
+from cola_runtime.scheduler.deadlines import Pace, seconds_until
 from cola_runtime.scheduler.device_pool import UNABLE_REASONS
 from cola_runtime.scheduler.evaluation import Evaluations
 from cola_runtime.scheduler.job_data import JobData
 from cola_runtime.scheduler.leases import LeaseLost
+from cola_runtime.scheduler.phases import JobPhase
 from cola_runtime.scheduler.primitives import AdapterPrimitives, LeasedAdapter, StepOutcome, TakenStep
 from cola_runtime.scheduler.slots import JobSlots
+from cola_runtime.trace.spans import SpanRecorder
 from cola_runtime.types import Lease, Row
 
 logger = logging.getLogger(__name__)
@@ -28,6 +31,7 @@ T = TypeVar("T")
 
 MAX_LOSSES_WITHOUT_PROGRESS = 8  # leases lost in a row at one version before the job is failed
 RETRY_PAUSE_SECONDS = 0.1
+ENTERING, LEASING = "concurrent jobs", "a device"  # what a job waits for first, as spans' names
 INTERNAL_MESSAGE = "the service failed; its log has the cause. Submit the job again."
 _LOWER_RATE = "Lower the learning rate or set max_grad_norm; the last checkpoint is kept."
 FATAL_REASONS = {  # trying again would give the same; the remedies
@@ -68,26 +72,45 @@ class JobDriver:
         primitives: AdapterPrimitives,
         store: JobStore,
         slots: JobSlots,
+        spans: SpanRecorder,
     ) -> None:
         self._job_id, self._tenant_id = record.job_id, record.tenant_id
+        self._version = min(record.version, record.total_steps - 1)  # when it was taken up
         self._slots = slots
         self._plan, self._data = plan, data
         self._primitives, self._store = primitives, store
         self._evaluations = Evaluations(
             data, total_steps=plan.schedule.total_steps, primitives=primitives, store=store
         )
+        self._pace: Pace | None = None
+        if record.deadline_at is not None:
+            deadline = asyncio.get_running_loop().time() + seconds_until(record.deadline_at)
+            self._pace = Pace(deadline=deadline, steps=plan.schedule.total_steps)
         self._stop: Stop | None = None
+        self._why_stopped = ""
         self._stop_asked = asyncio.Event()
         self._stopping = False
         self._waiting = "waiting for a device"
         if plan.shards > 1:
             self._waiting = f"waiting for {plan.shards} devices at once, one for each shard"
-        self.phase = self._waiting
+        self._phase = JobPhase(record.job_id, spans, text=self._waiting)
 
-    def ask(self, stop: Stop) -> None:
-        """Stop at the next step boundary; a cancel overrides a pause."""
+    @property
+    def phase(self) -> str:
+        """What the job does or waits for."""
+        if self._stop is None:
+            return self._phase.text
+        return f"{self._phase.text}; it is {self._stop.value} at the next step boundary"
+
+    @property
+    def leases(self) -> bool:
+        """It waits for a device, or for one to build or restore its adapter."""
+        return self._phase.name in ("", ENTERING, LEASING)
+
+    def ask(self, stop: Stop, *, why: str) -> None:
+        """Stop at the next step boundary; a cancel overrides a pause. `why` ends a sentence."""
         if self._stop is not Stop.CANCEL:
-            self._stop = stop
+            self._stop, self._why_stopped = stop, why
             self._stop_asked.set()
 
     def withdraw_pause(self) -> bool:
@@ -105,9 +128,8 @@ class JobDriver:
             await self._succeed()
         except _Stopped as stopped:
             state = stopped.stop.value
-            await self._store.transition(
-                self._job_id, state, message=f"{state.value} at its tenant's request"
-            )
+            message = f"{state.value} {self._why_stopped}"
+            await self._store.transition(self._job_id, state, message=message)
         except ColaError as error:
             await self._fail(error.reason, str(error))
         except Exception:
@@ -115,10 +137,17 @@ class JobDriver:
                 "job driver broke", extra={"event": "job.internal_error", "job_id": self._job_id}
             )
             await self._fail("INTERNAL", INTERNAL_MESSAGE)
+        finally:
+            self._phase.end()
 
     async def _run_in_slot(self) -> None:
         """As soon as the tenant's cap on concurrent jobs allows it."""
-        entering = self._slots.enter(self._tenant_id, self._job_id, priority=self._plan.priority)
+        self._phase.enter(ENTERING, self._waiting)
+        due = None
+        if self._pace is not None:
+            of_a_step = self._primitives.base_seconds(self._data.microbatches(self._version))
+            due = self._pace.due(self._version, base_seconds=of_a_step)
+        entering = self._slots.enter(self._tenant_id, self._job_id, priority=self._plan.priority, due=due)
         await self._unless_stopped(entering)
         try:
             await self._run_leases()
@@ -140,7 +169,7 @@ class JobDriver:
                 await self._note_loss(lost, progress)
 
     async def _run_lease(self) -> None:
-        self.phase = self._waiting
+        self._phase.enter(LEASING, self._waiting)
         record = await self._store.job(self._job_id)
         adapter = await self._unless_stopped(self._primitives.open(record, self._plan))
         try:
@@ -157,7 +186,7 @@ class JobDriver:
                 await self._stop_at_boundary(adapter)
             ahead = await self._one_step(adapter, ahead)
             await self._evaluate(adapter)
-        self.phase = "waiting for the last checkpoint"
+        self._phase.enter("last checkpoint", "waiting for the last checkpoint")
         if adapter.version == self._plan.schedule.total_steps:
             await self._primitives.wait_checkpoint(adapter)  # the device makes one of the last step unasked
         else:
@@ -169,17 +198,25 @@ class JobDriver:
 
     async def _one_step(self, adapter: LeasedAdapter, taken: TakenStep | None) -> TakenStep | None:
         """Apply the next step, taken already or now; returns the one behind it, if that may run ahead."""
-        version = adapter.version
+        version, began = adapter.version, asyncio.get_running_loop().time()
         microbatches = self._data.microbatches(version)
-        self.phase = f"step {version + 1} is with {_named(adapter.lease)}"
+        if self._pace is not None:
+            base_seconds = self._primitives.base_seconds(microbatches)
+            adapter.due = self._pace.due(version, base_seconds=base_seconds)
+        step = f"step {version + 1}"
         if taken is None:
+            self._phase.enter("base steps", f"{step} is being computed by the base model")
             taken = await self._primitives.take(adapter, microbatches, version=version)
         ahead = self._start_ahead(adapter, version)
+        self._phase.enter("its device", f"{step} is with {_named(adapter.lease)}")
         try:
             outcome = await self._primitives.apply(adapter, taken)
+            self._phase.enter("recording", f"{step} is being recorded")
             rows = [row for microbatch in microbatches for row in microbatch]
             await self._store.record_step(_step_record(adapter, rows, outcome))
             self._primitives.recorded(adapter)
+            if self._pace is not None:
+                self._pace.step_took(asyncio.get_running_loop().time() - began)
             return None if ahead is None else await ahead
         finally:
             if ahead is not None:
@@ -206,7 +243,7 @@ class JobDriver:
 
     async def _evaluate(self, adapter: LeasedAdapter) -> None:
         if self._evaluations.due(adapter.version):
-            self.phase = "evaluating"
+            self._phase.enter("evaluation", "evaluating")
             await self._evaluations.run(adapter)
 
     async def _succeed(self) -> None:
@@ -219,7 +256,7 @@ class JobDriver:
     async def _stop_at_boundary(self, adapter: LeasedAdapter) -> None:
         if self._stop is not None:
             if adapter.version > 0:
-                self.phase = "making a checkpoint before it stops"
+                self._phase.enter("checkpoint", "making a checkpoint before it stops")
                 await self._primitives.checkpoint(adapter)
             self._check_stop()
 
@@ -245,6 +282,7 @@ class JobDriver:
                 await asyncio.wait({task})
 
     async def _note_loss(self, lost: LeaseLost | Unavailable, progress: _Progress) -> None:
+        self._phase.enter("a new lease", f"its lease was lost and is taken anew: {lost.message}")
         record = await self._store.job(self._job_id)
         await self._store.add_event(
             self._job_id,
@@ -294,6 +332,6 @@ def _step_record(adapter: LeasedAdapter, rows: list[Row], outcome: StepOutcome) 
         device_id=adapter.lease.devices,
         bytes_up=outcome.applied.bytes_up,
         bytes_down=outcome.applied.bytes_down,
-        base_seconds=outcome.base_seconds,
+        base_seconds=outcome.loss.base_seconds,
         device_seconds=outcome.applied.device_seconds,
     )

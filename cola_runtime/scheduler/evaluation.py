@@ -105,6 +105,8 @@ class Evaluations:
                 primary=metric.value,
                 greater_is_better=metric.greater_is_better,
                 improved=improved,
+                tokens=sum(row.length for row in self._data.evaluation),
+                base_seconds=loss.base_seconds,
             )
         )
 

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import time
 from collections.abc import Callable, Sequence
 
 from cola_runtime.config import SchedulerSettings
@@ -19,7 +20,9 @@ from cola_runtime.scheduler.packing import measured, split_rows
 from cola_runtime.scheduler.policy import FairQueue
 from cola_runtime.scheduler.ports import BaseModelPort
 from cola_runtime.scheduler.tickets import Computed, Flight, Ticket
-from cola_runtime.scheduler.waiting import Share, Standing, Waiting, padded_tokens
+from cola_runtime.scheduler.waiting import Due, Share, Standing, Waiting, padded_tokens
+from cola_runtime.trace.report import QUEUED
+from cola_runtime.trace.spans import SpanRecorder
 from cola_runtime.types import BaseStep, BaseStepResult, Priority, Row, Segment
 
 logger = logging.getLogger(__name__)
@@ -40,8 +43,10 @@ class SchedulerLoop:
         *,
         on_base_lost: Callable[[Exception], None],
         flat: bool = False,
+        spans: SpanRecorder | None = None,
     ) -> None:
         """`flat`: the base model lays rows end to end instead of padding them to one another."""
+        self._spans = spans or SpanRecorder()
         self._base = base
         self._flat = flat
         self._settings = settings
@@ -59,6 +64,7 @@ class SchedulerLoop:
         self._seconds_per_token = 0.0
         self.busy_seconds = 0.0
         self.steps_done = 0
+        self.tokens_done = 0  # without padding
 
     @property
     def token_budget(self) -> int:
@@ -74,7 +80,13 @@ class SchedulerLoop:
         self._wake.set()
 
     async def compute(
-        self, segment: Segment, *, tenant_id: str, train: bool, priority: Priority = Priority.NORMAL
+        self,
+        segment: Segment,
+        *,
+        tenant_id: str,
+        train: bool,
+        priority: Priority = Priority.NORMAL,
+        due: Due | None = None,
     ) -> Computed:
         """Wait for a place in a base step and return the segment's loss. Cancelling gives the place back."""
         rows, padded = measured(segment.rows, flat=self._flat)
@@ -88,9 +100,10 @@ class SchedulerLoop:
             train=train,
             gang=segment.gang,
             priority=priority,
+            due=due,
         )
         done: asyncio.Future[Computed] = asyncio.get_running_loop().create_future()
-        ticket = Ticket(waiting=waiting, segment=segment, done=done)
+        ticket = Ticket(waiting=waiting, segment=segment, done=done, asked=time.monotonic())
         self._keep(ticket)
         self._queue_up(ticket)
         self._wake.set()
@@ -99,6 +112,10 @@ class SchedulerLoop:
         finally:
             self._queue.remove(ticket.number, now=_now())
             self._forget(ticket)
+
+    def base_seconds(self, tokens: int) -> float:
+        """Of so many tokens, as the base steps so far took; 0 before the first."""
+        return tokens * self.busy_seconds / max(1, self.tokens_done)
 
     def charge(self, tenant_id: str, tokens: int) -> None:
         """Count what the base model computed for a tenant outside of base steps."""
@@ -124,6 +141,11 @@ class SchedulerLoop:
         if busy:
             return f"device {min(busy)} is still busy with earlier gradients"
         return _said(self._queue.standing(ticket.number), now=_now())
+
+    def computes(self, job_id: str) -> bool:
+        """A microbatch of the job is in a base step that was sent."""
+        tickets = self._of_job.get(job_id, {}).values()
+        return any(ticket.sent for ticket in tickets)
 
     async def run_forever(self) -> None:
         while True:
@@ -162,6 +184,7 @@ class SchedulerLoop:
         tickets = [self._tickets[waiting.ticket] for waiting in chosen]
         for ticket in tickets:
             ticket.sent = True
+            self._record_queued(ticket, number)
         self._flights[number] = Flight(tickets=tickets, padded_tokens=padded_tokens(chosen), started=now)
         step = BaseStep(
             number=number,
@@ -190,10 +213,14 @@ class SchedulerLoop:
         flight = self._flights[result.number]
         self.busy_seconds += result.seconds
         self.steps_done += 1
+        self.tokens_done += result.real_tokens
         self._seconds_per_token = result.seconds / max(1, result.computed_tokens)
-        tokens = sum(ticket.waiting.tokens for ticket in flight.tickets)
-        for ticket, loss in zip(flight.tickets, result.losses, strict=True):
-            seconds = result.seconds * ticket.waiting.tokens / max(1, tokens)
+        tokens = [
+            0 if loss.reason else ticket.waiting.tokens  # a refused segment was not computed
+            for ticket, loss in zip(flight.tickets, result.losses, strict=True)
+        ]
+        for ticket, loss, own in zip(flight.tickets, result.losses, tokens, strict=True):
+            seconds = result.seconds * own / max(1, sum(tokens))
             computed = Computed(loss=loss, base_seconds=seconds, base_step=result.number)
             if not ticket.done.done():
                 ticket.done.set_result(computed)
@@ -205,6 +232,12 @@ class SchedulerLoop:
                 ticket.done.set_exception(cause)
         if isinstance(cause, Unavailable):
             self._on_base_lost(error)
+
+    def _record_queued(self, ticket: Ticket, number: int) -> None:
+        if self._spans.on:
+            job_id, tokens = ticket.waiting.job_id, ticket.waiting.tokens
+            lane, now = f"queue of {job_id}", time.monotonic()
+            self._spans.add(lane, QUEUED, begin=ticket.asked, end=now, base_step=number, tokens=tokens)
 
     def _queue_up(self, ticket: Ticket) -> None:
         if not self._parked.intersection(ticket.device_ids):
@@ -251,5 +284,9 @@ def _said(standing: Standing, *, now: float) -> str:
         if count
     ]
     place = ", ".join(before) or "next in the fair order"
+    if standing.due:
+        place += "; its deadline is in danger, so it goes before its tenant's other jobs"
+    elif standing.due_ahead:
+        place += f"; {standing.due_ahead} of the jobs before it because their deadlines are in danger"
     turn = "; the next base step is of other merged weights" if standing.gang_first != standing.gang else ""
     return f"queued for a base step: {place}{turn}"

@@ -1,9 +1,9 @@
 """Who goes into the next base step: a fair queue of what waits. Pure: no clock, no I/O; `now` is passed in.
 
 Tenants are ordered by a virtual counter (every token computed for a tenant adds 1 / weight), a tenant's jobs
-by priority and then by a counter of their own. Whoever comes back from idleness starts at the counter of the
-tenant served last, so that idleness cannot be saved up. The order, its bounds and its costs are stated in
-docs/scheduling.md.
+by priority and then by a counter of their own; those whose deadlines are in danger go before them. Whoever
+comes back from idleness starts at the counter of the tenant served last, so that idleness cannot be saved up.
+The order, its bounds and its costs are stated in docs/scheduling.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ LEAD = 1 / 8  # share of the token budget by which a tenant may run ahead of the
 KEPT_IDLE_JOBS = 64  # per tenant, before their counters are looked through for ones that are not needed
 
 TenantKey = tuple[float, int, str]  # counter, ticket with which it began to wait, tenant
-JobKey = tuple[int, float, int, str]  # -priority, counter, oldest ticket, job
+JobKey = tuple[float, int, float, int, str]  # deadline, -priority, counter, oldest ticket, job
+NOT_DUE = math.inf  # the deadline in the key of a job that has none, or whose deadline is in no danger
 
 
 @dataclass(slots=True)
@@ -35,6 +36,7 @@ class _Job:
     counter: float = 0.0  # tokens served
     tickets: list[int] = field(default_factory=list)  # ascending; only the first may go
     key: JobKey | None = None  # as it stands in the tenant's orders; None: nothing waits
+    start: tuple[float, int] | None = None  # latest start and oldest ticket, until that is in danger
 
 
 @dataclass(slots=True)
@@ -65,6 +67,7 @@ class FairQueue:
         self._order: SortedKeys[TenantKey] = SortedKeys()
         self._classes: dict[Class, SortedKeys[TenantKey]] = {}
         self._kept_back: list[tuple[float, str]] = []  # a heap of (ready_at, tenant)
+        self._starts: SortedKeys[tuple[float, int]] = SortedKeys()  # of all jobs that have one
         self._floor = 0.0
 
     def __len__(self) -> int:
@@ -98,7 +101,7 @@ class FairQueue:
         if job.tickets[0] == waiting.ticket:
             self._leave(tenant)
             self._unplace(tenant, job)
-            self._place(tenant, job)
+            self._place(tenant, job, now)
             self._enter(tenant, now)
 
     def remove(self, ticket: int, *, now: float) -> None:
@@ -107,7 +110,7 @@ class FairQueue:
         if waiting is not None:
             tenant = self._tenants[waiting.tenant_id]
             self._leave(tenant)
-            self._drop(tenant, waiting)
+            self._drop(tenant, waiting, now)
             self._enter(tenant, now)
 
     def charge(self, tenant_id: str, tokens: int, *, now: float) -> None:
@@ -127,6 +130,7 @@ class FairQueue:
         to wait by more than LEAD (`fill`). One above the budget goes alone.
         """
         self._let_back(now)
+        self._let_due(now)
         if not self._order:
             return ()
         head = self._head(self._tenants[self._order.first[2]])
@@ -160,9 +164,12 @@ class FairQueue:
         tenant = self._tenants[waiting.tenant_id]
         job = tenant.jobs[waiting.job_id]
         first = self._tenants[self._order.first[2]] if self._order else tenant
+        jobs_ahead = tenant.order.index(job.key) if job.key else 0
         return Standing(
             tenants_ahead=self._order.index(tenant.key) if tenant.key else 0,
-            jobs_ahead=tenant.order.index(job.key) if job.key else 0,
+            jobs_ahead=jobs_ahead,
+            due_ahead=sum(key[0] < NOT_DUE for key in islice(tenant.order, jobs_ahead)),
+            due=job.key is not None and job.key[0] < NOT_DUE,
             earlier_microbatches=job.tickets.index(ticket),
             ready_at=tenant.ready_at if tenant.kept_back else None,
             tokens_per_minute=tenant.share.tokens_per_minute,
@@ -184,11 +191,13 @@ class FairQueue:
         return offers
 
     def _microbatches(self, tenant: _Tenant, of_class: Class, *, most: int, lead: float) -> list[Waiting]:
-        """Of the tenant's first jobs: none of a lower priority, none further ahead than `lead`."""
-        rank, least, _, _ = tenant.order.first
+        """Of the tenant's first jobs: none that goes behind by deadline or priority, none further ahead than
+        `lead`.
+        """
+        first, least = tenant.order.first[:2], tenant.order.first[2]
         found: list[Waiting] = []
-        for job_rank, counter, ticket, _ in islice(tenant.order, LOOK_AHEAD):
-            if job_rank != rank or counter - least > lead or len(found) == most:
+        for deadline, rank, counter, ticket, _ in islice(tenant.order, LOOK_AHEAD):
+            if (deadline, rank) != first or counter - least > lead or len(found) == most:
                 break
             waiting = self._entries[ticket]
             if waiting.of_class == of_class:
@@ -201,16 +210,17 @@ class FairQueue:
     # What a tenant has waiting
 
     def _head(self, tenant: _Tenant) -> Waiting:
-        return self._entries[tenant.order.first[2]]
+        return self._entries[tenant.order.first[3]]
 
     def _serve(self, waiting: Waiting, now: float) -> None:
         tenant = self._tenants[waiting.tenant_id]
         job, rank = tenant.jobs[waiting.job_id], -waiting.priority
-        tenant.floors[rank] = max(tenant.floors.get(rank, 0.0), job.counter)
+        if not waiting.in_danger(now):  # one that goes before its turn says nothing of where others begin
+            tenant.floors[rank] = max(tenant.floors.get(rank, 0.0), job.counter)
         self._unplace(tenant, job)
         job.counter += waiting.tokens
         self._count(tenant, waiting.tokens, now)
-        self._drop(tenant, waiting)
+        self._drop(tenant, waiting, now)
 
     def _count(self, tenant: _Tenant, tokens: int, now: float) -> None:
         """The tenant is out of the queue's orders meanwhile."""
@@ -218,33 +228,42 @@ class FairQueue:
         if tenant.share.tokens_per_minute is not None:
             tenant.ready_at = max(tenant.ready_at, now) + 60.0 * tokens / tenant.share.tokens_per_minute
 
-    def _drop(self, tenant: _Tenant, waiting: Waiting) -> None:
+    def _drop(self, tenant: _Tenant, waiting: Waiting, now: float) -> None:
         """One that no longer waits; the tenant is out of the queue's orders meanwhile."""
         job = tenant.jobs[waiting.job_id]
         self._unplace(tenant, job)
         tenant.waits -= 1
         job.tickets.remove(waiting.ticket)
         del self._entries[waiting.ticket]
-        self._place(tenant, job)
+        self._place(tenant, job, now)
         if not job.tickets and len(tenant.jobs) > 2 * len(tenant.order) + KEPT_IDLE_JOBS:
             self._forget_idle_jobs(tenant)
 
-    def _place(self, tenant: _Tenant, job: _Job) -> None:
+    def _place(self, tenant: _Tenant, job: _Job, now: float) -> None:
         """Put the job where its oldest microbatch belongs among the tenant's jobs."""
-        if job.tickets:
-            waiting = self._entries[job.tickets[0]]
-            job.key = (-waiting.priority, job.counter, waiting.ticket, job.job_id)
-            tenant.order.add(job.key)
-            tenant.classes[waiting.of_class] += 1
+        if not job.tickets:
+            return
+        waiting, deadline = self._entries[job.tickets[0]], NOT_DUE
+        if waiting.due is not None and waiting.in_danger(now):
+            deadline = waiting.due.deadline
+        elif waiting.due is not None:
+            job.start = (waiting.due.latest_start, waiting.ticket)
+            self._starts.add(job.start)
+        job.key = (deadline, -waiting.priority, job.counter, waiting.ticket, job.job_id)
+        tenant.order.add(job.key)
+        tenant.classes[waiting.of_class] += 1
 
     def _unplace(self, tenant: _Tenant, job: _Job) -> None:
         if job.key is not None:
-            of_class = self._entries[job.key[2]].of_class
+            of_class = self._entries[job.key[3]].of_class
             tenant.order.remove(job.key)
             tenant.classes[of_class] -= 1
             if not tenant.classes[of_class]:
                 del tenant.classes[of_class]
             job.key = None
+        if job.start is not None:
+            self._starts.remove(job.start)
+            job.start = None
 
     def _forget_idle_jobs(self, tenant: _Tenant) -> None:
         """An idle job at or below the floor of every priority would start there anyway."""
@@ -275,6 +294,17 @@ class FairQueue:
             if not self._classes[of_class]:
                 del self._classes[of_class]
         tenant.key = None
+
+    def _let_due(self, now: float) -> None:
+        """Deadlines that have come into danger while their jobs wait."""
+        while len(self._starts) and self._starts.first[0] <= now:
+            waiting = self._entries[self._starts.first[1]]
+            tenant = self._tenants[waiting.tenant_id]
+            job = tenant.jobs[waiting.job_id]
+            self._leave(tenant)
+            self._unplace(tenant, job)
+            self._place(tenant, job, now)
+            self._enter(tenant, now)
 
     def _let_back(self, now: float) -> None:
         while self._kept_back and self._kept_back[0][0] <= now:

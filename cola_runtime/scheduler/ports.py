@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from cola_runtime.adapter_spec import LeaseTerms
+from cola_runtime.trace.spans import ProcessSpans
 from cola_runtime.types import (
     BaseEvent,
     BaseModelDescription,
@@ -27,6 +28,9 @@ class BaseModelPort(Protocol):
 
     async def next_events(self, after: int) -> tuple[int, list[BaseEvent]]:
         """Events numbered above `after`, as soon as there is one; or none after a few seconds."""
+
+    async def record_spans(self, on: bool) -> ProcessSpans:
+        """Record what it does from now on, or no more; what was recorded until now."""
 
     async def generate(
         self,

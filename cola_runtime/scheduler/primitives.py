@@ -26,6 +26,7 @@ from cola_runtime.scheduler.loop import SchedulerLoop
 from cola_runtime.scheduler.packing import first_prompts
 from cola_runtime.scheduler.ports import BaseModelPort
 from cola_runtime.scheduler.tickets import Computed
+from cola_runtime.scheduler.waiting import Due
 from cola_runtime.types import Gang, Lease, Row, Segment, StepApplied, TapPlan
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class LeasedAdapter:
     taps: TapPlan
     gang: Gang | None = None
     version: int
+    due: Due | None = None  # as of its present step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +56,7 @@ class Loss:
     loss_sum: float
     weight_sum: float
     predictions: tuple[float, ...] = ()  # of labelled rows that were not trained on
+    base_seconds: float = 0.0  # the rows' share of their base steps
 
     @property
     def mean(self) -> float:
@@ -66,14 +69,12 @@ class TakenStep:
 
     version: int  # after the step
     loss: Loss
-    base_seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutcome:
     loss: Loss
     applied: StepApplied
-    base_seconds: float
 
 
 class AdapterPrimitives:
@@ -199,6 +200,10 @@ class AdapterPrimitives:
         except NotFound as gone:  # with the base model that held it
             raise LeaseLost(adapter.lease, gone.reason, gone.message) from gone
 
+    def base_seconds(self, microbatches: Sequence[Sequence[Row]]) -> float:
+        """What these rows should take in base steps."""
+        return self._loop.base_seconds(sum(row.length for microbatch in microbatches for row in microbatch))
+
     async def take(
         self,
         adapter: LeasedAdapter,
@@ -228,11 +233,7 @@ class AdapterPrimitives:
         first_rows = accumulate((len(part) for part in parts[:-1]), initial=0)
         segments = [replace(s, first_row=row) for s, row in zip(segments, first_rows, strict=True)]
         computed = await self._compute(adapter, segments, train=True)
-        return TakenStep(
-            version=version + staleness + 1,
-            loss=_total(computed),
-            base_seconds=sum(c.base_seconds for c in computed),
-        )
+        return TakenStep(version=version + staleness + 1, loss=_total(computed))
 
     async def apply(self, adapter: LeasedAdapter, taken: TakenStep) -> StepOutcome:
         """Return when the device has applied the step and its new version is current."""
@@ -240,7 +241,7 @@ class AdapterPrimitives:
             adapter.lease, taken.version, timeout_seconds=APPLY_TIMEOUT_SECONDS
         )
         adapter.version = applied.version
-        return StepOutcome(loss=taken.loss, applied=applied, base_seconds=taken.base_seconds)
+        return StepOutcome(loss=taken.loss, applied=applied)
 
     def recorded(self, adapter: LeasedAdapter) -> None:
         """The job store holds the adapter's version; a checkpoint of it may be recorded now."""
@@ -278,7 +279,11 @@ class AdapterPrimitives:
         together = asyncio.gather(
             *(
                 self._loop.compute(
-                    segment, tenant_id=adapter.tenant_id, train=train, priority=adapter.plan.priority
+                    segment,
+                    tenant_id=adapter.tenant_id,
+                    train=train,
+                    priority=adapter.plan.priority,
+                    due=adapter.due,
                 )
                 for segment in segments
             )
@@ -311,4 +316,5 @@ def _total(computed: Sequence[Computed]) -> Loss:
         loss_sum=sum(c.loss.loss_sum for c in computed),
         weight_sum=sum(c.loss.weight_sum for c in computed),
         predictions=tuple(value for c in computed for value in c.loss.predictions),
+        base_seconds=sum(c.base_seconds for c in computed),
     )

@@ -17,6 +17,7 @@ from cola_runtime.jobs.records import JobRecord, TenantTerms
 from cola_runtime.jobs.state import TERMINAL_STATES, JobState
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.scheduler.checkpoints import CheckpointShelf, read_checkpoint
+from cola_runtime.scheduler.deadlines import DeadlineWatch
 from cola_runtime.scheduler.device_pool import DevicePool, DeviceStatus
 from cola_runtime.scheduler.driver import INTERNAL_MESSAGE, JobDriver, Stop
 from cola_runtime.scheduler.job_data import load_job_data
@@ -25,9 +26,11 @@ from cola_runtime.scheduler.loop import SchedulerLoop
 from cola_runtime.scheduler.ports import BaseModelPort
 from cola_runtime.scheduler.primitives import AdapterPrimitives
 from cola_runtime.scheduler.slots import JobSlots
+from cola_runtime.scheduler.trace_desk import TraceDesk
 from cola_runtime.scheduler.waiting import Share
 from cola_runtime.spec import JobSpec
 from cola_runtime.storage.objects import ObjectStorage
+from cola_runtime.trace.spans import SpanRecorder
 from cola_runtime.types import (
     BaseEvent,
     BaseModelDescription,
@@ -47,6 +50,12 @@ class ServiceStatistics:
     uptime_seconds: float
     base_busy_seconds: float
     base_steps: int
+    tokens: int  # that they computed, without padding
+
+    @property
+    def seconds_per_token(self) -> float | None:
+        """Of the base steps so far; None before the first."""
+        return self.base_busy_seconds / self.tokens if self.tokens else None
 
 
 class JobRunner:
@@ -63,11 +72,14 @@ class JobRunner:
         store: JobStore,
         storage: ObjectStorage,
         costs: Costs,
+        spans: SpanRecorder,
     ) -> None:
         self._costs = costs
+        self.spans = spans
+        self.trace = TraceDesk(spans, base=base, pool=pool)
         self._base, self._description, self._loop, self._pool = base, description, loop, pool
         self._book, self._store, self._storage = book, store, storage
-        self.checkpoints = CheckpointShelf(book=book, store=store, storage=storage)
+        self.checkpoints = CheckpointShelf(book=book, store=store, storage=storage, spans=spans)
         self._primitives = AdapterPrimitives(
             base=base, loop=loop, pool=pool, book=book, store=store, checkpoints=self.checkpoints
         )
@@ -75,6 +87,7 @@ class JobRunner:
         self._drivers: dict[str, JobDriver] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._background: list[asyncio.Task[None]] = []
+        self._deadlines = DeadlineWatch(store, cancel=self._cancel_late)
         self._started = time.monotonic()
 
     async def open(self) -> None:
@@ -88,10 +101,13 @@ class JobRunner:
             await self._store.transition(record.job_id, JobState.QUEUED, message="the coordinator restarted")
         for record in await self._store.jobs(states=[JobState.QUEUED], limit=100_000):
             await self.start(record.job_id)
+        for record in await self._store.jobs(states=[JobState.PAUSED], limit=100_000):
+            self._deadlines.watch(record)
 
     async def close(self) -> None:
         """Stop driving: jobs stay as they are recorded and go on at the next `open`."""
         self._pool.closing = True
+        self._deadlines.close()
         tasks = [*self._tasks.values(), *self._background]
         for task in tasks:
             task.cancel()
@@ -102,6 +118,7 @@ class JobRunner:
         record = await self._store.job(job_id)
         if job_id in self._tasks or record.state in TERMINAL_STATES:
             return
+        self._deadlines.watch(record)
         self._tasks[job_id] = asyncio.create_task(self._drive(record), name=job_id)
 
     async def cancel(self, job_id: str) -> None:
@@ -132,15 +149,25 @@ class JobRunner:
         self._slots.set_limit(tenant_id, terms.concurrent_jobs)
 
     def waiting_reason(self, job: JobRecord) -> str:
-        """Which cap, device, gang or place in the fair order the job waits for; else what it is doing."""
-        driver = self._drivers.get(job.job_id)
-        phase = driver.phase if driver else "waiting for its data to be read"
-        unable = self._pool.unable(job.job_id) if self._book.current(job.job_id) is None else ""
-        return (
-            self._slots.waiting_reason(job.tenant_id, job.job_id)
-            or self._loop.waiting_reason(job.job_id)
-            or ": ".join(filter(None, (phase, unable)))
-        )
+        """Which cap, device, gang, place in the fair order or deadline the job waits for; else what it is
+        doing; "" while it is in a base step.
+        """
+        if not self._background:
+            return "the service is starting: jobs go on when its devices are there"
+        waits = self._slots.waiting_reason(job.tenant_id, job.job_id)
+        if waits is None and self._loop.computes(job.job_id):
+            return ""
+        return waits or self._loop.waiting_reason(job.job_id) or self._doing(job)
+
+    def _doing(self, job: JobRecord) -> str:
+        driver, lease = self._drivers.get(job.job_id), self._book.current(job.job_id)
+        if driver is None:
+            return "waiting for its data to be read"
+        if not driver.leases:
+            return driver.phase
+        if lease is not None:
+            return f"{lease.devices} builds or restores its adapter"
+        return ": ".join(filter(None, (driver.phase, self._pool.unable(job.job_id))))
 
     async def generate(
         self,
@@ -175,6 +202,7 @@ class JobRunner:
             uptime_seconds=time.monotonic() - self._started,
             base_busy_seconds=self._loop.busy_seconds,
             base_steps=self._loop.steps_done,
+            tokens=self._loop.tokens_done,
         )
 
     async def _drive(self, record: JobRecord) -> None:
@@ -193,6 +221,7 @@ class JobRunner:
                 primitives=self._primitives,
                 store=self._store,
                 slots=self._slots,
+                spans=self.spans,
             )
             self._drivers[record.job_id] = driver
             await driver.run()
@@ -212,15 +241,18 @@ class JobRunner:
             job_id, JobState.FAILED, message=message, failure_reason=reason, failure_message=message
         )
 
-    async def _stop(self, job_id: str, stop: Stop) -> None:
+    async def _cancel_late(self, job_id: str) -> None:
+        await self._stop(job_id, Stop.CANCEL, why="since its deadline has passed")
+
+    async def _stop(self, job_id: str, stop: Stop, *, why: str = "at its tenant's request") -> None:
         record = await self._store.job(job_id)
         if record.state in TERMINAL_STATES or record.state is stop.value:
             return
         driver = self._drivers.get(job_id)
         if driver is not None:
-            driver.ask(stop)
+            driver.ask(stop, why=why)
         else:
-            await self._store.transition(job_id, stop.value, message=f"{stop.value} at its tenant's request")
+            await self._store.transition(job_id, stop.value, message=f"{stop.value} {why}")
 
     async def _adapter_to_ask(self, record: JobRecord) -> tuple[int, bytes | None]:
         """The version to generate with; a job that holds no lease brings its newest checkpoint."""

@@ -1,4 +1,7 @@
-"""How many jobs of a tenant train at once: those above its cap wait, by priority and then by age."""
+"""How many jobs of a tenant train at once: those above its cap wait, by priority and then by age.
+
+Those whose deadlines are in danger go first, the earliest deadline first.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import asyncio
 from bisect import insort
 from dataclasses import dataclass, field
 
+from cola_runtime.scheduler.policy import NOT_DUE
+from cola_runtime.scheduler.waiting import Due
 from cola_runtime.types import Priority
 
 
@@ -14,7 +19,12 @@ class _Place:
     rank: int
     number: int
     job_id: str = field(compare=False)
+    due: Due | None = field(compare=False, default=None)
     granted: asyncio.Event = field(compare=False, default_factory=asyncio.Event)
+
+    def order(self, now: float) -> tuple[float, int, int]:
+        late = self.due is not None and self.due.in_danger(now)
+        return (self.due.deadline if self.due is not None and late else NOT_DUE), self.rank, self.number
 
 
 @dataclass(slots=True)
@@ -36,11 +46,11 @@ class JobSlots:
         tenant.limit = limit
         self._grant(tenant)
 
-    async def enter(self, tenant_id: str, job_id: str, *, priority: Priority) -> None:
+    async def enter(self, tenant_id: str, job_id: str, *, priority: Priority, due: Due | None) -> None:
         """Return when the job may train. Cancelling gives the place in the line back."""
         tenant = self._tenants.setdefault(tenant_id, _Tenant())
         self._arrivals += 1
-        place = _Place(-priority, self._arrivals, job_id)
+        place = _Place(-priority, self._arrivals, job_id, due)
         insort(tenant.line, place)
         self._grant(tenant)
         try:
@@ -59,7 +69,8 @@ class JobSlots:
     def waiting_reason(self, tenant_id: str, job_id: str) -> str | None:
         """Why the job may not train yet; None when it may."""
         tenant = self._tenants.get(tenant_id, _Tenant())
-        for ahead, place in enumerate(tenant.line):
+        now = asyncio.get_running_loop().time()
+        for ahead, place in enumerate(sorted(tenant.line, key=lambda each: each.order(now))):
             if place.job_id == job_id:
                 return (
                     f"its tenant's cap of {tenant.limit} concurrent jobs is reached: {len(tenant.running)} "
@@ -69,6 +80,8 @@ class JobSlots:
 
     def _grant(self, tenant: _Tenant) -> None:
         while tenant.line and (tenant.limit is None or len(tenant.running) < tenant.limit):
-            place = tenant.line.pop(0)
+            now = asyncio.get_running_loop().time()
+            place = min(tenant.line, key=lambda each: each.order(now))
+            tenant.line.remove(place)
             tenant.running.add(place.job_id)
             place.granted.set()

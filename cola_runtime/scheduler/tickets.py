@@ -26,6 +26,7 @@ class Ticket:
     waiting: Waiting
     segment: Segment
     done: asyncio.Future[Computed]
+    asked: float  # time.monotonic()
     sent: bool = False
 
     @property

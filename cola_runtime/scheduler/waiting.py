@@ -14,6 +14,17 @@ Class = tuple[bool, Gang | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Due:
+    """When a job should have ended, and from when on that is in danger; on the clock of who asks."""
+
+    deadline: float
+    latest_start: float  # the work that remains would just be done by the deadline, with some to spare
+
+    def in_danger(self, now: float) -> bool:
+        return now >= self.latest_start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Waiting:
     """One microbatch that could go into a base step now. It goes whole."""
 
@@ -26,6 +37,10 @@ class Waiting:
     train: bool  # forward and backward, or forward only: the two never share a base step
     gang: Gang | None = None  # merged weights belong to one gang: a base step has one, or none
     priority: Priority = Priority.NORMAL
+    due: Due | None = None
+
+    def in_danger(self, now: float) -> bool:
+        return self.due is not None and self.due.in_danger(now)
 
     @property
     def of_class(self) -> Class:
@@ -51,6 +66,8 @@ class Standing:
 
     tenants_ahead: int
     jobs_ahead: int  # of its own tenant
+    due_ahead: int  # of these, those whose deadlines are in danger
+    due: bool  # so is its own
     earlier_microbatches: int  # of its own job
     ready_at: float | None  # the tenant's tokens per minute are spent until then
     tokens_per_minute: int | None

@@ -16,10 +16,10 @@ from cola_runtime.data.report import DatasetReport, dataset_report
 from cola_runtime.data.tokenize import TokenizedDataset, Tokenizer, longest_row
 from cola_runtime.errors import InvalidInput
 from cola_runtime.gradients.planner import Costs
-from cola_runtime.jobs.plan import DataSize, job_taps, training_plan
+from cola_runtime.jobs.plan import DataSize, TrainingPlan, job_taps, training_plan
 from cola_runtime.server.base_models import BaseModels
 from cola_runtime.spec import JobSpec, parse_job_spec
-from cola_runtime.types import TapPlan
+from cola_runtime.types import Row, TapPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +42,9 @@ class CheckedJob:
     report: DatasetReport
     taps: TapPlan
     taps_reason: str
+    plan: TrainingPlan
+    rows: tuple[Row, ...]
+    held_out: tuple[Row, ...] = ()
 
 
 class Admission:
@@ -56,14 +59,22 @@ class Admission:
         spec = parse_job_spec(_fields(submission.spec_json))
         base = self._base_models.find(spec.base_model)
         most_tokens = longest_row(spec, context_length=base.context_length)
-        adapter = training_plan(spec, base, total_steps=spec.steps or 1).adapter
-        await asyncio.to_thread(weight_shapes, adapter)  # registered modules can be made for its sites
+        plan = training_plan(spec, base, total_steps=spec.steps or 1)
+        await asyncio.to_thread(weight_shapes, plan.adapter)  # registered modules can be made for its sites
         _check_evaluation(spec, held_out=submission.evaluation is not None)
         tokenizer = await self._base_models.tokenizer(spec.base_model)
         limits = _Limits(most_tokens, base.context_length)
-        report, data = await asyncio.to_thread(_check_data, submission, spec, tokenizer, limits)
-        taps, reason = job_taps(spec, base, adapter, data, self._costs)
-        return CheckedJob(spec=spec, report=report, taps=taps, taps_reason=reason)
+        report, rows, held_out = await asyncio.to_thread(_check_data, submission, spec, tokenizer, limits)
+        taps, reason = job_taps(spec, base, plan.adapter, DataSize.of(rows), self._costs)
+        return CheckedJob(
+            spec=spec,
+            report=report,
+            taps=taps,
+            taps_reason=reason,
+            plan=plan,
+            rows=rows,
+            held_out=held_out,
+        )
 
 
 def _check_evaluation(spec: JobSpec, *, held_out: bool) -> None:
@@ -98,7 +109,7 @@ class _Limits(NamedTuple):
 
 def _check_data(
     submission: Submission, spec: JobSpec, tokenizer: Tokenizer, limits: _Limits
-) -> tuple[DatasetReport, DataSize]:
+) -> tuple[DatasetReport, tuple[Row, ...], tuple[Row, ...]]:
     def rows(content: bytes, name: str) -> tuple[Dataset, TokenizedDataset]:
         dataset = parse_dataset(content, file_name=name)
         return dataset, tokenizer.tokenize(
@@ -106,6 +117,7 @@ def _check_data(
         )
 
     dataset, tokenized = rows(submission.training, submission.training_name)
+    held_out: tuple[Dataset, TokenizedDataset] | None = None
     if submission.evaluation is not None:
         held_out = rows(submission.evaluation, submission.evaluation_name or "evaluation")
         if spec.evaluation.new_tokens:
@@ -116,7 +128,7 @@ def _check_data(
                 new_tokens=spec.evaluation.new_tokens,
             )
     report = dataset_report(dataset, tokenized, steps=total_steps(len(tokenized.rows), spec))
-    return report, DataSize.of(tokenized.rows)
+    return report, tokenized.rows, () if held_out is None else held_out[1].rows
 
 
 def _fields(spec_json: str) -> dict[str, Any]:

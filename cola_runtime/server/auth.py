@@ -16,6 +16,7 @@ TENANT_SCOPES = (READ, WRITE)
 SCOPE_OF_RPC = {
     "SubmitJob": WRITE,
     "CheckDataset": WRITE,
+    "EstimateJob": WRITE,
     "GetJob": READ,
     "ListJobs": READ,
     "CancelJob": WRITE,
@@ -31,6 +32,10 @@ SCOPE_OF_RPC = {
     "CreateKey": ADMIN,
     "ListKeys": ADMIN,
     "RevokeKey": ADMIN,
+    "GetUsage": READ,
+    "ListUsage": ADMIN,
+    "StartTrace": ADMIN,
+    "StopTrace": ADMIN,
 }
 
 _MAX_KEY_CHARACTERS = 512

@@ -14,8 +14,10 @@ from cola_runtime.jobs.records import (
     EventRecord,
     JobRecord,
     StepRecord,
+    Usage,
 )
 from cola_runtime.proto import jobs_pb2
+from cola_runtime.server.estimates import JobEstimate
 from cola_runtime.server.service import Overview
 from cola_runtime.types import BaseModelDescription
 
@@ -40,6 +42,14 @@ def evaluation_message(evaluation: EvaluationRecord, *, best_step: int | None) -
 
 def checkpoint_message(checkpoint: CheckpointRecord, *, best_step: int | None) -> jobs_pb2.Checkpoint:
     return _message(jobs_pb2.Checkpoint, checkpoint, best=checkpoint.version == best_step)
+
+
+def estimate_message(estimate: JobEstimate) -> jobs_pb2.JobEstimate:
+    return _message(jobs_pb2.JobEstimate, estimate)
+
+
+def usage_message(usage: Usage) -> jobs_pb2.Usage:
+    return _message(jobs_pb2.Usage, usage)
 
 
 def key_message(key: ApiKey) -> jobs_pb2.Key:

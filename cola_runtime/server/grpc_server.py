@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
 import grpc.aio
@@ -70,6 +70,7 @@ def _rule(name: str, limits: Limits) -> Rule:
     seconds = {
         "SubmitJob": limits.upload_seconds,
         "CheckDataset": limits.upload_seconds,
+        "EstimateJob": limits.upload_seconds,
         "Generate": limits.generate_seconds,
     }
     return Rule(scope=SCOPE_OF_RPC[name], seconds=seconds.get(name, limits.call_seconds))
@@ -95,6 +96,11 @@ class JobsMethods:
             submission = await receive_submission(requests, self._service.limits)
             report = await self._service.check_dataset(call.tenant, submission)
         return jobs_pb2.DatasetReport(**dataclasses.asdict(report))
+
+    async def EstimateJob(self, requests: AsyncIterator[Any], call: Call) -> jobs_pb2.JobEstimate:
+        async with self._gate.pass_one():
+            submission = await receive_submission(requests, self._service.limits)
+            return convert.estimate_message(await self._service.estimate(call.tenant, submission))
 
     async def GetJob(self, request: jobs_pb2.JobRef, call: Call) -> jobs_pb2.Job:
         return self._job(await self._service.job(call.tenant, request.job_id))
@@ -151,10 +157,9 @@ class JobsMethods:
         files = await self._service.export(
             call.tenant, request.job_id, version=BEST if request.best else version
         )
-        chunk_bytes = self._service.limits.export_chunk_bytes
         for name, content in files.items():
-            for start in range(0, max(len(content), 1), chunk_bytes):
-                yield jobs_pb2.FileChunk(file_name=name, content=content[start : start + chunk_bytes])
+            for chunk in self._chunks(content):
+                yield jobs_pb2.FileChunk(file_name=name, content=chunk)
 
     async def Generate(self, request: jobs_pb2.GenerateRequest, call: Call) -> jobs_pb2.GenerateResponse:
         completion = await self._service.generate(
@@ -197,6 +202,31 @@ class JobsMethods:
 
     async def RevokeKey(self, request: jobs_pb2.RevokeKeyRequest, call: Call) -> jobs_pb2.Key:
         return convert.key_message(await keys.revoke_key(self._service.store, request.key_id))
+
+    async def GetUsage(self, request: jobs_pb2.GetUsageRequest, call: Call) -> jobs_pb2.Usage:
+        return convert.usage_message(await self._service.usage(call.tenant))
+
+    async def ListUsage(self, request: jobs_pb2.ListUsageRequest, call: Call) -> jobs_pb2.ListUsageResponse:
+        found = await self._service.usage_of_all()
+        return jobs_pb2.ListUsageResponse(usage=map(convert.usage_message, found))
+
+    async def StartTrace(
+        self, request: jobs_pb2.StartTraceRequest, call: Call
+    ) -> jobs_pb2.StartTraceResponse:
+        await self._service.start_trace()
+        return jobs_pb2.StartTraceResponse()
+
+    async def StopTrace(
+        self, request: jobs_pb2.StopTraceRequest, call: Call
+    ) -> AsyncIterator[jobs_pb2.FileChunk]:
+        trace = await self._service.stop_trace()
+        for chunk in self._chunks(trace):
+            yield jobs_pb2.FileChunk(file_name="trace.json", content=chunk)
+
+    def _chunks(self, content: bytes) -> Iterator[bytes]:
+        chunk_bytes = self._service.limits.export_chunk_bytes
+        for start in range(0, max(len(content), 1), chunk_bytes):
+            yield content[start : start + chunk_bytes]
 
     def _job(self, job: JobRecord) -> jobs_pb2.Job:
         return convert.job_message(job, self._service.waiting_reason(job))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from cola_runtime.jobs.records import (
     StepRecord,
     Tenant,
     TenantTerms,
+    Usage,
 )
 from cola_runtime.jobs.state import TERMINAL_STATES, JobState
 from cola_runtime.jobs.store import JobStore
@@ -34,10 +36,12 @@ from cola_runtime.scheduler.device_pool import DeviceStatus
 from cola_runtime.scheduler.runner import JobRunner, ServiceStatistics
 from cola_runtime.server.admission import Admission, CheckedJob, Submission
 from cola_runtime.server.base_models import BaseModels
+from cola_runtime.server.estimates import JobEstimate, Situation, estimate_job
 from cola_runtime.server.limits import Limits
 from cola_runtime.server.prompts import Completion, Prompts
 from cola_runtime.spec import JobSpec
 from cola_runtime.storage.objects import ObjectStorage
+from cola_runtime.trace.report import EXPORT
 from cola_runtime.types import BaseModelDescription
 
 BEST: Literal["best"] = "best"
@@ -72,13 +76,30 @@ class FineTuningService:
         self._storage = storage
         self._runner = runner
         self._base_models = BaseModels(base_models)
-        self._admission = Admission(self._base_models, costs or Costs())
+        self._costs = costs or Costs()
+        self._admission = Admission(self._base_models, self._costs)
         self._prompts = Prompts(self._base_models, self.limits)
         self._creations: set[asyncio.Task[JobRecord]] = set()
 
     async def check_dataset(self, tenant: Tenant, submission: Submission) -> DatasetReport:
         """The checks of `submit`; nothing is created."""
         return (await self._admission.check(submission)).report
+
+    async def estimate(self, tenant: Tenant, submission: Submission) -> JobEstimate:
+        """What the job would take, after the checks of `submit`; nothing is created."""
+        checked = await self._admission.check(submission)
+        await self._check_quota(tenant, "", steps=checked.report.steps)
+        devices = self._runner.devices()
+        situation = Situation(
+            costs=self._costs,
+            terms=await self.store.terms(tenant.tenant_id),
+            loads=await self.store.loads(),
+            tenant_id=tenant.tenant_id,
+            seconds_per_token=self._runner.statistics().seconds_per_token,
+            device_id=devices[0].device_id if devices else "device-0",
+        )
+        base = self._base_models.find(checked.spec.base_model)
+        return await asyncio.to_thread(estimate_job, checked, base, situation)
 
     async def submit(self, tenant: Tenant, submission: Submission) -> JobRecord:
         """A queued job, already handed to the runner. Whatever is wrong, nothing was created."""
@@ -179,7 +200,11 @@ class FineTuningService:
             if version is None:
                 raise _no_best(job)
         checkpoint = _pick(await self.store.checkpoints(job.job_id), job, version)
-        return await asyncio.to_thread(self._adapter_files, checkpoint, job)
+        begin = time.monotonic()
+        files = await asyncio.to_thread(self._adapter_files, checkpoint, job)
+        end, version = time.monotonic(), checkpoint.version
+        self._runner.spans.add("exports", EXPORT, begin=begin, end=end, job=job.job_id, version=version)
+        return files
 
     async def generate(
         self,
@@ -207,6 +232,22 @@ class FineTuningService:
             stop_ids=encoded.stop_ids,
         )
         return await self._prompts.decode(encoded, tokens, version)
+
+    async def usage(self, tenant: Tenant) -> Usage:
+        """What the tenant's jobs have used."""
+        return await self.store.usage(tenant.tenant_id)
+
+    async def usage_of_all(self) -> list[Usage]:
+        """Of every tenant. For operators."""
+        return await self.store.usage_of_all()
+
+    async def start_trace(self) -> None:
+        """Record what the whole service does. For operators: it shows all tenants' jobs."""
+        await self._runner.trace.start()
+
+    async def stop_trace(self) -> bytes:
+        """The trace that was recorded, in Chrome's format."""
+        return await self._runner.trace.stop()
 
     def describe(self, tenant: Tenant) -> Overview:
         return Overview(
@@ -293,6 +334,7 @@ def _new_job(tenant: Tenant, submission: Submission, checked: CheckedJob) -> New
         training_name=submission.training_name,
         evaluation_name=submission.evaluation_name,
         idempotency_key=submission.idempotency_key or None,
+        deadline_seconds=None if checked.spec.deadline is None else checked.spec.deadline.seconds,
     )
     return replace(
         job,

@@ -187,9 +187,6 @@ async def test_mixed_training_through_the_wire_equals_training_alone(bench: Benc
         trained = AdapterSession.restore(bench.coordinator.checkpoints[JOBS[job]][1]).weights()
         for key, expected in train_in_process(model_path, job, steps=steps).items():
             assert torch.linalg.norm(trained[key] - expected) <= 1e-9 * torch.linalg.norm(expected) + 1e-15
-    statistics = bench.service.statistics()
-    assert statistics.steps == len(statistics.trace) == 2 * steps
-    assert 0 < statistics.busy_seconds <= statistics.now - statistics.started
 
 
 async def test_a_busy_event_loop_does_not_mix_the_taps_of_two_base_steps(bench: Bench) -> None:

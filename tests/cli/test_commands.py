@@ -296,3 +296,32 @@ def test_config_schema_and_show(cola: Cola, monkeypatch: pytest.MonkeyPatch) -> 
     assert yaml.safe_load(shown.out)["service"]["devices"]["count"] == 7
     assert cola("config", "show", "--json").json == yaml.safe_load(shown.out)
     assert "tml-" not in shown.out
+
+
+def test_a_trace_is_recorded_and_read(cola: Cola, tmp_path: Path) -> None:
+    file = tmp_path / "trace.json"
+    ran = cola("trace", "record", "--seconds", "0", "--to", file)
+    assert ran.code == 0
+    assert "85.7%" in ran.out  # of 1.75 s, two steps of 0.75
+    shown = cola("trace", "show", file, "--json")
+    assert shown.json["base_steps"] == 2
+    assert shown.json["base_busy"] == pytest.approx(1.5 / 1.75)
+    file.write_text("{}")
+    assert cola("trace", "show", file).code == 3
+
+
+def test_usage_is_for_ones_own_tenant_and_for_the_operator_of_all(
+    cola: Cola, trained: JobHandle, served: Served
+) -> None:
+    own = cola("usage", "--json").json
+    assert (own["tenant"], own["jobs"], own["steps"], own["tokens"]) == ("alice", 1, 5, 500)
+    assert [each["tenant"] for each in cola("usage", "--all", "--json").json] == ["alice", "bob"]
+    assert "10.0 KiB" in cola("usage").out
+
+
+def test_an_estimate_creates_nothing(cola: Cola, served: Served, job_file: Path) -> None:
+    told = cola("jobs", "estimate", "-f", job_file)
+    assert (told.code, told.err) == (0, "")
+    assert "10 ms, as those of the base steps so far" in told.out
+    assert cola("jobs", "estimate", "-f", job_file, "--json").json["steps"] == 5
+    assert served.nothing_exists()

@@ -37,12 +37,14 @@ def test_the_public_names_are_exactly_those_intended() -> None:
         "Event",
         "Generation",
         "Job",
+        "JobEstimate",
         "JobHandle",
         "JobSpec",
         "Key",
         "NewKey",
         "Service",
         "Step",
+        "Usage",
     ]
     assert all(hasattr(cola_runtime, name) for name in cola_runtime.__all__)
     assert all(hasattr(sdk, name) for name in sdk.__all__)
@@ -57,12 +59,17 @@ def test_the_methods_are_exactly_those_intended() -> None:
         "close",
         "create_key",
         "describe",
+        "estimate",
         "generate",
         "job",
         "jobs",
         "keys",
         "revoke_key",
+        "start_trace",
+        "stop_trace",
         "submit",
+        "usage",
+        "usage_of_all",
     }
     assert methods(sdk.JobHandle) == {
         "cancel",

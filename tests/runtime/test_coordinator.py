@@ -163,7 +163,7 @@ async def test_a_job_waits_for_a_device_and_says_so(settings: ServiceSettings) -
             await at.devices.kill(device_id)
         handle = await at.client.submit(job().spec, training=job().training)
         await until_state(handle, "running")
-        assert (await handle.refresh()).waiting_reason == "waiting for a device"
+        assert (await handle.refresh()).waiting_reason == "waiting for a device: no device is connected"
         at.devices.start("late", at.service.endpoint)
         assert (await handle.wait(WAIT_SECONDS)).state == "succeeded"
 

@@ -68,17 +68,17 @@ class PlainQueue:
         if not order:
             return ()
         lead = LEAD * token_budget
-        first = self._jobs_of(order[0])[0]
-        members = [t for t in order if any(w.of_class == first.of_class for w in self._jobs_of(t))]
+        first = self._jobs_of(order[0], now)[0]
+        members = [t for t in order if any(w.of_class == first.of_class for w in self._jobs_of(t, now))]
         each, offers = max(1, LOOK_AHEAD // len(members)), []
         for member in members[:LOOK_AHEAD]:
-            jobs = self._jobs_of(member)
+            jobs = self._jobs_of(member, now)
             least = self.jobs[member, jobs[0].job_id]
             found = [
                 w
                 for w in jobs[:LOOK_AHEAD]
                 if w.of_class == first.of_class
-                and w.priority == jobs[0].priority
+                and _rank(w, now) == _rank(jobs[0], now)
                 and self.jobs[member, w.job_id] - least <= lead
             ][:each]
             tenant = self.tenants[member]
@@ -99,7 +99,8 @@ class PlainQueue:
         for waiting in chosen:
             tenant, job = self.tenants[waiting.tenant_id], (waiting.tenant_id, waiting.job_id)
             rank = -waiting.priority
-            tenant.floors[rank] = max(tenant.floors.get(rank, 0.0), self.jobs[job])
+            if not waiting.in_danger(now):
+                tenant.floors[rank] = max(tenant.floors.get(rank, 0.0), self.jobs[job])
             self.jobs[job] += waiting.tokens
             self._count(tenant, waiting.tokens, now)
             del self.waiting[waiting.ticket]
@@ -119,10 +120,18 @@ class PlainQueue:
     def _place(self, tenant_id: str) -> tuple[float, int]:
         return self.tenants[tenant_id].counter, self.tenants[tenant_id].since
 
-    def _jobs_of(self, tenant_id: str) -> list[Waiting]:
+    def _jobs_of(self, tenant_id: str, now: float) -> list[Waiting]:
         """The oldest microbatch of each of its jobs, in order."""
         oldest: dict[str, Waiting] = {}
         for waiting in sorted(self.waiting.values(), key=lambda w: w.ticket):
             if waiting.tenant_id == tenant_id:
                 oldest.setdefault(waiting.job_id, waiting)
-        return sorted(oldest.values(), key=lambda w: (-w.priority, self.jobs[tenant_id, w.job_id], w.ticket))
+        return sorted(
+            oldest.values(), key=lambda w: (*_rank(w, now), self.jobs[tenant_id, w.job_id], w.ticket)
+        )
+
+
+def _rank(waiting: Waiting, now: float) -> tuple[float, int]:
+    """Jobs whose deadlines are in danger first, the earliest deadline first; then by priority."""
+    deadline = waiting.due.deadline if waiting.due and waiting.due.in_danger(now) else math.inf
+    return deadline, -waiting.priority

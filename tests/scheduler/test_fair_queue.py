@@ -14,7 +14,7 @@ from plain_queue import PlainQueue
 from cola_runtime.scheduler.ordered import SortedKeys
 from cola_runtime.scheduler.packing import PaddedRow
 from cola_runtime.scheduler.policy import LEAD, FairQueue
-from cola_runtime.scheduler.waiting import Share, Waiting, padded_tokens
+from cola_runtime.scheduler.waiting import Due, Share, Waiting, padded_tokens
 from cola_runtime.types import Gang, Priority
 
 GANGS = [None, Gang(name="group/one", combine="mean"), Gang(name="group/two", combine="mean")]
@@ -110,7 +110,15 @@ def random_entry(ticket: int, tenant: str, drawn: Random) -> Waiting:
         train=drawn.random() < 0.8,
         gang=drawn.choice([None, None, None, *GANGS]),
         priority=drawn.choice(list(Priority)),
+        due=random_due(ticket, drawn),
     )
+
+
+def random_due(now: int, drawn: Random) -> Due | None:
+    """None, in danger already, or so while it waits; deadlines of several jobs may be equal."""
+    if drawn.random() < 0.5:
+        return None
+    return Due(deadline=now + drawn.randrange(0, 60, 20), latest_start=now + drawn.randrange(-20, 40))
 
 
 @settings(max_examples=40, deadline=None)
@@ -359,3 +367,46 @@ def test_the_standing_says_who_is_before() -> None:
     assert (standing.tenants_ahead, standing.jobs_ahead, standing.earlier_microbatches) == (0, 1, 1)
     assert queue.standing(4).tenants_ahead == 1
     assert math.isinf(-queue._tenants["a"].ready_at)
+
+
+def test_jobs_whose_deadlines_are_in_danger_go_first_the_earliest_deadline_first() -> None:
+    queue = queue_of(
+        waiting(1, "a", job="high", priority=Priority.HIGH),
+        waiting(2, "a", job="later", due=Due(deadline=90.0, latest_start=10.0)),
+        waiting(3, "a", job="calm", due=Due(deadline=50.0, latest_start=40.0)),
+        waiting(4, "a", job="sooner", priority=Priority.LOW, due=Due(deadline=60.0, latest_start=20.0)),
+    )
+    turns = [tickets(step(queue, 10, now=30.0)) for _ in range(4)]
+    assert turns == [[4], [2], [1], [3]]
+
+
+def test_a_deadline_comes_into_danger_while_its_job_waits() -> None:
+    queue = queue_of(
+        waiting(1, "a", job="one"),
+        waiting(2, "a", job="two"),
+        waiting(3, "a", job="due", due=Due(deadline=9.0, latest_start=5.0)),
+    )
+    assert tickets(step(queue, 10, now=4.9)) == [1]
+    assert tickets(step(queue, 10, now=5.0)) == [3]
+
+
+def test_a_deadline_in_danger_takes_nothing_from_other_tenants() -> None:
+    danger = Due(deadline=1.0, latest_start=0.0)
+    queue = queue_of(*(waiting(n, "a", job=f"a{n}", due=danger) for n in range(50)))
+    for n in range(50, 100):
+        queue.add(waiting(n, "b", job=f"b{n}"), now=0.0)
+    turns = ["a" if tickets(step(queue, 10))[0] < 50 else "b" for _ in range(60)]
+    assert turns.count("a") == turns.count("b") == 30
+
+
+def test_what_a_job_got_for_its_deadline_its_tenants_other_jobs_get_back() -> None:
+    danger = Due(deadline=1.0, latest_start=0.0)
+    queue = queue_of(*(waiting(n, "a", job="due", due=danger) for n in range(10)))
+    for n in range(10, 30):
+        queue.add(waiting(n, "a", job="other"), now=0.0)
+    for n in range(30, 50):
+        queue.add(waiting(n, "a", job="due"), now=0.0)
+    turns = ["due" if not 10 <= tickets(step(queue, 10))[0] < 30 else "other" for _ in range(40)]
+    assert turns[:10] == ["due"] * 10
+    assert turns[10:19] == ["other"] * 9
+    assert turns[20:].count("due") == turns[20:].count("other")

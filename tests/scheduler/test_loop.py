@@ -14,6 +14,7 @@ from cola_runtime.config import SchedulerSettings
 from cola_runtime.errors import Unavailable
 from cola_runtime.scheduler.loop import SchedulerLoop
 from cola_runtime.scheduler.tickets import Computed
+from cola_runtime.scheduler.waiting import Due
 from cola_runtime.types import BaseStep, BaseStepResult, Gang, Lease, Row, Segment, SegmentLoss
 
 
@@ -37,11 +38,17 @@ class SteppedBase:
                 await self.arrived.wait()
         return self.running[count - 1][0]
 
-    def finish(self, *, seconds: float = 1.0) -> None:
+    def finish(self, *, seconds: float = 1.0, refused: str = "") -> None:
         step, future = self.running.pop(0)
         tokens = sum(segment.tokens for segment in step.segments)
         losses = tuple(
-            SegmentLoss(job_id=s.lease.job_id, loss_sum=1.0, weight_sum=2.0) for s in step.segments
+            SegmentLoss(
+                job_id=s.lease.job_id,
+                loss_sum=1.0,
+                weight_sum=2.0,
+                reason="LEASE_UNKNOWN" if s.lease.job_id == refused else None,
+            )
+            for s in step.segments
         )
         future.set_result(
             BaseStepResult(
@@ -225,3 +232,37 @@ async def test_generated_tokens_put_their_tenant_behind() -> None:
         await base.next_step()
         base.finish()
         await asyncio.gather(first, *tasks)
+
+
+async def test_a_job_whose_deadline_is_in_danger_says_so_and_so_do_those_behind_it() -> None:
+    base = SteppedBase()
+    now = asyncio.get_running_loop().time()
+    async with running_loop(base, token_budget=10, base_steps_in_flight=1) as (loop, _):
+        tasks = [submit(loop, "warm")]
+        await base.next_step()
+        for job, due in (("calm", None), ("late", Due(deadline=now + 5, latest_start=now - 1))):
+            computing = loop.compute(segment(job), tenant_id="a", train=True, due=due)
+            tasks.append(asyncio.create_task(computing))
+        await asyncio.sleep(0)
+        assert loop.waiting_reason("late") == (
+            "queued for a base step: next in the fair order; its deadline is in danger, "
+            "so it goes before its tenant's other jobs"
+        )
+        assert loop.waiting_reason("calm") == (
+            "queued for a base step: 1 job of its tenant before it; "
+            "1 of the jobs before it because their deadlines are in danger"
+        )
+        for job in ("late", "calm"):
+            base.finish()
+            assert (await base.next_step()).segments[0].lease.job_id == job
+        base.finish()
+        await asyncio.gather(*tasks)
+
+
+async def test_a_refused_segment_has_no_share_of_its_base_steps_seconds() -> None:
+    base = SteppedBase()
+    async with running_loop(base, token_budget=100) as (loop, _):
+        tasks = [submit(loop, job) for job in ("a", "b")]
+        await base.next_step()
+        base.finish(seconds=3.0, refused="b")
+        assert [(await task).base_seconds for task in tasks] == pytest.approx([3.0, 0.0])
