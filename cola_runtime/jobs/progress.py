@@ -17,7 +17,7 @@ from cola_runtime.errors import Conflict, Fenced, InvalidInput
 from cola_runtime.jobs import schema
 from cola_runtime.jobs.job_rows import end_lease, read_job, update_job
 from cola_runtime.jobs.records import CheckpointRecord, JobRecord, StepRecord
-from cola_runtime.jobs.state import JobState
+from cola_runtime.jobs.state import ACTIVE_STATES, JobState
 from cola_runtime.jobs.trail import append_event
 from cola_runtime.types import Lease
 
@@ -32,7 +32,7 @@ _SAME_STEP = ("epoch", "loss", "tokens", "label_tokens", "device_id")
 def open_lease(connection: Connection, job_id: str, device_ids: Sequence[str], *, at: str) -> Lease:
     """Give the devices the job, with the next epoch; an earlier lease ends. Conflict `JOB_NOT_ACTIVE`."""
     job = read_job(connection, job_id)
-    if job.state not in (JobState.QUEUED, JobState.RUNNING):
+    if job.state not in ACTIVE_STATES:
         raise Conflict("JOB_NOT_ACTIVE", f"{job_id} is {job.state}: it takes no lease", actual=job.state)
     end_lease(connection, job_id, at=at)
     first, *further = device_ids

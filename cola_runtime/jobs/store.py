@@ -28,7 +28,7 @@ from cola_runtime.jobs.records import (
     TenantTerms,
     TermChanges,
 )
-from cola_runtime.jobs.state import JobState
+from cola_runtime.jobs.state import JobState, Trigger
 from cola_runtime.types import Lease
 
 ALL_SCOPES = "*"
@@ -136,22 +136,22 @@ class JobStore:
     async def transition(
         self,
         job_id: str,
-        state: JobState,
+        trigger: Trigger,
         *,
         message: str = "",
         failure_reason: str | None = None,
         failure_message: str | None = None,
     ) -> JobRecord:
-        """Move the job to `state`; every state but running ends its lease, so record what it did before.
+        """What `trigger` makes of the job; every state but running ends its lease, so record steps before.
 
-        Raises Conflict `TRANSITION_ILLEGAL`, also when the job is in `state` already (`error.actual`).
+        Raises Conflict `TRANSITION_ILLEGAL`; its `actual` is the state that the job is in.
         """
         return await self._write(
             job_id,
             lambda c: job_rows.move_job(
                 c,
                 job_id,
-                state,
+                trigger,
                 at=self._at(),
                 message=message,
                 failure_reason=failure_reason,
@@ -167,7 +167,7 @@ class JobStore:
             trail.append_event(
                 connection, job_id, at=at, kind="job.stopped_early", message=message, data=data
             )
-            return job_rows.move_job(connection, job_id, JobState.SUCCEEDED, at=at, message=message)
+            return job_rows.move_job(connection, job_id, Trigger.STOP_EARLY, at=at, message=message)
 
         return await self._write(job_id, stop)
 

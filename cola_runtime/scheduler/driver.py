@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from cola_runtime.errors import ColaError, JobFailed, Unavailable
 from cola_runtime.jobs.plan import TrainingPlan
 from cola_runtime.jobs.records import JobRecord, StepRecord
-from cola_runtime.jobs.state import JobState
+from cola_runtime.jobs.state import JobState, Trigger
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.scheduler.device_pool import UNABLE_REASONS
 from cola_runtime.scheduler.evaluation import Evaluations
@@ -40,8 +40,12 @@ FATAL_REASONS = {  # trying again would give the same; the remedies
 class Stop(enum.Enum):
     """What a tenant asked for; acted on at the next step boundary."""
 
-    PAUSE = JobState.PAUSED
-    CANCEL = JobState.CANCELLED
+    PAUSE = Trigger.PAUSE
+    CANCEL = Trigger.CANCEL
+
+    @property
+    def message(self) -> str:
+        return f"{'paused' if self is Stop.PAUSE else 'cancelled'} at its tenant's request"
 
 
 class _Stopped(Exception):
@@ -103,10 +107,7 @@ class JobDriver:
             await self._run_in_slot()
             await self._succeed()
         except _Stopped as stopped:
-            state = stopped.stop.value
-            await self._store.transition(
-                self._job_id, state, message=f"{state.value} at its tenant's request"
-            )
+            await self._store.transition(self._job_id, stopped.stop.value, message=stopped.stop.message)
         except ColaError as error:
             await self._fail(error.reason, str(error))
         except Exception:
@@ -129,7 +130,7 @@ class JobDriver:
         progress = _Progress()
         record = await self._store.job(self._job_id)
         if record.state is not JobState.RUNNING:
-            await self._store.transition(self._job_id, JobState.RUNNING, message="started")
+            await self._store.transition(self._job_id, Trigger.START, message="started")
         while True:
             self._check_stop()
             try:
@@ -211,7 +212,7 @@ class JobDriver:
     async def _succeed(self) -> None:
         stop = self._evaluations.early_stop
         if stop is None or stop.step == self._plan.schedule.total_steps:
-            await self._store.transition(self._job_id, JobState.SUCCEEDED, message="all steps applied")
+            await self._store.transition(self._job_id, Trigger.COMPLETE, message="all steps applied")
         else:
             await self._store.stop_early(self._job_id, stop.message, data=stop.data)
 
@@ -272,7 +273,7 @@ class JobDriver:
 
     async def _fail(self, reason: str, message: str) -> None:
         await self._store.transition(
-            self._job_id, JobState.FAILED, message=message, failure_reason=reason, failure_message=message
+            self._job_id, Trigger.FAIL, message=message, failure_reason=reason, failure_message=message
         )
 
 

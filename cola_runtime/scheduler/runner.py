@@ -14,7 +14,7 @@ from cola_runtime.errors import ColaError, Conflict, InvalidInput
 from cola_runtime.gradients.planner import Costs
 from cola_runtime.jobs.plan import as_recorded, job_taps, training_plan
 from cola_runtime.jobs.records import JobRecord, TenantTerms
-from cola_runtime.jobs.state import TERMINAL_STATES, JobState
+from cola_runtime.jobs.state import ACTIVE_STATES, TERMINAL_STATES, TRANSITIONS, JobState, Trigger
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.scheduler.checkpoints import CheckpointShelf, read_checkpoint
 from cola_runtime.scheduler.device_pool import DevicePool, DeviceStatus
@@ -85,7 +85,7 @@ class JobRunner:
             asyncio.create_task(self._hear_base_forever(), name="base-events"),
         ]
         for record in await self._store.jobs(states=[JobState.RUNNING], limit=100_000):
-            await self._store.transition(record.job_id, JobState.QUEUED, message="the coordinator restarted")
+            await self._store.transition(record.job_id, Trigger.REQUEUE, message="the coordinator restarted")
         for record in await self._store.jobs(states=[JobState.QUEUED], limit=100_000):
             await self.start(record.job_id)
 
@@ -122,7 +122,7 @@ class JobRunner:
         if record.state in TERMINAL_STATES:
             raise Conflict("JOB_ENDED", f"the job is {record.state}; only a paused job can be resumed")
         if record.state is JobState.PAUSED:
-            await self._store.transition(job_id, JobState.QUEUED, message="resumed at its tenant's request")
+            await self._store.transition(job_id, Trigger.RESUME, message="resumed at its tenant's request")
         await self.start(job_id)
 
     def set_terms(self, tenant_id: str, terms: TenantTerms) -> None:
@@ -194,8 +194,9 @@ class JobRunner:
                 store=self._store,
                 slots=self._slots,
             )
-            self._drivers[record.job_id] = driver
-            await driver.run()
+            self._drivers[record.job_id] = driver  # who asks from here on to stop it asks the driver
+            if (await self._store.job(record.job_id)).state in ACTIVE_STATES:
+                await driver.run()
         except ColaError as error:
             await self._fail(record.job_id, error.reason, str(error))
         except Exception:
@@ -209,18 +210,18 @@ class JobRunner:
 
     async def _fail(self, job_id: str, reason: str, message: str) -> None:
         await self._store.transition(
-            job_id, JobState.FAILED, message=message, failure_reason=reason, failure_message=message
+            job_id, Trigger.FAIL, message=message, failure_reason=reason, failure_message=message
         )
 
     async def _stop(self, job_id: str, stop: Stop) -> None:
         record = await self._store.job(job_id)
-        if record.state in TERMINAL_STATES or record.state is stop.value:
-            return
+        if stop.value not in TRANSITIONS[record.state]:
+            return  # it has ended, or is paused already
         driver = self._drivers.get(job_id)
         if driver is not None:
             driver.ask(stop)
         else:
-            await self._store.transition(job_id, stop.value, message=f"{stop.value} at its tenant's request")
+            await self._store.transition(job_id, stop.value, message=stop.message)
 
     async def _adapter_to_ask(self, record: JobRecord) -> tuple[int, bytes | None]:
         """The version to generate with; a job that holds no lease brings its newest checkpoint."""
