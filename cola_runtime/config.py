@@ -156,6 +156,11 @@ def log_level() -> str:
     return os.environ.get(f"{ENVIRONMENT_PREFIX}LOG", "WARNING")
 
 
+def crash_setting() -> str | None:
+    """Where this process is to die, for tests of recovery (crash_points.py); None: nowhere."""
+    return os.environ.get(f"{ENVIRONMENT_PREFIX}CRASH_AT") or None
+
+
 def child_environment(**changes: str) -> dict[str, str]:
     """The environment for a process that we start, with changes."""
     return {**os.environ, **changes}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cola_runtime import crash_points
 from cola_runtime.adapter_spec import LeaseTerms
 from cola_runtime.adapters.checkpoint_format import checkpoint_weights
 from cola_runtime.base_model.compute_lane import ComputeLane
@@ -90,6 +91,7 @@ class BaseModelService:
     async def lease(self, lease: Lease, terms: LeaseTerms) -> None:
         """Accept the lease's device and epoch from now on. Raises Fenced for an older epoch."""
         self._server.lease(lease, terms)
+        crash_points.reach("base_model.leased")
 
     async def end_lease(self, job_id: str, epoch: int) -> None:
         """Forget the lease and its adapter, unless a newer lease holds the job."""
@@ -111,6 +113,7 @@ class BaseModelService:
             segment = step.segments[tap.segment]
             compressed = self._compressor.compress(segment.lease, segment.taps.compression, tap.tensors)
             tensors[tap.segment] += self._server.send_tap(segment, compressed)
+            crash_points.reach("base_model.tap")
 
         def compute() -> BaseStepResult:
             result = self._model.run(step, sink)
@@ -120,6 +123,7 @@ class BaseModelService:
             return result
 
         result = await self._lane.run(compute)
+        crash_points.reach("base_model.step_done")
         self._record(result)
         return result
 
@@ -204,6 +208,7 @@ class BaseModelService:
                 membership=update.terms.membership,
             )
 
+        crash_points.reach("base_model.update_complete")
         if not self._server.honours(update.lease):
             return  # ended since: behind the eviction, an install would stay in the bank for good
         try:
@@ -215,6 +220,7 @@ class BaseModelService:
             message = f"version {update.version} could not be installed"
             self._events.append(StepRefused(lease=update.lease, reason="INSTALL_FAILED", message=message))
         else:
+            crash_points.reach("base_model.installed")
             self._events.append(_applied(update))
 
 

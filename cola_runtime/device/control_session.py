@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from cola_runtime import crash_points
 from cola_runtime.device.answers import Answer, Checkpoint, Norms, Refused
 from cola_runtime.device.config import DeviceConfig
 from cola_runtime.device.gradient_link import GradientItems, GradientLink
@@ -193,6 +194,7 @@ class ControlSession:
             )
             blob = WireTensor(dtype=DType.UINT8, shape=(len(made.data),), data=memoryview(made.data))
             await self._stream.send_tensor(address, blob)
+            crash_points.reach("device.checkpoint_sent")
             await self._stream.send_control(control_pb2.DeviceControl(checkpoint_made=_checkpoint_made(made)))
 
     async def _in_thread(self, work: Callable[[], T]) -> T:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from cola_runtime import crash_points
 from cola_runtime.device.answers import Norms, Refused, Update
 from cola_runtime.device.config import DeviceConfig
 from cola_runtime.proto import control_pb2
@@ -102,7 +103,9 @@ class GradientLink:
                     slot=key.slot,
                 )
                 await self._stream.send_tensor(address, to_wire(tensor))
+                crash_points.reach("device.update_begun")
             await self._stream.send_control(control_pb2.GradientControl(update_end=_update_end(update)))
+        crash_points.reach("device.update_sent")
 
     async def close(self) -> None:
         await self._stream.close()

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cola_runtime import crash_points
 from cola_runtime.adapters.checkpoint_format import TrainingDefinition
 from cola_runtime.device.answers import Answer, Checkpoint, Consumed, Norms, Refused, Update
 from cola_runtime.device.session import AdapterSession, Applied
@@ -59,6 +60,7 @@ class DeviceWorker:
             return Refused(lease=lease, reason=error.reason, message=str(error))
         self._held[lease.job_id] = _Held(lease, session, grant.checkpoint_every, grant.shards > 1)
         self._count_resident()
+        crash_points.reach("device.granted")
         return _update(lease, session)
 
     def end(self, lease: Lease) -> None:
@@ -89,6 +91,7 @@ class DeviceWorker:
         data = held.session.checkpoint()
         digest = hashlib.sha256(data).hexdigest()
         self.busy_seconds += time.perf_counter() - started
+        crash_points.reach("device.checkpoint_made")
         return Checkpoint(lease=lease, version=held.session.version, data=data, sha256=digest)
 
     def consume(self, items: Sequence[GradientItem]) -> Consumed:
@@ -194,7 +197,9 @@ class DeviceWorker:
         return answers
 
     def _apply(self, held: _Held, version: int, *, norm: float | None = None) -> Update:
+        crash_points.reach("device.step_complete")
         applied = held.session.apply(version=version, norm=norm)
+        crash_points.reach("device.step_applied")
         seconds = held.step_seconds + applied.seconds
         held.step_seconds, held.microbatch = 0.0, 0
         total = held.session.definition.schedule.total_steps

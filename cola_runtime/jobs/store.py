@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection
 
-from cola_runtime import clock
+from cola_runtime import clock, crash_points
 from cola_runtime.jobs import evaluations, job_rows, progress, tenancy, terms, trail
 from cola_runtime.jobs.database import Database
 from cola_runtime.jobs.records import (
@@ -110,7 +110,7 @@ class JobStore:
 
         Raises Conflict `IDEMPOTENCY_CONFLICT`.
         """
-        return await self._write(new.job_id, lambda c: job_rows.insert_job(c, new, at=self._at()))
+        return await self._write("job", new.job_id, lambda c: job_rows.insert_job(c, new, at=self._at()))
 
     async def job(self, job_id: str, *, tenant_id: str | None = None) -> JobRecord:
         """Raises NotFound `JOB_UNKNOWN`, also when the job is another tenant's."""
@@ -147,6 +147,7 @@ class JobStore:
         Raises Conflict `TRANSITION_ILLEGAL`; its `actual` is the state that the job is in.
         """
         return await self._write(
+            "transition",
             job_id,
             lambda c: job_rows.move_job(
                 c,
@@ -169,7 +170,7 @@ class JobStore:
             )
             return job_rows.move_job(connection, job_id, Trigger.STOP_EARLY, at=at, message=message)
 
-        return await self._write(job_id, stop)
+        return await self._write("transition", job_id, stop)
 
     # Leases, steps, evaluations, checkpoints
 
@@ -178,12 +179,14 @@ class JobStore:
 
         Raises Conflict `JOB_NOT_ACTIVE`.
         """
-        return await self._write(job_id, lambda c: progress.open_lease(c, job_id, device_ids, at=self._at()))
+        return await self._write(
+            "lease", job_id, lambda c: progress.open_lease(c, job_id, device_ids, at=self._at())
+        )
 
     async def rewind(self, lease: Lease, version: int) -> JobRecord:
         """Steps, evaluations and checkpoints above `version` leave the record; what was spent stays spent."""
         return await self._write(
-            lease.job_id, lambda c: progress.rewind_job(c, lease, version, at=self._at())
+            "rewind", lease.job_id, lambda c: progress.rewind_job(c, lease, version, at=self._at())
         )
 
     async def record_step(self, step: StepRecord) -> JobRecord:
@@ -191,7 +194,7 @@ class JobStore:
 
         Raises Fenced, Conflict `STEP_OUT_OF_ORDER`, `STEP_REUSED`, `JOB_NOT_RUNNING`.
         """
-        return await self._write(step.job_id, lambda c: progress.insert_step(c, step, at=self._at()))
+        return await self._write("step", step.job_id, lambda c: progress.insert_step(c, step, at=self._at()))
 
     async def record_evaluation(self, evaluation: EvaluationRecord) -> EvaluationRecord:
         """Record the evaluation of the job's version, once; the same version again changes nothing.
@@ -199,13 +202,17 @@ class JobStore:
         Raises Fenced, InvalidInput `METRIC_NOT_FINITE`, Conflict `EVALUATION_OUT_OF_ORDER`.
         """
         return await self._write(
-            evaluation.job_id, lambda c: evaluations.insert_evaluation(c, evaluation, at=self._at())
+            "evaluation",
+            evaluation.job_id,
+            lambda c: evaluations.insert_evaluation(c, evaluation, at=self._at()),
         )
 
     async def record_checkpoint(self, checkpoint: CheckpointRecord) -> None:
         """Make a checkpoint visible whose object is stored and whose last step is recorded."""
         await self._write(
-            checkpoint.job_id, lambda c: progress.insert_checkpoint(c, checkpoint, at=self._at())
+            "checkpoint",
+            checkpoint.job_id,
+            lambda c: progress.insert_checkpoint(c, checkpoint, at=self._at()),
         )
 
     async def steps(self, job_id: str, *, after: int = 0, limit: int = 1000) -> list[StepRecord]:
@@ -247,7 +254,7 @@ class JobStore:
                 connection, job_id, at=self._at(), kind=kind, message=message, data=data, level=level
             )
 
-        return await self._write(job_id, add)
+        return await self._write("event", job_id, add)
 
     async def events(self, job_id: str, *, after: int = 0, limit: int = 1000) -> list[EventRecord]:
         return await self._database.run(lambda c: trail.read_events(c, job_id, after=after, limit=limit))
@@ -269,8 +276,17 @@ class JobStore:
     def _at(self) -> str:
         return clock.rfc3339(self._now())
 
-    async def _write(self, job_id: str, work: Callable[[Connection], Result]) -> Result:
-        return await self._database.run(work, committed=lambda: self._wake_soon(job_id))
+    async def _write(self, what: str, job_id: str, work: Callable[[Connection], Result]) -> Result:
+        def write(connection: Connection) -> Result:
+            result = work(connection)
+            crash_points.reach(f"store.{what}.uncommitted")
+            return result
+
+        def committed() -> None:
+            crash_points.reach(f"store.{what}.committed")
+            self._wake_soon(job_id)
+
+        return await self._database.run(write, committed=committed)
 
     def _wake_soon(self, job_id: str) -> None:
         """Called in the database's thread, so that a commit wakes watchers even if its caller is gone."""

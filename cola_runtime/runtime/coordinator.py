@@ -15,8 +15,9 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from cola_runtime import crash_points
 from cola_runtime.adapters.module_registry import import_adapter_modules
-from cola_runtime.config import ServiceSettings
+from cola_runtime.config import ServiceSettings, crash_setting
 from cola_runtime.gradients.planner import Costs
 from cola_runtime.jobs.plan import wire_costs
 from cola_runtime.jobs.store import JobStore
@@ -52,6 +53,7 @@ class RunningService:
 
 def serve(settings: ServiceSettings, *, on_ready: Callable[[RunningService], None]) -> None:
     """Run the service until SIGINT or SIGTERM."""
+    crash_points.arm(crash_setting())
     asyncio.run(_serve(settings, on_ready))
 
 

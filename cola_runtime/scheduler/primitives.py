@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, TypeVar
 
+from cola_runtime import crash_points
 from cola_runtime.adapter_spec import LeaseTerms
 from cola_runtime.data.held_out import HeldOutPrompts
 from cola_runtime.errors import ColaError, NotFound
@@ -121,7 +122,9 @@ class AdapterPrimitives:
                 self._book.checkpointed(lease, usable.version)
             terms = LeaseTerms(spec=plan.adapter, membership=membership, max_staleness=plan.max_staleness)
             await self._base.lease(lease, terms)
+            crash_points.reach("lease.base_told")
             await self._grant(lease, plan, usable)
+            crash_points.reach("lease.device_told")
             await self._book.wait_version(lease, adapter.version, timeout_seconds=OPEN_TIMEOUT_SECONDS)
         except BaseException:
             await self.close(adapter)
