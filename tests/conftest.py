@@ -14,6 +14,7 @@ Require = Callable[[str], None]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--matrix", action="store_true", help="all of the matrix, and its table: `make matrix`")
+    parser.addoption("--faults", action="store_true", help="every fault, and the table: `make faults`")
     parser.addoption("--traps", action="store_true", help="every trap put back, and the table: `make traps`")
 
 
