@@ -18,6 +18,7 @@ from cola_runtime.jobs.plan import TrainingPlan
 from cola_runtime.jobs.records import CheckpointRecord
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.scheduler.leases import LeaseBook, LeaseLost
+from cola_runtime.scheduler.patience import until_available
 from cola_runtime.storage.objects import ObjectStorage
 from cola_runtime.types import Lease
 
@@ -79,11 +80,11 @@ class CheckpointShelf:
         stem = f"checkpoints/{part.job_id}/{version:08d}-{part.epoch:06d}"
         shard = StoredShard(bytes=len(content), sha256=sha256)
         if len(gathering.lease.device_ids) == 1:
-            await asyncio.to_thread(self._storage.put, stem + _OBJECT, content)
+            await self._put(stem + _OBJECT, content)
             await self._record(part, version, stem + _OBJECT, shard)
             return
         number = gathering.lease.device_ids.index(part.device_id)
-        await asyncio.to_thread(self._storage.put, _shard_key(stem + _INDEX, number), content)
+        await self._put(_shard_key(stem + _INDEX, number), content)
         stored = gathering.stored.setdefault(version, {})
         stored[number] = shard
         if len(stored) == len(gathering.lease.device_ids):
@@ -112,23 +113,25 @@ class CheckpointShelf:
         shards = tuple(stored[number] for number in sorted(stored))
         index = ShardIndex(version=version, adapter=gathering.adapter, shards=shards)
         content = index.model_dump_json().encode()
-        await asyncio.to_thread(self._storage.put, key, content)
+        await self._put(key, content)
         digest = hashlib.sha256(content).hexdigest()
         whole = StoredShard(bytes=sum(shard.bytes for shard in shards), sha256=digest)
         await self._record(gathering.lease, version, key, whole)
 
     async def _record(self, lease: Lease, version: int, key: str, whole: StoredShard) -> None:
-        await self._store.record_checkpoint(
-            CheckpointRecord(
-                job_id=lease.job_id,
-                version=version,
-                epoch=lease.epoch,
-                storage_key=key,
-                bytes=whole.bytes,
-                sha256=whole.sha256,
-            )
+        record = CheckpointRecord(
+            job_id=lease.job_id,
+            version=version,
+            epoch=lease.epoch,
+            storage_key=key,
+            bytes=whole.bytes,
+            sha256=whole.sha256,
         )
+        await until_available(lambda: self._store.record_checkpoint(record))
         self._book.checkpointed(lease, version)
+
+    async def _put(self, key: str, content: bytes) -> None:
+        await until_available(lambda: asyncio.to_thread(self._storage.put, key, content))
 
 
 def read_checkpoint(storage: ObjectStorage, record: CheckpointRecord) -> bytes:

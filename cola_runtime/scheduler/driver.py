@@ -18,6 +18,7 @@ from cola_runtime.scheduler.device_pool import UNABLE_REASONS
 from cola_runtime.scheduler.evaluation import Evaluations
 from cola_runtime.scheduler.job_data import JobData
 from cola_runtime.scheduler.leases import LeaseLost
+from cola_runtime.scheduler.patience import is_outage, until_available
 from cola_runtime.scheduler.primitives import AdapterPrimitives, LeasedAdapter, StepOutcome, TakenStep
 from cola_runtime.scheduler.slots import JobSlots
 from cola_runtime.types import Lease, Row
@@ -107,7 +108,7 @@ class JobDriver:
             await self._run_in_slot()
             await self._succeed()
         except _Stopped as stopped:
-            await self._store.transition(self._job_id, stopped.stop.value, message=stopped.stop.message)
+            await self._move(stopped.stop.value, message=stopped.stop.message)
         except ColaError as error:
             await self._fail(error.reason, str(error))
         except Exception:
@@ -128,9 +129,9 @@ class JobDriver:
     async def _run_leases(self) -> None:
         """Lease, train, and lease again from the last checkpoint whenever the lease is lost."""
         progress = _Progress()
-        record = await self._store.job(self._job_id)
+        record = await until_available(lambda: self._store.job(self._job_id))
         if record.state is not JobState.RUNNING:
-            await self._store.transition(self._job_id, Trigger.START, message="started")
+            await self._move(Trigger.START, message="started")
         while True:
             self._check_stop()
             try:
@@ -178,7 +179,8 @@ class JobDriver:
         try:
             outcome = await self._primitives.apply(adapter, taken)
             rows = [row for microbatch in microbatches for row in microbatch]
-            await self._store.record_step(_step_record(adapter, rows, outcome))
+            step = _step_record(adapter, rows, outcome)
+            await until_available(lambda: self._store.record_step(step))
             self._primitives.recorded(adapter)
             return None if ahead is None else await ahead
         finally:
@@ -212,9 +214,9 @@ class JobDriver:
     async def _succeed(self) -> None:
         stop = self._evaluations.early_stop
         if stop is None or stop.step == self._plan.schedule.total_steps:
-            await self._store.transition(self._job_id, Trigger.COMPLETE, message="all steps applied")
+            await self._move(Trigger.COMPLETE, message="all steps applied")
         else:
-            await self._store.stop_early(self._job_id, stop.message, data=stop.data)
+            await until_available(lambda: self._store.stop_early(self._job_id, stop.message, data=stop.data))
 
     async def _stop_at_boundary(self, adapter: LeasedAdapter) -> None:
         if self._stop is not None:
@@ -245,16 +247,21 @@ class JobDriver:
                 await asyncio.wait({task})
 
     async def _note_loss(self, lost: LeaseLost | Unavailable, progress: _Progress) -> None:
-        record = await self._store.job(self._job_id)
-        await self._store.add_event(
-            self._job_id,
-            "lease.lost",
-            f"{lost.reason}: {lost.message}; the job goes on from its last checkpoint",
-            level="warning",
-            data={"reason": lost.reason, "version": record.version},
+        record = await until_available(lambda: self._store.job(self._job_id))
+        await until_available(
+            lambda: self._store.add_event(
+                self._job_id,
+                "lease.lost",
+                f"{lost.reason}: {lost.message}; the job goes on from its last checkpoint",
+                level="warning",
+                data={"reason": lost.reason, "version": record.version},
+            )
         )
         if lost.reason in UNABLE_REASONS:
             return  # each device says so once: the job goes to another one, or waits for one
+        if isinstance(lost, Unavailable) and is_outage(lost):
+            await asyncio.sleep(RETRY_PAUSE_SECONDS)
+            return
         progress.losses = progress.losses + 1 if record.version == progress.version else 1
         progress.version = record.version
         if lost.reason in FATAL_REASONS:
@@ -272,9 +279,10 @@ class JobDriver:
         await asyncio.sleep(RETRY_PAUSE_SECONDS * progress.losses)
 
     async def _fail(self, reason: str, message: str) -> None:
-        await self._store.transition(
-            self._job_id, Trigger.FAIL, message=message, failure_reason=reason, failure_message=message
-        )
+        await self._move(Trigger.FAIL, message=message, failure_reason=reason, failure_message=message)
+
+    async def _move(self, trigger: Trigger, **told: str) -> None:
+        await until_available(lambda: self._store.transition(self._job_id, trigger, **told))
 
 
 def _named(lease: Lease) -> str:

@@ -22,6 +22,7 @@ from cola_runtime.scheduler.driver import INTERNAL_MESSAGE, JobDriver, Stop
 from cola_runtime.scheduler.job_data import load_job_data
 from cola_runtime.scheduler.leases import LeaseBook
 from cola_runtime.scheduler.loop import SchedulerLoop
+from cola_runtime.scheduler.patience import until_available
 from cola_runtime.scheduler.ports import BaseModelPort
 from cola_runtime.scheduler.primitives import AdapterPrimitives
 from cola_runtime.scheduler.slots import JobSlots
@@ -179,23 +180,9 @@ class JobRunner:
 
     async def _drive(self, record: JobRecord) -> None:
         try:
-            spec = _stored_spec(record)
-            plan = training_plan(spec, self._description, total_steps=record.total_steps)
-            self.set_terms(record.tenant_id, await self._store.terms(record.tenant_id))
-            data = await load_job_data(record, spec, self._description, self._storage)
-            asked = as_recorded(spec, record.encoding)
-            taps, _ = job_taps(asked, self._description, plan.adapter, data.size, self._costs)
-            plan = replace(plan, taps=taps)
-            driver = JobDriver(
-                record,
-                plan=plan,
-                data=data,
-                primitives=self._primitives,
-                store=self._store,
-                slots=self._slots,
-            )
+            driver = await until_available(lambda: self._driver(record))
             self._drivers[record.job_id] = driver  # who asks from here on to stop it asks the driver
-            if (await self._store.job(record.job_id)).state in ACTIVE_STATES:
+            if (await until_available(lambda: self._store.job(record.job_id))).state in ACTIVE_STATES:
                 await driver.run()
         except ColaError as error:
             await self._fail(record.job_id, error.reason, str(error))
@@ -208,9 +195,27 @@ class JobRunner:
             self._drivers.pop(record.job_id, None)
             self._tasks.pop(record.job_id, None)
 
+    async def _driver(self, record: JobRecord) -> JobDriver:
+        spec = _stored_spec(record)
+        plan = training_plan(spec, self._description, total_steps=record.total_steps)
+        self.set_terms(record.tenant_id, await self._store.terms(record.tenant_id))
+        data = await load_job_data(record, spec, self._description, self._storage)
+        asked = as_recorded(spec, record.encoding)
+        taps, _ = job_taps(asked, self._description, plan.adapter, data.size, self._costs)
+        return JobDriver(
+            record,
+            plan=replace(plan, taps=taps),
+            data=data,
+            primitives=self._primitives,
+            store=self._store,
+            slots=self._slots,
+        )
+
     async def _fail(self, job_id: str, reason: str, message: str) -> None:
-        await self._store.transition(
-            job_id, Trigger.FAIL, message=message, failure_reason=reason, failure_message=message
+        await until_available(
+            lambda: self._store.transition(
+                job_id, Trigger.FAIL, message=message, failure_reason=reason, failure_message=message
+            )
         )
 
     async def _stop(self, job_id: str, stop: Stop) -> None:
