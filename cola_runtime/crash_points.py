@@ -2,7 +2,8 @@
 
 `COLA_CRASH_AT=point[:n[:marker]]` kills the process with SIGKILL when it reaches the point for the n-th time
 (the first, unless said). With a marker, a file, only the process that can create it dies: whatever starts in
-its place lives, and the file shows that the point was reached. Not set, a point costs a comparison with None.
+its place lives, and the file shows that the point was reached. Several, separated by commas, are tried in
+turn by whoever comes to live long enough. Not set, a point costs a loop over nothing.
 """
 
 from __future__ import annotations
@@ -54,21 +55,22 @@ class _Armed:
     marker: Path | None
 
 
-_armed: _Armed | None = None
+_armed: tuple[_Armed, ...] = ()
 
 
 def arm(setting: str | None) -> None:
-    """Die at the point that `setting` names; None disarms. Raises InvalidInput `CRASH_POINT_INVALID`."""
+    """Die at a point that `setting` names; None disarms. Raises InvalidInput `CRASH_POINT_INVALID`."""
     global _armed
-    _armed = None if setting is None else _parse(setting)
+    _armed = () if setting is None else tuple(map(_parse, setting.split(",")))
 
 
 def reach(point: str) -> None:
     """This process is at `point`: it may end here, without a chance to clean up."""
-    if _armed is not None and _armed.point == point:
-        _armed.left -= 1
-        if _armed.left == 0 and _first(_armed.marker):
-            os.kill(os.getpid(), signal.SIGKILL)
+    for armed in _armed:
+        if armed.point == point:
+            armed.left -= 1
+            if armed.left == 0 and _first(armed.marker):
+                os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _parse(setting: str) -> _Armed:

@@ -11,11 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cola_runtime.testing.exactness import service_for, tenant_client
-from cola_runtime.testing.in_process import running_in_process
 from cola_runtime.testing.record import record
 from cola_runtime.testing.tiny_models import save_tiny_model
-from tests.faults.judging import MODEL, WAIT_SECONDS, Faultless, Outcome, fault_job, observe
+from tests.faults.judging import Faultless, Outcome, fault_job, train_faultless
 
 HERE = Path(__file__).parent
 OUTCOMES = pytest.StashKey[list[Outcome]]()
@@ -50,15 +48,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def faultless(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Faultless:
-    return asyncio.run(_faultless(model, tmp_path_factory.mktemp("faultless")))
-
-
-async def _faultless(model: Path, folder: Path) -> Faultless:
-    settings = service_for(folder, model=model, name=MODEL, dtype="float32")
-    async with running_in_process(settings) as (service, _), await tenant_client(service, "alice") as client:
-        handle = await client.submit(fault_job().spec, training=fault_job().training)
-        await handle.wait(WAIT_SECONDS)
-        return await observe(handle)
+    return asyncio.run(train_faultless(model, tmp_path_factory.mktemp("faultless"), fault_job()))
 
 
 @pytest.fixture

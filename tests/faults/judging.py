@@ -17,7 +17,8 @@ from cola_runtime.adapters.checkpoint_format import decode_checkpoint
 from cola_runtime.adapters.optimizer_state import STEP
 from cola_runtime.client.job_handle import AsyncJobHandle
 from cola_runtime.client.values import Event
-from cola_runtime.testing.exactness import MixedJob, four_tenants
+from cola_runtime.testing.exactness import MixedJob, four_tenants, service_for, tenant_client
+from cola_runtime.testing.in_process import running_in_process
 
 MODEL = "tiny"
 STEPS = 12
@@ -64,11 +65,15 @@ def fault_job(*, steps: int = STEPS, checkpoint_every: int = CHECKPOINT_EVERY) -
     return MixedJob(spec=spec, training=template.training)
 
 
-async def observe(handle: AsyncJobHandle) -> Faultless:
-    return Faultless(
-        losses=tuple(step.loss for step in await handle.metrics()),
-        checkpoint_sha256=(await handle.checkpoints())[-1].sha256,
-    )
+async def train_faultless(model: Path, folder: Path, job: MixedJob) -> Faultless:
+    settings = service_for(folder, model=model, name=MODEL, dtype="float32")
+    async with running_in_process(settings) as (service, _), await tenant_client(service, "alice") as client:
+        handle = await client.submit(job.spec, training=job.training)
+        await handle.wait(WAIT_SECONDS)
+        return Faultless(
+            losses=tuple(step.loss for step in await handle.metrics()),
+            checkpoint_sha256=(await handle.checkpoints())[-1].sha256,
+        )
 
 
 async def judge(
