@@ -18,6 +18,7 @@ from cola_runtime.scheduler.device_pool import UNABLE_REASONS
 from cola_runtime.scheduler.evaluation import Evaluations
 from cola_runtime.scheduler.job_data import JobData
 from cola_runtime.scheduler.leases import LeaseLost
+from cola_runtime.scheduler.loss_watch import REMEDIES, Diverged, LossWatch
 from cola_runtime.scheduler.patience import is_outage, until_available
 from cola_runtime.scheduler.primitives import AdapterPrimitives, LeasedAdapter, StepOutcome, TakenStep
 from cola_runtime.scheduler.slots import JobSlots
@@ -30,12 +31,6 @@ T = TypeVar("T")
 MAX_LOSSES_WITHOUT_PROGRESS = 8  # leases lost in a row at one version before the job is failed
 RETRY_PAUSE_SECONDS = 0.1
 INTERNAL_MESSAGE = "the service failed; its log has the cause. Submit the job again."
-_LOWER_RATE = "Lower the learning rate or set max_grad_norm; the last checkpoint is kept."
-FATAL_REASONS = {  # trying again would give the same; the remedies
-    "NON_FINITE_GRADIENT": _LOWER_RATE,
-    "NON_FINITE_ADAPTER": _LOWER_RATE,
-    "TAPS_TOO_LARGE": "The last checkpoint is kept.",
-}
 
 
 class Stop(enum.Enum):
@@ -80,6 +75,7 @@ class JobDriver:
         self._evaluations = Evaluations(
             data, total_steps=plan.schedule.total_steps, primitives=primitives, store=store
         )
+        self._watch = LossWatch(record.job_id, plan.watchdog, store)
         self._stop: Stop | None = None
         self._stop_asked = asyncio.Event()
         self._stopping = False
@@ -109,6 +105,8 @@ class JobDriver:
             await self._succeed()
         except _Stopped as stopped:
             await self._move(stopped.stop.value, message=stopped.stop.message)
+        except Diverged as diverged:
+            await self._give_up(diverged)
         except ColaError as error:
             await self._fail(error.reason, str(error))
         except Exception:
@@ -180,8 +178,10 @@ class JobDriver:
             outcome = await self._primitives.apply(adapter, taken)
             rows = [row for microbatch in microbatches for row in microbatch]
             step = _step_record(adapter, rows, outcome)
+            self._watch.check(step.step, step.loss)
             await until_available(lambda: self._store.record_step(step))
             self._primitives.recorded(adapter)
+            await self._watch.check_recorded(step.step)
             return None if ahead is None else await ahead
         finally:
             if ahead is not None:
@@ -264,12 +264,8 @@ class JobDriver:
             return
         progress.losses = progress.losses + 1 if record.version == progress.version else 1
         progress.version = record.version
-        if lost.reason in FATAL_REASONS:
-            raise JobFailed(
-                lost.reason,
-                lost.message,
-                remedy=FATAL_REASONS[lost.reason],
-            )
+        if lost.reason in REMEDIES:
+            raise Diverged(lost.reason, lost.message)
         if progress.losses >= MAX_LOSSES_WITHOUT_PROGRESS:
             raise JobFailed(
                 lost.reason,
@@ -277,6 +273,20 @@ class JobDriver:
                 remedy="The last checkpoint is kept. Check `cola doctor`, then submit again.",
             )
         await asyncio.sleep(RETRY_PAUSE_SECONDS * progress.losses)
+
+    async def _give_up(self, diverged: Diverged) -> None:
+        """Fail or pause, as the job asks; its last checkpoint is kept."""
+        error = JobFailed(diverged.reason, diverged.message, remedy=REMEDIES[diverged.reason])
+        data = {"reason": diverged.reason}
+        await until_available(
+            lambda: self._store.add_event(
+                self._job_id, "watchdog.acted", diverged.message, level="warning", data=data
+            )
+        )
+        if self._plan.watchdog.action == "pause":
+            await self._move(Trigger.PAUSE, message=f"paused by its watchdog: {error}")
+        else:
+            await self._fail(error.reason, str(error))
 
     async def _fail(self, reason: str, message: str) -> None:
         await self._move(Trigger.FAIL, message=message, failure_reason=reason, failure_message=message)
