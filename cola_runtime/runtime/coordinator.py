@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 FIRST_TENANT = "default"
 STOP_GRACE_SECONDS = 2.0
-DEVICES_START_SECONDS = 60.0
+DEVICES_START_SECONDS = 30.0  # a device that is gone for good must not hold up a restart
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

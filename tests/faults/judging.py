@@ -23,7 +23,7 @@ from cola_runtime.testing.in_process import running_in_process
 MODEL = "tiny"
 STEPS = 12
 CHECKPOINT_EVERY = 3
-WAIT_SECONDS = 120.0
+WAIT_SECONDS = 240.0
 TARGET_SECONDS = {"device": 30.0, "base model": 60.0, "coordinator": 60.0, "stream": 30.0, "storage": 60.0}
 
 

@@ -27,7 +27,7 @@ from cola_runtime.testing.in_process import JOIN_TOKEN
 from tests.faults.judging import MODEL, WAIT_SECONDS
 
 PROGRAM = Path(__file__).with_name("zygote.py")
-START_SECONDS = 60.0
+START_SECONDS = 120.0
 LOOK_AGAIN_SECONDS = 0.02
 
 

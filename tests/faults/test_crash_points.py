@@ -37,6 +37,8 @@ MORE = [("storage.written", 1), ("storage.renamed", 1), ("store.transition.commi
 AFTER_A_LOST_DEVICE = ("store.rewind.", "store.event.")  # what a coordinator does then only
 QUICK = ("store.step.committed", "device.step_applied")
 
+pytestmark = pytest.mark.timeout(400)  # of the watch over a hanging test; the case's own target is judged
+
 
 @pytest.fixture(scope="module")
 def zygote() -> Iterator[Zygote]:
