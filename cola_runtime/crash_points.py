@@ -16,7 +16,7 @@ from pathlib import Path
 from cola_runtime.errors import InvalidInput
 
 _STORE_WRITES = (
-    "job", "transition", "lease", "rewind", "step", "evaluation", "checkpoint", "event",
+    "job", "transition", "lease", "rewind", "step", "evaluation", "checkpoint", "retirement", "event",
 )  # fmt: skip
 
 COORDINATOR_POINTS = (

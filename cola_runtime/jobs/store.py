@@ -215,6 +215,18 @@ class JobStore:
             lambda c: progress.insert_checkpoint(c, checkpoint, at=self._at()),
         )
 
+    async def retire_checkpoints(self, job_id: str, versions: Collection[int]) -> None:
+        """They leave the record; their objects are to be deleted after that."""
+        await self._write(
+            "retirement",
+            job_id,
+            lambda c: progress.delete_checkpoints(c, job_id, versions, at=self._at()),
+        )
+
+    async def storage_keys(self) -> set[str]:
+        """Every object that a job or a checkpoint names."""
+        return await self._database.run(progress.read_storage_keys)
+
     async def steps(self, job_id: str, *, after: int = 0, limit: int = 1000) -> list[StepRecord]:
         return await self._database.run(lambda c: progress.read_steps(c, job_id, after=after, limit=limit))
 

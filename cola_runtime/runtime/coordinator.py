@@ -26,6 +26,7 @@ from cola_runtime.scheduler.device_pool import DevicePool
 from cola_runtime.scheduler.leases import LeaseBook
 from cola_runtime.scheduler.loop import SchedulerLoop
 from cola_runtime.scheduler.ports import BaseModelPort
+from cola_runtime.scheduler.retention import collect_orphans
 from cola_runtime.scheduler.runner import JobRunner, lost_base_reporter
 from cola_runtime.server.grpc_server import serve_jobs
 from cola_runtime.server.service import FineTuningService
@@ -98,6 +99,7 @@ async def running_coordinator(
     storage = ObjectStorage(f"file://{(settings.data_dir / 'objects').resolve()}")
     store = await JobStore.open(f"sqlite:///{(settings.data_dir / 'jobs.sqlite').resolve()}")
     try:
+        await collect_orphans(store, storage)  # before anybody can store what is not recorded yet
         description = await base.describe()
         costs = wire_costs(settings.planner, description, token_budget=settings.scheduler.token_budget)
         runner, pool = _wire(settings, base, description, store, storage, join_token, costs)
@@ -156,6 +158,7 @@ def _wire(
         store=store,
         storage=storage,
         costs=costs,
+        retention=settings.retention,
     )
     pool.on_checkpoint = runner.checkpoints.store
     return runner, pool

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from pydantic import ValidationError
 
+from cola_runtime.config import RetentionSettings
 from cola_runtime.errors import ColaError, Conflict, InvalidInput
 from cola_runtime.gradients.planner import Costs
 from cola_runtime.jobs.plan import as_recorded, job_taps, training_plan
@@ -64,11 +65,12 @@ class JobRunner:
         store: JobStore,
         storage: ObjectStorage,
         costs: Costs,
+        retention: RetentionSettings,
     ) -> None:
         self._costs = costs
         self._base, self._description, self._loop, self._pool = base, description, loop, pool
         self._book, self._store, self._storage = book, store, storage
-        self.checkpoints = CheckpointShelf(book=book, store=store, storage=storage)
+        self.checkpoints = CheckpointShelf(book=book, store=store, storage=storage, retention=retention)
         self._primitives = AdapterPrimitives(
             base=base, loop=loop, pool=pool, book=book, store=store, checkpoints=self.checkpoints
         )

@@ -19,7 +19,7 @@ from typing import Any
 
 from cola_runtime.client.asynchronous import AsyncClient
 from cola_runtime.client.job_handle import AsyncJobHandle
-from cola_runtime.config import DeviceSettings, ServiceSettings
+from cola_runtime.config import DeviceSettings, RetentionSettings, ServiceSettings
 from cola_runtime.device.config import DeviceConfig
 from cola_runtime.errors import ColaError, Unavailable
 from cola_runtime.testing.exactness import MixedJob, service_for
@@ -117,7 +117,8 @@ async def fleet(zygote: Zygote, folder: Path, model: Path, *, devices: int = 1) 
     settings = service_for(folder, model=model, name=MODEL, dtype="float32").model_copy(
         update={
             "listen": f"127.0.0.1:{free_port()}",
-            "devices": DeviceSettings(count=devices, heartbeat_seconds=0.5, lease_timeout_seconds=3.0),
+            "retention": RetentionSettings(keep_last=2),
+            "devices": DeviceSettings(count=devices, heartbeat_seconds=0.5, lease_timeout_seconds=5.0),
         }
     )
     running = Fleet(zygote, settings)

@@ -84,11 +84,17 @@ async def test_a_coordinator_that_dies_loses_nothing(
 
 
 async def revive(at: Fleet, marker: Path, *, lost_first: bool) -> None:
-    if lost_first:
+    """Whoever dies is started again, in whichever order they die."""
+
+    async def device() -> None:
         await at.died(at.devices["device-0"], marker.with_name("lost"))
         at.start_device("device-0")
-    await at.died(at.coordinator, marker)
-    await at.start_coordinator()
+
+    async def coordinator() -> None:
+        await at.died(at.coordinator, marker)
+        await at.start_coordinator()
+
+    await asyncio.gather(coordinator(), *([device()] if lost_first else []))
 
 
 @pytest.mark.parametrize(("point", "times"), params(DEVICE_POINTS))

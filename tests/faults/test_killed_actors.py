@@ -25,7 +25,7 @@ from tests.faults.processes import reach
 JOB_SECONDS = 240.0
 BASE_JOB = fault_job(steps=40, checkpoint_every=2)  # long enough to lose its base model at every point
 TIMES = {"base_model.leased": 1, "base_model.tap": 20}
-HANG_SECONDS = 6.0  # longer than the lease timeout
+HANG_SECONDS = 8.0  # longer than the lease timeout
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 async def serving(model: Path, folder: Path) -> AsyncIterator[AsyncClient]:
     """On Ray, with two devices."""
     settings = service_for(folder, model=model, name=MODEL, dtype="float32").model_copy(
-        update={"devices": DeviceSettings(count=2, heartbeat_seconds=0.5, lease_timeout_seconds=3.0)}
+        update={"devices": DeviceSettings(count=2, heartbeat_seconds=0.5, lease_timeout_seconds=5.0)}
     )
     async with running_service(settings) as service, await tenant_client(service, "alice") as client:
         yield client
