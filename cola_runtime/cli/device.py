@@ -86,7 +86,12 @@ def default_device_id(host: str) -> str:
 async def _serve(config: DeviceConfig) -> None:
     from cola_runtime.device.agent import DeviceAgent
 
-    agent = DeviceAgent(config)
+    agent, stop = DeviceAgent(config), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, agent.stop)
-    await agent.run()
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    serving = asyncio.create_task(agent.run())
+    asked = asyncio.create_task(stop.wait())
+    await asyncio.wait((serving, asked), return_when=asyncio.FIRST_COMPLETED)
+    asked.cancel()
+    await agent.drain()
+    await serving

@@ -69,12 +69,21 @@ class ControlSession:
         self._blobs: dict[tuple[str, int], bytes] = {}  # checkpoints that wait for their grant
         self._checkpoints: asyncio.Queue[Checkpoint] = asyncio.Queue(maxsize=2)
         self._draining = False
+        self._released = asyncio.Event()  # set at the end of each lease
 
     async def run(self) -> None:
         """Until the control stream ends. Raises what ended it."""
         await until_first_ends(
             self._read_control(), self._send_heartbeats(), self._serve_gradients(), self._send_checkpoints()
         )
+
+    async def drain(self) -> None:
+        """Take no new leases, and return when the coordinator has taken back those that are held."""
+        self._draining = True
+        await self._stream.send_control(control_pb2.DeviceControl(drain=control_pb2.Drain()))
+        while not self._worker.idle:
+            self._released.clear()
+            await self._released.wait()
 
     async def _read_control(self) -> None:
         async for item in self._stream:
@@ -96,6 +105,7 @@ class ControlSession:
         elif kind == "lease_end":
             lease = control.lease_from_proto(message.lease_end.lease)
             await self._in_thread(lambda: self._worker.end(lease))
+            self._released.set()
         elif kind == "checkpoint_request":
             await self._checkpoint(control.lease_from_proto(message.checkpoint_request.lease))
         elif kind == "drain":

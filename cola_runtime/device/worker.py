@@ -50,6 +50,11 @@ class DeviceWorker:
         self.busy_seconds = 0.0
         self.resident_bytes = 0  # of all sessions; may be read from another thread
 
+    @property
+    def idle(self) -> bool:
+        """No lease is held; may be read from another thread."""
+        return not self._held
+
     def grant(self, grant: control_pb2.LeaseGrant, checkpoint: bytes | None) -> Update | Refused:
         """Create or restore the adapter; returns the weights of the version it starts at."""
         lease = control.lease_from_proto(grant.lease)

@@ -10,9 +10,10 @@ import asyncio
 import logging
 import secrets
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cola_runtime import crash_points
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 FIRST_TENANT = "default"
 STOP_GRACE_SECONDS = 2.0
+DRAIN_SECONDS = 20.0  # below the 30 s that Kubernetes gives a process by default
 DEVICES_START_SECONDS = 30.0  # a device that is gone for good must not hold up a restart
 
 
@@ -50,10 +52,12 @@ class RunningService:
     first_key: str | None  # of the first tenant, only when it was just created
     base_model: BaseModelDescription
     store: JobStore
+    drain: Callable[[], Awaitable[None]]
+    """Stop every job at its next step boundary, with a checkpoint, so that none is computed again."""
 
 
 def serve(settings: ServiceSettings, *, on_ready: Callable[[RunningService], None]) -> None:
-    """Run the service until SIGINT or SIGTERM."""
+    """Run the service until SIGINT or SIGTERM, then let its jobs reach a checkpoint."""
     crash_points.arm(crash_setting())
     asyncio.run(_serve(settings, on_ready))
 
@@ -65,6 +69,7 @@ async def _serve(settings: ServiceSettings, on_ready: Callable[[RunningService],
     async with running_service(settings) as service:
         on_ready(service)
         await stop.wait()
+        await service.drain()
 
 
 @asynccontextmanager
@@ -123,6 +128,7 @@ async def running_coordinator(
                         first_key=await _first_key(store),
                         base_model=description,
                         store=store,
+                        drain=partial(runner.drain, timeout_seconds=DRAIN_SECONDS),
                     )
                 finally:
                     await runner.close()

@@ -111,6 +111,10 @@ class DevicePool:
         available = sorted(self._available(job_id), key=self._load)
         return available[:count] if len(available) >= count else []
 
+    def draining(self, device_id: str) -> bool:
+        device = self._devices.get(device_id)
+        return device is not None and device.draining
+
     def unable(self, job_id: str) -> str:
         """Which of the connected devices cannot train the job, and why; "" if each may."""
         refusals = ((device_id, device.unable.get(job_id)) for device_id, device in self._devices.items())

@@ -34,14 +34,22 @@ INTERNAL_MESSAGE = "the service failed; its log has the cause. Submit the job ag
 
 
 class Stop(enum.Enum):
-    """What a tenant asked for; acted on at the next step boundary."""
+    """What a tenant asked for, or the operator; acted on at the next step boundary."""
 
     PAUSE = Trigger.PAUSE
     CANCEL = Trigger.CANCEL
+    DRAIN = Trigger.REQUEUE  # the coordinator stops; the job goes on when there is one again
 
     @property
     def message(self) -> str:
-        return f"{'paused' if self is Stop.PAUSE else 'cancelled'} at its tenant's request"
+        return _STOP_MESSAGES[self]
+
+
+_STOP_MESSAGES = {
+    Stop.PAUSE: "paused at its tenant's request",
+    Stop.CANCEL: "cancelled at its tenant's request",
+    Stop.DRAIN: "the coordinator stops; the job goes on from a checkpoint of this version",
+}
 
 
 class _Stopped(Exception):
@@ -85,8 +93,8 @@ class JobDriver:
         self.phase = self._waiting
 
     def ask(self, stop: Stop) -> None:
-        """Stop at the next step boundary; a cancel overrides a pause."""
-        if self._stop is not Stop.CANCEL:
+        """Stop at the next step boundary; a cancel overrides a pause, and either a drain."""
+        if self._stop is None or stop is Stop.CANCEL or self._stop is Stop.DRAIN:
             self._stop = stop
             self._stop_asked.set()
 
@@ -104,7 +112,7 @@ class JobDriver:
             await self._run_in_slot()
             await self._succeed()
         except _Stopped as stopped:
-            await self._move(stopped.stop.value, message=stopped.stop.message)
+            await self._end_by(stopped.stop)
         except Diverged as diverged:
             await self._give_up(diverged)
         except ColaError as error:
@@ -219,11 +227,13 @@ class JobDriver:
             await until_available(lambda: self._store.stop_early(self._job_id, stop.message, data=stop.data))
 
     async def _stop_at_boundary(self, adapter: LeasedAdapter) -> None:
-        if self._stop is not None:
-            if adapter.version > 0:
-                self.phase = "making a checkpoint before it stops"
-                await self._primitives.checkpoint(adapter)
-            self._check_stop()
+        leaving = self._primitives.draining(adapter.lease)
+        if (self._stop is not None or leaving) and adapter.version > 0:
+            self.phase = "making a checkpoint before it stops or moves"
+            await self._primitives.checkpoint(adapter)
+        self._check_stop()
+        if leaving:
+            raise LeaseLost(adapter.lease, "DEVICE_DRAINING", f"{_named(adapter.lease)} is leaving")
 
     def _check_stop(self) -> None:
         if self._stop is not None:
@@ -273,6 +283,11 @@ class JobDriver:
                 remedy="The last checkpoint is kept. Check `cola doctor`, then submit again.",
             )
         await asyncio.sleep(RETRY_PAUSE_SECONDS * progress.losses)
+
+    async def _end_by(self, stop: Stop) -> None:
+        record = await until_available(lambda: self._store.job(self._job_id))
+        if stop is not Stop.DRAIN or record.state is JobState.RUNNING:  # else it waits in the queue already
+            await self._move(stop.value, message=stop.message)
 
     async def _give_up(self, diverged: Diverged) -> None:
         """Fail or pause, as the job asks; its last checkpoint is kept."""

@@ -253,6 +253,10 @@ class AdapterPrimitives:
         """The job store holds the adapter's version; a checkpoint of it may be recorded now."""
         self._book.recorded(adapter.lease, adapter.version)
 
+    def draining(self, lease: Lease) -> bool:
+        """One of the lease's devices wants to leave, and waits until its adapters are elsewhere."""
+        return any(map(self._pool.draining, lease.device_ids))
+
     async def checkpoint(self, adapter: LeasedAdapter) -> None:
         """Return when a checkpoint of the adapter's current version is stored and recorded."""
         if not self._book.has_checkpoint(adapter.lease, adapter.version):

@@ -78,6 +78,7 @@ class JobRunner:
         self._drivers: dict[str, JobDriver] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._background: list[asyncio.Task[None]] = []
+        self._draining = False
         self._started = time.monotonic()
 
     async def open(self) -> None:
@@ -100,10 +101,18 @@ class JobRunner:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
+    async def drain(self, *, timeout_seconds: float) -> None:
+        """Stop every job at its next step boundary, with a checkpoint; what begins now waits for `open`."""
+        self._draining = True
+        for driver in self._drivers.values():
+            driver.ask(Stop.DRAIN)
+        if self._tasks:
+            await asyncio.wait(self._tasks.values(), timeout=timeout_seconds)
+
     async def start(self, job_id: str) -> None:
         """Begin or go on with a job; nothing happens when it already runs or has ended."""
         record = await self._store.job(job_id)
-        if job_id in self._tasks or record.state in TERMINAL_STATES:
+        if self._draining or job_id in self._tasks or record.state in TERMINAL_STATES:
             return
         self._tasks[job_id] = asyncio.create_task(self._drive(record), name=job_id)
 
@@ -184,6 +193,8 @@ class JobRunner:
         try:
             driver = await until_available(lambda: self._driver(record))
             self._drivers[record.job_id] = driver  # who asks from here on to stop it asks the driver
+            if self._draining:
+                driver.ask(Stop.DRAIN)
             if (await until_available(lambda: self._store.job(record.job_id))).state in ACTIVE_STATES:
                 await driver.run()
         except ColaError as error:

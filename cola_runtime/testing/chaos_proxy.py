@@ -8,7 +8,6 @@ whole frame can be lost, doubled or swapped, which no network does and a faulty 
 from __future__ import annotations
 
 import asyncio
-import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -18,10 +17,9 @@ import grpc
 from cola_runtime.testing.chaos import Chaos, Cut, HalfClosed, Way
 from cola_runtime.transport.concurrency import until_first_ends
 from cola_runtime.transport.endpoints import SERVER_OPTIONS, STREAM_OPTIONS
-from cola_runtime.transport.frames import HEADER_BYTES
+from cola_runtime.transport.frames import HEADER_BYTES, decode_header
 
 CHUNK_BYTES = 64 << 10
-_PAYLOAD_AT = 52
 
 Send = Callable[[bytes], Awaitable[object]]
 
@@ -140,10 +138,9 @@ async def frame_proxy(upstream: str, chaos: Chaos) -> AsyncIterator[str]:
 
 
 def frames_of(message: bytes) -> Iterator[bytes]:
-    """The frames that one stream message holds, unchecked."""
+    """The frames that one stream message holds."""
     start = 0
     while start < len(message):
-        (payload_bytes,) = struct.unpack_from("<I", message, start + _PAYLOAD_AT)
-        end = start + HEADER_BYTES + payload_bytes
+        end = start + HEADER_BYTES + decode_header(message, start).payload_bytes
         yield message[start:end]
         start = end

@@ -38,6 +38,7 @@ async def coordinate(settings: ServiceSettings, ready: Path) -> None:
             await asyncio.to_thread((settings.data_dir / "key").write_text, key)
         await asyncio.to_thread(ready.touch)
         await stop.wait()
+        await service.drain()
 
 
 async def train(config: DeviceConfig) -> None:
@@ -45,7 +46,7 @@ async def train(config: DeviceConfig) -> None:
     agent = DeviceAgent(config)
     serving = asyncio.create_task(agent.run())
     await stop.wait()
-    agent.stop()
+    await agent.drain()
     await serving
 
 
