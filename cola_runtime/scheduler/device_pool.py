@@ -75,6 +75,7 @@ class DevicePool:
         self._devices: dict[str, _Device] = {}
         self._orders = itertools.count()
         self._joined = asyncio.Condition()
+        self._withheld = False
         self.closing = False  # devices that leave from now on are not lost
         self._storing: set[asyncio.Task[None]] = set()
         self.on_checkpoint: CheckpointSink | None = None
@@ -153,9 +154,14 @@ class DevicePool:
         request = control_pb2.CheckpointRequest(lease=lease_to_proto(lease))
         await self._device(lease).stream.send_control(control_pb2.DeviceControl(checkpoint_request=request))
 
+    def withhold(self) -> None:
+        """There is no base model: nobody gets a device until `move`."""
+        self._withheld = True
+
     async def move(self, gradient_endpoint: str) -> None:
         """The base model answers at a new endpoint: every device dials in again and learns it."""
         self._gradient_endpoint = gradient_endpoint
+        self._withheld = False
         for device in list(self._devices.values()):
             self._forget(device, "the base model restarted")
             await device.stream.close()
@@ -183,6 +189,8 @@ class DevicePool:
         ]
 
     def _available(self, job_id: str) -> list[str]:
+        if self._withheld:
+            return []
         return [
             device_id
             for device_id, device in self._devices.items()

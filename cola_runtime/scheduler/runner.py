@@ -282,14 +282,19 @@ class JobRunner:
                 )
 
     async def _recover_base(self) -> None:
-        """The base model actor died: nothing of it is needed, every lease is taken anew once it is back."""
+        """The base model actor died: nothing of it is needed, every lease is taken anew once it is back.
+
+        It is back when it describes itself, which starts its gradient server; till then nobody gets a device.
+        """
+        self._pool.withhold()
         self._book.lose_all(reason="BASE_MODEL_LOST", message="the base model stopped")
-        await asyncio.sleep(BASE_RETRY_SECONDS)
-        try:
-            self._description = await self._base.describe()
-        except Exception as error:
-            logger.warning("base model not back yet: %s", error, extra={"event": "base.waiting"})
-            return
+        while True:
+            await asyncio.sleep(BASE_RETRY_SECONDS)
+            try:
+                self._description = await self._base.describe()
+                break
+            except Exception as error:
+                logger.warning("base model not back yet: %s", error, extra={"event": "base.waiting"})
         await self._pool.move(self._description.gradient_endpoint)
 
 

@@ -34,7 +34,7 @@ TIMES = {  # at which time the point is in the middle of the job; 1 where it is 
     "base_model.installed": 5,
 }
 MORE = [("storage.written", 1), ("storage.renamed", 1), ("store.transition.committed", 2)]  # submission, end
-AFTER_A_LOST_DEVICE = ("store.rewind.", "store.event.")  # what a coordinator does then only
+AFTER_A_LOST_DEVICE = "store.rewind."  # what a coordinator does then only
 QUICK = ("store.step.committed", "device.step_applied")
 
 pytestmark = pytest.mark.timeout(400)  # of the watch over a hanging test; the case's own target is judged
