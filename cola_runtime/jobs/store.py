@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection
 
 from cola_runtime import clock, crash_points
+from cola_runtime.errors import Unavailable
 from cola_runtime.jobs import evaluations, job_rows, progress, tenancy, terms, trail
 from cola_runtime.jobs.database import Database
 from cola_runtime.jobs.records import (
@@ -81,13 +82,17 @@ class JobStore:
 
     async def authenticate(self, key: str) -> ApiKey | None:
         """The key's tenant and scopes; None for an unknown or revoked key."""
-        return await self._database.run(lambda c: tenancy.find_key(c, key, at=self._at()))
+        found, at = await self._database.run(lambda c: tenancy.find_key(c, key)), self._at()
+        if found is not None and tenancy.is_stale(found.last_used_at, at):
+            with contextlib.suppress(Unavailable):  # a full disk must keep nobody from reading
+                await self._database.run(lambda c: tenancy.note_use(c, found, at=at))
+        return found
 
     async def tenant_of_key(self, key: str) -> Tenant | None:
         """As `authenticate`, for who needs no scopes."""
 
         def find(connection: Connection) -> Tenant | None:
-            found = tenancy.find_key(connection, key, at=self._at())
+            found = tenancy.find_key(connection, key)
             return None if found is None else tenancy.read_tenant(connection, found.tenant_id)
 
         return await self._database.run(find)
