@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test matrix traps check lint types layers stubs proto bench exactness wire base_step base_memory throughput quality staleness policy fairness simulate clean
+.PHONY: help setup demo test matrix traps faults check lint types layers stubs proto bench exactness wire base_step base_memory throughput quality staleness policy fairness simulate clean
 
 help: ## this list
 	@grep -hE '^[a-z_]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -33,6 +33,9 @@ matrix: setup ## kinds x modes x encodings x architectures x tasks, all of it, w
 
 traps: setup ## every trap of docs/traps.md put back into a copy of the source, and the test that catches it
 	$(BIN)/python -m pytest tests/traps --traps -q $(PYTEST_ARGS)
+
+faults: setup ## every crash point, stream fault and killed process: what each cost, and the table
+	$(BIN)/python -m pytest tests/faults --faults -q $(PYTEST_ARGS)
 
 check: setup ## format, lint, types, layers, generated code: all of them, also after a failure
 	$(MAKE) --keep-going --no-print-directory lint types layers stubs

@@ -110,6 +110,13 @@ class PlannerSettings(_Settings):
     """Float32 matrix products of one device; the default is about one CPU core's."""
 
 
+class RetentionSettings(_Settings):
+    """Which of a job's checkpoints are kept, beside the best evaluation's and the newest: None keeps all."""
+
+    keep_last: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    max_bytes_per_job: Annotated[int, Field(ge=MIB, le=1 << 50)] | None = None
+
+
 class ServiceSettings(_Settings):
     """Everything that `cola serve` runs with."""
 
@@ -123,6 +130,7 @@ class ServiceSettings(_Settings):
     devices: DeviceSettings = DeviceSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
     planner: PlannerSettings = PlannerSettings()
+    retention: RetentionSettings = RetentionSettings()
     ray_address: str | None = None
     """An existing cluster; None starts one on this machine."""
     cache_dir: Path = Path(".cache/models")
@@ -159,6 +167,11 @@ def service_settings(file: Path | None = None, **flags: Any) -> ServiceSettings:
 
 def log_level() -> str:
     return os.environ.get(f"{ENVIRONMENT_PREFIX}LOG", "WARNING")
+
+
+def crash_setting() -> str | None:
+    """Where this process is to die, for tests of recovery (crash_points.py); None: nowhere."""
+    return os.environ.get(f"{ENVIRONMENT_PREFIX}CRASH_AT") or None
 
 
 def child_environment(**changes: str) -> dict[str, str]:

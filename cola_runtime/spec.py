@@ -192,6 +192,17 @@ class CollaborationSpec(Frozen):
     """p_k is weight_k over the sum of the present members' weights, or weight_k itself."""
 
 
+class WatchdogSpec(Frozen):
+    """What is done about a loss that is not finite, or explodes (docs/training_options.md)."""
+
+    action: Literal["fail", "pause"] = "fail"
+    """`pause` keeps the job: its tenant may resume it from its last checkpoint."""
+    loss_factor: Annotated[float, Field(gt=1, le=1e9)] | None = 10.0
+    """A loss above this many times the highest of the first ten steps has exploded; None: no loss has."""
+    patience: Annotated[int, Field(ge=1, le=1000, strict=True)] = 3
+    """Exploded losses in a row after which the watchdog acts."""
+
+
 class EvaluationSpec(Frozen):
     """When the held-out rows are evaluated, beside before the first and after the last step; what follows."""
 
@@ -264,6 +275,7 @@ class JobSpec(Frozen):
     checkpoint_every: Annotated[int, Field(ge=1, le=MAX_STEPS, strict=True)] = 10
     """Steps between two checkpoints; the last step always makes one."""
     evaluation: EvaluationSpec = EvaluationSpec()
+    watchdog: WatchdogSpec = WatchdogSpec()
     max_staleness: Literal[0, 1] = 0
     """0: a step's gradient is taken at the weights that it changes. 1: it may be those of one step before, so
     that base model and device work on a job at the same time (docs/staleness.md)."""

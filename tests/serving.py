@@ -30,7 +30,7 @@ from cola_runtime.jobs.records import (
     Tenant,
     TenantTerms,
 )
-from cola_runtime.jobs.state import TERMINAL_STATES, JobState
+from cola_runtime.jobs.state import TERMINAL_STATES, JobState, Trigger
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.scheduler.device_pool import DeviceStatus
 from cola_runtime.scheduler.runner import ServiceStatistics
@@ -107,13 +107,13 @@ class FakeRunner:
 
     async def cancel(self, job_id: str) -> None:
         if (await self._store.job(job_id)).state not in TERMINAL_STATES:
-            await self._store.transition(job_id, JobState.CANCELLED)
+            await self._store.transition(job_id, Trigger.CANCEL)
 
     async def pause(self, job_id: str) -> None:
-        await self._store.transition(job_id, JobState.PAUSED)
+        await self._store.transition(job_id, Trigger.PAUSE)
 
     async def resume(self, job_id: str) -> None:
-        await self._store.transition(job_id, JobState.QUEUED)
+        await self._store.transition(job_id, Trigger.RESUME)
 
     def set_terms(self, tenant_id: str, terms: TenantTerms) -> None:
         self.terms[tenant_id] = terms
@@ -180,7 +180,7 @@ class Served:
     async def _train(self, job_id: str, steps: int, succeed: bool) -> None:
         job = await self.store.job(job_id)
         if job.state is JobState.QUEUED:
-            job = await self.store.transition(job_id, JobState.RUNNING)
+            job = await self.store.transition(job_id, Trigger.START)
         lease = await self.store.grant_lease(job_id, "device-0")
         for step in range(job.version + 1, job.version + steps + 1):
             await self.store.record_step(
@@ -199,7 +199,7 @@ class Served:
                 )
             )
         if succeed:
-            await self.store.transition(job_id, JobState.SUCCEEDED)
+            await self.store.transition(job_id, Trigger.COMPLETE)
 
     def evaluate(self, job_id: str, *, loss: float, improved: bool) -> None:
         """Record an evaluation of the job's present version."""

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from cola_runtime import crash_points
 from cola_runtime.base_model.bank import AdapterBank
 from cola_runtime.base_model.body import Body, LastHidden, PatchedBody, causal_hidden, encoder_hidden
 from cola_runtime.base_model.encoder_decoders import decoder_hidden
@@ -57,12 +58,14 @@ class MixedPass:
         stacks = self._stacks(batch.cohorts, outlet)
         train = outlet is not None and bool(stacks)  # heads alone need no backward pass through the body
         try:
+            crash_points.reach("base_model.forward")
             hidden_ND = self.body.forward(batch, stacks, train=train)
             with torch.no_grad():
                 losses_K, grad_ND = label_loss(
                     hidden_ND, self._loaded.head, batch.labels, self.space, train=train
                 )
             heads = head_losses(hidden_ND, batch, self._loaded.pooling, grad_ND=grad_ND, outlet=outlet)
+            crash_points.reach("base_model.backward")
             if grad_ND is not None:
                 self.body.backward(grad_ND)
         finally:

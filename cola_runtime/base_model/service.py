@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cola_runtime import crash_points
 from cola_runtime.adapter_spec import LeaseTerms
 from cola_runtime.adapters.checkpoint_format import checkpoint_weights
 from cola_runtime.base_model.compute_lane import ComputeLane
@@ -80,6 +81,7 @@ class BaseModelService:
     async def lease(self, lease: Lease, terms: LeaseTerms) -> None:
         """Accept the lease's device and epoch from now on. Raises Fenced for an older epoch."""
         self._server.lease(lease, terms)
+        crash_points.reach("base_model.leased")
 
     async def end_lease(self, job_id: str, epoch: int) -> None:
         """Forget the lease and its adapter, unless a newer lease holds the job."""
@@ -101,6 +103,7 @@ class BaseModelService:
             segment = step.segments[tap.segment]
             compressed = self._compressor.compress(segment.lease, segment.taps.compression, tap.tensors)
             gathered[tap.segment].add(compressed)
+            crash_points.reach("base_model.tap")
 
         def end(result: BaseStepResult) -> None:
             for taps, segment, loss in zip(gathered, step.segments, result.losses, strict=True):
@@ -109,6 +112,7 @@ class BaseModelService:
                     self._server.end_microbatch(segment, taps.sent)
 
         result = await self._lane.run(lambda: self._model.run(step, sink, then=end))
+        crash_points.reach("base_model.step_done")
         self._record(step, result)
         return result
 
@@ -208,6 +212,7 @@ class BaseModelService:
                     membership=update.terms.membership,
                 )
 
+        crash_points.reach("base_model.update_complete")
         if not self._server.honours(update.lease):
             return  # ended since: behind the eviction, an install would stay in the bank for good
         try:
@@ -219,6 +224,7 @@ class BaseModelService:
             message = f"version {update.version} could not be installed"
             self._events.append(StepRefused(lease=update.lease, reason="INSTALL_FAILED", message=message))
         else:
+            crash_points.reach("base_model.installed")
             self._events.append(_applied(update))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -9,11 +11,14 @@ from torch import Tensor
 from cola_runtime.adapter_spec import AdapterSpec
 from cola_runtime.adapters.adapter import torch_dtype
 from cola_runtime.adapters.flat_layout import FlatLayout
-from cola_runtime.errors import Conflict, ProtocolError
+from cola_runtime.errors import Conflict, InvalidInput, ProtocolError
+from cola_runtime.gradients.norms import tensor_norms
 from cola_runtime.proto import control_pb2
 from cola_runtime.transport.reader import ReceivedTensor
 from cola_runtime.transport.tensors import from_wire
 from cola_runtime.types import TensorKey, TensorKind
+
+MAX_WEIGHT_NORM = 1e9  # of one tensor: beyond, its squares and products leave float32
 
 
 @dataclass(slots=True)
@@ -52,10 +57,13 @@ class ShardInbox:
     def complete(self, end: control_pb2.UpdateEnd) -> int:
         """The version is whole: keep it until it is handed over. Returns the bytes of its weights.
 
-        Raises ProtocolError, or Conflict STEP_OUT_OF_ORDER for a version out of turn.
+        Raises ProtocolError; Conflict STEP_OUT_OF_ORDER for a version out of turn; InvalidInput
+        NON_FINITE_ADAPTER or UPDATE_TOO_LARGE for weights that no base step should see.
         """
         pending, self._pending = self._pending or _Pending(end.version), None
         self._check(pending, end)
+        assert pending.weights_P is not None  # `_check` has looked
+        _check_sizes(pending.version, self._layout.views(pending.weights_P))
         self.version, self.end, self._complete_P = end.version, end, pending.weights_P
         return pending.wire_bytes
 
@@ -98,3 +106,16 @@ class ShardInbox:
             raise Conflict(
                 "STEP_OUT_OF_ORDER", "an update out of turn", limit=self.version + 1, actual=end.version
             )
+
+
+def _check_sizes(version: int, weights: Mapping[TensorKey, Tensor]) -> None:
+    norms = zip(weights, tensor_norms(weights.values()).tolist(), strict=True)
+    key, norm = max(norms, key=lambda each: each[1] if each[1] == each[1] else math.inf)
+    if norm <= MAX_WEIGHT_NORM:
+        return
+    finite = all(bool(weight.isfinite().all()) for weight in weights.values())
+    raise InvalidInput(
+        "UPDATE_TOO_LARGE" if finite else "NON_FINITE_ADAPTER",
+        f"{key.kind.name} of site {key.site} at version {version} has the norm {norm:g}",
+        limit=f"{MAX_WEIGHT_NORM:g}",
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import os
@@ -12,11 +13,11 @@ import socket
 import sqlite3
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from cola_runtime.config import ClientSettings, ServiceSettings
+from cola_runtime.config import BaseModelSettings, ClientSettings, ServiceSettings
 from cola_runtime.errors import ColaError
 
 PACKAGE = "cola_runtime"
@@ -45,7 +46,10 @@ def run_checks(service: ServiceSettings, client: ClientSettings) -> list[Check]:
         check_ray(),
         check_threads(service),
         check_data_dir(service.data_dir),
+        check_store(service.data_dir / "jobs.sqlite"),
+        check_storage(service.data_dir / "objects"),
         check_disk(service.data_dir),
+        check_base_model(service.base_model),
         *check_service(service, client),
     ]
 
@@ -119,6 +123,53 @@ def check_data_dir(folder: Path) -> Check:
             remedy="Give another with COLA_DATA_DIR or `cola serve --data-dir`.",
         )
     return Check(name="data folder", status="ok", finding=f"{folder} can be written")
+
+
+def check_store(path: Path) -> Check:
+    """The job store is whole, unless a coordinator has it open, which then keeps everybody else out."""
+    if not path.exists():
+        return Check(name="job store", status="ok", finding="there is none yet")
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=0)) as store:
+            found = store.execute("PRAGMA quick_check(1)").fetchone()[0]
+    except sqlite3.Error as error:
+        if "locked" in str(error):
+            return Check(name="job store", status="ok", finding="a coordinator has it open")
+        found = str(error)
+    if found == "ok":
+        return Check(name="job store", status="ok", finding=f"{path.name} is whole")
+    return Check(
+        name="job store",
+        status="fail",
+        finding=f"{path} is damaged: {found}",
+        remedy="Stop the service and put back a copy of jobs.sqlite; checkpoints are in objects/.",
+    )
+
+
+def check_storage(folder: Path) -> Check:
+    """Objects can be written, and nothing half-written lies about."""
+    if not folder.exists():
+        return Check(name="object storage", status="ok", finding="there is none yet")
+    writable = check_data_dir(folder)
+    if writable.status == "fail":
+        return replace(writable, name="object storage")
+    partial = len(list((folder / ".partial").glob("*")))
+    finding = "can be written" + (f"; {partial} half-written objects" if partial else "")
+    return Check(name="object storage", status="ok", finding=finding)
+
+
+def check_base_model(settings: BaseModelSettings) -> Check:
+    """Its folder is there, if it is given by its folder."""
+    if settings.path is None:
+        return Check(name="base model", status="ok", finding=f"{settings.name}, found by its alias")
+    if (settings.path / "config.json").is_file():
+        return Check(name="base model", status="ok", finding=f"{settings.name} in {settings.path}")
+    return Check(
+        name="base model",
+        status="fail",
+        finding=f"{settings.path} holds no config.json",
+        remedy="Give a folder in transformers' format with `cola serve --model-path`.",
+    )
 
 
 def check_disk(folder: Path) -> Check:

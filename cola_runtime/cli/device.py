@@ -31,9 +31,10 @@ def device(
     ] = None,
 ) -> None:
     """Join a service as a device, until Ctrl-C. The join token is read from COLA_JOIN_TOKEN."""
+    from cola_runtime import crash_points
     from cola_runtime.adapters.module_registry import import_adapter_modules
     from cola_runtime.cli.output import clean, print_text
-    from cola_runtime.config import join_settings, set_thread_environment
+    from cola_runtime.config import crash_setting, join_settings, set_thread_environment
 
     settings = join_settings(
         coordinator=coordinator,
@@ -42,6 +43,7 @@ def device(
         credit_bytes=credit_bytes,
         adapter_modules=adapter_module,
     )
+    crash_points.arm(crash_setting())
     config = device_config(settings)
     set_thread_environment(config.threads)  # before torch is imported
     import_adapter_modules(settings.adapter_modules)
@@ -84,7 +86,12 @@ def default_device_id(host: str) -> str:
 async def _serve(config: DeviceConfig) -> None:
     from cola_runtime.device.agent import DeviceAgent
 
-    agent = DeviceAgent(config)
+    agent, stop = DeviceAgent(config), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, agent.stop)
-    await agent.run()
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    serving = asyncio.create_task(agent.run())
+    asked = asyncio.create_task(stop.wait())
+    await asyncio.wait((serving, asked), return_when=asyncio.FIRST_COMPLETED)
+    asked.cancel()
+    await agent.drain()
+    await serving

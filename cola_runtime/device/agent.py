@@ -22,6 +22,8 @@ from cola_runtime.transport.reader import FrameLimits
 
 logger = logging.getLogger(__name__)
 
+DRAIN_SECONDS = 20.0  # below the 30 s that Kubernetes gives a process by default
+
 
 class DeviceAgent:
     """One device. `run()` serves until `stop()`; both belong to one event loop.
@@ -36,6 +38,7 @@ class DeviceAgent:
         self._worker = DeviceWorker()
         self._thread = ThreadPoolExecutor(1, "device-worker", lambda: torch.set_num_threads(config.threads))
         self._stopping = asyncio.Event()
+        self._session: ControlSession | None = None
 
     async def run(self) -> None:
         """Serve until stopped, reconnecting with growing pauses."""
@@ -49,6 +52,14 @@ class DeviceAgent:
             with suppress(asyncio.CancelledError):
                 await serving
             self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def drain(self) -> None:
+        """Give every adapter back at its next step boundary, so that nothing is computed again; then stop."""
+        if self._session is not None:
+            with suppress(ColaError, TimeoutError):
+                async with asyncio.timeout(DRAIN_SECONDS):
+                    await self._session.drain()
+        self.stop()
 
     def stop(self) -> None:
         """Let `run` close both streams and return."""
@@ -72,9 +83,12 @@ class DeviceAgent:
             welcome = await introduce(stream, self._hello(), limits=FrameLimits())
             pause.reset()
             logger.info("joined %s", stream.peer, extra={"event": "device.joined"})
-            session = ControlSession(self._config, stream, welcome, worker=self._worker, thread=self._thread)
-            await session.run()
+            self._session = ControlSession(
+                self._config, stream, welcome, worker=self._worker, thread=self._thread
+            )
+            await self._session.run()
         finally:
+            self._session = None
             await stream.close()
 
     def _hello(self) -> control_pb2.DeviceControl:

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from cola_runtime import crash_points
 from cola_runtime.device.answers import Answer, Checkpoint, Norms, Refused
 from cola_runtime.device.config import DeviceConfig
 from cola_runtime.device.gradient_link import GradientLink
@@ -71,12 +72,21 @@ class ControlSession:
         self._blobs: dict[tuple[str, int], bytes] = {}  # checkpoints that wait for their grant
         self._checkpoints: asyncio.Queue[Checkpoint] = asyncio.Queue(maxsize=2)
         self._draining = False
+        self._released = asyncio.Event()  # set at the end of each lease
 
     async def run(self) -> None:
         """Until the control stream ends. Raises what ended it."""
         await until_first_ends(
             self._read_control(), self._send_heartbeats(), self._serve_gradients(), self._send_checkpoints()
         )
+
+    async def drain(self) -> None:
+        """Take no new leases, and return when the coordinator has taken back those that are held."""
+        self._draining = True
+        await self._stream.send_control(control_pb2.DeviceControl(drain=control_pb2.Drain()))
+        while not self._worker.idle:
+            self._released.clear()
+            await self._released.wait()
 
     async def _read_control(self) -> None:
         async for item in self._stream:
@@ -98,6 +108,7 @@ class ControlSession:
         elif kind == "lease_end":
             lease = control.lease_from_proto(message.lease_end.lease)
             await self._in_thread(lambda: self._worker.end(lease))
+            self._released.set()
         elif kind == "checkpoint_request":
             await self._checkpoint(control.lease_from_proto(message.checkpoint_request.lease))
         elif kind == "drain":
@@ -213,6 +224,7 @@ class ControlSession:
             )
             blob = WireTensor(dtype=DType.UINT8, shape=(len(made.data),), data=memoryview(made.data))
             await self._stream.send_tensor(address, blob)
+            crash_points.reach("device.checkpoint_sent")
             await self._stream.send_control(control_pb2.DeviceControl(checkpoint_made=_checkpoint_made(made)))
 
     async def _in_thread(self, work: Callable[[], T]) -> T:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any
 
+from cola_runtime import crash_points
 from cola_runtime.device.answers import Norms, Refused, Update
 from cola_runtime.device.config import DeviceConfig
 from cola_runtime.proto import control_pb2
@@ -99,7 +100,9 @@ class GradientLink:
         """All weights of a version, then its UpdateEnd."""
         async with self._sending:
             await self._stream.send_frames(update.frames)
+            crash_points.reach("device.update_begun")
             await self._stream.send_control(control_pb2.GradientControl(update_end=_update_end(update)))
+        crash_points.reach("device.update_sent")
 
     async def close(self) -> None:
         await self._stream.close()

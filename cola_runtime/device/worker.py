@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from cola_runtime import crash_points
 from cola_runtime.adapters.checkpoint_format import TrainingDefinition
 from cola_runtime.device.answers import Answer, Checkpoint, Consumed, Norms, Refused, Update
 from cola_runtime.device.session import AdapterSession, Applied
@@ -54,6 +55,11 @@ class DeviceWorker:
         self.busy_seconds = 0.0
         self.resident_bytes = 0  # of all sessions; may be read from another thread
 
+    @property
+    def idle(self) -> bool:
+        """No lease is held; may be read from another thread."""
+        return not self._held
+
     def grant(self, grant: control_pb2.LeaseGrant, checkpoint: bytes | None) -> Update | Refused:
         """Create or restore the adapter; returns the weights of the version it starts at."""
         lease = control.lease_from_proto(grant.lease)
@@ -64,6 +70,7 @@ class DeviceWorker:
             return Refused(lease=lease, reason=error.reason, message=str(error))
         self._held[lease.job_id] = _Held(lease, session, grant.checkpoint_every, grant.shards > 1)
         self._count_resident()
+        crash_points.reach("device.granted")
         return _update(lease, session)
 
     def end(self, lease: Lease) -> None:
@@ -94,6 +101,7 @@ class DeviceWorker:
         data = held.session.checkpoint()
         digest = hashlib.sha256(data).hexdigest()
         self._spent("checkpoint", started, lease.job_id, held.session.version)
+        crash_points.reach("device.checkpoint_made")
         return Checkpoint(lease=lease, version=held.session.version, data=data, sha256=digest)
 
     def consume(self, items: Iterable[GradientItem]) -> Consumed:
@@ -202,8 +210,10 @@ class DeviceWorker:
         return answers
 
     def _apply(self, held: _Held, version: int, *, norm: float | None = None) -> Update:
+        crash_points.reach("device.step_complete")
         started = time.monotonic()
         applied = held.session.apply(version=version, norm=norm)
+        crash_points.reach("device.step_applied")
         seconds = held.step_seconds + applied.seconds
         job_id, now = held.lease.job_id, time.monotonic()
         self.spans.add(WORKER, "optimizer step", begin=started, end=now, job=job_id, version=applied.version)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.pool import StaticPool
 
 from cola_runtime.errors import Unavailable
@@ -103,6 +103,10 @@ def _upgrade(connection: Connection) -> None:
 
 def _unavailable(error: DBAPIError) -> Unavailable:
     """What the driver's error means to a caller. SQL and values stay out of the message."""
+    if isinstance(error, IntegrityError):  # something that must never be false would be: our fault
+        return Unavailable(
+            "STORE_REFUSED", "the job store refused the change", remedy="See the service's log."
+        )
     cause = str(error.orig)
     if "full" in cause:
         return Unavailable(

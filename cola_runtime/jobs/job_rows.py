@@ -13,7 +13,7 @@ from cola_runtime.clock import rfc3339
 from cola_runtime.errors import Conflict, InvalidInput, NotFound
 from cola_runtime.jobs import schema
 from cola_runtime.jobs.records import JobRecord, NewJob
-from cola_runtime.jobs.state import TERMINAL_STATES, JobState, check_transition
+from cola_runtime.jobs.state import INITIAL_STATE, TERMINAL_STATES, JobState, Trigger, next_state
 from cola_runtime.jobs.trail import append_event
 
 MAX_LISTED_JOBS = 1000
@@ -33,9 +33,9 @@ def insert_job(connection: Connection, new: NewJob, *, at: str) -> JobRecord:
         return earlier
     values = asdict(new)
     values["deadline_at"] = _later(at, values.pop("deadline_seconds"))
-    connection.execute(_jobs.insert().values(**values, state=JobState.QUEUED, created_at=at))
+    connection.execute(_jobs.insert().values(**values, state=INITIAL_STATE, created_at=at))
     message = f"job {new.name!r} is queued: {new.total_steps} steps on {new.base_model}"
-    data = {"to": JobState.QUEUED, "total_steps": new.total_steps}
+    data = {"to": INITIAL_STATE, "total_steps": new.total_steps}
     append_event(connection, new.job_id, at=at, kind="job.queued", message=message, data=data)
     return read_job(connection, new.job_id)
 
@@ -101,27 +101,28 @@ def list_jobs(
 def move_job(
     connection: Connection,
     job_id: str,
-    state: JobState,
+    trigger: Trigger,
     *,
     at: str,
     message: str = "",
     failure_reason: str | None = None,
     failure_message: str | None = None,
 ) -> JobRecord:
-    """Enter `state`, if the machine allows it, and write the event. Anything but running ends the lease.
+    """Enter the state that `trigger` leads to, and write the event. Anything but running ends the lease.
 
     Raises Conflict `TRANSITION_ILLEGAL`.
     """
     job = read_job(connection, job_id)
-    check_transition(job.state, state)
+    state = next_state(job.state, trigger)
     changes = _changes(job, state, at)
     if state is JobState.FAILED:
         changes |= {"failure_reason": failure_reason or "JOB_FAILED", "failure_message": failure_message}
     if state is not JobState.RUNNING:
         end_lease(connection, job_id, at=at)
     update_job(connection, job_id, **changes)
-    _append_transition(connection, read_job(connection, job_id), job.state, at=at, message=message)
-    return read_job(connection, job_id)
+    moved = read_job(connection, job_id)
+    _append_transition(connection, moved, job.state, trigger, at=at, message=message)
+    return moved
 
 
 def update_job(connection: Connection, job_id: str, **changes: Any) -> None:
@@ -149,10 +150,10 @@ def _changes(job: JobRecord, state: JobState, at: str) -> dict[str, Any]:
 
 
 def _append_transition(
-    connection: Connection, job: JobRecord, before: JobState, *, at: str, message: str
+    connection: Connection, job: JobRecord, before: JobState, trigger: Trigger, *, at: str, message: str
 ) -> None:
     text = message or job.failure_message or f"job {job.name!r} is {job.state} at step {job.version}"
-    data = {"from": before, "to": job.state, "version": job.version}
+    data = {"from": before, "to": job.state, "trigger": trigger, "version": job.version}
     if job.failure_reason is not None:
         data["reason"] = job.failure_reason
     level = "error" if job.state is JobState.FAILED else "info"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from cola_runtime.adapter_spec import AdapterPart, AdapterSpec, head_part
 from cola_runtime.adapters.mergeable import check_mergeable
@@ -14,7 +14,7 @@ from cola_runtime.adapters.targets import resolve_target_sites
 from cola_runtime.config import PlannerSettings
 from cola_runtime.errors import InvalidInput
 from cola_runtime.gradients.planner import Costs, Workload, plan_taps
-from cola_runtime.spec import CollaborationSpec, JobSpec
+from cola_runtime.spec import CollaborationSpec, JobSpec, WatchdogSpec
 from cola_runtime.types import (
     PRODUCT_FLOPS,
     QUANTIZATION,
@@ -53,6 +53,7 @@ class TrainingPlan:
     merged: bool = False
     collaboration: CollaborationSpec | None = None
     priority: Priority = Priority.NORMAL
+    watchdog: WatchdogSpec = field(default_factory=WatchdogSpec)
 
     def of_shards(self) -> tuple[TrainingPlan, ...]:
         """What each shard's device is told."""
@@ -183,6 +184,7 @@ def training_plan(spec: JobSpec, base: BaseModelDescription, *, total_steps: int
         max_staleness=spec.max_staleness,
         loss_scaling=_loss_scaling(spec, base),
         shards=spec.shards,
+        watchdog=spec.watchdog,
     )
 
 

@@ -7,7 +7,7 @@ step must be the next one. So a step is recorded once, whoever repeats or delays
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from cola_runtime.errors import Conflict, Fenced, InvalidInput
 from cola_runtime.jobs import schema
 from cola_runtime.jobs.job_rows import end_lease, read_job, update_job
 from cola_runtime.jobs.records import CheckpointRecord, JobRecord, StepRecord
-from cola_runtime.jobs.state import JobState
+from cola_runtime.jobs.state import ACTIVE_STATES, JobState
 from cola_runtime.jobs.trail import append_event
 from cola_runtime.types import Lease
 
@@ -32,7 +32,7 @@ _SAME_STEP = ("epoch", "loss", "tokens", "label_tokens", "device_id")
 def open_lease(connection: Connection, job_id: str, device_ids: Sequence[str], *, at: str) -> Lease:
     """Give the devices the job, with the next epoch; an earlier lease ends. Conflict `JOB_NOT_ACTIVE`."""
     job = read_job(connection, job_id)
-    if job.state not in (JobState.QUEUED, JobState.RUNNING):
+    if job.state not in ACTIVE_STATES:
         raise Conflict("JOB_NOT_ACTIVE", f"{job_id} is {job.state}: it takes no lease", actual=job.state)
     end_lease(connection, job_id, at=at)
     first, *further = device_ids
@@ -129,6 +129,21 @@ def read_checkpoints(connection: Connection, job_id: str) -> list[CheckpointReco
     """All that are visible, by version."""
     query = select(_checkpoints).where(_checkpoints.c.job_id == job_id).order_by(_checkpoints.c.version)
     return [CheckpointRecord(**row) for row in connection.execute(query).mappings()]
+
+
+def delete_checkpoints(connection: Connection, job_id: str, versions: Collection[int], *, at: str) -> None:
+    """The checkpoints of these versions are kept no longer."""
+    of_job = _checkpoints.c.job_id == job_id
+    connection.execute(_checkpoints.delete().where(of_job, _checkpoints.c.version.in_(versions)))
+    message = f"checkpoints no longer kept: versions {', '.join(map(str, versions))}"
+    data = {"versions": list(versions)}
+    append_event(connection, job_id, at=at, kind="checkpoint.retired", message=message, data=data)
+
+
+def read_storage_keys(connection: Connection) -> set[str]:
+    """Of every dataset and checkpoint."""
+    columns = (schema.jobs.c.training_key, schema.jobs.c.evaluation_key, _checkpoints.c.storage_key)
+    return {key for column in columns for (key,) in connection.execute(select(column)) if key is not None}
 
 
 def newest_checkpoint(connection: Connection, job_id: str) -> CheckpointRecord | None:

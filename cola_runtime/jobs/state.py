@@ -1,4 +1,8 @@
-"""The states of a job, and which may follow which. A terminal state never changes."""
+"""The states of a job, what can happen to it, and what that makes of it. A terminal state never changes.
+
+`TRANSITIONS` is the whole machine: a state and a trigger that it does not hold are refused, and the store has
+no other way into a state.
+"""
 
 from __future__ import annotations
 
@@ -18,26 +22,56 @@ class JobState(enum.StrEnum):
     CANCELLED = "cancelled"  # ended by its tenant; checkpoints stay
 
 
+class Trigger(enum.StrEnum):
+    """What happens to a job."""
+
+    START = "start"  # its driver begins
+    REQUEUE = "requeue"  # the coordinator that drove it has gone
+    PAUSE = "pause"  # its tenant stops it, or its own watchdog does
+    RESUME = "resume"  # its tenant lets it go on
+    COMPLETE = "complete"  # every step is applied
+    STOP_EARLY = "stop_early"  # its held-out rows say that it has learnt enough
+    FAIL = "fail"  # trying again would give the same error
+    CANCEL = "cancel"  # its tenant ends it
+
+
+INITIAL_STATE = JobState.QUEUED
+ACTIVE_STATES = frozenset({JobState.QUEUED, JobState.RUNNING})  # those that a driver works on
 TERMINAL_STATES = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
 
-TRANSITIONS: dict[JobState, frozenset[JobState]] = {
-    JobState.QUEUED: frozenset({JobState.RUNNING, JobState.PAUSED, JobState.FAILED, JobState.CANCELLED}),
-    JobState.RUNNING: frozenset(
-        {JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobState.PAUSED, JobState.QUEUED}
-    ),  # back to queued: the coordinator restarted
-    JobState.PAUSED: frozenset({JobState.QUEUED, JobState.RUNNING, JobState.CANCELLED}),
-    JobState.SUCCEEDED: frozenset(),
-    JobState.FAILED: frozenset(),
-    JobState.CANCELLED: frozenset(),
+TRANSITIONS: dict[JobState, dict[Trigger, JobState]] = {
+    JobState.QUEUED: {
+        Trigger.START: JobState.RUNNING,
+        Trigger.PAUSE: JobState.PAUSED,
+        Trigger.FAIL: JobState.FAILED,
+        Trigger.CANCEL: JobState.CANCELLED,
+    },
+    JobState.RUNNING: {
+        Trigger.REQUEUE: JobState.QUEUED,
+        Trigger.PAUSE: JobState.PAUSED,
+        Trigger.COMPLETE: JobState.SUCCEEDED,
+        Trigger.STOP_EARLY: JobState.SUCCEEDED,
+        Trigger.FAIL: JobState.FAILED,
+        Trigger.CANCEL: JobState.CANCELLED,
+    },
+    JobState.PAUSED: {
+        Trigger.RESUME: JobState.QUEUED,
+        Trigger.CANCEL: JobState.CANCELLED,
+    },
+    JobState.SUCCEEDED: {},
+    JobState.FAILED: {},
+    JobState.CANCELLED: {},
 }
 
 
-def check_transition(before: JobState, after: JobState) -> None:
-    """Raise Conflict `TRANSITION_ILLEGAL` unless `after` may follow `before`; no state follows itself."""
-    if after not in TRANSITIONS[before]:
-        allowed = ", ".join(sorted(TRANSITIONS[before])) or "none: it has ended"
+def next_state(before: JobState, trigger: Trigger) -> JobState:
+    """The state that `trigger` makes of `before`. Raises Conflict `TRANSITION_ILLEGAL`."""
+    possible = TRANSITIONS[before]
+    if trigger not in possible:
+        allowed = ", ".join(sorted(possible)) or "none: it has ended"
         raise Conflict(
             "TRANSITION_ILLEGAL",
-            f"a job that is {before} cannot become {after}; possible: {allowed}",
+            f"{trigger} is not possible of a job that is {before}; possible: {allowed}",
             actual=before.value,
         )
+    return possible[trigger]

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection
 
-from cola_runtime import clock
+from cola_runtime import clock, crash_points
+from cola_runtime.errors import Unavailable
 from cola_runtime.jobs import evaluations, job_rows, progress, tenancy, terms, trail, usage
 from cola_runtime.jobs.database import Database
 from cola_runtime.jobs.records import (
@@ -30,7 +31,7 @@ from cola_runtime.jobs.records import (
     TermChanges,
     Usage,
 )
-from cola_runtime.jobs.state import JobState
+from cola_runtime.jobs.state import JobState, Trigger
 from cola_runtime.types import Lease
 
 ALL_SCOPES = "*"
@@ -83,13 +84,17 @@ class JobStore:
 
     async def authenticate(self, key: str) -> ApiKey | None:
         """The key's tenant and scopes; None for an unknown or revoked key."""
-        return await self._database.run(lambda c: tenancy.find_key(c, key, at=self._at()))
+        found, at = await self._database.run(lambda c: tenancy.find_key(c, key)), self._at()
+        if found is not None and tenancy.is_stale(found.last_used_at, at):
+            with contextlib.suppress(Unavailable):  # a full disk must keep nobody from reading
+                await self._database.run(lambda c: tenancy.note_use(c, found, at=at))
+        return found
 
     async def tenant_of_key(self, key: str) -> Tenant | None:
         """As `authenticate`, for who needs no scopes."""
 
         def find(connection: Connection) -> Tenant | None:
-            found = tenancy.find_key(connection, key, at=self._at())
+            found = tenancy.find_key(connection, key)
             return None if found is None else tenancy.read_tenant(connection, found.tenant_id)
 
         return await self._database.run(find)
@@ -125,7 +130,7 @@ class JobStore:
 
         Raises Conflict `IDEMPOTENCY_CONFLICT`.
         """
-        return await self._write(new.job_id, lambda c: job_rows.insert_job(c, new, at=self._at()))
+        return await self._write("job", new.job_id, lambda c: job_rows.insert_job(c, new, at=self._at()))
 
     async def job(self, job_id: str, *, tenant_id: str | None = None) -> JobRecord:
         """Raises NotFound `JOB_UNKNOWN`, also when the job is another tenant's."""
@@ -151,22 +156,23 @@ class JobStore:
     async def transition(
         self,
         job_id: str,
-        state: JobState,
+        trigger: Trigger,
         *,
         message: str = "",
         failure_reason: str | None = None,
         failure_message: str | None = None,
     ) -> JobRecord:
-        """Move the job to `state`; every state but running ends its lease, so record what it did before.
+        """What `trigger` makes of the job; every state but running ends its lease, so record steps before.
 
-        Raises Conflict `TRANSITION_ILLEGAL`, also when the job is in `state` already (`error.actual`).
+        Raises Conflict `TRANSITION_ILLEGAL`; its `actual` is the state that the job is in.
         """
         return await self._write(
+            "transition",
             job_id,
             lambda c: job_rows.move_job(
                 c,
                 job_id,
-                state,
+                trigger,
                 at=self._at(),
                 message=message,
                 failure_reason=failure_reason,
@@ -182,13 +188,15 @@ class JobStore:
             trail.append_event(
                 connection, job_id, at=at, kind="job.stopped_early", message=message, data=data
             )
-            return job_rows.move_job(connection, job_id, JobState.SUCCEEDED, at=at, message=message)
+            return job_rows.move_job(connection, job_id, Trigger.STOP_EARLY, at=at, message=message)
 
-        return await self._write(job_id, stop)
+        return await self._write("transition", job_id, stop)
 
     async def miss_deadline(self, job_id: str) -> JobRecord | None:
         """Note, once, that the job has not ended by its deadline; None if it has, or was noted before."""
-        return await self._write(job_id, lambda c: job_rows.miss_deadline(c, job_id, at=self._at()))
+        return await self._write(
+            "deadline", job_id, lambda c: job_rows.miss_deadline(c, job_id, at=self._at())
+        )
 
     # Leases, steps, evaluations, checkpoints
 
@@ -197,12 +205,14 @@ class JobStore:
 
         Raises Conflict `JOB_NOT_ACTIVE`.
         """
-        return await self._write(job_id, lambda c: progress.open_lease(c, job_id, device_ids, at=self._at()))
+        return await self._write(
+            "lease", job_id, lambda c: progress.open_lease(c, job_id, device_ids, at=self._at())
+        )
 
     async def rewind(self, lease: Lease, version: int) -> JobRecord:
         """Steps, evaluations and checkpoints above `version` leave the record; what was spent stays spent."""
         return await self._write(
-            lease.job_id, lambda c: progress.rewind_job(c, lease, version, at=self._at())
+            "rewind", lease.job_id, lambda c: progress.rewind_job(c, lease, version, at=self._at())
         )
 
     async def record_step(self, step: StepRecord) -> JobRecord:
@@ -210,7 +220,7 @@ class JobStore:
 
         Raises Fenced, Conflict `STEP_OUT_OF_ORDER`, `STEP_REUSED`, `JOB_NOT_RUNNING`.
         """
-        return await self._write(step.job_id, lambda c: progress.insert_step(c, step, at=self._at()))
+        return await self._write("step", step.job_id, lambda c: progress.insert_step(c, step, at=self._at()))
 
     async def record_evaluation(self, evaluation: EvaluationRecord) -> EvaluationRecord:
         """Record the evaluation of the job's version, once; the same version again changes nothing.
@@ -218,14 +228,30 @@ class JobStore:
         Raises Fenced, InvalidInput `METRIC_NOT_FINITE`, Conflict `EVALUATION_OUT_OF_ORDER`.
         """
         return await self._write(
-            evaluation.job_id, lambda c: evaluations.insert_evaluation(c, evaluation, at=self._at())
+            "evaluation",
+            evaluation.job_id,
+            lambda c: evaluations.insert_evaluation(c, evaluation, at=self._at()),
         )
 
     async def record_checkpoint(self, checkpoint: CheckpointRecord) -> None:
         """Make a checkpoint visible whose object is stored and whose last step is recorded."""
         await self._write(
-            checkpoint.job_id, lambda c: progress.insert_checkpoint(c, checkpoint, at=self._at())
+            "checkpoint",
+            checkpoint.job_id,
+            lambda c: progress.insert_checkpoint(c, checkpoint, at=self._at()),
         )
+
+    async def retire_checkpoints(self, job_id: str, versions: Collection[int]) -> None:
+        """They leave the record; their objects are to be deleted after that."""
+        await self._write(
+            "retirement",
+            job_id,
+            lambda c: progress.delete_checkpoints(c, job_id, versions, at=self._at()),
+        )
+
+    async def storage_keys(self) -> set[str]:
+        """Every object that a job or a checkpoint names."""
+        return await self._database.run(progress.read_storage_keys)
 
     async def steps(self, job_id: str, *, after: int = 0, limit: int = 1000) -> list[StepRecord]:
         return await self._database.run(lambda c: progress.read_steps(c, job_id, after=after, limit=limit))
@@ -266,7 +292,7 @@ class JobStore:
                 connection, job_id, at=self._at(), kind=kind, message=message, data=data, level=level
             )
 
-        return await self._write(job_id, add)
+        return await self._write("event", job_id, add)
 
     async def events(self, job_id: str, *, after: int = 0, limit: int = 1000) -> list[EventRecord]:
         return await self._database.run(lambda c: trail.read_events(c, job_id, after=after, limit=limit))
@@ -288,8 +314,17 @@ class JobStore:
     def _at(self) -> str:
         return clock.rfc3339(self._now())
 
-    async def _write(self, job_id: str, work: Callable[[Connection], Result]) -> Result:
-        return await self._database.run(work, committed=lambda: self._wake_soon(job_id))
+    async def _write(self, what: str, job_id: str, work: Callable[[Connection], Result]) -> Result:
+        def write(connection: Connection) -> Result:
+            result = work(connection)
+            crash_points.reach(f"store.{what}.uncommitted")
+            return result
+
+        def committed() -> None:
+            crash_points.reach(f"store.{what}.committed")
+            self._wake_soon(job_id)
+
+        return await self._database.run(write, committed=committed)
 
     def _wake_soon(self, job_id: str) -> None:
         """Called in the database's thread, so that a commit wakes watchers even if its caller is gone."""

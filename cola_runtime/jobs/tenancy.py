@@ -80,8 +80,8 @@ def mark_key_revoked(connection: Connection, key_id: str, *, at: str) -> None:
     )
 
 
-def find_key(connection: Connection, key: str, *, at: str) -> ApiKey | None:
-    """Who the key is, None if unknown or revoked. Notes the use, to the minute."""
+def find_key(connection: Connection, key: str) -> ApiKey | None:
+    """Who the key is, None if unknown or revoked. The use is noted by `note_use`."""
     row = (
         connection.execute(
             select(*_key_columns)
@@ -93,9 +93,11 @@ def find_key(connection: Connection, key: str, *, at: str) -> ApiKey | None:
     )
     if row is None:
         return None
-    if _is_stale(row["last_used_at"], at):
-        connection.execute(_keys.update().where(_keys.c.key_id == row["key_id"]).values(last_used_at=at))
     return _api_key(row)
+
+
+def note_use(connection: Connection, key: ApiKey, *, at: str) -> None:
+    connection.execute(_keys.update().where(_keys.c.key_id == key.key_id).values(last_used_at=at))
 
 
 def read_tenant(connection: Connection, tenant_id: str) -> Tenant:
@@ -108,7 +110,8 @@ def _tenant_by_name(connection: Connection, name: str) -> Tenant | None:
     return None if row is None else Tenant(**row)
 
 
-def _is_stale(last_used_at: str | None, at: str) -> bool:
+def is_stale(last_used_at: str | None, at: str) -> bool:
+    """The last use is to be noted anew."""
     if last_used_at is None:
         return True
     return abs(_moment(at) - _moment(last_used_at)) >= LAST_USED_RESOLUTION

@@ -10,9 +10,16 @@ from typing import Any, Literal, TypeVar
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from cola_runtime import crash_points
 from cola_runtime.adapter_spec import LeaseTerms
 from cola_runtime.adapters.module_registry import import_adapter_modules
-from cola_runtime.config import BaseModelSettings, JoinSettings, ServiceSettings, set_thread_environment
+from cola_runtime.config import (
+    BaseModelSettings,
+    JoinSettings,
+    ServiceSettings,
+    crash_setting,
+    set_thread_environment,
+)
 from cola_runtime.errors import Unavailable
 from cola_runtime.trace.spans import ProcessSpans
 from cola_runtime.types import (
@@ -37,6 +44,7 @@ class BaseModelActor:
         adapter_modules: Sequence[str],
     ) -> None:
         set_thread_environment(settings.threads)
+        crash_points.arm(crash_setting())
         from cola_runtime.base_model.model import TappedModel
         from cola_runtime.base_model.pretrained import resolve_base_model
         from cola_runtime.base_model.service import BaseModelService
@@ -89,6 +97,7 @@ class DeviceActor:
 
     def __init__(self, settings: JoinSettings, device_id: str) -> None:
         set_thread_environment(settings.threads)
+        crash_points.arm(crash_setting())
         import_adapter_modules(settings.adapter_modules)
         self._settings, self._device_id = settings, device_id
 

@@ -10,13 +10,15 @@ import asyncio
 import logging
 import secrets
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from cola_runtime import crash_points
 from cola_runtime.adapters.module_registry import import_adapter_modules
-from cola_runtime.config import ServiceSettings
+from cola_runtime.config import ServiceSettings, crash_setting
 from cola_runtime.gradients.planner import Costs
 from cola_runtime.jobs.plan import wire_costs
 from cola_runtime.jobs.store import JobStore
@@ -25,6 +27,7 @@ from cola_runtime.scheduler.device_pool import DevicePool
 from cola_runtime.scheduler.leases import LeaseBook
 from cola_runtime.scheduler.loop import SchedulerLoop
 from cola_runtime.scheduler.ports import BaseModelPort
+from cola_runtime.scheduler.retention import collect_orphans
 from cola_runtime.scheduler.runner import JobRunner, lost_base_reporter
 from cola_runtime.server.grpc_server import serve_jobs
 from cola_runtime.server.service import FineTuningService
@@ -37,7 +40,8 @@ logger = logging.getLogger(__name__)
 
 FIRST_TENANT = "default"
 STOP_GRACE_SECONDS = 2.0
-DEVICES_START_SECONDS = 60.0
+DRAIN_SECONDS = 20.0  # below the 30 s that Kubernetes gives a process by default
+DEVICES_START_SECONDS = 30.0  # a device that is gone for good must not hold up a restart
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,10 +53,13 @@ class RunningService:
     first_key: str | None  # of the first tenant, only when it was just created
     base_model: BaseModelDescription
     store: JobStore
+    drain: Callable[[], Awaitable[None]]
+    """Stop every job at its next step boundary, with a checkpoint, so that none is computed again."""
 
 
 def serve(settings: ServiceSettings, *, on_ready: Callable[[RunningService], None]) -> None:
-    """Run the service until SIGINT or SIGTERM."""
+    """Run the service until SIGINT or SIGTERM, then let its jobs reach a checkpoint."""
+    crash_points.arm(crash_setting())
     asyncio.run(_serve(settings, on_ready))
 
 
@@ -63,6 +70,7 @@ async def _serve(settings: ServiceSettings, on_ready: Callable[[RunningService],
     async with running_service(settings) as service:
         on_ready(service)
         await stop.wait()
+        await service.drain()
 
 
 @asynccontextmanager
@@ -97,6 +105,7 @@ async def running_coordinator(
     storage = ObjectStorage(f"file://{(settings.data_dir / 'objects').resolve()}")
     store = await JobStore.open(f"sqlite:///{(settings.data_dir / 'jobs.sqlite').resolve()}")
     try:
+        await collect_orphans(store, storage)  # before anybody can store what is not recorded yet
         description = await base.describe()
         costs = wire_costs(settings.planner, description, token_budget=settings.scheduler.token_budget)
         runner, pool = _wire(settings, base, description, store, storage, join_token, costs)
@@ -120,6 +129,7 @@ async def running_coordinator(
                         first_key=await _first_key(store),
                         base_model=description,
                         store=store,
+                        drain=partial(runner.drain, timeout_seconds=DRAIN_SECONDS),
                     )
                 finally:
                     await runner.close()
@@ -162,6 +172,7 @@ def _wire(
         storage=storage,
         costs=costs,
         spans=spans,
+        retention=settings.retention,
     )
     pool.on_checkpoint = runner.checkpoints.store
     return runner, pool

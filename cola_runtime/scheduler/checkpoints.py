@@ -14,18 +14,20 @@ from typing import Literal
 
 from cola_runtime.adapter_spec import AdapterSpec, Frozen
 from cola_runtime.adapters.joined_checkpoint import join_checkpoints
+from cola_runtime.config import RetentionSettings
 from cola_runtime.errors import Conflict, Unavailable
 from cola_runtime.jobs.plan import TrainingPlan
 from cola_runtime.jobs.records import CheckpointRecord
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.scheduler.leases import LeaseBook, LeaseLost
+from cola_runtime.scheduler.patience import until_available
+from cola_runtime.scheduler.retention import INDEX_SUFFIX, OBJECT_SUFFIX, retire, shard_key
 from cola_runtime.storage.objects import ObjectStorage
 from cola_runtime.trace.spans import SpanRecorder
 from cola_runtime.types import Lease
 
 RECORD_TIMEOUT_SECONDS = 60.0
-_INDEX = ".json"
-_OBJECT = ".safetensors"
+KEEP_ALL = RetentionSettings()
 
 
 class StoredShard(Frozen):
@@ -63,8 +65,10 @@ class CheckpointShelf:
         store: JobStore,
         storage: ObjectStorage,
         spans: SpanRecorder | None = None,
+        retention: RetentionSettings = KEEP_ALL,
     ) -> None:
         self._spans = spans or SpanRecorder()
+        self._retention = retention
         self._book, self._store, self._storage = book, store, storage
         self._gatherings: dict[str, _Gathering] = {}
 
@@ -104,15 +108,15 @@ class CheckpointShelf:
         stem = f"checkpoints/{part.job_id}/{version:08d}-{part.epoch:06d}"
         shard = StoredShard(bytes=len(content), sha256=sha256)
         if len(gathering.lease.device_ids) == 1:
-            await asyncio.to_thread(self._storage.put, stem + _OBJECT, content)
-            await self._record(part, version, stem + _OBJECT, shard)
+            await self._put(stem + OBJECT_SUFFIX, content)
+            await self._record(part, version, stem + OBJECT_SUFFIX, shard)
             return
         number = gathering.lease.device_ids.index(part.device_id)
-        await asyncio.to_thread(self._storage.put, _shard_key(stem + _INDEX, number), content)
+        await self._put(shard_key(stem + INDEX_SUFFIX, number), content)
         stored = gathering.stored.setdefault(version, {})
         stored[number] = shard
         if len(stored) == len(gathering.lease.device_ids):
-            await self._store_index(gathering, version, stem + _INDEX)
+            await self._store_index(gathering, version, stem + INDEX_SUFFIX)
 
     def read_shard(self, record: CheckpointRecord, plan: TrainingPlan, number: int) -> bytes:
         """The checkpoint that the device of this shard goes on from; without shards, the whole one.
@@ -137,23 +141,26 @@ class CheckpointShelf:
         shards = tuple(stored[number] for number in sorted(stored))
         index = ShardIndex(version=version, adapter=gathering.adapter, shards=shards)
         content = index.model_dump_json().encode()
-        await asyncio.to_thread(self._storage.put, key, content)
+        await self._put(key, content)
         digest = hashlib.sha256(content).hexdigest()
         whole = StoredShard(bytes=sum(shard.bytes for shard in shards), sha256=digest)
         await self._record(gathering.lease, version, key, whole)
 
     async def _record(self, lease: Lease, version: int, key: str, whole: StoredShard) -> None:
-        await self._store.record_checkpoint(
-            CheckpointRecord(
-                job_id=lease.job_id,
-                version=version,
-                epoch=lease.epoch,
-                storage_key=key,
-                bytes=whole.bytes,
-                sha256=whole.sha256,
-            )
+        record = CheckpointRecord(
+            job_id=lease.job_id,
+            version=version,
+            epoch=lease.epoch,
+            storage_key=key,
+            bytes=whole.bytes,
+            sha256=whole.sha256,
         )
+        await until_available(lambda: self._store.record_checkpoint(record))
         self._book.checkpointed(lease, version)
+        await retire(lease.job_id, store=self._store, storage=self._storage, settings=self._retention)
+
+    async def _put(self, key: str, content: bytes) -> None:
+        await until_available(lambda: asyncio.to_thread(self._storage.put, key, content))
 
 
 def read_checkpoint(storage: ObjectStorage, record: CheckpointRecord) -> bytes:
@@ -167,15 +174,11 @@ def read_checkpoint(storage: ObjectStorage, record: CheckpointRecord) -> bytes:
 
 
 def _index(record: CheckpointRecord, content: bytes) -> ShardIndex | None:
-    return ShardIndex.model_validate_json(content) if record.storage_key.endswith(_INDEX) else None
+    return ShardIndex.model_validate_json(content) if record.storage_key.endswith(INDEX_SUFFIX) else None
 
 
 def _read_shard(storage: ObjectStorage, record: CheckpointRecord, index: ShardIndex, number: int) -> bytes:
-    return _read(storage, record, _shard_key(record.storage_key, number), index.shards[number].sha256)
-
-
-def _shard_key(index_key: str, number: int) -> str:
-    return f"{index_key.removesuffix(_INDEX)}-{number}{_OBJECT}"
+    return _read(storage, record, shard_key(record.storage_key, number), index.shards[number].sha256)
 
 
 def _read(storage: ObjectStorage, record: CheckpointRecord, key: str, sha256: str) -> bytes:

@@ -76,6 +76,7 @@ class DevicePool:
         self._devices: dict[str, _Device] = {}
         self._orders = itertools.count()
         self._joined = asyncio.Condition()
+        self._withheld = False
         self.closing = False  # devices that leave from now on are not lost
         self._storing: set[asyncio.Task[None]] = set()
         self.on_checkpoint: CheckpointSink | None = None
@@ -116,6 +117,10 @@ class DevicePool:
         """The able devices with the fewest leases; none if there are fewer than `count`."""
         available = sorted(self._available(job_id), key=self._load)
         return available[:count] if len(available) >= count else []
+
+    def draining(self, device_id: str) -> bool:
+        device = self._devices.get(device_id)
+        return device is not None and device.draining
 
     def unable(self, job_id: str) -> str:
         """Which of the connected devices cannot train the job, and why; "" if one may."""
@@ -165,9 +170,14 @@ class DevicePool:
         devices = {name: device.stream.send_control for name, device in self._devices.items()}
         return await self._spans.ask(devices, on=on)
 
+    def withhold(self) -> None:
+        """There is no base model: nobody gets a device until `move`."""
+        self._withheld = True
+
     async def move(self, gradient_endpoint: str) -> None:
         """The base model answers at a new endpoint: every device dials in again and learns it."""
         self._gradient_endpoint = gradient_endpoint
+        self._withheld = False
         for device in list(self._devices.values()):
             self._forget(device, "the base model restarted")
             await device.stream.close()
@@ -195,6 +205,8 @@ class DevicePool:
         ]
 
     def _available(self, job_id: str) -> list[str]:
+        if self._withheld:
+            return []
         return [
             device_id
             for device_id, device in self._devices.items()

@@ -12,13 +12,15 @@ from typing import Any, TypeVar
 from cola_runtime.errors import ColaError, JobFailed, Unavailable
 from cola_runtime.jobs.plan import TrainingPlan
 from cola_runtime.jobs.records import JobRecord, StepRecord
-from cola_runtime.jobs.state import JobState
+from cola_runtime.jobs.state import JobState, Trigger
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.scheduler.deadlines import Pace, seconds_until
 from cola_runtime.scheduler.device_pool import UNABLE_REASONS
 from cola_runtime.scheduler.evaluation import Evaluations
 from cola_runtime.scheduler.job_data import JobData
 from cola_runtime.scheduler.leases import LeaseLost
+from cola_runtime.scheduler.loss_watch import REMEDIES, Diverged, LossWatch
+from cola_runtime.scheduler.patience import is_outage, until_available
 from cola_runtime.scheduler.phases import JobPhase
 from cola_runtime.scheduler.primitives import AdapterPrimitives, LeasedAdapter, StepOutcome, TakenStep
 from cola_runtime.scheduler.slots import JobSlots
@@ -32,21 +34,25 @@ T = TypeVar("T")
 MAX_LOSSES_WITHOUT_PROGRESS = 8  # leases lost in a row at one version before the job is failed
 RETRY_PAUSE_SECONDS = 0.1
 ENTERING, LEASING = "concurrent jobs", "a device"  # what a job waits for first, as spans' names
+AT_COORDINATORS_END = "since the coordinator stops: it goes on from a checkpoint of this version"
+AT_REQUEST = "at its tenant's request"
 INTERNAL_MESSAGE = "the service failed; its log has the cause. Submit the job again."
-_LOWER_RATE = "Lower the learning rate or set max_grad_norm; the last checkpoint is kept."
-FATAL_REASONS = {  # trying again would give the same; the remedies
-    "NON_FINITE_GRADIENT": _LOWER_RATE,
-    "NON_FINITE_ADAPTER": _LOWER_RATE,
-    "TAPS_TOO_LARGE": "The last checkpoint is kept.",
-    "OUT_OF_MEMORY": "A row alone does not fit the base model's memory: set max_length, and submit again.",
-}
 
 
 class Stop(enum.Enum):
-    """What a tenant asked for; acted on at the next step boundary."""
+    """What a tenant asked for, or the operator; acted on at the next step boundary."""
 
-    PAUSE = JobState.PAUSED
-    CANCEL = JobState.CANCELLED
+    PAUSE = Trigger.PAUSE
+    CANCEL = Trigger.CANCEL
+    DRAIN = Trigger.REQUEUE  # the coordinator stops; the job goes on when there is one again
+
+    @property
+    def past(self) -> str:
+        return {Stop.PAUSE: "paused", Stop.CANCEL: "cancelled", Stop.DRAIN: "queued again"}[self]
+
+    def told(self, why: str) -> str:
+        """For the job's trail; `why` ends the sentence."""
+        return f"{self.past} {why}"
 
 
 class _Stopped(Exception):
@@ -86,6 +92,7 @@ class JobDriver:
         if record.deadline_at is not None:
             deadline = asyncio.get_running_loop().time() + seconds_until(record.deadline_at)
             self._pace = Pace(deadline=deadline, steps=plan.schedule.total_steps)
+        self._watch = LossWatch(record.job_id, plan.watchdog, store)
         self._stop: Stop | None = None
         self._why_stopped = ""
         self._stop_asked = asyncio.Event()
@@ -100,16 +107,18 @@ class JobDriver:
         """What the job does or waits for."""
         if self._stop is None:
             return self._phase.text
-        return f"{self._phase.text}; it is {self._stop.value} at the next step boundary"
+        return f"{self._phase.text}; it is {self._stop.past} at the next step boundary"
 
     @property
     def leases(self) -> bool:
         """It waits for a device, or for one to build or restore its adapter."""
         return self._phase.name in ("", ENTERING, LEASING)
 
-    def ask(self, stop: Stop, *, why: str) -> None:
-        """Stop at the next step boundary; a cancel overrides a pause. `why` ends a sentence."""
-        if self._stop is not Stop.CANCEL:
+    def ask(self, stop: Stop, *, why: str = AT_REQUEST) -> None:
+        """Stop at the next step boundary; a cancel overrides a pause, and either a drain. `why` ends a
+        sentence.
+        """
+        if self._stop is None or stop is Stop.CANCEL or self._stop is Stop.DRAIN:
             self._stop, self._why_stopped = stop, why
             self._stop_asked.set()
 
@@ -127,9 +136,9 @@ class JobDriver:
             await self._run_in_slot()
             await self._succeed()
         except _Stopped as stopped:
-            state = stopped.stop.value
-            message = f"{state.value} {self._why_stopped}"
-            await self._store.transition(self._job_id, state, message=message)
+            await self._end_by(stopped.stop)
+        except Diverged as diverged:
+            await self._give_up(diverged)
         except ColaError as error:
             await self._fail(error.reason, str(error))
         except Exception:
@@ -157,9 +166,9 @@ class JobDriver:
     async def _run_leases(self) -> None:
         """Lease, train, and lease again from the last checkpoint whenever the lease is lost."""
         progress = _Progress()
-        record = await self._store.job(self._job_id)
+        record = await until_available(lambda: self._store.job(self._job_id))
         if record.state is not JobState.RUNNING:
-            await self._store.transition(self._job_id, JobState.RUNNING, message="started")
+            await self._move(Trigger.START, message="started")
         while True:
             self._check_stop()
             try:
@@ -203,18 +212,21 @@ class JobDriver:
         if self._pace is not None:
             base_seconds = self._primitives.base_seconds(microbatches)
             adapter.due = self._pace.due(version, base_seconds=base_seconds)
-        step = f"step {version + 1}"
+        named = f"step {version + 1}"
         if taken is None:
-            self._phase.enter("base steps", f"{step} is being computed by the base model")
+            self._phase.enter("base steps", f"{named} is being computed by the base model")
             taken = await self._primitives.take(adapter, microbatches, version=version)
         ahead = self._start_ahead(adapter, version)
-        self._phase.enter("its device", f"{step} is with {_named(adapter.lease)}")
+        self._phase.enter("its device", f"{named} is with {_named(adapter.lease)}")
         try:
             outcome = await self._primitives.apply(adapter, taken)
-            self._phase.enter("recording", f"{step} is being recorded")
+            self._phase.enter("recording", f"{named} is being recorded")
             rows = [row for microbatch in microbatches for row in microbatch]
-            await self._store.record_step(_step_record(adapter, rows, outcome))
+            step = _step_record(adapter, rows, outcome)
+            self._watch.check(step.step, step.loss)
+            await until_available(lambda: self._store.record_step(step))
             self._primitives.recorded(adapter)
+            await self._watch.check_recorded(step.step)
             if self._pace is not None:
                 self._pace.step_took(asyncio.get_running_loop().time() - began)
             return None if ahead is None else await ahead
@@ -249,16 +261,18 @@ class JobDriver:
     async def _succeed(self) -> None:
         stop = self._evaluations.early_stop
         if stop is None or stop.step == self._plan.schedule.total_steps:
-            await self._store.transition(self._job_id, JobState.SUCCEEDED, message="all steps applied")
+            await self._move(Trigger.COMPLETE, message="all steps applied")
         else:
-            await self._store.stop_early(self._job_id, stop.message, data=stop.data)
+            await until_available(lambda: self._store.stop_early(self._job_id, stop.message, data=stop.data))
 
     async def _stop_at_boundary(self, adapter: LeasedAdapter) -> None:
-        if self._stop is not None:
-            if adapter.version > 0:
-                self._phase.enter("checkpoint", "making a checkpoint before it stops")
-                await self._primitives.checkpoint(adapter)
-            self._check_stop()
+        leaving = self._primitives.draining(adapter.lease)
+        if (self._stop is not None or leaving) and adapter.version > 0:
+            self._phase.enter("checkpoint", "making a checkpoint before it stops or moves")
+            await self._primitives.checkpoint(adapter)
+        self._check_stop()
+        if leaving:
+            raise LeaseLost(adapter.lease, "DEVICE_DRAINING", f"{_named(adapter.lease)} is leaving")
 
     def _check_stop(self) -> None:
         if self._stop is not None:
@@ -283,24 +297,25 @@ class JobDriver:
 
     async def _note_loss(self, lost: LeaseLost | Unavailable, progress: _Progress) -> None:
         self._phase.enter("a new lease", f"its lease was lost and is taken anew: {lost.message}")
-        record = await self._store.job(self._job_id)
-        await self._store.add_event(
-            self._job_id,
-            "lease.lost",
-            f"{lost.reason}: {lost.message}; the job goes on from its last checkpoint",
-            level="warning",
-            data={"reason": lost.reason, "version": record.version},
+        record = await until_available(lambda: self._store.job(self._job_id))
+        await until_available(
+            lambda: self._store.add_event(
+                self._job_id,
+                "lease.lost",
+                f"{lost.reason}: {lost.message}; the job goes on from its last checkpoint",
+                level="warning",
+                data={"reason": lost.reason, "version": record.version},
+            )
         )
         if lost.reason in UNABLE_REASONS:
             return  # each device says so once: the job goes to another one, or waits for one
+        if isinstance(lost, Unavailable) and is_outage(lost):
+            await asyncio.sleep(RETRY_PAUSE_SECONDS)
+            return
         progress.losses = progress.losses + 1 if record.version == progress.version else 1
         progress.version = record.version
-        if lost.reason in FATAL_REASONS:
-            raise JobFailed(
-                lost.reason,
-                lost.message,
-                remedy=FATAL_REASONS[lost.reason],
-            )
+        if lost.reason in REMEDIES:
+            raise Diverged(lost.reason, lost.message)
         if progress.losses >= MAX_LOSSES_WITHOUT_PROGRESS:
             raise JobFailed(
                 lost.reason,
@@ -309,10 +324,30 @@ class JobDriver:
             )
         await asyncio.sleep(RETRY_PAUSE_SECONDS * progress.losses)
 
-    async def _fail(self, reason: str, message: str) -> None:
-        await self._store.transition(
-            self._job_id, JobState.FAILED, message=message, failure_reason=reason, failure_message=message
+    async def _end_by(self, stop: Stop) -> None:
+        record = await until_available(lambda: self._store.job(self._job_id))
+        if stop is not Stop.DRAIN or record.state is JobState.RUNNING:  # else it waits in the queue already
+            await self._move(stop.value, message=stop.told(self._why_stopped))
+
+    async def _give_up(self, diverged: Diverged) -> None:
+        """Fail or pause, as the job asks; its last checkpoint is kept."""
+        error = JobFailed(diverged.reason, diverged.message, remedy=REMEDIES[diverged.reason])
+        data = {"reason": diverged.reason}
+        await until_available(
+            lambda: self._store.add_event(
+                self._job_id, "watchdog.acted", diverged.message, level="warning", data=data
+            )
         )
+        if self._plan.watchdog.action == "pause":
+            await self._move(Trigger.PAUSE, message=f"paused by its watchdog: {error}")
+        else:
+            await self._fail(error.reason, str(error))
+
+    async def _fail(self, reason: str, message: str) -> None:
+        await self._move(Trigger.FAIL, message=message, failure_reason=reason, failure_message=message)
+
+    async def _move(self, trigger: Trigger, **told: str) -> None:
+        await until_available(lambda: self._store.transition(self._job_id, trigger, **told))
 
 
 def _named(lease: Lease) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, TypeVar
 
+from cola_runtime import crash_points
 from cola_runtime.adapter_spec import LeaseTerms
 from cola_runtime.data.held_out import HeldOutPrompts
 from cola_runtime.errors import ColaError, NotFound
@@ -122,7 +123,9 @@ class AdapterPrimitives:
                 self._book.checkpointed(lease, usable.version)
             terms = LeaseTerms(spec=plan.adapter, membership=membership, max_staleness=plan.max_staleness)
             await self._base.lease(lease, terms)
+            crash_points.reach("lease.base_told")
             await self._grant(lease, plan, usable)
+            crash_points.reach("lease.device_told")
             await self._book.wait_version(lease, adapter.version, timeout_seconds=OPEN_TIMEOUT_SECONDS)
         except BaseException:
             await self.close(adapter)
@@ -246,6 +249,10 @@ class AdapterPrimitives:
     def recorded(self, adapter: LeasedAdapter) -> None:
         """The job store holds the adapter's version; a checkpoint of it may be recorded now."""
         self._book.recorded(adapter.lease, adapter.version)
+
+    def draining(self, lease: Lease) -> bool:
+        """One of the lease's devices wants to leave, and waits until its adapters are elsewhere."""
+        return any(map(self._pool.draining, lease.device_ids))
 
     async def checkpoint(self, adapter: LeasedAdapter) -> None:
         """Return when a checkpoint of the adapter's current version is stored and recorded."""

@@ -10,19 +10,21 @@ from dataclasses import dataclass, replace
 
 from pydantic import ValidationError
 
+from cola_runtime.config import RetentionSettings
 from cola_runtime.errors import ColaError, Conflict, InvalidInput
 from cola_runtime.gradients.planner import Costs
 from cola_runtime.jobs.plan import as_recorded, job_taps, training_plan
 from cola_runtime.jobs.records import JobRecord, TenantTerms
-from cola_runtime.jobs.state import TERMINAL_STATES, JobState
+from cola_runtime.jobs.state import ACTIVE_STATES, TERMINAL_STATES, TRANSITIONS, JobState, Trigger
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.scheduler.checkpoints import CheckpointShelf, read_checkpoint
 from cola_runtime.scheduler.deadlines import DeadlineWatch
 from cola_runtime.scheduler.device_pool import DevicePool, DeviceStatus
-from cola_runtime.scheduler.driver import INTERNAL_MESSAGE, JobDriver, Stop
+from cola_runtime.scheduler.driver import AT_COORDINATORS_END, AT_REQUEST, INTERNAL_MESSAGE, JobDriver, Stop
 from cola_runtime.scheduler.job_data import load_job_data
 from cola_runtime.scheduler.leases import LeaseBook
 from cola_runtime.scheduler.loop import SchedulerLoop
+from cola_runtime.scheduler.patience import until_available
 from cola_runtime.scheduler.ports import BaseModelPort
 from cola_runtime.scheduler.primitives import AdapterPrimitives
 from cola_runtime.scheduler.slots import JobSlots
@@ -73,13 +75,16 @@ class JobRunner:
         storage: ObjectStorage,
         costs: Costs,
         spans: SpanRecorder,
+        retention: RetentionSettings,
     ) -> None:
         self._costs = costs
         self.spans = spans
         self.trace = TraceDesk(spans, base=base, pool=pool)
         self._base, self._description, self._loop, self._pool = base, description, loop, pool
         self._book, self._store, self._storage = book, store, storage
-        self.checkpoints = CheckpointShelf(book=book, store=store, storage=storage, spans=spans)
+        self.checkpoints = CheckpointShelf(
+            book=book, store=store, storage=storage, spans=spans, retention=retention
+        )
         self._primitives = AdapterPrimitives(
             base=base, loop=loop, pool=pool, book=book, store=store, checkpoints=self.checkpoints
         )
@@ -88,6 +93,7 @@ class JobRunner:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._background: list[asyncio.Task[None]] = []
         self._deadlines = DeadlineWatch(store, cancel=self._cancel_late)
+        self._draining = False
         self._started = time.monotonic()
 
     async def open(self) -> None:
@@ -98,7 +104,7 @@ class JobRunner:
             asyncio.create_task(self._hear_base_forever(), name="base-events"),
         ]
         for record in await self._store.jobs(states=[JobState.RUNNING], limit=100_000):
-            await self._store.transition(record.job_id, JobState.QUEUED, message="the coordinator restarted")
+            await self._store.transition(record.job_id, Trigger.REQUEUE, message="the coordinator restarted")
         for record in await self._store.jobs(states=[JobState.QUEUED], limit=100_000):
             await self.start(record.job_id)
         for record in await self._store.jobs(states=[JobState.PAUSED], limit=100_000):
@@ -113,10 +119,18 @@ class JobRunner:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
+    async def drain(self, *, timeout_seconds: float) -> None:
+        """Stop every job at its next step boundary, with a checkpoint; what begins now waits for `open`."""
+        self._draining = True
+        for driver in self._drivers.values():
+            driver.ask(Stop.DRAIN, why=AT_COORDINATORS_END)
+        if self._tasks:
+            await asyncio.wait(self._tasks.values(), timeout=timeout_seconds)
+
     async def start(self, job_id: str) -> None:
         """Begin or go on with a job; nothing happens when it already runs or has ended."""
         record = await self._store.job(job_id)
-        if job_id in self._tasks or record.state in TERMINAL_STATES:
+        if self._draining or job_id in self._tasks or record.state in TERMINAL_STATES:
             return
         self._deadlines.watch(record)
         self._tasks[job_id] = asyncio.create_task(self._drive(record), name=job_id)
@@ -139,7 +153,7 @@ class JobRunner:
         if record.state in TERMINAL_STATES:
             raise Conflict("JOB_ENDED", f"the job is {record.state}; only a paused job can be resumed")
         if record.state is JobState.PAUSED:
-            await self._store.transition(job_id, JobState.QUEUED, message="resumed at its tenant's request")
+            await self._store.transition(job_id, Trigger.RESUME, message="resumed at its tenant's request")
         await self.start(job_id)
 
     def set_terms(self, tenant_id: str, terms: TenantTerms) -> None:
@@ -207,24 +221,12 @@ class JobRunner:
 
     async def _drive(self, record: JobRecord) -> None:
         try:
-            spec = _stored_spec(record)
-            plan = training_plan(spec, self._description, total_steps=record.total_steps)
-            self.set_terms(record.tenant_id, await self._store.terms(record.tenant_id))
-            data = await load_job_data(record, spec, self._description, self._storage)
-            asked = as_recorded(spec, record.encoding)
-            taps, _ = job_taps(asked, self._description, plan.adapter, data.size, self._costs)
-            plan = replace(plan, taps=taps)
-            driver = JobDriver(
-                record,
-                plan=plan,
-                data=data,
-                primitives=self._primitives,
-                store=self._store,
-                slots=self._slots,
-                spans=self.spans,
-            )
-            self._drivers[record.job_id] = driver
-            await driver.run()
+            driver = await until_available(lambda: self._driver(record))
+            self._drivers[record.job_id] = driver  # who asks from here on to stop it asks the driver
+            if self._draining:
+                driver.ask(Stop.DRAIN, why=AT_COORDINATORS_END)
+            if (await until_available(lambda: self._store.job(record.job_id))).state in ACTIVE_STATES:
+                await driver.run()
         except ColaError as error:
             await self._fail(record.job_id, error.reason, str(error))
         except Exception:
@@ -236,23 +238,42 @@ class JobRunner:
             self._drivers.pop(record.job_id, None)
             self._tasks.pop(record.job_id, None)
 
+    async def _driver(self, record: JobRecord) -> JobDriver:
+        spec = _stored_spec(record)
+        plan = training_plan(spec, self._description, total_steps=record.total_steps)
+        self.set_terms(record.tenant_id, await self._store.terms(record.tenant_id))
+        data = await load_job_data(record, spec, self._description, self._storage)
+        asked = as_recorded(spec, record.encoding)
+        taps, _ = job_taps(asked, self._description, plan.adapter, data.size, self._costs)
+        return JobDriver(
+            record,
+            plan=replace(plan, taps=taps),
+            data=data,
+            primitives=self._primitives,
+            store=self._store,
+            slots=self._slots,
+            spans=self.spans,
+        )
+
     async def _fail(self, job_id: str, reason: str, message: str) -> None:
-        await self._store.transition(
-            job_id, JobState.FAILED, message=message, failure_reason=reason, failure_message=message
+        await until_available(
+            lambda: self._store.transition(
+                job_id, Trigger.FAIL, message=message, failure_reason=reason, failure_message=message
+            )
         )
 
     async def _cancel_late(self, job_id: str) -> None:
         await self._stop(job_id, Stop.CANCEL, why="since its deadline has passed")
 
-    async def _stop(self, job_id: str, stop: Stop, *, why: str = "at its tenant's request") -> None:
+    async def _stop(self, job_id: str, stop: Stop, *, why: str = AT_REQUEST) -> None:
         record = await self._store.job(job_id)
-        if record.state in TERMINAL_STATES or record.state is stop.value:
-            return
+        if stop.value not in TRANSITIONS[record.state]:
+            return  # it has ended, or is paused already
         driver = self._drivers.get(job_id)
         if driver is not None:
             driver.ask(stop, why=why)
         else:
-            await self._store.transition(job_id, stop.value, message=f"{stop.value} {why}")
+            await self._store.transition(job_id, stop.value, message=stop.told(why))
 
     async def _adapter_to_ask(self, record: JobRecord) -> tuple[int, bytes | None]:
         """The version to generate with; a job that holds no lease brings its newest checkpoint."""
@@ -295,14 +316,19 @@ class JobRunner:
                 )
 
     async def _recover_base(self) -> None:
-        """The base model actor died: nothing of it is needed, every lease is taken anew once it is back."""
+        """The base model actor died: nothing of it is needed, every lease is taken anew once it is back.
+
+        It is back when it describes itself, which starts its gradient server; till then nobody gets a device.
+        """
+        self._pool.withhold()
         self._book.lose_all(reason="BASE_MODEL_LOST", message="the base model stopped")
-        await asyncio.sleep(BASE_RETRY_SECONDS)
-        try:
-            self._description = await self._base.describe()
-        except Exception as error:
-            logger.warning("base model not back yet: %s", error, extra={"event": "base.waiting"})
-            return
+        while True:
+            await asyncio.sleep(BASE_RETRY_SECONDS)
+            try:
+                self._description = await self._base.describe()
+                break
+            except Exception as error:
+                logger.warning("base model not back yet: %s", error, extra={"event": "base.waiting"})
         await self._pool.move(self._description.gradient_endpoint)
 
 

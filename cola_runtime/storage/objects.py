@@ -18,6 +18,7 @@ from typing import Any
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from cola_runtime import crash_points
 from cola_runtime.errors import ColaError, InvalidInput, NotFound, Unavailable
 
 MAX_KEY_CHARACTERS = 512
@@ -92,10 +93,12 @@ class ObjectStorage:
         try:
             _write_synced(partial, content)
             _make_folder(path.parent)
+            crash_points.reach("storage.written")
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
         _sync_folder(path.parent)
+        crash_points.reach("storage.renamed")
 
 
 def _write_synced(path: Path, content: bytes) -> None:

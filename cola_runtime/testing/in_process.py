@@ -57,6 +57,12 @@ class InProcessDevices:
 
 
 @asynccontextmanager
+async def no_devices(coordinator: str) -> AsyncIterator[None]:
+    """For a service whose devices are other processes, or that needs none."""
+    yield
+
+
+@asynccontextmanager
 async def running_base_model(settings: ServiceSettings) -> AsyncIterator[BaseModelService]:
     """The settings' base model (its `path` must be set), serving devices on a free port."""
     chosen = settings.base_model

@@ -26,6 +26,7 @@ CONNECT_SECONDS = 10.0
 HALF_CLOSED_SECONDS = 1.0
 KEEPALIVE_MILLISECONDS = 10_000
 KEEPALIVE_TIMEOUT_MILLISECONDS = 5_000
+RECONNECT_MILLISECONDS = 500  # gRPC's own pauses grow to two minutes, over which a service has long come back
 
 SHARED_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_time_ms", KEEPALIVE_MILLISECONDS),
@@ -35,6 +36,8 @@ SHARED_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 STREAM_OPTIONS: tuple[tuple[str, int], ...] = (
     *SHARED_OPTIONS,
+    ("grpc.initial_reconnect_backoff_ms", RECONNECT_MILLISECONDS),
+    ("grpc.max_reconnect_backoff_ms", RECONNECT_MILLISECONDS),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
 )

@@ -169,8 +169,7 @@ class FrameStream(Generic[M]):
         with suppress(ColaError):
             await self.flush()
         self._writer.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._writer
+        await asyncio.wait({self._writer})  # not itself: that could swallow our own cancellation
         await self._fail(Unavailable("STREAM_CLOSED", f"the stream to {self.peer} is closed"))
         self._closed.set()
 

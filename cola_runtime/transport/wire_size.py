@@ -31,11 +31,10 @@ def _parcels_wire_bytes(sizes: Sequence[int]) -> int:
     """Of tensors of one dtype that leave together: as many packs as it takes, a lone tensor as it is."""
     parcels: list[list[int]] = []
     for size in sizes:
-        room = (
-            MAX_PAYLOAD_BYTES - (sum(parcels[-1]) + (len(parcels[-1]) + 1) * ENTRY_BYTES) if parcels else -1
-        )
-        if size <= room and len(parcels[-1]) < MAX_PACKED_TENSORS:
-            parcels[-1].append(size)
+        last = parcels[-1] if parcels else []
+        room = MAX_PAYLOAD_BYTES - sum(last) - (len(last) + 1) * ENTRY_BYTES
+        if last and size <= room and len(last) < MAX_PACKED_TENSORS:
+            last.append(size)
         else:
             parcels.append([size])
     return sum(

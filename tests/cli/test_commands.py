@@ -15,7 +15,7 @@ import yaml
 from serving import BASE_MODEL, ROWS, Served
 
 from cola_runtime.client.sdk import Client, JobHandle
-from cola_runtime.jobs.state import JobState
+from cola_runtime.jobs.state import JobState, Trigger
 from cola_runtime.spec import JobSpec
 
 Cola = Callable[..., Any]
@@ -71,7 +71,7 @@ def test_run_ends_with_8_when_the_job_failed(cola: Cola, served: Served, job_fil
     def fail(job_id: str) -> None:
         served.run(
             served.store.transition(
-                job_id, JobState.FAILED, failure_reason="LOSS_DIVERGED", failure_message="loss is 1e9"
+                job_id, Trigger.FAIL, failure_reason="LOSS_DIVERGED", failure_message="loss is 1e9"
             )
         )
 

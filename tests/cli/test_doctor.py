@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 
 from cola_runtime.cli import checks
-from cola_runtime.config import ClientSettings, DeviceSettings, ServiceSettings
+from cola_runtime.config import BaseModelSettings, ClientSettings, DeviceSettings, ServiceSettings
 
 
 def test_all_good_beside_a_running_service(
@@ -21,7 +23,18 @@ def test_all_good_beside_a_running_service(
     found = {check["name"]: check for check in ran.json["checks"]}
     assert (ran.code, ran.json["ok"]) == (0, True)
     assert found["key"]["finding"] == "tenant alice; base models: tiny-llama; devices: 1"
-    assert {"python", "packages", "sqlite", "ray", "threads", "data folder", "disk", "service"} <= set(found)
+    assert {
+        "python",
+        "packages",
+        "sqlite",
+        "ray",
+        "threads",
+        "data folder",
+        "job store",
+        "base model",
+        "disk",
+    } <= set(found)
+    assert {"object storage", "service"} <= set(found)
     text = cola("doctor")
     assert (text.code, "All good." in text.out) == (0, True)
     assert not (tmp_path / "not").exists()
@@ -64,6 +77,34 @@ def test_a_data_folder_that_cannot_be_written_fails(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert checks.check_data_dir(tmp_path / "file").status == "fail"
     assert checks.check_data_dir(tmp_path / "new" / "deep").status == "ok"
+
+
+def test_a_damaged_job_store_is_told_from_one_that_is_open(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.sqlite"
+    assert checks.check_store(path).finding == "there is none yet"
+    with contextlib.closing(sqlite3.connect(path)) as store:
+        store.execute("CREATE TABLE jobs (job_id TEXT)")
+        store.commit()
+        assert checks.check_store(path).finding == "jobs.sqlite is whole"
+        store.execute("PRAGMA locking_mode = EXCLUSIVE")
+        store.execute("INSERT INTO jobs VALUES ('a')")
+        store.commit()
+        assert checks.check_store(path).finding == "a coordinator has it open"
+    path.write_bytes(path.read_bytes()[:100] + b"x" * 5000)
+    assert checks.check_store(path).status == "fail"
+    path.write_bytes(b"not a database at all" * 100)
+    assert (checks.check_store(path).status, "put back" in checks.check_store(path).remedy) == ("fail", True)
+
+
+def test_storage_and_base_model_are_looked_at(tmp_path: Path) -> None:
+    assert checks.check_storage(tmp_path / "objects").status == "ok"
+    (tmp_path / "objects" / ".partial").mkdir(parents=True)
+    (tmp_path / "objects" / ".partial" / "left").touch()
+    assert "1 half-written" in checks.check_storage(tmp_path / "objects").finding
+    missing = checks.check_base_model(BaseModelSettings(name="tiny", path=tmp_path))
+    assert (missing.status, "--model-path" in missing.remedy) == ("fail", True)
+    (tmp_path / "config.json").touch()
+    assert checks.check_base_model(BaseModelSettings(name="tiny", path=tmp_path)).status == "ok"
 
 
 def test_more_threads_than_cores_are_noted() -> None:

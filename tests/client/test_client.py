@@ -12,7 +12,7 @@ from serving import ROWS, Served
 from cola_runtime.client import job_handle
 from cola_runtime.client.sdk import AsyncClient, AsyncJobHandle, Client, JobHandle
 from cola_runtime.errors import InvalidInput, JobFailed, NotFound, Unavailable
-from cola_runtime.jobs.state import JobState
+from cola_runtime.jobs.state import Trigger
 from cola_runtime.spec import JobSpec
 
 
@@ -44,7 +44,7 @@ def test_wait_raises_what_the_job_failed_of(client: Client, spec: JobSpec, serve
     handle = client.submit(spec, training=ROWS)
     served.run(
         served.store.transition(
-            handle.job_id, JobState.FAILED, failure_reason="LOSS_DIVERGED", failure_message="loss is 1e9"
+            handle.job_id, Trigger.FAIL, failure_reason="LOSS_DIVERGED", failure_message="loss is 1e9"
         )
     )
     with pytest.raises(JobFailed, match="loss is 1e9") as caught:

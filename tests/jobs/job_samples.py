@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 from cola_runtime.jobs.records import EvaluationRecord, NewJob, StepRecord, Tenant
-from cola_runtime.jobs.state import JobState
+from cola_runtime.jobs.state import Trigger
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.types import Lease
 
@@ -78,5 +78,5 @@ def evaluation(lease: Lease, step: int, *, loss: float = 2.0, improved: bool = T
 async def running(store: JobStore, tenant: Tenant, *, total_steps: int = 5) -> Lease:
     """A job that is running on device-1."""
     job = await store.create_job(new_job(tenant, total_steps=total_steps))
-    await store.transition(job.job_id, JobState.RUNNING)
+    await store.transition(job.job_id, Trigger.START)
     return await store.grant_lease(job.job_id, "device-1")

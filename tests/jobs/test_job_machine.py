@@ -13,7 +13,7 @@ from job_samples import new_job, step
 
 from cola_runtime.errors import Conflict, Fenced
 from cola_runtime.jobs.records import JobRecord
-from cola_runtime.jobs.state import TERMINAL_STATES, TRANSITIONS, JobState
+from cola_runtime.jobs.state import TERMINAL_STATES, TRANSITIONS, JobState, Trigger
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.types import Lease
 
@@ -48,14 +48,14 @@ class JobMachine(RuleBasedStateMachine):
         else:
             assert allowed
 
-    @rule(state=st.sampled_from(JobState))
-    def move(self, state: JobState) -> None:
-        allowed = state in TRANSITIONS[self.state]
-        self.attempt(self.store.transition(self.job_id, state), allowed=allowed)
+    @rule(trigger=st.sampled_from(Trigger))
+    def move(self, trigger: Trigger) -> None:
+        allowed = trigger in TRANSITIONS[self.state]
+        self.attempt(self.store.transition(self.job_id, trigger), allowed=allowed)
         if allowed:
-            self.state = state
+            self.state = TRANSITIONS[self.state][trigger]
             self.event_count += 1
-            self.leased = self.leased and state is JobState.RUNNING
+            self.leased = self.leased and self.state is JobState.RUNNING
 
     @rule()
     def lease(self) -> None:

@@ -7,7 +7,7 @@ from job_samples import new_job, running, step
 
 from cola_runtime.errors import Conflict, Fenced, InvalidInput
 from cola_runtime.jobs.records import CheckpointRecord, Tenant
-from cola_runtime.jobs.state import JobState
+from cola_runtime.jobs.state import Trigger
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.types import Lease
 
@@ -27,12 +27,12 @@ async def test_each_lease_has_the_next_epoch_and_ends_the_one_before(store: JobS
     assert (job.epoch, job.device_id) == (2, "device-2")
 
 
-@pytest.mark.parametrize("state", [JobState.PAUSED, JobState.CANCELLED])
+@pytest.mark.parametrize("trigger", [Trigger.PAUSE, Trigger.CANCEL])
 async def test_a_job_that_may_not_train_takes_no_lease(
-    store: JobStore, tenant: Tenant, state: JobState
+    store: JobStore, tenant: Tenant, trigger: Trigger
 ) -> None:
     job = await store.create_job(new_job(tenant))
-    await store.transition(job.job_id, state)
+    await store.transition(job.job_id, trigger)
     with pytest.raises(Conflict) as caught:
         await store.grant_lease(job.job_id, "device-1")
     assert caught.value.reason == "JOB_NOT_ACTIVE"
@@ -89,10 +89,10 @@ async def test_an_older_or_invented_epoch_is_fenced(store: JobStore, tenant: Ten
     assert await store.checkpoints(old.job_id) == []
 
 
-@pytest.mark.parametrize("state", [JobState.PAUSED, JobState.QUEUED, JobState.CANCELLED])
-async def test_leaving_running_ends_the_lease(store: JobStore, tenant: Tenant, state: JobState) -> None:
+@pytest.mark.parametrize("trigger", [Trigger.PAUSE, Trigger.REQUEUE, Trigger.CANCEL])
+async def test_leaving_running_ends_the_lease(store: JobStore, tenant: Tenant, trigger: Trigger) -> None:
     lease = await running(store, tenant)
-    job = await store.transition(lease.job_id, state)
+    job = await store.transition(lease.job_id, trigger)
     assert job.device_id is None
     with pytest.raises(Fenced):
         await store.record_step(step(lease, 1))

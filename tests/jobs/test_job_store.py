@@ -9,7 +9,7 @@ from sqlalchemy.exc import IntegrityError
 from cola_runtime.errors import Conflict, InvalidInput, NotFound, Unavailable
 from cola_runtime.jobs import schema
 from cola_runtime.jobs.records import Tenant
-from cola_runtime.jobs.state import JobState
+from cola_runtime.jobs.state import JobState, Trigger
 from cola_runtime.jobs.store import JobStore
 
 
@@ -111,17 +111,20 @@ async def test_jobs_are_filtered_by_state(store: JobStore, tenant: Tenant) -> No
 
 async def test_each_transition_is_one_event(store: JobStore, tenant: Tenant) -> None:
     job = await store.create_job(new_job(tenant))
-    for state in (JobState.RUNNING, JobState.PAUSED, JobState.QUEUED, JobState.RUNNING, JobState.CANCELLED):
-        await store.transition(job.job_id, state)
-    kinds = [event.kind.removeprefix("job.") for event in await store.events(job.job_id)]
+    triggers = [Trigger.START, Trigger.PAUSE, Trigger.RESUME, Trigger.START, Trigger.CANCEL]
+    for trigger in triggers:
+        await store.transition(job.job_id, trigger)
+    events = await store.events(job.job_id)
+    kinds = [event.kind.removeprefix("job.") for event in events]
     assert kinds == ["queued", "running", "paused", "queued", "running", "cancelled"]
+    assert [event.data.get("trigger") for event in events] == [None, *triggers]
 
 
 async def test_times_of_a_jobs_life(store: JobStore, tenant: Tenant, hand_clock: HandClock) -> None:
     job = await store.create_job(new_job(tenant))
-    for state in (JobState.RUNNING, JobState.QUEUED, JobState.RUNNING, JobState.SUCCEEDED):
+    for trigger in (Trigger.START, Trigger.REQUEUE, Trigger.START, Trigger.COMPLETE):
         hand_clock.forward(seconds=1)
-        job = await store.transition(job.job_id, state)
+        job = await store.transition(job.job_id, trigger)
     assert job.started_at == "2026-01-02T03:04:06.000000Z"
     assert job.finished_at == "2026-01-02T03:04:09.000000Z"
     assert job.ended
@@ -129,10 +132,10 @@ async def test_times_of_a_jobs_life(store: JobStore, tenant: Tenant, hand_clock:
 
 async def test_an_illegal_transition_changes_nothing(store: JobStore, tenant: Tenant) -> None:
     job = await store.create_job(new_job(tenant))
-    done = await store.transition(job.job_id, JobState.CANCELLED)
+    done = await store.transition(job.job_id, Trigger.CANCEL)
     events = await store.events(job.job_id)
     with pytest.raises(Conflict) as caught:
-        await store.transition(job.job_id, JobState.RUNNING)
+        await store.transition(job.job_id, Trigger.START)
     assert caught.value.reason == "TRANSITION_ILLEGAL"
     assert await store.job(job.job_id) == done
     assert await store.events(job.job_id) == events
@@ -141,7 +144,7 @@ async def test_an_illegal_transition_changes_nothing(store: JobStore, tenant: Te
 async def test_a_failed_job_says_why(store: JobStore, tenant: Tenant) -> None:
     lease = await running(store, tenant)
     job = await store.transition(
-        lease.job_id, JobState.FAILED, failure_reason="LOSS_DIVERGED", failure_message="loss is 1e9 at step 3"
+        lease.job_id, Trigger.FAIL, failure_reason="LOSS_DIVERGED", failure_message="loss is 1e9 at step 3"
     )
     assert (job.failure_reason, job.failure_message) == ("LOSS_DIVERGED", "loss is 1e9 at step 3")
     event = (await store.events(job.job_id))[-1]

@@ -264,7 +264,7 @@ async def test_a_diverging_job_fails_with_its_reason_and_leaves_its_neighbour_al
         await calm.wait(WAIT_SECONDS)
         with pytest.raises(JobFailed) as failure:
             await diverging.wait(WAIT_SECONDS)
-        assert failure.value.reason == "NON_FINITE_GRADIENT"
+        assert failure.value.reason in ("NON_FINITE_GRADIENT", "UPDATE_TOO_LARGE")
         folder = await calm.download_adapter(tmp_path / "adapter")
         alone = train_reference(template, at.service.base_model, model, attention="sdpa")
         assert largest_difference(exported_weights(folder, at.service.base_model), alone) <= 2e-5

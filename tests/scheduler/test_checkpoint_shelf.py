@@ -16,7 +16,7 @@ from cola_runtime.device.session import AdapterSession, TrainingDefinition
 from cola_runtime.errors import Conflict, Unavailable
 from cola_runtime.jobs.plan import TrainingPlan
 from cola_runtime.jobs.records import NewJob
-from cola_runtime.jobs.state import JobState
+from cola_runtime.jobs.state import Trigger
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.scheduler.checkpoints import CheckpointShelf, read_checkpoint
 from cola_runtime.scheduler.leases import LeaseBook, LeaseLost
@@ -77,7 +77,7 @@ async def shelf(tmp_path: Path) -> AsyncIterator[Shelf]:
         request_digest="d",
     )
     job = await store.create_job(new)
-    await store.transition(job.job_id, JobState.RUNNING)
+    await store.transition(job.job_id, Trigger.START)
     shelf = Shelf(store, tmp_path)
     await shelf.lease_anew(job.job_id)
     yield shelf
