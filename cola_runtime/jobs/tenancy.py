@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 from datetime import UTC, datetime, timedelta
 
 from sqlalchemy import Connection, RowMapping, select
@@ -81,17 +82,21 @@ def mark_key_revoked(connection: Connection, key_id: str, *, at: str) -> None:
 
 
 def find_key(connection: Connection, key: str, *, at: str) -> ApiKey | None:
-    """Who the key is, None if unknown or revoked. Notes the use, to the minute."""
+    """Who the key is, None if unknown or revoked. Notes the use, to the minute.
+
+    Looked up by the digest of 256 random bits, so that the time of a comparison tells nothing of the key.
+    """
+    digest = ids.api_key_digest(key)
     row = (
         connection.execute(
-            select(*_key_columns)
+            select(*_key_columns, _keys.c.key_sha256)
             .join(_tenants)
-            .where(_keys.c.key_sha256 == ids.api_key_digest(key), _keys.c.revoked_at.is_(None))
+            .where(_keys.c.key_sha256 == digest, _keys.c.revoked_at.is_(None))
         )
         .mappings()
         .one_or_none()
     )
-    if row is None:
+    if row is None or not hmac.compare_digest(row["key_sha256"], digest):
         return None
     if _is_stale(row["last_used_at"], at):
         connection.execute(_keys.update().where(_keys.c.key_id == row["key_id"]).values(last_used_at=at))
@@ -119,5 +124,5 @@ def _moment(text: str) -> datetime:
 
 
 def _api_key(row: RowMapping) -> ApiKey:
-    fields = dict(row)
+    fields = {name: value for name, value in row.items() if name != "key_sha256"}
     return ApiKey(scopes=frozenset(fields.pop("scopes").split()), **fields)

@@ -14,15 +14,16 @@ from cola_runtime.errors import InvalidInput, Unavailable
 from cola_runtime.jobs.records import JobRecord, TermChanges
 from cola_runtime.proto import jobs_pb2
 from cola_runtime.server import convert, keys
-from cola_runtime.server.auth import SCOPE_OF_RPC
 from cola_runtime.server.limits import Limits
-from cola_runtime.server.rpc import Call, Method, RpcHandlers, Rule
+from cola_runtime.server.rpc import Call, Method, RpcHandlers
+from cola_runtime.server.rules import rules_of
 from cola_runtime.server.service import BEST, FineTuningService
 from cola_runtime.server.upload import UploadGate, receive_submission
 from cola_runtime.transport.endpoints import OnStream, StreamMethod, add_stream_method
 
 _TERMS = tuple(field.name for field in dataclasses.fields(TermChanges))
 SERVICE = jobs_pb2.DESCRIPTOR.services_by_name["Jobs"]
+SERVICES = (SERVICE,)
 
 # The largest frame of a device stream on the same port (1 MiB and headers) fits the message limit too.
 SERVER_OPTIONS = (
@@ -38,11 +39,12 @@ SERVER_OPTIONS = (
 
 
 def add_jobs_servicer(server: grpc.aio.Server, service: FineTuningService) -> None:
-    """Serve every method of cola.v1.Jobs on `server`, each behind its key's scope."""
+    """Serve every method of cola.v1.Jobs on `server`, each behind its rule."""
     handlers = RpcHandlers(service.store, service.limits)
     methods = JobsMethods(service).by_name()
-    rules = {name: _rule(name, service.limits) for name in SCOPE_OF_RPC}
-    server.add_generic_rpc_handlers((handlers.generic_handler(SERVICE, methods=methods, rules=rules),))
+    server.add_generic_rpc_handlers(
+        (handlers.generic_handler(SERVICE, methods=methods, rules=rules_of(SERVICE)),)
+    )
 
 
 async def serve_jobs(
@@ -64,15 +66,6 @@ async def serve_jobs(
         ) from error
     await server.start()
     return server, port
-
-
-def _rule(name: str, limits: Limits) -> Rule:
-    seconds = {
-        "SubmitJob": limits.upload_seconds,
-        "CheckDataset": limits.upload_seconds,
-        "Generate": limits.generate_seconds,
-    }
-    return Rule(scope=SCOPE_OF_RPC[name], seconds=seconds.get(name, limits.call_seconds))
 
 
 class JobsMethods:

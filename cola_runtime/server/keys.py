@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from cola_runtime.errors import Conflict, InvalidInput, NotFound
 from cola_runtime.jobs.records import ApiKey, TenantTerms, TermChanges
 from cola_runtime.jobs.store import ALL_SCOPES, JobStore
-from cola_runtime.server.auth import ADMIN, READ, TENANT_SCOPES, WRITE
+from cola_runtime.server.rules import ADMIN, READ, TENANT_SCOPES, WRITE
 
 KNOWN_SCOPES = (READ, WRITE, ADMIN, ALL_SCOPES)
 

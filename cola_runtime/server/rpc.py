@@ -1,4 +1,4 @@
-"""One gRPC method at a time: authenticated, bounded in time, its errors mapped. None is without a rule."""
+"""One gRPC method at a time: admitted by its rule, bounded in time, its errors mapped."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from cola_runtime.jobs.records import Tenant
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.server.auth import authenticate
 from cola_runtime.server.limits import Limits
+from cola_runtime.server.rules import Owner, Rule
 from cola_runtime.transport.status import abort_with
 
 
@@ -26,15 +27,9 @@ class Call:
     """What a method gets besides its request."""
 
     tenant: Tenant
+    key_id: str
     check_key: Callable[[], Awaitable[None]]
     """For long streams, as often as they like: raises soon after the key was revoked."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rule:
-    scope: str
-    seconds: float
-    """Deadline of the whole call; for a response stream, of one message."""
 
 
 Method = Callable[[Any, Call], Any]
@@ -72,12 +67,15 @@ class RpcHandlers:
         return grpc.unary_unary_rpc_method_handler(self._unary(implementation, rule), **coding)
 
     def _unary(self, implementation: Method, rule: Rule) -> Callable[[Any, Any], Awaitable[Any]]:
+        seconds = getattr(self._limits, rule.deadline)
+
         async def serve(request: Any, context: Any) -> Any:
             try:
-                async with asyncio.timeout(rule.seconds):
-                    return await implementation(request, await self._call(context, rule))
+                async with asyncio.timeout(seconds):
+                    call = await self._admit(request, context, rule)
+                    return await implementation(request, call)
             except TimeoutError:
-                await abort_with(context, _too_slow(rule.seconds))
+                await abort_with(context, _too_slow(seconds))
             except Exception as error:  # the outermost line of a call
                 await abort_with(context, error)
 
@@ -86,7 +84,7 @@ class RpcHandlers:
     def _streaming(self, implementation: Method, rule: Rule) -> Callable[[Any, Any], Awaitable[None]]:
         async def serve(request: Any, context: Any) -> None:
             try:
-                call = await self._call(context, rule)
+                call = await self._admit(request, context, rule)
                 responses: AsyncIterator[Any] = implementation(request, call)
                 async for response in responses:
                     await asyncio.wait_for(context.write(response), self._limits.chunk_seconds)
@@ -97,10 +95,22 @@ class RpcHandlers:
 
         return serve
 
+    async def _admit(self, request: Any, context: Any, rule: Rule) -> Call:
+        """The call, if the rule allows it. A reference to a job becomes the full id of the tenant's own job.
+
+        So a method that forgot to look whose job it is has no other tenant's to forget it of. An empty
+        reference names no object.
+        """
+        call = await self._call(context, rule)
+        if rule.owner is Owner.JOB and request.job_id:
+            job = await self._store.find_job(call.tenant.tenant_id, request.job_id)
+            request.job_id = job.job_id
+        return call
+
     async def _call(self, context: Any, rule: Rule) -> Call:
         metadata = tuple(context.invocation_metadata() or ())
 
-        tenant = await authenticate(self._store, metadata, scope=rule.scope)
+        key = await authenticate(self._store, metadata, scope=rule.scope)
         checked_at = time.monotonic()
 
         async def check_key() -> None:
@@ -109,7 +119,8 @@ class RpcHandlers:
                 await authenticate(self._store, metadata, scope=rule.scope)
                 checked_at = time.monotonic()
 
-        return Call(tenant=tenant, check_key=check_key)
+        tenant = Tenant(tenant_id=key.tenant_id, name=key.tenant_name, created_at=key.created_at)
+        return Call(tenant=tenant, key_id=key.key_id, check_key=check_key)
 
 
 def _too_slow(seconds: float) -> ColaError:
