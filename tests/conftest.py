@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from cola_runtime.config import offer_tls_1_3_only
+
+offer_tls_1_3_only()  # as `cola serve` does, before any test imports grpc
+
 Require = Callable[[str], None]
 
 

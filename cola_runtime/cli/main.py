@@ -8,7 +8,21 @@ from typing import Annotated
 import typer
 
 import cola_runtime
-from cola_runtime.cli import adapters, config, dataset, demo, device, doctor, generate, jobs, keys, run, serve
+from cola_runtime.cli import (
+    adapters,
+    audit,
+    config,
+    dataset,
+    demo,
+    device,
+    devices,
+    doctor,
+    generate,
+    jobs,
+    keys,
+    run,
+    serve,
+)
 from cola_runtime.cli.failures import report
 from cola_runtime.errors import ColaError
 
@@ -30,6 +44,8 @@ for name, group in (
     ("dataset", dataset.app),
     ("adapters", adapters.app),
     ("keys", keys.app),
+    ("devices", devices.app),
+    ("audit", audit.app),
     ("config", config.app),
 ):
     app.add_typer(group, name=name)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Concatenate
 
@@ -20,6 +21,7 @@ from cola_runtime.client.asynchronous import AsyncClient
 from cola_runtime.client.job_handle import AsyncJobHandle
 from cola_runtime.client.loop_thread import LoopThread, Parameters, synchronous, synchronous_iterator
 from cola_runtime.client.values import (
+    AuditEntry,
     BaseModel,
     Checkpoint,
     DatasetReport,
@@ -28,8 +30,10 @@ from cola_runtime.client.values import (
     Event,
     Generation,
     Job,
+    JoinToken,
     Key,
     NewKey,
+    RegisteredDevice,
     Service,
     Step,
 )
@@ -38,6 +42,7 @@ from cola_runtime.spec import JobSpec
 __all__ = [
     "AsyncClient",
     "AsyncJobHandle",
+    "AuditEntry",
     "BaseModel",
     "Checkpoint",
     "Client",
@@ -49,8 +54,10 @@ __all__ = [
     "Job",
     "JobHandle",
     "JobSpec",
+    "JoinToken",
     "Key",
     "NewKey",
+    "RegisteredDevice",
     "Service",
     "Step",
 ]
@@ -101,11 +108,14 @@ def _giving_handle(
 class Client:
     """A tenant's connection to a service. Every call may raise a ColaError (cola_runtime.errors).
 
-    `base_url` and `api_key` default to COLA_BASE_URL and COLA_API_KEY. Safe to use from several threads.
+    `base_url` and `api_key` default to COLA_BASE_URL and COLA_API_KEY, `ca` to COLA_CA. Safe to use from
+    several threads.
     """
 
-    def __init__(self, *, base_url: str | None = None, api_key: str | None = None) -> None:
-        self._twin = AsyncClient(base_url=base_url, api_key=api_key)
+    def __init__(
+        self, *, base_url: str | None = None, api_key: str | None = None, ca: Path | str | None = None
+    ) -> None:
+        self._twin = AsyncClient(base_url=base_url, api_key=api_key, ca=ca)
         self._loop = LoopThread()
 
     def __enter__(self) -> Client:
@@ -130,3 +140,7 @@ class Client:
     create_key = synchronous(AsyncClient.create_key)
     keys = synchronous(AsyncClient.keys)
     revoke_key = synchronous(AsyncClient.revoke_key)
+    create_join_token = synchronous(AsyncClient.create_join_token)
+    registered_devices = synchronous(AsyncClient.registered_devices)
+    revoke_device = synchronous(AsyncClient.revoke_device)
+    audit = synchronous(AsyncClient.audit)

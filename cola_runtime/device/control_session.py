@@ -12,13 +12,14 @@ import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cola_runtime.device.answers import Answer, Checkpoint, Norms, Refused
 from cola_runtime.device.config import DeviceConfig
+from cola_runtime.device.enrolment import Dial
 from cola_runtime.device.gradient_link import GradientItems, GradientLink
 from cola_runtime.device.worker import DeviceWorker
-from cola_runtime.errors import ColaError, ProtocolError, Unavailable
+from cola_runtime.errors import ColaError, ProtocolError, Unauthenticated, Unavailable
 from cola_runtime.proto import control_pb2
 from cola_runtime.transport import control
 from cola_runtime.transport.concurrency import until_first_ends
@@ -26,6 +27,9 @@ from cola_runtime.transport.endpoints import Connection
 from cola_runtime.transport.frames import DType, TensorAddress, WireTensor
 from cola_runtime.transport.reader import ReceivedTensor
 from cola_runtime.types import Lease, TensorKind
+
+if TYPE_CHECKING:
+    import grpc
 
 T = TypeVar("T")
 
@@ -58,8 +62,10 @@ class ControlSession:
         *,
         worker: DeviceWorker,
         thread: ThreadPoolExecutor,
+        credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         self._config = config
+        self._credentials = credentials
         self._stream = stream
         self._welcome = welcome
         self._worker = worker
@@ -139,12 +145,15 @@ class ControlSession:
         while True:
             try:
                 await self._attach_gradients(pause)
+            except Unauthenticated:  # the ticket is too old: the coordinator gives another, if it still may
+                raise
             except ColaError as error:
                 logger.warning("lost the base model: %s", error, extra={"event": "device.gradients_lost"})
             await pause.wait()
 
     async def _attach_gradients(self, pause: Backoff) -> None:
-        link = await GradientLink.attach(self._welcome.gradient_endpoint, self._config)
+        dial = Dial(endpoint=self._welcome.gradient_endpoint, credentials=self._credentials)
+        link = await GradientLink.attach(dial, self._config, ticket=self._welcome.gradient_ticket)
         self._link = link
         pause.reset()
         try:

@@ -31,6 +31,7 @@ from cola_runtime.types import (
     Priority,
     Row,
     TapPlan,
+    TrustClass,
 )
 
 FIRST_LOSS_SCALE = 2.0**16  # torch.amp.GradScaler's
@@ -53,6 +54,7 @@ class TrainingPlan:
     merged: bool = False
     collaboration: CollaborationSpec | None = None
     priority: Priority = Priority.NORMAL
+    trust: frozenset[TrustClass] = frozenset({TrustClass.TRUSTED})
 
     def of_shards(self) -> tuple[TrainingPlan, ...]:
         """What each shard's device is told."""
@@ -178,6 +180,7 @@ def training_plan(spec: JobSpec, base: BaseModelDescription, *, total_steps: int
         max_staleness=spec.max_staleness,
         loss_scaling=_loss_scaling(spec, base),
         shards=spec.shards,
+        trust=frozenset(spec.trust),
     )
 
 

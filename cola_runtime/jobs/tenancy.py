@@ -55,7 +55,7 @@ def insert_key(connection: Connection, tenant_name: str, *, scopes: frozenset[st
     key = ids.new_api_key()
     connection.execute(
         _keys.insert().values(
-            key_id=ids.new_key_id(),
+            key_id=ids.key_id_of(key),
             tenant_id=tenant.tenant_id,
             key_sha256=ids.api_key_digest(key),
             scopes=" ".join(sorted(scopes)),

@@ -12,8 +12,15 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from cola_runtime.adapter_spec import LeaseTerms
 from cola_runtime.adapters.module_registry import import_adapter_modules
-from cola_runtime.config import BaseModelSettings, JoinSettings, ServiceSettings, set_thread_environment
+from cola_runtime.config import (
+    TLS_ENVIRONMENT,
+    BaseModelSettings,
+    JoinSettings,
+    ServiceSettings,
+    set_thread_environment,
+)
 from cola_runtime.errors import Unavailable
+from cola_runtime.transport.certificates import Identity
 from cola_runtime.types import (
     BaseEvent,
     BaseModelDescription,
@@ -34,7 +41,9 @@ class BaseModelActor:
         cache_dir: Path,
         join_token: str,
         adapter_modules: Sequence[str],
+        identity: Identity | None = None,
     ) -> None:
+        self._identity = identity
         set_thread_environment(settings.threads)
         from cola_runtime.base_model.model import TappedModel
         from cola_runtime.base_model.pretrained import resolve_base_model
@@ -58,7 +67,10 @@ class BaseModelActor:
     async def describe(self) -> BaseModelDescription:
         """Also starts the gradient server; after a restart of the actor that is at a new endpoint."""
         if self._endpoint is None:
-            self._endpoint = await self._service.start(self._bind)
+            from cola_runtime.transport.tls import device_port_credentials
+
+            credentials = device_port_credentials(self._identity) if self._identity else None
+            self._endpoint = await self._service.start(self._bind, credentials=credentials)
         description = await self._service.describe()
         return replace(description, gradient_endpoint=self._advertise or self._endpoint)
 
@@ -81,10 +93,10 @@ class BaseModelActor:
 class DeviceActor:
     """One trusted device: dials in like any other, Ray only keeps it alive."""
 
-    def __init__(self, settings: JoinSettings, device_id: str) -> None:
+    def __init__(self, settings: JoinSettings, device_id: str, identity: Identity | None) -> None:
         set_thread_environment(settings.threads)
         import_adapter_modules(settings.adapter_modules)
-        self._settings, self._device_id = settings, device_id
+        self._settings, self._device_id, self._identity = settings, device_id, identity
 
     async def run(self) -> None:
         """Serve leases until the actor ends."""
@@ -95,6 +107,7 @@ class DeviceActor:
             device_id=self._device_id,
             coordinator_endpoint=self._settings.coordinator,
             join_token=self._settings.join_token.get_secret_value(),
+            identity=self._identity,
             threads=self._settings.threads,
             credit_bytes=self._settings.credit_bytes,
         )
@@ -159,26 +172,33 @@ def _quiet_transformers() -> None:
     logging.set_verbosity_error()
 
 
-def base_model_handle(settings: ServiceSettings, join_token: str) -> Any:
+def base_model_handle(settings: ServiceSettings, join_token: str, identity: Identity | None) -> Any:
     """Place the base model actor on a node that offers the resource `cola_base_model`."""
     options = {
         "num_cpus": 0,
         "resources": {"cola_base_model": 1},
         "max_restarts": -1,
         "max_concurrency": 64,
+        "runtime_env": {"env_vars": TLS_ENVIRONMENT},
     }
     return (
         ray.remote(BaseModelActor)
         .options(**options)
-        .remote(settings.base_model, settings.cache_dir.resolve(), join_token, settings.adapter_modules)
+        .remote(
+            settings.base_model,
+            settings.cache_dir.resolve(),
+            join_token,
+            settings.adapter_modules,
+            identity,
+        )
     )
 
 
-def device_handle(settings: JoinSettings, device_id: str) -> Any:
+def device_handle(settings: JoinSettings, device_id: str, identity: Identity | None) -> Any:
     """Place one device actor on a node that offers a unit of the resource `cola_device`."""
     options = {
         "num_cpus": 0,
         "resources": {"cola_device": 1},
         "max_restarts": -1,
     }
-    return ray.remote(DeviceActor).options(**options).remote(settings, device_id)
+    return ray.remote(DeviceActor).options(**options).remote(settings, device_id, identity)

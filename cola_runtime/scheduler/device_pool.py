@@ -11,21 +11,24 @@ import hashlib
 import itertools
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from cola_runtime.config import DeviceSettings
-from cola_runtime.errors import ColaError, ProtocolError, Unavailable
+from cola_runtime.errors import ColaError, ProtocolError, Unauthenticated, Unavailable
+from cola_runtime.jobs.audit import AuditEntry, AuditTrail
 from cola_runtime.jobs.plan import TrainingPlan
 from cola_runtime.proto import control_pb2
+from cola_runtime.scheduler.device_gate import Admission, DeviceGate
 from cola_runtime.scheduler.leases import LeaseBook, LeaseLost
 from cola_runtime.transport.control import lease_from_proto, lease_grant, lease_to_proto
 from cola_runtime.transport.frames import DType, TensorAddress, WireTensor
 from cola_runtime.transport.handshake import receive_hello
 from cola_runtime.transport.reader import FrameLimits, ReceivedTensor
 from cola_runtime.transport.stream import FrameStream
-from cola_runtime.types import Lease, TensorKind
+from cola_runtime.types import Lease, TensorKind, TrustClass
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +53,7 @@ class DeviceStatus:
 @dataclass(slots=True, kw_only=True)
 class _Device:
     hello: control_pb2.DeviceHello
+    admission: Admission
     stream: FrameStream[Any]
     order: int
     heard: float
@@ -66,14 +70,21 @@ class DevicePool:
     """
 
     def __init__(
-        self, settings: DeviceSettings, *, join_token: str, gradient_endpoint: str, book: LeaseBook
+        self,
+        settings: DeviceSettings,
+        *,
+        gate: DeviceGate,
+        audit: AuditTrail,
+        gradient_endpoint: str,
+        book: LeaseBook,
     ) -> None:
         self._settings = settings
-        self._join_token = join_token
+        self._gate, self._audit = gate, audit
         self._gradient_endpoint = gradient_endpoint
         self._book = book
         self._devices: dict[str, _Device] = {}
         self._orders = itertools.count()
+        self._accepts: dict[str, frozenset[TrustClass]] = {}  # job -> which devices may see what it sends
         self._joined = asyncio.Condition()
         self.closing = False  # devices that leave from now on are not lost
         self._storing: set[asyncio.Task[None]] = set()
@@ -81,14 +92,30 @@ class DevicePool:
 
     async def on_stream(self, stream: FrameStream[Any]) -> None:
         """Serve one device until its stream ends. Registered as `/cola.v1.Devices/Attach`."""
-        hello = await receive_hello(stream, join_token=self._join_token, limits=CHECKPOINT_LIMITS)
-        device = _Device(hello=hello, stream=stream, order=next(self._orders), heard=time.monotonic())
+        hello, admission = await self._let_in(stream)
+        device = _Device(
+            hello=hello, admission=admission, stream=stream, order=next(self._orders), heard=time.monotonic()
+        )
         await self._admit(device)
         try:
             await self._welcome(device)
             await self._listen(device)
         finally:
             self._forget(device, "its control stream ended")
+
+    async def _let_in(self, stream: FrameStream[Any]) -> tuple[control_pb2.DeviceHello, Admission]:
+        admitted: list[Admission] = []
+
+        async def check(hello: control_pb2.DeviceHello) -> None:
+            admitted.append(await self._gate.admit(hello, stream.certificate))
+
+        try:
+            hello = await receive_hello(stream, check=check, limits=CHECKPOINT_LIMITS)
+        except Unauthenticated as error:
+            refusal = AuditEntry(kind="device.refused", actor=stream.peer, message=error.reason)
+            await self._audit.add_bounded(refusal)
+            raise
+        return hello, admitted[0]
 
     async def wait_joined(self, count: int, *, timeout_seconds: float) -> None:
         """Return when `count` devices are there, or after the timeout with those that are."""
@@ -101,8 +128,9 @@ class DevicePool:
                 message, len(self._devices), count, timeout_seconds, extra={"event": "device.missing"}
             )
 
-    async def wait_able(self, job_id: str, count: int) -> None:
-        """Return when so many devices are connected that can train the job, as far as is known."""
+    async def wait_able(self, job_id: str, count: int, trust: Collection[TrustClass]) -> None:
+        """Return when so many devices are connected that may and can train the job, as far as is known."""
+        self._accepts[job_id] = frozenset(trust)
         async with self._joined:
             await self._joined.wait_for(lambda: len(self._available(job_id)) >= count)
 
@@ -112,9 +140,15 @@ class DevicePool:
         return available[:count] if len(available) >= count else []
 
     def unable(self, job_id: str) -> str:
-        """Which of the connected devices cannot train the job, and why; "" if each may."""
-        refusals = ((device_id, device.unable.get(job_id)) for device_id, device in self._devices.items())
-        return "; ".join(f"{device_id} cannot train it: {why}" for device_id, why in refusals if why)
+        """Which of the connected devices cannot or may not train the job, and why; "" if each may."""
+        refusals = [(device_id, device.unable.get(job_id)) for device_id, device in self._devices.items()]
+        reasons = [f"{device_id} cannot train it: {why}" for device_id, why in refusals if why]
+        accepted = self._accepts.get(job_id, frozenset(TrustClass))
+        others = [name for name, device in self._devices.items() if device.admission.trust not in accepted]
+        if others:
+            classes = ", ".join(sorted(accepted))
+            reasons.append(f"it accepts devices of trust {classes} only, which {', '.join(others)} is not")
+        return "; ".join(reasons)
 
     async def grant(self, lease: Lease, plan: TrainingPlan, *, checkpoint: bytes | None) -> None:
         """Tell the device to train the plan's adapter, or its shard, from its seed or from a checkpoint."""
@@ -157,13 +191,23 @@ class DevicePool:
             await device.stream.close()
 
     async def watch_forever(self) -> None:
-        """Lose every device that has been silent for the lease timeout."""
+        """Lose every device that has been silent for the lease timeout, or whose certificate has ended."""
         while True:
             await asyncio.sleep(self._settings.heartbeat_seconds / 2)
             oldest = time.monotonic() - self._settings.lease_timeout_seconds
             for device in [d for d in self._devices.values() if d.heard < oldest]:
                 self._forget(device, f"no heartbeat for {self._settings.lease_timeout_seconds:g} s")
                 await device.stream.close()
+            now = datetime.now(UTC)
+            for device in [d for d in self._devices.values() if (d.admission.until or now) < now]:
+                await self.dismiss(device.hello.device_id, "its certificate has expired")
+
+    async def dismiss(self, device_id: str, why: str) -> None:
+        """End the device's stream, if it is there; whether it may come back is the gate's to say."""
+        device = self._devices.get(device_id)
+        if device is not None:
+            self._forget(device, why)
+            await device.stream.close()
 
     def statuses(self) -> list[DeviceStatus]:
         return [
@@ -172,7 +216,7 @@ class DevicePool:
                 state="draining" if device.draining else "ready",
                 jobs=len(self._book.on_device(device_id)),
                 busy_seconds=device.busy_seconds,
-                trust_class=device.hello.trust_class,
+                trust_class=device.admission.trust,
                 pid=device.hello.pid,
             )
             for device_id, device in sorted(self._devices.items())
@@ -182,7 +226,9 @@ class DevicePool:
         return [
             device_id
             for device_id, device in self._devices.items()
-            if not device.draining and job_id not in device.unable
+            if not device.draining
+            and job_id not in device.unable
+            and device.admission.trust in self._accepts.get(job_id, frozenset(TrustClass))
         ]
 
     def _load(self, device_id: str) -> tuple[int, int]:
@@ -203,10 +249,13 @@ class DevicePool:
             self._devices[device.hello.device_id] = device
             self._joined.notify_all()
         logger.info("device %s joined", device.hello.device_id, extra={"event": "device.joined"})
+        self._note("device.joined", device, f"{device.admission.trust}, from {device.stream.peer}")
 
     async def _welcome(self, device: _Device) -> None:
         welcome = control_pb2.DeviceWelcome(
-            gradient_endpoint=self._gradient_endpoint, heartbeat_seconds=self._settings.heartbeat_seconds
+            gradient_endpoint=self._gradient_endpoint,
+            heartbeat_seconds=self._settings.heartbeat_seconds,
+            gradient_ticket=self._gate.ticket(device.hello.device_id),
         )
         async with device.sending:
             await device.stream.send_control(control_pb2.DeviceControl(welcome=welcome))
@@ -287,4 +336,13 @@ class DevicePool:
         del self._devices[device_id]
         level = logging.INFO if self.closing else logging.WARNING
         logger.log(level, "device %s lost: %s", device_id, why, extra={"event": "device.lost"})
+        self._note("device.left", device, why)
         self._book.lose_device(device_id, reason="DEVICE_LOST", message=f"device {device_id} was lost: {why}")
+
+    def _note(self, kind: str, device: _Device, message: str) -> None:
+        """In the audit trail, beside whatever else goes on; a device that flaps is written down in part."""
+        device_id = device.hello.device_id
+        entry = AuditEntry(kind=kind, actor=device_id, subject=device_id, message=message)
+        task = asyncio.create_task(self._audit.add_bounded(entry))
+        self._storing.add(task)
+        task.add_done_callback(self._storing.discard)

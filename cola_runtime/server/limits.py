@@ -36,5 +36,7 @@ class Limits:
     upload_seconds: float = 900.0
     chunk_seconds: float = 30.0
     """Between two messages of an upload, and for one message to a slow reader."""
+    join_token_seconds: int = 30 * 86_400
+    """Longest life of a join token."""
     key_check_seconds: float = 15.0
     """A running stream looks at its key this often."""

@@ -11,23 +11,29 @@ from typing import Any
 import grpc
 import grpc.aio
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from cola_runtime.errors import ColaError, Unavailable
+from cola_runtime import ids
+from cola_runtime.errors import ColaError, NotFound, PermissionDenied, Unauthenticated, Unavailable
+from cola_runtime.jobs.audit import AuditEntry
 from cola_runtime.jobs.records import Tenant
 from cola_runtime.jobs.store import JobStore
+from cola_runtime.proto import jobs_pb2
 from cola_runtime.server.auth import authenticate
 from cola_runtime.server.limits import Limits
 from cola_runtime.server.rules import Owner, Rule
 from cola_runtime.transport.status import abort_with
+
+NOBODY = Tenant(tenant_id="", name="", created_at="")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
     """What a method gets besides its request."""
 
-    tenant: Tenant
-    key_id: str
+    tenant: Tenant  # NOBODY where no key is asked for
+    key_id: str  # where no key is asked for, the caller's address
     check_key: Callable[[], Awaitable[None]]
     """For long streams, as often as they like: raises soon after the key was revoked."""
 
@@ -73,7 +79,9 @@ class RpcHandlers:
             try:
                 async with asyncio.timeout(seconds):
                     call = await self._admit(request, context, rule)
-                    return await implementation(request, call)
+                    response = await implementation(request, call)
+                await self._note(rule, call, request, response)
+                return response
             except TimeoutError:
                 await abort_with(context, _too_slow(seconds))
             except Exception as error:  # the outermost line of a call
@@ -86,7 +94,11 @@ class RpcHandlers:
             try:
                 call = await self._admit(request, context, rule)
                 responses: AsyncIterator[Any] = implementation(request, call)
+                noted = False
                 async for response in responses:
+                    if not noted:
+                        await self._note(rule, call, request, response)
+                        noted = True
                     await asyncio.wait_for(context.write(response), self._limits.chunk_seconds)
             except TimeoutError:
                 await abort_with(context, _too_slow(self._limits.chunk_seconds))
@@ -101,11 +113,39 @@ class RpcHandlers:
         So a method that forgot to look whose job it is has no other tenant's to forget it of. An empty
         reference names no object.
         """
-        call = await self._call(context, rule)
+        peer = _host(context.peer())
+        if rule.owner is Owner.NEWCOMER:
+            return Call(tenant=NOBODY, key_id=peer, check_key=_no_key)
+        try:
+            call = await self._call(context, rule)
+        except (Unauthenticated, PermissionDenied) as error:
+            await self._refused("login.refused", peer, error)
+            raise
         if rule.owner is Owner.JOB and request.job_id:
-            job = await self._store.find_job(call.tenant.tenant_id, request.job_id)
+            try:
+                job = await self._store.find_job(call.tenant.tenant_id, request.job_id)
+            except NotFound as error:
+                await self._refused("job.not_found", call.key_id, error)
+                raise
             request.job_id = job.job_id
         return call
+
+    async def _refused(self, kind: str, actor: str, error: ColaError) -> None:
+        await self._store.audit.add_bounded(AuditEntry(kind=kind, actor=actor, message=error.reason))
+
+    async def _note(self, rule: Rule, call: Call, request: Any, response: Any) -> None:
+        """Leave the rule's audit entry of what has been done."""
+        if rule.audit:
+            told = ((name, _field(name, response, request)) for name in rule.audit_fields)
+            await self._store.audit.add(
+                AuditEntry(
+                    kind=rule.audit,
+                    actor=call.key_id,
+                    tenant=call.tenant.name,
+                    subject=_subject(response, request),
+                    message=", ".join(f"{name} {value}" for name, value in told),
+                )
+            )
 
     async def _call(self, context: Any, rule: Rule) -> Call:
         metadata = tuple(context.invocation_metadata() or ())
@@ -121,6 +161,32 @@ class RpcHandlers:
 
         tenant = Tenant(tenant_id=key.tenant_id, name=key.tenant_name, created_at=key.created_at)
         return Call(tenant=tenant, key_id=key.key_id, check_key=check_key)
+
+
+async def _no_key() -> None:
+    """A call without a key has none that could be revoked."""
+
+
+def _host(peer: str) -> str:
+    """`ipv4:127.0.0.1:50000` without the port, which every connection has another of."""
+    return peer.rpartition(":")[0] or peer
+
+
+def _field(name: str, *messages: Any) -> Any:
+    """Of the first message that has it."""
+    for message in messages:
+        if isinstance(message, Message) and name in message.DESCRIPTOR.fields_by_name:
+            value = getattr(message, name)
+            return value if isinstance(value, str | int | float) else ", ".join(map(str, value))
+    return ""
+
+
+def _subject(response: Any, request: Any) -> str:
+    """What was made or changed, by its id."""
+    if isinstance(response, jobs_pb2.NewKey):
+        return ids.key_id_of(response.key)
+    names = ("job_id", "key_id", "token_id", "device_id")
+    return next((str(found) for name in names if (found := _field(name, response, request))), "")
 
 
 def _too_slow(seconds: float) -> ColaError:

@@ -63,8 +63,11 @@ class Pipe(Protocol):
 class FrameStream(Generic[M]):
     """Frames over one pipe. `bytes_sent` and `bytes_received` count whole frames, headers included."""
 
-    def __init__(self, pipe: Pipe, control_type: type[M], *, peer: str) -> None:
+    def __init__(
+        self, pipe: Pipe, control_type: type[M], *, peer: str, certificate: bytes | None = None
+    ) -> None:
         self.peer = peer
+        self.certificate = certificate  # PEM, verified by TLS; None: the peer has shown none
         self.bytes_sent = 0
         self.bytes_received = 0
         self._pipe = pipe

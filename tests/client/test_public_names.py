@@ -28,6 +28,7 @@ def test_the_public_names_are_exactly_those_intended() -> None:
     assert sorted(sdk.__all__) == [
         "AsyncClient",
         "AsyncJobHandle",
+        "AuditEntry",
         "BaseModel",
         "Checkpoint",
         "Client",
@@ -39,8 +40,10 @@ def test_the_public_names_are_exactly_those_intended() -> None:
         "Job",
         "JobHandle",
         "JobSpec",
+        "JoinToken",
         "Key",
         "NewKey",
+        "RegisteredDevice",
         "Service",
         "Step",
     ]
@@ -53,14 +56,18 @@ def test_the_methods_are_exactly_those_intended() -> None:
         return {name for name in vars(kind) if not name.startswith("_")}
 
     assert methods(sdk.Client) == {
+        "audit",
         "check_dataset",
         "close",
+        "create_join_token",
         "create_key",
         "describe",
         "generate",
         "job",
         "jobs",
         "keys",
+        "registered_devices",
+        "revoke_device",
         "revoke_key",
         "submit",
     }
