@@ -139,9 +139,7 @@ class ServiceSettings(_Settings):
     data_dir: Path = Path("cola-data")
     """Job store, datasets, checkpoints, join token."""
     listen: str = f"127.0.0.1:{DEFAULT_GRPC_PORT}"
-    """Where SDK, CLI and devices dial in."""
-    advertise: str | None = None
-    """host:port that devices use to reach `listen`; None: the same."""
+    """Where SDK and CLI dial in, and without TLS devices."""
     base_model: BaseModelSettings = BaseModelSettings()
     devices: DeviceSettings = DeviceSettings()
     scheduler: SchedulerSettings = SchedulerSettings()

@@ -33,7 +33,8 @@ def serve(
     ] = None,
     key: Annotated[Path | None, typer.Option(metavar="PEM", help="The certificate's private key.")] = None,
     advertise: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="How devices reach it, if not the same.")
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="With TLS: how devices reach their port, if not the same."),
     ] = None,
     data_dir: Annotated[
         Path | None, typer.Option(help="Job store, datasets, checkpoints, join token.")
@@ -68,7 +69,6 @@ def serve(
     settings = service_settings(
         file,
         listen=listen,
-        advertise=advertise,
         data_dir=data_dir,
         base_model={
             "name": base_model,
@@ -78,7 +78,7 @@ def serve(
             "activation_checkpointing": activation_checkpointing,
             "threads": threads,
         },
-        devices={"count": devices},
+        devices={"count": devices, "advertise": advertise},
         tls={"certificate": certificate, "key": key},
         ray_address=ray_address,
         adapter_modules=adapter_module,

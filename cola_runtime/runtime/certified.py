@@ -76,7 +76,7 @@ async def open_doors(settings: ServiceSettings, service: FineTuningService, pool
         return Doors(
             endpoint=endpoint,
             tls=False,
-            device_endpoint=settings.advertise or endpoint,
+            device_endpoint=endpoint,
             identify=no_identity,
             servers=(server,),
         )

@@ -35,9 +35,7 @@ class DeviceGate:
         if certificate is None:
             if hmac.compare_digest(hello.join_token.encode(), self._join_token.encode()):
                 return Admission(trust=TrustClass.TRUSTED)
-            return Admission(
-                trust=await self._registry.trust_by_token(hello.join_token, hello.device_id)
-            )
+            return Admission(trust=await self._registry.trust_by_token(hello.join_token, hello.device_id))
         shown = read_certificate(certificate)
         if shown.name != hello.device_id:
             raise Unauthenticated(

@@ -1,10 +1,11 @@
-"""A whole service with TLS: devices join by token, are placed by trust class, are revoked; who did it is kept."""
+"""A service with TLS: devices join by token, are placed by trust class and revoked; who did it is kept."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 
 from cola_runtime.client.asynchronous import AsyncClient
 from cola_runtime.client.job_handle import AsyncJobHandle
+from cola_runtime.client.values import AuditEntry
 from cola_runtime.config import DeviceSettings, ServiceSettings, TlsSettings
 from cola_runtime.device.agent import DeviceAgent
 from cola_runtime.device.config import DeviceConfig
@@ -69,8 +71,15 @@ class Site:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
 
-    async def kinds(self) -> list[str]:
-        return [entry.kind for entry in await self.operator.audit(limit=1000)]
+    async def audited(self, kind: str) -> AuditEntry:
+        """The first audit entry of the kind, as soon as there is one."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while True:
+            found = [entry for entry in await self.operator.audit(limit=1000) if entry.kind == kind]
+            if found:
+                return found[0]
+            assert time.monotonic() < deadline, kind
+            await asyncio.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +110,13 @@ async def site(settings: ServiceSettings, folder: Path) -> AsyncIterator[Site]:
 
 
 async def waits(handle: AsyncJobHandle, containing: str) -> None:
-    async with asyncio.timeout(WAIT_SECONDS):
-        while containing not in (await handle.refresh()).waiting_reason:
-            await asyncio.sleep(0.02)
+    deadline = time.monotonic() + WAIT_SECONDS
+    while True:
+        reason = (await handle.refresh()).waiting_reason
+        if containing in reason:
+            return
+        assert time.monotonic() < deadline, reason
+        await asyncio.sleep(0.02)
 
 
 async def test_a_job_goes_only_to_devices_of_the_classes_it_accepts(
@@ -133,9 +146,7 @@ async def test_a_revoked_device_is_put_out_and_stays_out(settings: ServiceSettin
             await running.wait(WAIT_SECONDS)
             revoked = await at.operator.revoke_device("garage")
             assert revoked.revoked_at
-            async with asyncio.timeout(WAIT_SECONDS):
-                while "device.refused" not in await at.kinds():
-                    await asyncio.sleep(0.02)
+            await at.audited("device.refused")
             connected = {each.device_id for each in (await at.operator.describe()).devices}
             assert connected == {"attic"}
         _, renewing = at.enrolment("garage", "")
@@ -173,10 +184,16 @@ async def test_a_join_token_makes_one_device_and_a_device_renews_with_its_own_ke
             with pytest.raises(Unauthenticated) as caught:
                 await other._join(new_key(), secret)
             refused.append(caught.value)
-        assert [error.reason for error in refused] == ["JOIN_TOKEN_WRONG", "JOIN_TOKEN_WRONG", "DEVICE_UNKNOWN"]
+        assert [error.reason for error in refused] == [
+            "JOIN_TOKEN_WRONG",
+            "JOIN_TOKEN_WRONG",
+            "DEVICE_UNKNOWN",
+        ]
         assert str(refused[0]) == str(refused[1]), "a used token looks like one that never was"
         with pytest.raises(InvalidInput, match="west"):
-            Enrolment(DeviceConfig(device_id="east", coordinator_endpoint=""), ca=at.ca, folder=tmp_path / "west")
+            Enrolment(
+                DeviceConfig(device_id="east", coordinator_endpoint=""), ca=at.ca, folder=tmp_path / "west"
+            )
         made = {each.device_id: each.trust_class for each in await at.operator.registered_devices()}
         assert made == {"west": "trusted"}
 
@@ -185,11 +202,7 @@ async def test_a_certificate_lets_in_its_own_device_only(settings: ServiceSettin
     async with site(settings, tmp_path) as at:
         identity = await at.devices.identify("own")
         at.devices.start("another", at.service.device_endpoint, identity=identity)
-        async with asyncio.timeout(WAIT_SECONDS):
-            while "device.refused" not in await at.kinds():
-                await asyncio.sleep(0.02)
-        refusal = next(e for e in await at.operator.audit() if e.kind == "device.refused")
-        assert refusal.message == "DEVICE_ID_MISMATCH"
+        assert (await at.audited("device.refused")).message == "DEVICE_ID_MISMATCH"
         assert (await at.operator.describe()).devices == ()
 
 
@@ -199,10 +212,7 @@ async def test_a_device_whose_certificate_ends_is_put_out(
     monkeypatch.setattr(certified, "OWN_DEVICE_LIFE", timedelta(seconds=2))
     async with site(settings, tmp_path) as at:
         await at.devices.start_certified("own", at.service.device_endpoint)
-        async with asyncio.timeout(WAIT_SECONDS):
-            while "device.left" not in await at.kinds():
-                await asyncio.sleep(0.05)
-        (left,) = [e for e in await at.operator.audit() if e.kind == "device.left"]
+        left = await at.audited("device.left")
         assert (left.actor, left.message) == ("own", "its certificate has expired")
 
 

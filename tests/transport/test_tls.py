@@ -67,9 +67,7 @@ async def port(credentials: grpc.ServerCredentials | None, bind: str = "127.0.0.
         await server.stop(0)
 
 
-async def ask(
-    endpoint: str, credentials: grpc.ChannelCredentials | None, *, seconds: float = SECONDS
-) -> str:
+async def ask(endpoint: str, credentials: grpc.ChannelCredentials | None, *, seconds: float = SECONDS) -> str:
     stream: Connection[Any] = await connect(
         endpoint, GRADIENTS, credentials=credentials, timeout_seconds=seconds
     )
@@ -103,9 +101,7 @@ async def test_a_device_port_lets_nobody_else_in(authority: Authority) -> None:
     ours = authority.certificate_pem
     other = Authority.create()
     stranger = device(other)
-    forged = Identity(
-        certificate_pem=stranger.certificate_pem, key_pem=stranger.key_pem, authority_pem=ours
-    )
+    forged = Identity(certificate_pem=stranger.certificate_pem, key_pem=stranger.key_pem, authority_pem=ours)
     own = device(authority)
     mismatched = Identity(certificate_pem=own.certificate_pem, key_pem=new_key(), authority_pem=ours)
     cases = {
@@ -118,7 +114,8 @@ async def test_a_device_port_lets_nobody_else_in(authority: Authority) -> None:
     }
     async with port(device_port_credentials(authority.server(HOSTS))) as endpoint:
         refused = await asyncio.gather(
-            *(ask(endpoint, credentials, seconds=REFUSED_SECONDS) for credentials in cases.values()), return_exceptions=True
+            *(ask(endpoint, credentials, seconds=REFUSED_SECONDS) for credentials in cases.values()),
+            return_exceptions=True,
         )
         for case, error in zip(cases, refused, strict=True):
             assert isinstance(error, ColaError), f"{case}: {error}"
@@ -227,7 +224,9 @@ def test_only_a_signed_p256_request_is_certified(request_pem: bytes | str) -> No
     if request_pem == "tampered":
         der = bytearray(x509.load_pem_x509_csr(certificate_request(new_key())).public_bytes(Encoding.DER))
         der[-3] ^= 1
-        request_pem = ssl.DER_cert_to_PEM_cert(bytes(der)).replace("CERTIFICATE", "CERTIFICATE REQUEST").encode()
+        request_pem = (
+            ssl.DER_cert_to_PEM_cert(bytes(der)).replace("CERTIFICATE", "CERTIFICATE REQUEST").encode()
+        )
     elif request_pem == "rsa":
         builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
         request_pem = builder.sign(
