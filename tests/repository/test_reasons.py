@@ -1,4 +1,4 @@
-"""The table of reasons agrees with the code that raises them, the tests that reach them and docs/errors.md."""
+"""The table of reasons agrees with the code that raises them, the tests that reach them, docs/errors.md."""
 
 from __future__ import annotations
 
