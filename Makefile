@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: errors reference help setup demo test matrix traps check lint types layers stubs proto bench exactness wire base_step base_memory throughput quality staleness policy fairness simulate clean
+.PHONY: errors reference fuzz security help setup demo test matrix traps check lint types layers stubs proto bench exactness wire base_step base_memory throughput quality staleness policy fairness simulate clean
 
 help: ## this list
 	@grep -hE '^[a-z_]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -30,6 +30,9 @@ test: setup ## the whole test suite
 
 matrix: setup ## kinds x modes x encodings x architectures x tasks, all of it, with its table
 	$(BIN)/python -m pytest tests/matrix --matrix -q $(PYTEST_ARGS)
+
+fuzz: setup ## 100,000 bad frames and requests, state machines; no crash, hang or leak, with its table
+	$(BIN)/python -m pytest tests/fuzz --fuzz -q -s $(PYTEST_ARGS)
 
 traps: setup ## every trap of docs/traps.md put back into a copy of the source, and the test that catches it
 	$(BIN)/python -m pytest tests/traps --traps -q $(PYTEST_ARGS)

@@ -69,6 +69,7 @@ PLAINTEXT_REFUSED | InvalidInput | Without TLS, keys and gradients would be read
 PROMPT_EMPTY | InvalidInput | A prompt has no token. | Give a text.
 PROMPT_TOO_LONG | InvalidInput | A prompt leaves no room in the base model's context. | Shorten it, or ask for fewer new tokens.
 QUANTIZATION_UNSUPPORTED | InvalidInput | This base model cannot be held in the quantisation asked for. | See docs/base_precision.md.
+REQUEST_INVALID | InvalidInput | A request is no message of its call's type. | Use the SDK of this release.
 ROW_NOT_RENDERED | InvalidInput | The base model's chat template refuses a row. | Correct the lines that the message names.
 ROW_TOO_LONG | InvalidInput | A row has more tokens than a row may have. | Shorten it, or set `truncate`.
 ROW_WITHOUT_LABELS | InvalidInput | A row has no token to learn from. | Give it a completion.
@@ -195,11 +196,13 @@ TAP_INCOMPLETE | ProtocolError | A tap lacks one of its tensors. | Nothing to do
 TENSOR_INVALID | InvalidInput, ProtocolError | A tensor's header, shape, dtype or bytes contradict one another. | Install the same release on both sides.
 TENSOR_OUT_OF_ORDER | ProtocolError | A tensor's chunk is missing, doubled or out of order. | Nothing to do: the stream is dialled again.
 TENSOR_TOO_LARGE | ProtocolError | A tensor is larger than this stream may send. | Make the job's adapter or batch smaller.
+TENSOR_STALLED | ProtocolError | A tensor's chunks stopped coming. | Nothing to do: the stream is dialled again.
 TOO_MANY_OPEN_TENSORS | ProtocolError | More tensors are incomplete than may be. | Install the same release on both sides.
 UPDATE_INCOMPLETE | ProtocolError | An update ended before all its weights had come. | Nothing to do: the job leases again.
 UPDATE_INVALID | ProtocolError | An update's weights are not the adapter's. | Nothing to do: the job leases again.
 ## Why a lease ended; of an event or a job, never of a call
 DEVICE_LINK_LOST | - | The device left the base model. | Nothing to do: the job leases again.
+DEVICE_REFUSED | - | A device refused a lease without a reason of this release. | Install the same release on the device.
 DEVICE_UNREACHABLE | - | The device has no stream to the base model. | Nothing to do: the job leases again.
 DRAINING | - | The device takes no new leases. | Nothing to do: the job goes to another one.
 GANG_MISMATCH | - | A segment's merged group is not the one in the bank. | Nothing to do: the job leases again.

@@ -17,6 +17,7 @@ Require = Callable[[str], None]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz", action="store_true", help="at least 100,000 frames and requests: `make fuzz`")
     parser.addoption("--matrix", action="store_true", help="all of the matrix, and its table: `make matrix`")
     parser.addoption("--traps", action="store_true", help="every trap put back, and the table: `make traps`")
 

@@ -254,7 +254,8 @@ class GradientServer:
     def _refused_by_device(self, link: DeviceLink, refusal: control_pb2.Refusal) -> None:
         lease = control.lease_from_proto(refusal.lease)
         if self._of_device(link, lease) is not None:
-            self._on_event(StepRefused(lease=lease, reason=refusal.reason, message=refusal.message))
+            reason, message = control.told_by_device(refusal.reason, refusal.message)
+            self._on_event(StepRefused(lease=lease, reason=reason, message=message))
 
     def _of_device(self, link: DeviceLink, lease: Lease) -> LeasedAdapter | None:
         return self._leases.find(lease) if lease.device_id == link.device_id else None

@@ -119,7 +119,11 @@ def _insert(connection: Connection, entry: AuditEntry, *, at: str) -> None:
 def _read(connection: Connection, *, after: int, limit: int) -> list[AuditEntry]:
     query = select(_audit).limit(limit)
     if after:
-        rows = list(connection.execute(query.where(_audit.c.id > after).order_by(_audit.c.id)).mappings())
+        rows = list(
+            connection.execute(
+                query.where(_audit.c.id > min(after, schema.MOST_ID)).order_by(_audit.c.id)
+            ).mappings()
+        )
     else:
         rows = list(connection.execute(query.order_by(_audit.c.id.desc())).mappings())[::-1]
     return [AuditEntry(**row) for row in rows]

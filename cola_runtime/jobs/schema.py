@@ -34,6 +34,8 @@ metadata = MetaData(
     }
 )
 
+MOST_ID = 2**63 - 1  # what a column of ids can hold; callers may name greater ones
+
 # SQLite numbers rows by itself only in a column of type INTEGER.
 EventId = BigInteger().with_variant(Integer, "sqlite")
 

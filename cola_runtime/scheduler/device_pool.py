@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import itertools
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
@@ -23,7 +24,12 @@ from cola_runtime.jobs.plan import TrainingPlan
 from cola_runtime.proto import control_pb2
 from cola_runtime.scheduler.device_gate import Admission, DeviceGate
 from cola_runtime.scheduler.leases import LeaseBook, LeaseLost
-from cola_runtime.transport.control import lease_from_proto, lease_grant, lease_to_proto
+from cola_runtime.transport.control import (
+    lease_from_proto,
+    lease_grant,
+    lease_to_proto,
+    told_by_device,
+)
 from cola_runtime.transport.frames import DType, TensorAddress, WireTensor
 from cola_runtime.transport.handshake import receive_hello
 from cola_runtime.transport.reader import FrameLimits, ReceivedTensor
@@ -269,7 +275,10 @@ class DevicePool:
                     raise ProtocolError(
                         "TENSOR_INVALID", f"a control stream carries no {item.address.kind.name}"
                     )
-                blobs[item.address.job_id, item.address.epoch] = item
+                address = item.address
+                part = Lease(job_id=address.job_id, epoch=address.epoch, device_id=device.hello.device_id)
+                if self._holds(device, part):  # no other is kept, so that a device fills no memory with them
+                    blobs[address.job_id, address.epoch] = item
             else:
                 await self._hear(device, item.message, blobs)
 
@@ -281,29 +290,41 @@ class DevicePool:
     ) -> None:
         kind = message.WhichOneof("message")
         if kind == "heartbeat":
+            if not 0 <= message.heartbeat.busy_seconds < math.inf:
+                raise ProtocolError("CONTROL_INVALID", "busy_seconds of a heartbeat is no time")
             device.busy_seconds = message.heartbeat.busy_seconds
         elif kind == "checkpoint_made":
             made = message.checkpoint_made
             blob = blobs.pop((made.lease.job_id, made.lease.epoch), None)
             await self._take_checkpoint(device, made, blob)
         elif kind == "lease_failed":
-            failed = message.lease_failed
-            lease = lease_from_proto(failed.lease)
-            if failed.reason in UNABLE_REASONS:
-                device.unable[lease.job_id] = f"{failed.reason}: {failed.message}"
-            self._book.lose(lease, reason=failed.reason, message=failed.message)
+            self._lose(device, message.lease_failed)
         elif kind == "drain":
             device.draining = True
         else:
             raise ProtocolError("CONTROL_UNEXPECTED", f"a device does not send {kind}")
+
+    def _lose(self, device: _Device, failed: control_pb2.LeaseFailed) -> None:
+        """Of its own leases only: what a device says of another's, or of an older one, is ignored."""
+        lease = lease_from_proto(failed.lease)
+        if not self._holds(device, lease):
+            logger.info("failure of a lease that it does not hold ignored", extra={"event": "lease.not_held"})
+            return
+        reason, message = told_by_device(failed.reason, failed.message)
+        if reason in UNABLE_REASONS:
+            device.unable[lease.job_id] = f"{reason}: {message}"
+        self._book.lose(lease, reason=reason, message=message)
+
+    def _holds(self, device: _Device, lease: Lease) -> bool:
+        current = self._book.current(lease.job_id)
+        return current is not None and current.covers(lease) and lease.device_id == device.hello.device_id
 
     async def _take_checkpoint(
         self, device: _Device, made: control_pb2.CheckpointMade, blob: ReceivedTensor | None
     ) -> None:
         """Store a whole checkpoint of a current lease; one under an older epoch is ignored."""
         lease = lease_from_proto(made.lease)
-        current = self._book.current(lease.job_id)
-        if current is None or not current.covers(lease) or lease.device_id != device.hello.device_id:
+        if not self._holds(device, lease):
             logger.info("checkpoint of an older lease ignored", extra={"event": "checkpoint.fenced"})
             return
         if blob is None or len(blob.data) != made.bytes:

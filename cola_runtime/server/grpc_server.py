@@ -87,12 +87,12 @@ class JobsMethods:
         self._gate = UploadGate(service.limits)
 
     async def SubmitJob(self, requests: AsyncIterator[Any], call: Call) -> jobs_pb2.Job:
-        async with self._gate.pass_one():
+        async with self._gate.pass_one(call.tenant):
             submission = await receive_submission(requests, self._service.limits)
             return self._job(await self._service.submit(call.tenant, submission))
 
     async def CheckDataset(self, requests: AsyncIterator[Any], call: Call) -> jobs_pb2.DatasetReport:
-        async with self._gate.pass_one():
+        async with self._gate.pass_one(call.tenant):
             submission = await receive_submission(requests, self._service.limits)
             report = await self._service.check_dataset(call.tenant, submission)
         return jobs_pb2.DatasetReport(**dataclasses.asdict(report))

@@ -11,11 +11,18 @@ from typing import Any
 import grpc
 import grpc.aio
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from cola_runtime import ids
-from cola_runtime.errors import ColaError, NotFound, PermissionDenied, Unauthenticated, Unavailable
+from cola_runtime.errors import (
+    ColaError,
+    InvalidInput,
+    NotFound,
+    PermissionDenied,
+    Unauthenticated,
+    Unavailable,
+)
 from cola_runtime.jobs.audit import AuditEntry
 from cola_runtime.jobs.records import Tenant
 from cola_runtime.jobs.store import JobStore
@@ -63,7 +70,7 @@ class RpcHandlers:
 
     def _handler(self, method: MethodDescriptor, implementation: Method, rule: Rule) -> grpc.RpcMethodHandler:
         coding = {
-            "request_deserializer": GetMessageClass(method.input_type).FromString,
+            "request_deserializer": _reader(GetMessageClass(method.input_type)),
             "response_serializer": GetMessageClass(method.output_type).SerializeToString,
         }
         if method.server_streaming:
@@ -79,7 +86,7 @@ class RpcHandlers:
             try:
                 async with asyncio.timeout(seconds):
                     call = await self._admit(request, context, rule)
-                    response = await implementation(request, call)
+                    response = await implementation(_readable(request), call)
                 await self._note(rule, call, request, response)
                 return response
             except TimeoutError:
@@ -93,7 +100,7 @@ class RpcHandlers:
         async def serve(request: Any, context: Any) -> None:
             try:
                 call = await self._admit(request, context, rule)
-                responses: AsyncIterator[Any] = implementation(request, call)
+                responses: AsyncIterator[Any] = implementation(_readable(request), call)
                 noted = False
                 async for response in responses:
                     if not noted:
@@ -115,12 +122,14 @@ class RpcHandlers:
         """
         peer = _host(context.peer())
         if rule.owner is Owner.NEWCOMER:
+            _readable(request)
             return Call(tenant=NOBODY, key_id=peer, check_key=_no_key)
         try:
             call = await self._call(context, rule)
         except (Unauthenticated, PermissionDenied) as error:
             await self._refused("login.refused", peer, error)
             raise
+        _readable(request)  # behind the key: a stranger does not hear what is wrong with a message
         if rule.owner is Owner.JOB and request.job_id:
             try:
                 job = await self._store.find_job(call.tenant.tenant_id, request.job_id)
@@ -161,6 +170,38 @@ class RpcHandlers:
 
         tenant = Tenant(tenant_id=key.tenant_id, name=key.tenant_name, created_at=key.created_at)
         return Call(tenant=tenant, key_id=key.key_id, check_key=check_key)
+
+
+class _Unreadable:
+    """In place of a request whose bytes are no message of its type."""
+
+
+def _reader(kind: type[Message]) -> Callable[[bytes], Message | _Unreadable]:
+    """Parses, and never raises: what a deserializer raises, grpc tells the caller as it is."""
+
+    def read(content: bytes) -> Message | _Unreadable:
+        try:
+            return kind.FromString(content)
+        except (DecodeError, RecursionError):
+            return _Unreadable()
+
+    return read
+
+
+def _readable(request: Any) -> Any:
+    """The request, or the stream of them. Raises InvalidInput `REQUEST_INVALID`."""
+    if isinstance(request, _Unreadable):
+        raise InvalidInput(
+            "REQUEST_INVALID",
+            "the request is no message of the call's type",
+            remedy="Use the SDK of this release, or generate your client from protos/ again.",
+        )
+    return request if isinstance(request, Message) else _each_readable(request)
+
+
+async def _each_readable(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _readable(request)
 
 
 async def _no_key() -> None:

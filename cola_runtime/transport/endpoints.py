@@ -81,6 +81,7 @@ def add_stream_method(server: grpc.aio.Server, method: StreamMethod, on_stream: 
         try:
             await until_first_ends(on_stream(stream), stream.wait_closed())
         except Exception as error:
+            await stream.close()  # first: a message that is still being written is in the way of the status
             await abort_with(context, error)
         finally:
             await stream.close()

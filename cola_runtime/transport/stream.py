@@ -111,7 +111,7 @@ class FrameStream(Generic[M]):
             items, self._unread = self._unread, []
             return items
         while True:
-            message = await self._read(timeout_seconds)
+            message = await self._read_in_time(timeout_seconds)
             if message is grpc.aio.EOF:
                 return []
             self.bytes_received += len(message)
@@ -156,6 +156,17 @@ class FrameStream(Generic[M]):
     async def wait_closed(self) -> None:
         """Return once this end was closed."""
         await self._closed.wait()
+
+    async def _read_in_time(self, timeout_seconds: float | None) -> Any:
+        """As `_read`; while a tensor is incomplete, not for longer than one may take."""
+        if timeout_seconds is not None or not self._reader.incomplete:
+            return await self._read(timeout_seconds)
+        try:
+            return await self._read(self._reader.limits.tensor_seconds)
+        except Unavailable as error:
+            if error.reason == "STREAM_SILENT":
+                self._reader.check_age()
+            raise
 
     async def _read(self, timeout_seconds: float | None) -> Any:
         try:

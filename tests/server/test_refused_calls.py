@@ -63,3 +63,14 @@ def test_a_job_that_failed_without_a_reason_has_one(client: Client, served: Serv
     served.run(served.store.transition(job_id, JobState.RUNNING))
     served.run(served.store.transition(job_id, JobState.FAILED))
     assert client.job(job_id).job.failure_reason == "JOB_FAILED"
+
+
+def test_bytes_that_are_no_message_are_refused_and_only_to_a_known_key(served: Served) -> None:
+    with grpc.insecure_channel(served.target) as channel:
+        for verb, kind in (("GetJob", "unary_unary"), ("SubmitJob", "stream_unary")):
+            for key, reason in ((served.keys["alice"], "REQUEST_INVALID"), ("tml-guess", "KEY_UNKNOWN")):
+                call = getattr(channel, kind)(f"/cola.v1.Jobs/{verb}")
+                sent = b"\xff\xff" if kind == "unary_unary" else iter([b"\xff\xff"])
+                with pytest.raises(grpc.RpcError) as caught:
+                    call(sent, metadata=[("authorization", f"Bearer {key}")], timeout=10)
+                assert error_from_rpc(caught.value).reason == reason

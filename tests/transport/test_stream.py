@@ -14,7 +14,7 @@ import torch
 from cola_runtime.errors import ColaError, Fenced, InvalidInput, ProtocolError, Unauthenticated, Unavailable
 from cola_runtime.proto import control_pb2
 from cola_runtime.transport.endpoints import GRADIENTS, STREAM_OPTIONS, Connection, connect, serve_streams
-from cola_runtime.transport.frames import PROTOCOL_VERSION, TensorAddress
+from cola_runtime.transport.frames import PROTOCOL_VERSION, TensorAddress, tensor_frames
 from cola_runtime.transport.handshake import check_ticket, gradient_ticket, introduce, receive_hello
 from cola_runtime.transport.reader import FrameLimits, ReceivedTensor
 from cola_runtime.transport.stream import SEND_QUEUE_BYTES, FrameStream, ReceivedControl
@@ -303,6 +303,20 @@ async def test_a_wrong_hello_is_refused_with_its_reason(
         with pytest.raises(kind) as caught:
             await introduce(stream, message, limits=FrameLimits())
     assert caught.value.reason == reason
+
+
+async def test_a_peer_that_begins_a_tensor_and_stops_is_dropped() -> None:
+    async def on_stream(stream: FrameStream[Any]) -> None:
+        stream.accept_tensors(FrameLimits(tensor_seconds=0.1))
+        while await stream.receive():
+            pass
+
+    async with connected(on_stream) as stream:
+        first, *_ = tensor_frames(address(0), to_wire(torch.zeros(1 << 20)))
+        await stream._queue(first)
+        with pytest.raises(ProtocolError) as caught:
+            await stream.receive(timeout_seconds=5)
+    assert caught.value.reason == "TENSOR_STALLED"
 
 
 async def test_a_peer_that_says_nothing_is_dropped() -> None:
