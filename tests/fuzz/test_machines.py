@@ -6,9 +6,7 @@ Jobs have theirs in tests/jobs/test_job_machine.py.
 from __future__ import annotations
 
 import asyncio
-import tempfile
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,6 +40,7 @@ class LeaseMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.book = LeaseBook()
+        self.loop = asyncio.new_event_loop()
         self.epochs = dict.fromkeys(JOBS, 0)
         self.open: dict[str, tuple[Lease, str | None, set[int]]] = {}  # job -> lease, why lost, versions
 
@@ -85,12 +84,15 @@ class LeaseMachine(RuleBasedStateMachine):
         waiting = self.book.wait_version(lease, version, timeout_seconds=0.001)
         _, why, versions = self.open[lease.job_id] if self._is_open(lease) else (lease, "LEASE_ENDED", set())
         if why is None and version in versions:
-            assert asyncio.run(waiting).version == version
+            assert self.loop.run_until_complete(waiting).version == version
             versions -= {older for older in versions if older < version}
         else:
             with pytest.raises(LeaseLost) as lost:
-                asyncio.run(waiting)
+                self.loop.run_until_complete(waiting)
             assert lost.value.reason == (why or "LEASE_TIMEOUT")
+
+    def teardown(self) -> None:
+        self.loop.close()
 
     def _is_open(self, lease: Lease) -> bool:
         return lease.job_id in self.open and self.open[lease.job_id][0].epoch == lease.epoch
@@ -115,7 +117,9 @@ class ReaderMachine(RuleBasedStateMachine):
 
     sites = Bundle("sites")
 
-    @rule(target=sites, site=st.integers(0, 3), size=st.sampled_from([0, 7, MIB, MIB + 1, 2 * MIB + 5]))
+    @rule(
+        target=sites, site=st.integers(0, 2), size=st.sampled_from([0, 7, MIB + 1, 2 * MIB + 5, 2 * MIB + 9])
+    )
     def begin(self, site: int, size: int) -> Any:
         if site in self.under_way:
             return multiple()
@@ -150,8 +154,9 @@ class ReaderMachine(RuleBasedStateMachine):
     @rule(site=sites)
     def repeat(self, site: int) -> None:
         """The chunk after the next one, or the last one again: out of order either way."""
-        if site in self.begun and len(self.under_way[site][1]) > 1:
-            self._refused(self.under_way[site][1][1], "TENSOR_OUT_OF_ORDER")
+        chunks = self.under_way[site][1] if site in self.begun else []
+        if len(chunks) > 1:
+            self._refused(chunks[1], "TENSOR_OUT_OF_ORDER")
 
     @rule(site=sites, at=st.integers(12, 87), bit=st.integers(0, 7))
     def damage(self, site: int, at: int, bit: int) -> None:
@@ -179,11 +184,8 @@ class JoinMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = datetime(2026, 1, 2, tzinfo=UTC)
-        self.folder = tempfile.TemporaryDirectory()
         self.loop = asyncio.new_event_loop()
-        self.store = self._run(
-            JobStore.open(f"sqlite:///{Path(self.folder.name) / 's'}", now=lambda: self.now)
-        )
+        self.store = self._run(JobStore.open("sqlite://", now=lambda: self.now))
         self.devices: dict[str, dict[str, Any]] = {}
 
     def _run(self, coroutine: Any) -> Any:
@@ -255,19 +257,19 @@ class JoinMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         self._run(self.store.close())
         self.loop.close()
-        self.folder.cleanup()
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("machine", [LeaseMachine, ReaderMachine, JoinMachine])
+@pytest.mark.parametrize(
+    ("machine", "examples"), [(LeaseMachine, 15), (ReaderMachine, 40), (JoinMachine, 6)]
+)
 def test_it_does_what_its_model_does(
-    machine: type[RuleBasedStateMachine], request: pytest.FixtureRequest
+    machine: type[RuleBasedStateMachine], examples: int, request: pytest.FixtureRequest
 ) -> None:
-    examples = 300 if request.config.getoption("--fuzz") else 8
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=examples,
+            max_examples=25 * examples if request.config.getoption("--fuzz") else examples,
             stateful_step_count=30,
             deadline=None,
             database=None,
