@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test matrix traps faults check lint types layers stubs proto bench exactness wire base_step base_memory throughput quality staleness policy fairness simulate clean
+.PHONY: errors reference fuzz security help setup demo test matrix traps faults check lint types layers stubs proto bench exactness wire base_step base_memory throughput quality staleness policy fairness simulate clean
 
 help: ## this list
 	@grep -hE '^[a-z_]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -31,6 +31,9 @@ test: setup ## the whole test suite
 matrix: setup ## kinds x modes x encodings x architectures x tasks, all of it, with its table
 	$(BIN)/python -m pytest tests/matrix --matrix -q $(PYTEST_ARGS)
 
+fuzz: setup ## 100,000 bad frames and requests, state machines; no crash, hang or leak, with its table
+	$(BIN)/python -m pytest tests/fuzz --fuzz -q -s $(PYTEST_ARGS)
+
 traps: setup ## every trap of docs/traps.md put back into a copy of the source, and the test that catches it
 	$(BIN)/python -m pytest tests/traps --traps -q $(PYTEST_ARGS)
 
@@ -38,7 +41,7 @@ faults: setup ## every crash point, stream fault and killed process: what each c
 	$(BIN)/python -m pytest tests/faults --faults -q $(PYTEST_ARGS)
 
 check: setup ## format, lint, types, layers, generated code: all of them, also after a failure
-	$(MAKE) --keep-going --no-print-directory lint types layers stubs
+	$(MAKE) --keep-going --no-print-directory lint types layers stubs reference
 
 lint: setup
 	$(BIN)/ruff format --check .
@@ -64,6 +67,12 @@ stubs: setup
 	rm -rf $(STUBS) && mkdir -p $(STUBS)
 	$(call generate,$(STUBS))
 	diff -r -x __init__.py -x __pycache__ $(STUBS)/cola_runtime/proto cola_runtime/proto
+
+errors: setup ## generate docs/errors.md from the table of reasons
+	$(BIN)/python -m cola_runtime.testing.error_reference > docs/errors.md
+
+reference: setup
+	$(BIN)/python -m cola_runtime.testing.error_reference | diff - docs/errors.md
 
 bench: exactness wire base_step base_memory throughput quality staleness policy fairness simulate ## every benchmark; BENCH_ARGS=--quick for the short form
 

@@ -6,6 +6,7 @@ file or among the flags is an error that names its path.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -19,13 +20,17 @@ from pydantic import (
     SecretStr,
     StringConstraints,
     ValidationError,
+    model_validator,
 )
 
 from cola_runtime.errors import InvalidInput, Violation
 
 DEFAULT_GRPC_PORT = 8421
+DEFAULT_DEVICE_PORT = 8423
 ENVIRONMENT_PREFIX = "COLA_"
 MIB = 1 << 20
+TLS_ENVIRONMENT = {"GRPC_SSL_CIPHER_SUITES": "ECDHE-PSK-CHACHA20-POLY1305"}
+"""Of TLS 1.2's cipher suites one that needs a key shared before: none is. TLS 1.3 has its own."""
 
 Seconds = Annotated[float, Field(gt=0, le=3600)]
 S = TypeVar("S", bound="_Settings")
@@ -52,7 +57,10 @@ class ClientSettings(_Settings):
     """What the SDK and the CLI need to reach a service."""
 
     base_url: str = f"grpc://127.0.0.1:{DEFAULT_GRPC_PORT}"
+    """`grpcs://` is TLS; `grpc://` is not, and for this machine only."""
     api_key: SecretStr = SecretStr("")
+    ca: Path | None = None
+    """Certificates (PEM) that the service's must come from; None: those the system trusts."""
 
 
 class BaseModelSettings(_Settings):
@@ -91,6 +99,26 @@ class DeviceSettings(_Settings):
     heartbeat_seconds: Seconds = 2.0
     lease_timeout_seconds: Seconds = 10.0
     """Silence after which a device counts as lost."""
+    listen: str | None = None
+    """With TLS: where devices dial in; None: port 8423 beside `listen`."""
+    advertise: str | None = None
+    """host:port that devices use to reach it; None: the same."""
+    certificate_days: Annotated[int, Field(ge=1, le=825)] = 30
+    """Life of a device's certificate; it renews it by itself."""
+
+
+class TlsSettings(_Settings):
+    """The operator's certificate (docs/security.md). Without one the service listens on loopback only."""
+
+    certificate: Path | None = None
+    """PEM, with its chain. Read again when the file changes, for connections from then on."""
+    key: Path | None = None
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> TlsSettings:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("give certificate and key, or neither")
+        return self
 
 
 class SchedulerSettings(_Settings):
@@ -123,14 +151,13 @@ class ServiceSettings(_Settings):
     data_dir: Path = Path("cola-data")
     """Job store, datasets, checkpoints, join token."""
     listen: str = f"127.0.0.1:{DEFAULT_GRPC_PORT}"
-    """Where SDK, CLI and devices dial in."""
-    advertise: str | None = None
-    """host:port that devices use to reach `listen`; None: the same."""
+    """Where SDK and CLI dial in, and without TLS devices."""
     base_model: BaseModelSettings = BaseModelSettings()
     devices: DeviceSettings = DeviceSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
     planner: PlannerSettings = PlannerSettings()
     retention: RetentionSettings = RetentionSettings()
+    tls: TlsSettings = TlsSettings()
     ray_address: str | None = None
     """An existing cluster; None starts one on this machine."""
     cache_dir: Path = Path(".cache/models")
@@ -143,6 +170,11 @@ class JoinSettings(_Settings):
     """What `cola device` needs to join a service."""
 
     coordinator: str = f"127.0.0.1:{DEFAULT_GRPC_PORT}"
+    """`grpcs://host:port` is TLS."""
+    ca: Path | None = None
+    """Certificates (PEM) that the service's must come from; None: those the system trusts."""
+    identity_dir: Path = Path("cola-device")
+    """With TLS: where the device keeps its certificate and key."""
     join_token: SecretStr = SecretStr("")
     device_id: str | None = None
     threads: Annotated[int, Field(ge=1, le=256)] = 1
@@ -188,6 +220,23 @@ def set_thread_environment(threads: int) -> None:
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+def is_loopback(endpoint: str) -> bool:
+    """`host:port` is reached from this machine only."""
+    host = endpoint.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def offer_tls_1_3_only() -> None:
+    """Fix that no TLS connection of this process is older than 1.3 (transport/tls.py says how).
+
+    Before grpc is imported, which reads it then.
+    """
+    os.environ.update(TLS_ENVIRONMENT)
 
 
 def _load(model: type[S], file: dict[str, Any], flags: dict[str, Any], *, source: str) -> S:

@@ -12,13 +12,15 @@
     |- ProtocolError          exit 9   gRPC INVALID_ARGUMENT      a peer sent a bad frame or message
     |- Fenced                 exit 6   gRPC FAILED_PRECONDITION   an older lease epoch
 
-`reason` is stable and upper case; the message holds the values and what to do next.
+`reason` is stable and in the table of reasons.py; the message holds the values and what to do next.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
+
+from cola_runtime.reasons import REASONS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,8 @@ class ColaError(Exception):
     """Base of the tree. `str(error)` is one or more full sentences for the person who must act."""
 
     exit_code: ClassVar[int] = 1
+    grpc_code: ClassVar[str] = "INTERNAL"
+    http_status: ClassVar[int] = 500
     retryable: ClassVar[bool] = False
 
     def __init__(
@@ -100,40 +104,81 @@ def error_from_dict(
 
 class InvalidInput(ColaError):
     exit_code = 3
+    grpc_code = "INVALID_ARGUMENT"
+    http_status = 422
 
 
 class Unauthenticated(ColaError):
     exit_code = 4
+    grpc_code = "UNAUTHENTICATED"
+    http_status = 401
 
 
 class PermissionDenied(ColaError):
     exit_code = 4
+    grpc_code = "PERMISSION_DENIED"
+    http_status = 403
 
 
 class NotFound(ColaError):
     exit_code = 5
+    grpc_code = "NOT_FOUND"
+    http_status = 404
 
 
 class Conflict(ColaError):
     exit_code = 6
+    grpc_code = "FAILED_PRECONDITION"
+    http_status = 409
 
 
 class QuotaExceeded(ColaError):
     exit_code = 7
+    grpc_code = "RESOURCE_EXHAUSTED"
+    http_status = 429
 
 
 class JobFailed(ColaError):
     exit_code = 8
+    grpc_code = "ABORTED"
+    http_status = 409
 
 
 class Unavailable(ColaError):
     exit_code = 9
+    grpc_code = "UNAVAILABLE"
+    http_status = 503
     retryable = True
 
 
 class ProtocolError(ColaError):
     exit_code = 9
+    grpc_code = "INVALID_ARGUMENT"
+    http_status = 400
 
 
 class Fenced(ColaError):
     exit_code = 6
+    grpc_code = "FAILED_PRECONDITION"
+    http_status = 409
+
+
+KINDS: tuple[type[ColaError], ...] = (
+    InvalidInput,
+    Unauthenticated,
+    PermissionDenied,
+    NotFound,
+    Conflict,
+    QuotaExceeded,
+    JobFailed,
+    Unavailable,
+    ProtocolError,
+    Fenced,
+    ColaError,
+)
+
+
+def remedy_of(error: ColaError) -> str:
+    """What to do: as the error says, else as the table of reasons says."""
+    known = REASONS.get(error.reason)
+    return error.remedy or (known.remedy if known else "")

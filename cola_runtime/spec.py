@@ -40,7 +40,7 @@ from cola_runtime.task_spec import (
     SequenceToSequenceTask,
     TaskSpec,
 )
-from cola_runtime.types import Metric
+from cola_runtime.types import Metric, TrustClass
 
 MAX_STEPS = 1_000_000
 MAX_ROWS_PER_STEP = 4096
@@ -285,6 +285,11 @@ class JobSpec(Frozen):
     """Orders the tenant's own jobs, never other tenants' (docs/scheduling.md)."""
     shards: Annotated[int, Field(ge=1, le=MAX_SHARDS, strict=True)] = 1
     """Devices that the adapter's sites are divided among; training stays the same (docs/sharding.md)."""
+    trust: Annotated[tuple[TrustClass, ...], Field(min_length=1, max_length=len(TrustClass))] = (
+        TrustClass.TRUSTED,
+    )
+    """Classes of devices that may train it. A device sees gradients, and these reveal the data to whoever
+    holds them (docs/security.md): `community` lets devices see them that are not the operator's."""
     loss_scaling: Literal["none", "dynamic"] | PowerOfTwo | None = None
     """What the loss is multiplied by in the backward pass, so that small gradients survive a float16 base
     (docs/base_precision.md). None is `dynamic` beside such a base, else `none`."""

@@ -34,6 +34,13 @@ class Task(enum.StrEnum):
     IMAGE_CLASSIFICATION = "image_classification"
 
 
+class TrustClass(enum.StrEnum):
+    """Whose a device is; a job names the classes that may see what its gradients reveal of its data."""
+
+    TRUSTED = "trusted"  # the operator's own
+    COMMUNITY = "community"  # anyone's whom the operator gave a join token
+
+
 class Priority(enum.IntEnum):
     """Order among the jobs of one tenant; it says nothing about other tenants' jobs."""
 

@@ -9,10 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from cola_runtime.config import offer_tls_1_3_only
+
+offer_tls_1_3_only()  # as `cola serve` does, before any test imports grpc
+
 Require = Callable[[str], None]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz", action="store_true", help="at least 100,000 frames and requests: `make fuzz`")
     parser.addoption("--matrix", action="store_true", help="all of the matrix, and its table: `make matrix`")
     parser.addoption(
         "--accelerator",

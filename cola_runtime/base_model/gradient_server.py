@@ -23,7 +23,7 @@ from cola_runtime.transport import control
 from cola_runtime.transport.concurrency import until_first_ends
 from cola_runtime.transport.endpoints import GRADIENTS, serve_streams
 from cola_runtime.transport.frames import TensorAddress
-from cola_runtime.transport.handshake import receive_hello
+from cola_runtime.transport.handshake import check_ticket, receive_hello
 from cola_runtime.transport.reader import FrameLimits, ReceivedTensor
 from cola_runtime.transport.stream import FrameStream, ReceivedControl
 from cola_runtime.transport.tensors import parcels
@@ -68,7 +68,7 @@ class GradientServer:
         """Listen; returns host:port."""
         self._loop = asyncio.get_running_loop()
         self._server, endpoint = await serve_streams(
-            bind, {GRADIENTS: self._serve_device}, credentials=credentials
+            bind, {GRADIENTS: self._serve_device}, credentials=credentials, where="base_model.bind"
         )
         return endpoint
 
@@ -161,7 +161,10 @@ class GradientServer:
             adapter.count_up(trained_version, wire_bytes)
 
     async def _serve_device(self, stream: FrameStream[Any]) -> None:
-        hello = await receive_hello(stream, join_token=self._join_token, limits=FrameLimits())
+        async def check(hello: control_pb2.GradientHello) -> None:
+            check_ticket(self._join_token, hello, stream.certificate)
+
+        hello = await receive_hello(stream, check=check, limits=FrameLimits())
         link = self._new_link(stream, hello)
         await self._replace(link)
         await stream.send_control(control_pb2.GradientControl(welcome=control_pb2.GradientWelcome()))
@@ -265,7 +268,8 @@ class GradientServer:
     def _refused_by_device(self, link: DeviceLink, refusal: control_pb2.Refusal) -> None:
         lease = control.lease_from_proto(refusal.lease)
         if self._of_device(link, lease) is not None:
-            self._on_event(StepRefused(lease=lease, reason=refusal.reason, message=refusal.message))
+            reason, message = control.told_by_device(refusal.reason, refusal.message)
+            self._on_event(StepRefused(lease=lease, reason=reason, message=message))
 
     def _of_device(self, link: DeviceLink, lease: Lease) -> LeasedAdapter | None:
         return self._leases.find(lease) if lease.device_id == link.device_id else None

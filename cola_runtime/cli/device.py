@@ -7,6 +7,7 @@ import platform
 import re
 import secrets
 import signal
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,11 +15,22 @@ import typer
 if TYPE_CHECKING:
     from cola_runtime.config import JoinSettings
     from cola_runtime.device.config import DeviceConfig
+    from cola_runtime.device.enrolment import Enrolment
+
+TLS_SCHEME = "grpcs://"
 
 
 def device(
     coordinator: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="The service. Default: COLA_COORDINATOR.")
+        str | None,
+        typer.Option(metavar="URL", help="grpcs://host:port, or host:port here. COLA_COORDINATOR."),
+    ] = None,
+    ca: Annotated[
+        Path | None,
+        typer.Option(metavar="PEM", help="Of the service, where no public authority signed it. COLA_CA."),
+    ] = None,
+    identity_dir: Annotated[
+        Path | None, typer.Option(help="Where a device keeps its certificate. Default: cola-device.")
     ] = None,
     device_id: Annotated[
         str | None, typer.Option("--id", help="This device's name. Default: made from the host's.")
@@ -30,14 +42,26 @@ def device(
         typer.Option(metavar="PYTHON.MODULE", help="Registers adapter modules; repeatable."),
     ] = None,
 ) -> None:
-    """Join a service as a device, until Ctrl-C. The join token is read from COLA_JOIN_TOKEN."""
+    """Join a service as a device, until Ctrl-C. The join token is read from COLA_JOIN_TOKEN.
+
+    Over TLS it is needed once: for the certificate that the device keeps in its folder.
+    """
     from cola_runtime import crash_points
     from cola_runtime.adapters.module_registry import import_adapter_modules
     from cola_runtime.cli.output import clean, print_text
-    from cola_runtime.config import crash_setting, join_settings, set_thread_environment
+    from cola_runtime.config import (
+        crash_setting,
+        join_settings,
+        offer_tls_1_3_only,
+        set_thread_environment,
+    )
+
+    offer_tls_1_3_only()  # before grpc is imported
 
     settings = join_settings(
         coordinator=coordinator,
+        ca=ca,
+        identity_dir=identity_dir,
         device_id=device_id,
         threads=threads,
         credit_bytes=credit_bytes,
@@ -52,7 +76,7 @@ def device(
         (clean(config.device_id), "bold"),
         f" joins {clean(config.coordinator_endpoint)}",
     )
-    asyncio.run(_serve(config))
+    asyncio.run(_serve(config, _enrolment(settings, config)))
 
 
 def device_config(settings: JoinSettings) -> DeviceConfig:
@@ -61,20 +85,39 @@ def device_config(settings: JoinSettings) -> DeviceConfig:
     from cola_runtime.errors import InvalidInput
 
     token = settings.join_token.get_secret_value()
-    if not token:
+    joined = _joined_as(settings.identity_dir) if settings.coordinator.startswith(TLS_SCHEME) else None
+    if not token and joined is None:
         raise InvalidInput(
             "JOIN_TOKEN_MISSING",
             "a device needs the service's join token",
             where="COLA_JOIN_TOKEN",
-            remedy="It is in the file `join-token` of the service's data folder.",
+            remedy="`cola devices token` makes one; on the service's own machine it is in `join-token`.",
         )
     return DeviceConfig(
-        device_id=settings.device_id or default_device_id(platform.node()),
-        coordinator_endpoint=settings.coordinator,
+        device_id=settings.device_id or joined or default_device_id(platform.node()),
+        coordinator_endpoint=settings.coordinator.removeprefix(TLS_SCHEME),
         join_token=token,
         threads=settings.threads,
         credit_bytes=settings.credit_bytes,
     )
+
+
+def _joined_as(identity_dir: Path) -> str | None:
+    """The id that an earlier run joined under."""
+    file = identity_dir / "device.pem"
+    if not file.exists():
+        return None
+    from cola_runtime.transport.certificates import read_certificate
+
+    return read_certificate(file.read_bytes()).name
+
+
+def _enrolment(settings: JoinSettings, config: DeviceConfig) -> Enrolment | None:
+    if not settings.coordinator.startswith(TLS_SCHEME):
+        return None
+    from cola_runtime.device.enrolment import Enrolment
+
+    return Enrolment(config, ca=settings.ca, folder=settings.identity_dir)
 
 
 def default_device_id(host: str) -> str:
@@ -83,10 +126,10 @@ def default_device_id(host: str) -> str:
     return f"{safe}-{secrets.token_hex(3)}"
 
 
-async def _serve(config: DeviceConfig) -> None:
+async def _serve(config: DeviceConfig, enrolment: Enrolment | None) -> None:
     from cola_runtime.device.agent import DeviceAgent
 
-    agent, stop = DeviceAgent(config), asyncio.Event()
+    agent, stop = DeviceAgent(config, enrolment=enrolment), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     serving = asyncio.create_task(agent.run())

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from cola_runtime.cli.output import clean, print_json
-from cola_runtime.errors import ColaError, Violation
+from cola_runtime.errors import ColaError, Violation, remedy_of
 
 
 def report(error: ColaError, *, as_json: bool) -> int:
@@ -25,7 +25,8 @@ def report(error: ColaError, *, as_json: bool) -> int:
 
 def error_object(error: ColaError) -> dict[str, object]:
     violations = [{"where": each.where, "message": each.message} for each in error.violations]
-    return {**error.as_dict(), "violations": violations, "exit_code": error.exit_code}
+    fields = {**error.as_dict(), "remedy": remedy_of(error)}
+    return {**fields, "violations": violations, "exit_code": error.exit_code}
 
 
 def error_lines(error: ColaError) -> list[Text]:
@@ -41,8 +42,8 @@ def error_lines(error: ColaError) -> list[Text]:
     ]
     if bounds:
         lines.append(Text(f"  {', '.join(bounds)}"))
-    if error.remedy:
-        lines.append(Text.assemble(("  → ", "green"), clean(error.remedy)))
+    if remedy := remedy_of(error):
+        lines.append(Text.assemble(("  → ", "green"), clean(remedy)))
     return lines
 
 

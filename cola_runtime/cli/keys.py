@@ -121,11 +121,15 @@ def _create(
     tenant: str, scopes: list[str], terms: dict[str, Any], data_dir: Path | None, url: str | None
 ) -> Any:
     if data_dir is not None:
+        from cola_runtime.jobs.audit import OPERATOR
         from cola_runtime.jobs.records import TermChanges
         from cola_runtime.server import keys
 
         changes = TermChanges(**terms)
-        return _in_store(data_dir, lambda store: keys.create_key(store, tenant, scopes, changes=changes))
+        return _in_store(
+            data_dir,
+            lambda store: keys.create_key(store, tenant, scopes, changes=changes, audited_as=OPERATOR),
+        )
     from cola_runtime.cli.connect import connected
 
     with connected(url) as client:
@@ -143,9 +147,10 @@ def _list(data_dir: Path | None, url: str | None) -> Any:
 
 def _revoke(key_id: str, data_dir: Path | None, url: str | None) -> Any:
     if data_dir is not None:
+        from cola_runtime.jobs.audit import OPERATOR
         from cola_runtime.server import keys
 
-        return _in_store(data_dir, lambda store: keys.revoke_key(store, key_id))
+        return _in_store(data_dir, lambda store: keys.revoke_key(store, key_id, audited_as=OPERATOR))
     from cola_runtime.cli.connect import connected
 
     with connected(url) as client:

@@ -10,11 +10,13 @@ import typer
 import cola_runtime
 from cola_runtime.cli import (
     adapters,
+    audit,
     bench,
     config,
     dataset,
     demo,
     device,
+    devices,
     doctor,
     generate,
     jobs,
@@ -53,6 +55,8 @@ for name, group in (
     ("dataset", dataset.app),
     ("adapters", adapters.app),
     ("keys", keys.app),
+    ("devices", devices.app),
+    ("audit", audit.app),
     ("config", config.app),
     ("trace", trace.app),
     ("bench", bench.app),

@@ -28,8 +28,13 @@ def serve(
         typer.Option("--file", "-f", metavar="SETTINGS.YAML", help="Settings; flags go over them."),
     ] = None,
     listen: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where clients dial in.")] = None,
+    certificate: Annotated[
+        Path | None, typer.Option(metavar="PEM", help="With --key: TLS, which other machines need.")
+    ] = None,
+    key: Annotated[Path | None, typer.Option(metavar="PEM", help="The certificate's private key.")] = None,
     advertise: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="How devices reach it, if not the same.")
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="With TLS: how devices reach their port, if not the same."),
     ] = None,
     data_dir: Annotated[
         Path | None, typer.Option(help="Job store, datasets, checkpoints, join token.")
@@ -57,12 +62,13 @@ def serve(
     as_json: JsonFlag = False,
 ) -> None:
     """Run the service until Ctrl-C. At first start it prints a key for a first tenant, once."""
-    from cola_runtime.config import service_settings
+    from cola_runtime.config import offer_tls_1_3_only, service_settings
+
+    offer_tls_1_3_only()  # before grpc is imported
 
     settings = service_settings(
         file,
         listen=listen,
-        advertise=advertise,
         data_dir=data_dir,
         base_model={
             "name": base_model,
@@ -72,7 +78,8 @@ def serve(
             "activation_checkpointing": activation_checkpointing,
             "threads": threads,
         },
-        devices={"count": devices},
+        devices={"count": devices, "advertise": advertise},
+        tls={"certificate": certificate, "key": key},
         ray_address=ray_address,
         adapter_modules=adapter_module,
     )
@@ -85,7 +92,7 @@ def announce(service: RunningService, *, as_json: bool) -> None:
     """Say where the service listens and, once in its life, the first key."""
     from cola_runtime.cli.output import clean, print_json_line, print_text
 
-    url = f"grpc://{service.endpoint}"
+    url = f"{'grpcs' if service.tls else 'grpc'}://{service.endpoint}"
     if as_json:
         base = service.base_model.name
         print_json_line({"base_url": url, "base_model": base, "first_key": service.first_key})

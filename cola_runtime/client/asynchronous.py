@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -12,19 +13,22 @@ from cola_runtime.client.connection import Connection
 from cola_runtime.client.job_handle import GENERATE_TIMEOUT_SECONDS, AsyncJobHandle, Prompt, generate_request
 from cola_runtime.client.uploads import Dataset, Upload, upload_of
 from cola_runtime.client.values import (
+    AuditEntry,
     DatasetReport,
     Generation,
     Job,
     JobEstimate,
+    JoinToken,
     Key,
     NewKey,
+    RegisteredDevice,
     Service,
     Usage,
     service_from,
     value_from,
 )
 from cola_runtime.config import client_settings
-from cola_runtime.proto import jobs_pb2
+from cola_runtime.proto import jobs_pb2, operators_pb2
 from cola_runtime.spec import JobSpec
 
 UPLOAD_TIMEOUT_SECONDS = 900.0
@@ -35,12 +39,15 @@ PAGE = 500
 class AsyncClient:
     """A tenant's connection to a service. Every call may raise a ColaError.
 
-    `base_url` and `api_key` default to COLA_BASE_URL and COLA_API_KEY. Calls are retried a few times when the
+    `base_url` and `api_key` default to COLA_BASE_URL and COLA_API_KEY, `ca` (a private authority's
+    certificates) to COLA_CA. Calls are retried a few times when the
     service cannot be reached: all but `create_key` are idempotent, a submission by the key it carries.
     """
 
-    def __init__(self, *, base_url: str | None = None, api_key: str | None = None) -> None:
-        self._connection = Connection(client_settings(base_url=base_url, api_key=api_key))
+    def __init__(
+        self, *, base_url: str | None = None, api_key: str | None = None, ca: Path | str | None = None
+    ) -> None:
+        self._connection = Connection(client_settings(base_url=base_url, api_key=api_key, ca=ca))
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -178,6 +185,31 @@ class AsyncClient:
         request = jobs_pb2.StopTraceRequest()
         chunks = self._connection.stream("StopTrace", request, timeout_seconds=TRACE_TIMEOUT_SECONDS)
         return b"".join([chunk.content async for chunk in chunks])
+
+    async def create_join_token(
+        self, trust_class: str, *, reusable: bool = False, valid_seconds: int = 0
+    ) -> JoinToken:
+        """What lets a device join (0 seconds: for a day). Needs the scope `admin`."""
+        request = operators_pb2.CreateJoinTokenRequest(
+            trust_class=trust_class, reusable=reusable, valid_seconds=valid_seconds
+        )
+        return value_from(JoinToken, await self._connection.call("CreateJoinToken", request, retry=False))
+
+    async def registered_devices(self) -> list[RegisteredDevice]:
+        """Devices that hold a certificate, connected or not. Needs the scope `admin`."""
+        answer = await self._connection.call("ListDevices", operators_pb2.ListDevicesRequest())
+        return [value_from(RegisteredDevice, device) for device in answer.devices]
+
+    async def revoke_device(self, device_id: str) -> RegisteredDevice:
+        """It is let in no more; its jobs go on elsewhere. Needs the scope `admin`."""
+        request = operators_pb2.RevokeDeviceRequest(device_id=device_id)
+        return value_from(RegisteredDevice, await self._connection.call("RevokeDevice", request))
+
+    async def audit(self, *, after: int = 0, limit: int = 100) -> list[AuditEntry]:
+        """Oldest first: entries above `after`, or with 0 the newest ones. Needs the scope `admin`."""
+        request = operators_pb2.ListAuditRequest(after=after, limit=limit)
+        answer = await self._connection.call("ListAudit", request)
+        return [value_from(AuditEntry, entry) for entry in answer.entries]
 
     async def _send(
         self, rpc: str, header: jobs_pb2.JobHeader, training: Dataset, evaluation: Dataset | None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import grpc
 import grpc.aio
 
-from cola_runtime.config import DEFAULT_GRPC_PORT, ClientSettings
+from cola_runtime.config import DEFAULT_GRPC_PORT, ClientSettings, is_loopback
 from cola_runtime.errors import ColaError, InvalidInput, Unavailable
 
 MAX_MESSAGE_BYTES = 16 << 20
@@ -24,7 +25,7 @@ class Address:
 
 
 def parse_base_url(base_url: str) -> Address:
-    """`grpc://host[:port]` is plain, `grpcs://host[:port]` is TLS with the system's roots."""
+    """`grpc://host[:port]` is plain, `grpcs://host[:port]` is TLS."""
     parts = urlsplit(base_url if "://" in base_url else f"grpc://{base_url}")
     try:
         port = parts.port or DEFAULT_GRPC_PORT
@@ -50,8 +51,25 @@ def open_channel(settings: ClientSettings) -> grpc.aio.Channel:
         ("grpc.max_reconnect_backoff_ms", 2_000),
     ]
     if address.tls:
-        return grpc.aio.secure_channel(address.target, grpc.ssl_channel_credentials(), options=options)
+        return grpc.aio.secure_channel(address.target, _roots(settings.ca), options=options)
+    if settings.api_key.get_secret_value() and not is_loopback(address.target):
+        raise InvalidInput(
+            "PLAINTEXT_REFUSED",
+            f"the API key would travel to {address.target} for anyone on the way to read",
+            where="COLA_BASE_URL",
+            remedy=f"Use grpcs://{address.target}; with a private certificate authority also COLA_CA.",
+        )
     return grpc.aio.insecure_channel(address.target, options=options)
+
+
+def _roots(ca: Path | None) -> grpc.ChannelCredentials:
+    """The certificates in the file, or those the system trusts."""
+    try:
+        return grpc.ssl_channel_credentials(ca.read_bytes() if ca else None)
+    except OSError as error:
+        raise InvalidInput(
+            "TLS_FILE", f"cannot read {ca}: {error.strerror}", where="COLA_CA", remedy="Give a PEM file."
+        ) from error
 
 
 def call_metadata(settings: ClientSettings) -> tuple[tuple[str, str], ...]:

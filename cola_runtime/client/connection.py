@@ -12,7 +12,7 @@ import grpc.aio
 from cola_runtime.client.channel import call_metadata, explained, open_channel, parse_base_url
 from cola_runtime.config import ClientSettings
 from cola_runtime.errors import ColaError
-from cola_runtime.proto import jobs_pb2_grpc
+from cola_runtime.proto import jobs_pb2_grpc, operators_pb2_grpc
 from cola_runtime.transport.status import error_from_rpc
 
 CALL_TIMEOUT_SECONDS = 60.0
@@ -20,7 +20,7 @@ RETRY_DELAYS_SECONDS = (0.1, 0.3, 0.9, 2.0)
 
 
 class Connection:
-    """Speaks cola.v1.Jobs. The channel opens with the first call, on the event loop that makes it."""
+    """Speaks cola.v1.Jobs and Operators. The channel opens with the first call, on that call's event loop."""
 
     def __init__(self, settings: ClientSettings) -> None:
         self._settings = settings
@@ -77,7 +77,9 @@ class Connection:
     def _method(self, name: str) -> Any:
         if self._channel is None:
             self._channel = open_channel(self._settings)
-        return getattr(jobs_pb2_grpc.JobsStub(self._channel), name)  # type: ignore[no-untyped-call]
+        stubs = (jobs_pb2_grpc.JobsStub, operators_pb2_grpc.OperatorsStub)
+        found = (getattr(stub(self._channel), name, None) for stub in stubs)
+        return next(method for method in found if method is not None)
 
 
 def _worth_retrying(error: ColaError) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Concatenate
 
@@ -20,6 +21,7 @@ from cola_runtime.client.asynchronous import AsyncClient
 from cola_runtime.client.job_handle import AsyncJobHandle
 from cola_runtime.client.loop_thread import LoopThread, Parameters, synchronous, synchronous_iterator
 from cola_runtime.client.values import (
+    AuditEntry,
     BaseModel,
     Checkpoint,
     DatasetReport,
@@ -29,8 +31,10 @@ from cola_runtime.client.values import (
     Generation,
     Job,
     JobEstimate,
+    JoinToken,
     Key,
     NewKey,
+    RegisteredDevice,
     Service,
     Step,
     Usage,
@@ -40,6 +44,7 @@ from cola_runtime.spec import JobSpec
 __all__ = [
     "AsyncClient",
     "AsyncJobHandle",
+    "AuditEntry",
     "BaseModel",
     "Checkpoint",
     "Client",
@@ -52,8 +57,10 @@ __all__ = [
     "JobEstimate",
     "JobHandle",
     "JobSpec",
+    "JoinToken",
     "Key",
     "NewKey",
+    "RegisteredDevice",
     "Service",
     "Step",
     "Usage",
@@ -105,11 +112,14 @@ def _giving_handle(
 class Client:
     """A tenant's connection to a service. Every call may raise a ColaError (cola_runtime.errors).
 
-    `base_url` and `api_key` default to COLA_BASE_URL and COLA_API_KEY. Safe to use from several threads.
+    `base_url` and `api_key` default to COLA_BASE_URL and COLA_API_KEY, `ca` to COLA_CA. Safe to use from
+    several threads.
     """
 
-    def __init__(self, *, base_url: str | None = None, api_key: str | None = None) -> None:
-        self._twin = AsyncClient(base_url=base_url, api_key=api_key)
+    def __init__(
+        self, *, base_url: str | None = None, api_key: str | None = None, ca: Path | str | None = None
+    ) -> None:
+        self._twin = AsyncClient(base_url=base_url, api_key=api_key, ca=ca)
         self._loop = LoopThread()
 
     def __enter__(self) -> Client:
@@ -139,3 +149,7 @@ class Client:
     usage_of_all = synchronous(AsyncClient.usage_of_all)
     start_trace = synchronous(AsyncClient.start_trace)
     stop_trace = synchronous(AsyncClient.stop_trace)
+    create_join_token = synchronous(AsyncClient.create_join_token)
+    registered_devices = synchronous(AsyncClient.registered_devices)
+    revoke_device = synchronous(AsyncClient.revoke_device)
+    audit = synchronous(AsyncClient.audit)

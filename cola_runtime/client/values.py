@@ -237,6 +237,39 @@ class NewKey:
     total_steps: int | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JoinToken:
+    token: str  # the secret; it cannot be shown again
+    token_id: str
+    trust_class: str
+    reusable: bool  # otherwise it makes one device
+    expires_at: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegisteredDevice:
+    """A device that holds a certificate of the service."""
+
+    device_id: str
+    trust_class: str
+    joined_at: str
+    expires_at: str  # of its certificate
+    revoked_at: str  # "": valid
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditEntry:
+    """One thing that was done or refused."""
+
+    id: int
+    created_at: str
+    kind: str  # stable key, as "key.created"
+    actor: str  # a key's or device's id, an address, or "operator" at the data folder
+    tenant: str
+    subject: str  # the id of what it was done to
+    message: str
+
+
 def value_from(kind: type[Value], message: Message) -> Value:
     """`kind` with the fields of the same names of `message`; an optional field that is absent is None."""
     fields = {field.name: _field(message, field.name) for field in dataclasses.fields(kind)}  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ import torch
 
 from cola_runtime.device.config import DeviceConfig
 from cola_runtime.device.control_session import Backoff, ControlSession
+from cola_runtime.device.enrolment import Dial, Enrolment
 from cola_runtime.device.worker import DeviceWorker
 from cola_runtime.errors import ColaError
 from cola_runtime.proto import control_pb2
@@ -19,6 +20,7 @@ from cola_runtime.transport.endpoints import DEVICES, connect
 from cola_runtime.transport.frames import PROTOCOL_VERSION
 from cola_runtime.transport.handshake import introduce
 from cola_runtime.transport.reader import FrameLimits
+from cola_runtime.transport.tls import device_credentials
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +35,10 @@ class DeviceAgent:
     leases: the coordinator grants them again with a higher epoch.
     """
 
-    def __init__(self, config: DeviceConfig) -> None:
+    def __init__(self, config: DeviceConfig, *, enrolment: Enrolment | None = None) -> None:
         self._config = config
+        self._enrolment = enrolment
+        self._plain = enrolment is None and config.identity is None  # then the join token says who may join
         self._worker = DeviceWorker()
         self._thread = ThreadPoolExecutor(1, "device-worker", lambda: torch.set_num_threads(config.threads))
         self._stopping = asyncio.Event()
@@ -78,26 +82,38 @@ class DeviceAgent:
             await pause.wait()
 
     async def _attach_once(self, pause: Backoff) -> None:
-        stream = await connect(self._config.coordinator_endpoint, DEVICES)
+        dial = await self._dial()
+        stream = await connect(dial.endpoint, DEVICES, credentials=dial.credentials)
         try:
             welcome = await introduce(stream, self._hello(), limits=FrameLimits())
             pause.reset()
             logger.info("joined %s", stream.peer, extra={"event": "device.joined"})
             self._session = ControlSession(
-                self._config, stream, welcome, worker=self._worker, thread=self._thread
+                self._config,
+                stream,
+                welcome,
+                worker=self._worker,
+                thread=self._thread,
+                credentials=dial.credentials,
             )
             await self._session.run()
         finally:
             self._session = None
             await stream.close()
 
+    async def _dial(self) -> Dial:
+        if self._enrolment is not None:
+            return await self._enrolment.dial()
+        identity = self._config.identity
+        credentials = device_credentials(identity) if identity else None
+        return Dial(endpoint=self._config.coordinator_endpoint, credentials=credentials)
+
     def _hello(self) -> control_pb2.DeviceControl:
         hello = control_pb2.DeviceHello(
             device_id=self._config.device_id,
-            join_token=self._config.join_token,
+            join_token=self._config.join_token if self._plain else "",
             protocol_version=PROTOCOL_VERSION,
             threads=self._config.threads,
-            trust_class=self._config.trust_class,
             pid=os.getpid(),
         )
         return control_pb2.DeviceControl(hello=hello)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cola_runtime.transport.certificates import Identity
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceConfig:
@@ -11,9 +13,9 @@ class DeviceConfig:
 
     device_id: str  # 1 to 63 letters, digits, '.', '_' or '-'
     coordinator_endpoint: str  # host:port
-    join_token: str
+    join_token: str = ""  # without TLS shown in each hello; with it, once, for a certificate
+    identity: Identity | None = None  # of a device that the service itself has started, with TLS
     threads: int = 1  # of torch, for gradient and optimizer work
     credit_bytes: int = 64 << 20  # how much the base model may have in flight towards this device
-    trust_class: str = "trusted"
     first_retry_seconds: float = 0.2  # doubles after every failed attempt
     last_retry_seconds: float = 5.0

@@ -13,14 +13,15 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cola_runtime import crash_points
 from cola_runtime.device.answers import Answer, Checkpoint, Norms, Refused
 from cola_runtime.device.config import DeviceConfig
+from cola_runtime.device.enrolment import Dial
 from cola_runtime.device.gradient_link import GradientLink
 from cola_runtime.device.worker import DeviceWorker
-from cola_runtime.errors import ColaError, ProtocolError, Unavailable
+from cola_runtime.errors import ColaError, ProtocolError, Unauthenticated, Unavailable
 from cola_runtime.proto import control_pb2
 from cola_runtime.transport import control
 from cola_runtime.transport.concurrency import until_first_ends
@@ -30,6 +31,9 @@ from cola_runtime.transport.reader import ReceivedTensor
 from cola_runtime.transport.span_messages import recorded_spans
 from cola_runtime.transport.stream import ReceivedControl
 from cola_runtime.types import Lease, TensorKind
+
+if TYPE_CHECKING:
+    import grpc
 
 T = TypeVar("T")
 
@@ -62,8 +66,10 @@ class ControlSession:
         *,
         worker: DeviceWorker,
         thread: ThreadPoolExecutor,
+        credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         self._config = config
+        self._credentials = credentials
         self._stream = stream
         self._welcome = welcome
         self._worker = worker
@@ -161,12 +167,15 @@ class ControlSession:
         while True:
             try:
                 await self._attach_gradients(pause)
+            except Unauthenticated:  # the ticket is too old: the coordinator gives another, if it still may
+                raise
             except ColaError as error:
                 logger.warning("lost the base model: %s", error, extra={"event": "device.gradients_lost"})
             await pause.wait()
 
     async def _attach_gradients(self, pause: Backoff) -> None:
-        link = await GradientLink.attach(self._welcome.gradient_endpoint, self._config)
+        dial = Dial(endpoint=self._welcome.gradient_endpoint, credentials=self._credentials)
+        link = await GradientLink.attach(dial, self._config, ticket=self._welcome.gradient_ticket)
         self._link = link
         pause.reset()
         try:

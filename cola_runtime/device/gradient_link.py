@@ -9,6 +9,7 @@ from typing import Any
 from cola_runtime import crash_points
 from cola_runtime.device.answers import Norms, Refused, Update
 from cola_runtime.device.config import DeviceConfig
+from cola_runtime.device.enrolment import Dial
 from cola_runtime.proto import control_pb2
 from cola_runtime.transport import control
 from cola_runtime.transport.endpoints import GRADIENTS, Connection, connect
@@ -29,12 +30,12 @@ class GradientLink:
         self._sending = asyncio.Lock()
 
     @classmethod
-    async def attach(cls, endpoint: str, config: DeviceConfig) -> GradientLink:
+    async def attach(cls, dial: Dial, config: DeviceConfig, *, ticket: str) -> GradientLink:
         """Dial the base model and introduce this device. Raises what it was refused with, or Unavailable."""
-        stream = await connect(endpoint, GRADIENTS)
+        stream = await connect(dial.endpoint, GRADIENTS, credentials=dial.credentials)
         hello = control_pb2.GradientHello(
             device_id=config.device_id,
-            join_token=config.join_token,
+            ticket=ticket,
             protocol_version=PROTOCOL_VERSION,
             credit_bytes=config.credit_bytes,
         )

@@ -69,6 +69,8 @@ def find_job(connection: Connection, tenant_id: str, ref: str) -> JobRecord:
 
     Raises NotFound `JOB_UNKNOWN`; Conflict `REFERENCE_AMBIGUOUS` if a name or prefix fits several.
     """
+    if not ref:  # every id starts so
+        raise _unknown(ref)
     matches = (_jobs.c.job_id == ref, _jobs.c.name == ref, _jobs.c.job_id.startswith(ref, autoescape=True))
     for match in matches:
         found = connection.execute(_query(tenant_id).where(match).limit(6)).mappings().all()

@@ -31,6 +31,7 @@ from cola_runtime.types import (
     Priority,
     Row,
     TapPlan,
+    TrustClass,
 )
 
 FIRST_LOSS_SCALE = 2.0**16  # torch.amp.GradScaler's
@@ -54,6 +55,7 @@ class TrainingPlan:
     collaboration: CollaborationSpec | None = None
     priority: Priority = Priority.NORMAL
     watchdog: WatchdogSpec = field(default_factory=WatchdogSpec)
+    trust: frozenset[TrustClass] = frozenset({TrustClass.TRUSTED})
 
     def of_shards(self) -> tuple[TrainingPlan, ...]:
         """What each shard's device is told."""
@@ -185,6 +187,7 @@ def training_plan(spec: JobSpec, base: BaseModelDescription, *, total_steps: int
         loss_scaling=_loss_scaling(spec, base),
         shards=spec.shards,
         watchdog=spec.watchdog,
+        trust=frozenset(spec.trust),
     )
 
 

@@ -34,6 +34,8 @@ metadata = MetaData(
     }
 )
 
+MOST_ID = 2**63 - 1  # what a column of ids can hold; callers may name greater ones
+
 # SQLite numbers rows by itself only in a column of type INTEGER.
 EventId = BigInteger().with_variant(Integer, "sqlite")
 
@@ -237,4 +239,47 @@ checkpoints = Table(
     CheckConstraint("length(sha256) = 64", name="sha256_length"),
     # A checkpoint is made under a lease that was granted.
     ForeignKeyConstraint(["job_id", "epoch"], ["leases.job_id", "leases.epoch"]),
+)
+
+join_tokens = Table(
+    "join_tokens",
+    metadata,
+    Column("token_id", String(64), primary_key=True),
+    # Only the digest, as of API keys.
+    Column("token_sha256", String(64), nullable=False, unique=True),
+    Column("trust_class", String(16), nullable=False),
+    Column("reusable", Boolean, nullable=False),
+    Column("used_by", String(63)),
+    Column("created_by", String(64), nullable=False),
+    Column("created_at", String(32), nullable=False),
+    Column("expires_at", String(32), nullable=False),
+    CheckConstraint("length(token_sha256) = 64", name="token_is_digest"),
+)
+
+devices = Table(
+    "devices",
+    metadata,
+    # An id belongs to one key at a time.
+    Column("device_id", String(63), primary_key=True),
+    Column("trust_class", String(16), nullable=False),
+    Column("key_sha256", String(64), nullable=False),
+    Column("joined_by", String(64), nullable=False),
+    Column("joined_at", String(32), nullable=False),
+    Column("expires_at", String(32), nullable=False),
+    Column("revoked_at", String(32)),
+    CheckConstraint("length(key_sha256) = 64", name="key_is_digest"),
+)
+
+audit = Table(
+    "audit",
+    metadata,
+    Column("id", EventId, primary_key=True, autoincrement=True),
+    Column("created_at", String(32), nullable=False),
+    Column("kind", String(100), nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("tenant", String(63), nullable=False),
+    Column("subject", Text, nullable=False),
+    Column("message", Text, nullable=False),
+    # An id is never given twice: a gap in the trail shows.
+    sqlite_autoincrement=True,
 )

@@ -16,6 +16,7 @@ from sqlalchemy import Connection
 from cola_runtime import clock, crash_points
 from cola_runtime.errors import Unavailable
 from cola_runtime.jobs import evaluations, job_rows, progress, tenancy, terms, trail, usage
+from cola_runtime.jobs.audit import AuditTrail
 from cola_runtime.jobs.database import Database
 from cola_runtime.jobs.records import (
     ApiKey,
@@ -31,6 +32,7 @@ from cola_runtime.jobs.records import (
     TermChanges,
     Usage,
 )
+from cola_runtime.jobs.registry import DeviceRegistry
 from cola_runtime.jobs.state import JobState, Trigger
 from cola_runtime.types import Lease
 
@@ -45,6 +47,8 @@ class JobStore:
     def __init__(self, database: Database, *, now: clock.Clock = clock.now) -> None:
         self._database = database
         self._now = now
+        self.devices = DeviceRegistry(database, now)
+        self.audit = AuditTrail(database, now)
         self._loop = asyncio.get_running_loop()
         self._wakes: dict[str, asyncio.Event] = {}  # one per watched job, set and dropped at its next commit
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 from datetime import UTC, datetime, timedelta
 
 from sqlalchemy import Connection, RowMapping, select
@@ -54,7 +55,7 @@ def insert_key(connection: Connection, tenant_name: str, *, scopes: frozenset[st
     key = ids.new_api_key()
     connection.execute(
         _keys.insert().values(
-            key_id=ids.new_key_id(),
+            key_id=ids.key_id_of(key),
             tenant_id=tenant.tenant_id,
             key_sha256=ids.api_key_digest(key),
             scopes=" ".join(sorted(scopes)),
@@ -81,17 +82,21 @@ def mark_key_revoked(connection: Connection, key_id: str, *, at: str) -> None:
 
 
 def find_key(connection: Connection, key: str) -> ApiKey | None:
-    """Who the key is, None if unknown or revoked. The use is noted by `note_use`."""
+    """Who the key is, None if unknown or revoked. The use is noted by `note_use`.
+
+    Looked up by the digest of 256 random bits, so that the time of a comparison tells nothing of the key.
+    """
+    digest = ids.api_key_digest(key)
     row = (
         connection.execute(
-            select(*_key_columns)
+            select(*_key_columns, _keys.c.key_sha256)
             .join(_tenants)
-            .where(_keys.c.key_sha256 == ids.api_key_digest(key), _keys.c.revoked_at.is_(None))
+            .where(_keys.c.key_sha256 == digest, _keys.c.revoked_at.is_(None))
         )
         .mappings()
         .one_or_none()
     )
-    if row is None:
+    if row is None or not hmac.compare_digest(row["key_sha256"], digest):
         return None
     return _api_key(row)
 
@@ -122,5 +127,5 @@ def _moment(text: str) -> datetime:
 
 
 def _api_key(row: RowMapping) -> ApiKey:
-    fields = dict(row)
+    fields = {name: value for name, value in row.items() if name != "key_sha256"}
     return ApiKey(scopes=frozenset(fields.pop("scopes").split()), **fields)

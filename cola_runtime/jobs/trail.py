@@ -37,7 +37,7 @@ def read_events(connection: Connection, job_id: str, *, after: int, limit: int) 
     """Events above id `after`, oldest first."""
     rows = connection.execute(
         select(_events)
-        .where(_events.c.job_id == job_id, _events.c.id > after)
+        .where(_events.c.job_id == job_id, _events.c.id > min(after, schema.MOST_ID))
         .order_by(_events.c.id)
         .limit(limit)
     )

@@ -91,28 +91,28 @@ class DeviceControl(_message.Message):
     def __init__(self, hello: _Optional[_Union[DeviceHello, _Mapping]] = ..., welcome: _Optional[_Union[DeviceWelcome, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., lease_grant: _Optional[_Union[LeaseGrant, _Mapping]] = ..., lease_end: _Optional[_Union[LeaseEnd, _Mapping]] = ..., checkpoint_request: _Optional[_Union[CheckpointRequest, _Mapping]] = ..., checkpoint_made: _Optional[_Union[CheckpointMade, _Mapping]] = ..., lease_failed: _Optional[_Union[LeaseFailed, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., record_spans: _Optional[_Union[RecordSpans, _Mapping]] = ..., recorded_spans: _Optional[_Union[RecordedSpans, _Mapping]] = ...) -> None: ...
 
 class DeviceHello(_message.Message):
-    __slots__ = ("device_id", "join_token", "protocol_version", "threads", "trust_class", "pid")
+    __slots__ = ("device_id", "join_token", "protocol_version", "threads", "pid")
     DEVICE_ID_FIELD_NUMBER: _ClassVar[int]
     JOIN_TOKEN_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     THREADS_FIELD_NUMBER: _ClassVar[int]
-    TRUST_CLASS_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     device_id: str
     join_token: str
     protocol_version: int
     threads: int
-    trust_class: str
     pid: int
-    def __init__(self, device_id: _Optional[str] = ..., join_token: _Optional[str] = ..., protocol_version: _Optional[int] = ..., threads: _Optional[int] = ..., trust_class: _Optional[str] = ..., pid: _Optional[int] = ...) -> None: ...
+    def __init__(self, device_id: _Optional[str] = ..., join_token: _Optional[str] = ..., protocol_version: _Optional[int] = ..., threads: _Optional[int] = ..., pid: _Optional[int] = ...) -> None: ...
 
 class DeviceWelcome(_message.Message):
-    __slots__ = ("gradient_endpoint", "heartbeat_seconds")
+    __slots__ = ("gradient_endpoint", "heartbeat_seconds", "gradient_ticket")
     GRADIENT_ENDPOINT_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_TICKET_FIELD_NUMBER: _ClassVar[int]
     gradient_endpoint: str
     heartbeat_seconds: float
-    def __init__(self, gradient_endpoint: _Optional[str] = ..., heartbeat_seconds: _Optional[float] = ...) -> None: ...
+    gradient_ticket: str
+    def __init__(self, gradient_endpoint: _Optional[str] = ..., heartbeat_seconds: _Optional[float] = ..., gradient_ticket: _Optional[str] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ("busy_seconds", "resident_bytes")
@@ -235,16 +235,16 @@ class GradientControl(_message.Message):
     def __init__(self, hello: _Optional[_Union[GradientHello, _Mapping]] = ..., welcome: _Optional[_Union[GradientWelcome, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., microbatch_end: _Optional[_Union[MicrobatchEnd, _Mapping]] = ..., update_end: _Optional[_Union[UpdateEnd, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., shard_norms: _Optional[_Union[ShardNorms, _Mapping]] = ..., global_norm: _Optional[_Union[GlobalNorm, _Mapping]] = ...) -> None: ...
 
 class GradientHello(_message.Message):
-    __slots__ = ("device_id", "join_token", "protocol_version", "credit_bytes")
+    __slots__ = ("device_id", "ticket", "protocol_version", "credit_bytes")
     DEVICE_ID_FIELD_NUMBER: _ClassVar[int]
-    JOIN_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     CREDIT_BYTES_FIELD_NUMBER: _ClassVar[int]
     device_id: str
-    join_token: str
+    ticket: str
     protocol_version: int
     credit_bytes: int
-    def __init__(self, device_id: _Optional[str] = ..., join_token: _Optional[str] = ..., protocol_version: _Optional[int] = ..., credit_bytes: _Optional[int] = ...) -> None: ...
+    def __init__(self, device_id: _Optional[str] = ..., ticket: _Optional[str] = ..., protocol_version: _Optional[int] = ..., credit_bytes: _Optional[int] = ...) -> None: ...
 
 class GradientWelcome(_message.Message):
     __slots__ = ()

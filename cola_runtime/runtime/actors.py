@@ -14,6 +14,7 @@ from cola_runtime import crash_points
 from cola_runtime.adapter_spec import LeaseTerms
 from cola_runtime.adapters.module_registry import import_adapter_modules
 from cola_runtime.config import (
+    TLS_ENVIRONMENT,
     BaseModelSettings,
     JoinSettings,
     ServiceSettings,
@@ -22,6 +23,7 @@ from cola_runtime.config import (
 )
 from cola_runtime.errors import Unavailable
 from cola_runtime.trace.spans import ProcessSpans
+from cola_runtime.transport.certificates import Identity
 from cola_runtime.types import (
     BaseEvent,
     BaseModelDescription,
@@ -42,7 +44,9 @@ class BaseModelActor:
         cache_dir: Path,
         join_token: str,
         adapter_modules: Sequence[str],
+        identity: Identity | None = None,
     ) -> None:
+        self._identity = identity
         set_thread_environment(settings.threads)
         crash_points.arm(crash_setting())
         from cola_runtime.base_model.model import TappedModel
@@ -69,7 +73,10 @@ class BaseModelActor:
     async def describe(self) -> BaseModelDescription:
         """Also starts the gradient server; after a restart of the actor that is at a new endpoint."""
         if self._endpoint is None:
-            self._endpoint = await self._service.start(self._bind)
+            from cola_runtime.transport.tls import device_port_credentials
+
+            credentials = device_port_credentials(self._identity) if self._identity else None
+            self._endpoint = await self._service.start(self._bind, credentials=credentials)
         description = await self._service.describe()
         return replace(description, gradient_endpoint=self._advertise or self._endpoint)
 
@@ -95,11 +102,11 @@ class BaseModelActor:
 class DeviceActor:
     """One trusted device: dials in like any other, Ray only keeps it alive."""
 
-    def __init__(self, settings: JoinSettings, device_id: str) -> None:
+    def __init__(self, settings: JoinSettings, device_id: str, identity: Identity | None) -> None:
         set_thread_environment(settings.threads)
         crash_points.arm(crash_setting())
         import_adapter_modules(settings.adapter_modules)
-        self._settings, self._device_id = settings, device_id
+        self._settings, self._device_id, self._identity = settings, device_id, identity
 
     async def run(self) -> None:
         """Serve leases until the actor ends."""
@@ -110,6 +117,7 @@ class DeviceActor:
             device_id=self._device_id,
             coordinator_endpoint=self._settings.coordinator,
             join_token=self._settings.join_token.get_secret_value(),
+            identity=self._identity,
             threads=self._settings.threads,
             credit_bytes=self._settings.credit_bytes,
         )
@@ -178,7 +186,11 @@ def _quiet_transformers() -> None:
 
 
 def base_model_handle(
-    settings: ServiceSettings, join_token: str, *, accelerator: Literal["cpu", "cuda"]
+    settings: ServiceSettings,
+    join_token: str,
+    identity: Identity | None,
+    *,
+    accelerator: Literal["cpu", "cuda"],
 ) -> Any:
     """Place the base model actor on a node that offers the resource `cola_base_model`, and a GPU on cuda."""
     base_model = settings.base_model.model_copy(update={"accelerator": accelerator})
@@ -188,19 +200,20 @@ def base_model_handle(
         "resources": {"cola_base_model": 1},
         "max_restarts": -1,
         "max_concurrency": 64,
+        "runtime_env": {"env_vars": TLS_ENVIRONMENT},
     }
     return (
         ray.remote(BaseModelActor)
         .options(**options)
-        .remote(base_model, settings.cache_dir.resolve(), join_token, settings.adapter_modules)
+        .remote(base_model, settings.cache_dir.resolve(), join_token, settings.adapter_modules, identity)
     )
 
 
-def device_handle(settings: JoinSettings, device_id: str) -> Any:
+def device_handle(settings: JoinSettings, device_id: str, identity: Identity | None) -> Any:
     """Place one device actor on a node that offers a unit of the resource `cola_device`."""
     options = {
         "num_cpus": 0,
         "resources": {"cola_device": 1},
         "max_restarts": -1,
     }
-    return ray.remote(DeviceActor).options(**options).remote(settings, device_id)
+    return ray.remote(DeviceActor).options(**options).remote(settings, device_id, identity)

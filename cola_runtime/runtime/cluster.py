@@ -16,6 +16,8 @@ from ray.exceptions import RayError
 from cola_runtime.config import JoinSettings, ServiceSettings
 from cola_runtime.errors import ColaError, InvalidInput, Unavailable
 from cola_runtime.runtime.actors import RemoteBaseModel, base_model_handle, device_handle
+from cola_runtime.runtime.certified import Identify
+from cola_runtime.transport.certificates import Identity
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +59,11 @@ class Cluster:
             ray.kill(self._base_model)
         ray.shutdown()
 
-    async def start_base_model(self, join_token: str) -> RemoteBaseModel:
+    async def start_base_model(self, join_token: str, *, identity: Identity | None) -> RemoteBaseModel:
         """Place the base model actor and wait until it answers. Raises Unavailable with what lacks."""
-        self._base_model = base_model_handle(self._settings, join_token, accelerator=self._accelerator)
+        self._base_model = base_model_handle(
+            self._settings, join_token, identity, accelerator=self._accelerator
+        )
         base = RemoteBaseModel(self._base_model)
         try:
             async with asyncio.timeout(BASE_MODEL_START_SECONDS):
@@ -73,7 +77,9 @@ class Cluster:
         return base
 
     @asynccontextmanager
-    async def running_devices(self, coordinator: str, *, join_token: str) -> AsyncIterator[None]:
+    async def running_devices(
+        self, coordinator: str, *, join_token: str, identify: Identify
+    ) -> AsyncIterator[None]:
         """The trusted devices; each is run again whenever its actor comes back from a crash."""
         settings = self._settings.devices
         join = JoinSettings(
@@ -84,7 +90,7 @@ class Cluster:
             adapter_modules=self._settings.adapter_modules,
         )
         names = [f"device-{index}" for index in range(settings.count)]
-        handles = [device_handle(join, name) for name in names]
+        handles = [device_handle(join, name, await identify(name)) for name in names]
         keepers = [
             asyncio.create_task(_keep_running(handle, name), name=name)
             for handle, name in zip(handles, names, strict=True)

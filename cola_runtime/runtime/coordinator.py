@@ -22,24 +22,24 @@ from cola_runtime.config import ServiceSettings, crash_setting
 from cola_runtime.gradients.planner import Costs
 from cola_runtime.jobs.plan import wire_costs
 from cola_runtime.jobs.store import JobStore
+from cola_runtime.runtime.certified import Identify, base_model_identity, check_listeners, open_doors
 from cola_runtime.runtime.cluster import Cluster
+from cola_runtime.scheduler.device_gate import DeviceGate
 from cola_runtime.scheduler.device_pool import DevicePool
 from cola_runtime.scheduler.leases import LeaseBook
 from cola_runtime.scheduler.loop import SchedulerLoop
 from cola_runtime.scheduler.ports import BaseModelPort
 from cola_runtime.scheduler.retention import collect_orphans
 from cola_runtime.scheduler.runner import JobRunner, lost_base_reporter
-from cola_runtime.server.grpc_server import serve_jobs
 from cola_runtime.server.service import FineTuningService
 from cola_runtime.storage.objects import ObjectStorage
 from cola_runtime.trace.spans import SpanRecorder
-from cola_runtime.transport.endpoints import DEVICES
+from cola_runtime.transport.certificates import write_private
 from cola_runtime.types import BaseModelDescription
 
 logger = logging.getLogger(__name__)
 
 FIRST_TENANT = "default"
-STOP_GRACE_SECONDS = 2.0
 DRAIN_SECONDS = 20.0  # below the 30 s that Kubernetes gives a process by default
 DEVICES_START_SECONDS = 30.0  # a device that is gone for good must not hold up a restart
 
@@ -49,7 +49,9 @@ class RunningService:
     """What the caller of a started service needs."""
 
     endpoint: str  # host:port of SDK, CLI and devices
-    join_token: str
+    tls: bool
+    device_endpoint: str  # host:port of devices; without TLS the same
+    join_token: str  # of devices on this machine, where there is no TLS
     first_key: str | None  # of the first tenant, only when it was just created
     base_model: BaseModelDescription
     store: JobStore
@@ -77,12 +79,13 @@ async def _serve(settings: ServiceSettings, on_ready: Callable[[RunningService],
 async def running_service(settings: ServiceSettings) -> AsyncIterator[RunningService]:
     """The whole service on Ray, for as long as the context lasts."""
     import_adapter_modules(settings.adapter_modules)  # what is wrong with them is said before Ray starts
+    check_listeners(settings)  # likewise
     with Cluster(settings) as cluster:
         join_token = _join_token(settings.data_dir)
-        base = await cluster.start_base_model(join_token)
+        base = await cluster.start_base_model(join_token, identity=base_model_identity(settings))
 
-        def devices_at(endpoint: str) -> AbstractAsyncContextManager[None]:
-            return cluster.running_devices(settings.advertise or endpoint, join_token=join_token)
+        def devices_at(endpoint: str, identify: Identify) -> AbstractAsyncContextManager[None]:
+            return cluster.running_devices(endpoint, join_token=join_token, identify=identify)
 
         async with running_coordinator(settings, base, join_token, devices_at=devices_at) as service:
             yield service
@@ -94,13 +97,14 @@ async def running_coordinator(
     base: BaseModelPort,
     join_token: str,
     *,
-    devices_at: Callable[[str], AbstractAsyncContextManager[None]],
+    devices_at: Callable[[str, Identify], AbstractAsyncContextManager[None]],
 ) -> AsyncIterator[RunningService]:
     """Everything of the coordinator process except Ray: also the composition that fast tests use.
 
-    `devices_at(endpoint)` runs the devices that dial it, for as long as it lasts. Jobs start when they are
-    there (or late: then without them), so that the first job does not find one device and fill it.
+    `devices_at(endpoint, identify)` runs the devices that dial it, for as long as it lasts. Jobs start when
+    they are there (or late: then without them), so that the first job does not find one device and fill it.
     """
+    check_listeners(settings)
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     storage = ObjectStorage(f"file://{(settings.data_dir / 'objects').resolve()}")
     store = await JobStore.open(f"sqlite:///{(settings.data_dir / 'jobs.sqlite').resolve()}")
@@ -116,15 +120,16 @@ async def running_coordinator(
             base_models={description.name: description},
             costs=costs,
         )
-        server, port = await serve_jobs(service, settings.listen, streams={DEVICES: pool.on_stream})
-        endpoint = f"{settings.listen.rpartition(':')[0]}:{port}"
+        doors = await open_doors(settings, service, pool)
         try:
-            async with devices_at(endpoint):
+            async with devices_at(doors.device_endpoint, doors.identify):
                 await pool.wait_joined(settings.devices.count, timeout_seconds=DEVICES_START_SECONDS)
                 await runner.open()
                 try:
                     yield RunningService(
-                        endpoint=endpoint,
+                        endpoint=doors.endpoint,
+                        tls=doors.tls,
+                        device_endpoint=doors.device_endpoint,
                         join_token=join_token,
                         first_key=await _first_key(store),
                         base_model=description,
@@ -134,7 +139,7 @@ async def running_coordinator(
                 finally:
                     await runner.close()
         finally:
-            await server.stop(STOP_GRACE_SECONDS)
+            await doors.close()
     finally:
         await store.close()
 
@@ -158,7 +163,8 @@ def _wire(
     )
     pool = DevicePool(
         settings.devices,
-        join_token=join_token,
+        gate=DeviceGate(store.devices, join_token=join_token),
+        audit=store.audit,
         gradient_endpoint=description.gradient_endpoint,
         book=book,
     )
@@ -183,8 +189,7 @@ def _join_token(data_dir: Path) -> str:
     path = data_dir / "join-token"
     if not path.exists():
         data_dir.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)
-        path.write_text(secrets.token_urlsafe(32), encoding="ascii")
+        write_private(path, secrets.token_urlsafe(32).encode())
     return path.read_text(encoding="ascii").strip()
 
 

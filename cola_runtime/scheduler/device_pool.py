@@ -10,23 +10,32 @@ import asyncio
 import hashlib
 import itertools
 import logging
+import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from cola_runtime.config import DeviceSettings
-from cola_runtime.errors import ColaError, ProtocolError, Unavailable
+from cola_runtime.errors import ColaError, ProtocolError, Unauthenticated, Unavailable
+from cola_runtime.jobs.audit import AuditEntry, AuditTrail
 from cola_runtime.jobs.plan import TrainingPlan
 from cola_runtime.proto import control_pb2
+from cola_runtime.scheduler.device_gate import Admission, DeviceGate
 from cola_runtime.scheduler.device_spans import Answered, DeviceSpans
 from cola_runtime.scheduler.leases import LeaseBook, LeaseLost
-from cola_runtime.transport.control import lease_from_proto, lease_grant, lease_to_proto
+from cola_runtime.transport.control import (
+    lease_from_proto,
+    lease_grant,
+    lease_to_proto,
+    told_by_device,
+)
 from cola_runtime.transport.frames import DType, TensorAddress, WireTensor
 from cola_runtime.transport.handshake import receive_hello
 from cola_runtime.transport.reader import FrameLimits, ReceivedTensor
 from cola_runtime.transport.stream import FrameStream, ReceivedControl
-from cola_runtime.types import Lease, TensorKind
+from cola_runtime.types import Lease, TensorKind, TrustClass
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +60,7 @@ class DeviceStatus:
 @dataclass(slots=True, kw_only=True)
 class _Device:
     hello: control_pb2.DeviceHello
+    admission: Admission
     stream: FrameStream[Any]
     order: int
     heard: float
@@ -67,14 +77,21 @@ class DevicePool:
     """
 
     def __init__(
-        self, settings: DeviceSettings, *, join_token: str, gradient_endpoint: str, book: LeaseBook
+        self,
+        settings: DeviceSettings,
+        *,
+        gate: DeviceGate,
+        audit: AuditTrail,
+        gradient_endpoint: str,
+        book: LeaseBook,
     ) -> None:
         self._settings = settings
-        self._join_token = join_token
+        self._gate, self._audit = gate, audit
         self._gradient_endpoint = gradient_endpoint
         self._book = book
         self._devices: dict[str, _Device] = {}
         self._orders = itertools.count()
+        self._accepts: dict[str, frozenset[TrustClass]] = {}  # job -> which devices may see what it sends
         self._joined = asyncio.Condition()
         self._withheld = False
         self.closing = False  # devices that leave from now on are not lost
@@ -85,8 +102,10 @@ class DevicePool:
 
     async def on_stream(self, stream: FrameStream[Any]) -> None:
         """Serve one device until its stream ends. Registered as `/cola.v1.Devices/Attach`."""
-        hello = await receive_hello(stream, join_token=self._join_token, limits=CHECKPOINT_LIMITS)
-        device = _Device(hello=hello, stream=stream, order=next(self._orders), heard=time.monotonic())
+        hello, admission = await self._let_in(stream)
+        device = _Device(
+            hello=hello, admission=admission, stream=stream, order=next(self._orders), heard=time.monotonic()
+        )
         await self._admit(device)
         try:
             await self._welcome(device)
@@ -96,6 +115,20 @@ class DevicePool:
             await self._listen(device)
         finally:
             self._forget(device, "its control stream ended")
+
+    async def _let_in(self, stream: FrameStream[Any]) -> tuple[control_pb2.DeviceHello, Admission]:
+        admitted: list[Admission] = []
+
+        async def check(hello: control_pb2.DeviceHello) -> None:
+            admitted.append(await self._gate.admit(hello, stream.certificate))
+
+        try:
+            hello = await receive_hello(stream, check=check, limits=CHECKPOINT_LIMITS)
+        except Unauthenticated as error:
+            refusal = AuditEntry(kind="device.refused", actor=stream.peer, message=error.reason)
+            await self._audit.add_bounded(refusal)
+            raise
+        return hello, admitted[0]
 
     async def wait_joined(self, count: int, *, timeout_seconds: float) -> None:
         """Return when `count` devices are there, or after the timeout with those that are."""
@@ -108,8 +141,9 @@ class DevicePool:
                 message, len(self._devices), count, timeout_seconds, extra={"event": "device.missing"}
             )
 
-    async def wait_able(self, job_id: str, count: int) -> None:
-        """Return when so many devices are connected that can train the job, as far as is known."""
+    async def wait_able(self, job_id: str, count: int, trust: Collection[TrustClass]) -> None:
+        """Return when so many devices are connected that may and can train the job, as far as is known."""
+        self._accepts[job_id] = frozenset(trust)
         async with self._joined:
             await self._joined.wait_for(lambda: len(self._available(job_id)) >= count)
 
@@ -123,13 +157,19 @@ class DevicePool:
         return device is not None and device.draining
 
     def unable(self, job_id: str) -> str:
-        """Which of the connected devices cannot train the job, and why; "" if one may."""
-        refusals = ((device_id, device.unable.get(job_id)) for device_id, device in self._devices.items())
-        found = "; ".join(f"{device_id} cannot train it: {why}" for device_id, why in refusals if why)
+        """Which of the connected devices cannot or may not train the job, and why; "" if one may."""
         if not self._devices:
             return "no device is connected"
-        draining = all(device.draining for device in self._devices.values())
-        return found or ("all devices are draining" if draining else "")
+        refusals = [(device_id, device.unable.get(job_id)) for device_id, device in self._devices.items()]
+        reasons = [f"{device_id} cannot train it: {why}" for device_id, why in refusals if why]
+        accepted = self._accepts.get(job_id, frozenset(TrustClass))
+        others = [name for name, device in self._devices.items() if device.admission.trust not in accepted]
+        if others:
+            classes = ", ".join(sorted(accepted))
+            reasons.append(f"it accepts devices of trust {classes} only, which {', '.join(others)} is not")
+        if not reasons and all(device.draining for device in self._devices.values()):
+            return "all devices are draining"
+        return "; ".join(reasons)
 
     async def grant(self, lease: Lease, plan: TrainingPlan, *, checkpoint: bytes | None) -> None:
         """Tell the device to train the plan's adapter, or its shard, from its seed or from a checkpoint."""
@@ -183,13 +223,23 @@ class DevicePool:
             await device.stream.close()
 
     async def watch_forever(self) -> None:
-        """Lose every device that has been silent for the lease timeout."""
+        """Lose every device that has been silent for the lease timeout, or whose certificate has ended."""
         while True:
             await asyncio.sleep(self._settings.heartbeat_seconds / 2)
             oldest = time.monotonic() - self._settings.lease_timeout_seconds
             for device in [d for d in self._devices.values() if d.heard < oldest]:
                 self._forget(device, f"no heartbeat for {self._settings.lease_timeout_seconds:g} s")
                 await device.stream.close()
+            now = datetime.now(UTC)
+            for device in [d for d in self._devices.values() if (d.admission.until or now) < now]:
+                await self.dismiss(device.hello.device_id, "its certificate has expired")
+
+    async def dismiss(self, device_id: str, why: str) -> None:
+        """End the device's stream, if it is there; whether it may come back is the gate's to say."""
+        device = self._devices.get(device_id)
+        if device is not None:
+            self._forget(device, why)
+            await device.stream.close()
 
     def statuses(self) -> list[DeviceStatus]:
         return [
@@ -198,7 +248,7 @@ class DevicePool:
                 state="draining" if device.draining else "ready",
                 jobs=len(self._book.on_device(device_id)),
                 busy_seconds=device.busy_seconds,
-                trust_class=device.hello.trust_class,
+                trust_class=device.admission.trust,
                 pid=device.hello.pid,
             )
             for device_id, device in sorted(self._devices.items())
@@ -210,7 +260,9 @@ class DevicePool:
         return [
             device_id
             for device_id, device in self._devices.items()
-            if not device.draining and job_id not in device.unable
+            if not device.draining
+            and job_id not in device.unable
+            and device.admission.trust in self._accepts.get(job_id, frozenset(TrustClass))
         ]
 
     def _load(self, device_id: str) -> tuple[int, int]:
@@ -231,10 +283,13 @@ class DevicePool:
             self._devices[device.hello.device_id] = device
             self._joined.notify_all()
         logger.info("device %s joined", device.hello.device_id, extra={"event": "device.joined"})
+        self._note("device.joined", device, f"{device.admission.trust}, from {device.stream.peer}")
 
     async def _welcome(self, device: _Device) -> None:
         welcome = control_pb2.DeviceWelcome(
-            gradient_endpoint=self._gradient_endpoint, heartbeat_seconds=self._settings.heartbeat_seconds
+            gradient_endpoint=self._gradient_endpoint,
+            heartbeat_seconds=self._settings.heartbeat_seconds,
+            gradient_ticket=self._gate.ticket(device.hello.device_id),
         )
         async with device.sending:
             await device.stream.send_control(control_pb2.DeviceControl(welcome=welcome))
@@ -250,7 +305,10 @@ class DevicePool:
                     raise ProtocolError(
                         "TENSOR_INVALID", f"a control stream carries no {item.address.kind.name}"
                     )
-                blobs[item.address.job_id, item.address.epoch] = item
+                address = item.address
+                part = Lease(job_id=address.job_id, epoch=address.epoch, device_id=device.hello.device_id)
+                if self._holds(device, part):  # no other is kept, so that a device fills no memory with them
+                    blobs[address.job_id, address.epoch] = item
 
     async def _hear(
         self,
@@ -260,17 +318,15 @@ class DevicePool:
     ) -> None:
         kind = message.WhichOneof("message")
         if kind == "heartbeat":
+            if not 0 <= message.heartbeat.busy_seconds < math.inf:
+                raise ProtocolError("CONTROL_INVALID", "busy_seconds of a heartbeat is no time")
             device.busy_seconds = message.heartbeat.busy_seconds
         elif kind == "checkpoint_made":
             made = message.checkpoint_made
             blob = blobs.pop((made.lease.job_id, made.lease.epoch), None)
             await self._take_checkpoint(device, made, blob)
         elif kind == "lease_failed":
-            failed = message.lease_failed
-            lease = lease_from_proto(failed.lease)
-            if failed.reason in UNABLE_REASONS:
-                device.unable[lease.job_id] = f"{failed.reason}: {failed.message}"
-            self._book.lose(lease, reason=failed.reason, message=failed.message)
+            self._lose(device, message.lease_failed)
         elif kind == "drain":
             device.draining = True
         elif kind == "recorded_spans":
@@ -278,13 +334,27 @@ class DevicePool:
         else:
             raise ProtocolError("CONTROL_UNEXPECTED", f"a device does not send {kind}")
 
+    def _lose(self, device: _Device, failed: control_pb2.LeaseFailed) -> None:
+        """Of its own leases only: what a device says of another's, or of an older one, is ignored."""
+        lease = lease_from_proto(failed.lease)
+        if not self._holds(device, lease):
+            logger.info("failure of a lease that it does not hold ignored", extra={"event": "lease.not_held"})
+            return
+        reason, message = told_by_device(failed.reason, failed.message)
+        if reason in UNABLE_REASONS:
+            device.unable[lease.job_id] = f"{reason}: {message}"
+        self._book.lose(lease, reason=reason, message=message)
+
+    def _holds(self, device: _Device, lease: Lease) -> bool:
+        current = self._book.current(lease.job_id)
+        return current is not None and current.covers(lease) and lease.device_id == device.hello.device_id
+
     async def _take_checkpoint(
         self, device: _Device, made: control_pb2.CheckpointMade, blob: ReceivedTensor | None
     ) -> None:
         """Store a whole checkpoint of a current lease; one under an older epoch is ignored."""
         lease = lease_from_proto(made.lease)
-        current = self._book.current(lease.job_id)
-        if current is None or not current.covers(lease) or lease.device_id != device.hello.device_id:
+        if not self._holds(device, lease):
             logger.info("checkpoint of an older lease ignored", extra={"event": "checkpoint.fenced"})
             return
         if blob is None or len(blob.data) != made.bytes:
@@ -317,4 +387,13 @@ class DevicePool:
         del self._devices[device_id]
         level = logging.INFO if self.closing else logging.WARNING
         logger.log(level, "device %s lost: %s", device_id, why, extra={"event": "device.lost"})
+        self._note("device.left", device, why)
         self._book.lose_device(device_id, reason="DEVICE_LOST", message=f"device {device_id} was lost: {why}")
+
+    def _note(self, kind: str, device: _Device, message: str) -> None:
+        """In the audit trail, beside whatever else goes on; a device that flaps is written down in part."""
+        device_id = device.hello.device_id
+        entry = AuditEntry(kind=kind, actor=device_id, subject=device_id, message=message)
+        task = asyncio.create_task(self._audit.add_bounded(entry))
+        self._storing.add(task)
+        task.add_done_callback(self._storing.discard)

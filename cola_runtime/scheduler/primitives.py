@@ -105,7 +105,7 @@ class AdapterPrimitives:
         usable = max(
             (c for c in checkpoints if c.version <= record.version), key=lambda c: c.version, default=None
         )
-        lease = await self._take_lease(record.job_id, plan.shards)
+        lease = await self._take_lease(record.job_id, plan)
         membership = plan.membership(record.job_id)
         adapter = LeasedAdapter(
             lease=lease,
@@ -132,12 +132,14 @@ class AdapterPrimitives:
             raise
         return adapter
 
-    async def _take_lease(self, job_id: str, shards: int) -> Lease:
+    async def _take_lease(self, job_id: str, plan: TrainingPlan) -> Lease:
         """One at a time, so that each sees the load that the ones before it have put on the devices."""
         while True:
-            await self._pool.wait_able(job_id, shards)  # not while placing: others may have a device already
+            await self._pool.wait_able(
+                job_id, plan.shards, plan.trust
+            )  # not while placing: others may have a device already
             async with self._placing:
-                device_ids = self._pool.pick(job_id, shards)
+                device_ids = self._pool.pick(job_id, plan.shards)
                 if device_ids:
                     lease = await self._store.grant_lease(job_id, *device_ids)
                     self._book.open(lease)

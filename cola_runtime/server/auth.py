@@ -1,49 +1,19 @@
-"""Who is calling, and what the key allows. Every rpc has a rule here, or the service does not start."""
+"""Who is calling, and whether the key has the scope that the verb's rule asks for."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from cola_runtime.errors import PermissionDenied, Unauthenticated
-from cola_runtime.jobs.records import Tenant
+from cola_runtime.jobs.records import ApiKey
 from cola_runtime.jobs.store import ALL_SCOPES, JobStore
-
-READ = "jobs:read"
-WRITE = "jobs:write"
-ADMIN = "admin"
-TENANT_SCOPES = (READ, WRITE)
-
-SCOPE_OF_RPC = {
-    "SubmitJob": WRITE,
-    "CheckDataset": WRITE,
-    "EstimateJob": WRITE,
-    "GetJob": READ,
-    "ListJobs": READ,
-    "CancelJob": WRITE,
-    "PauseJob": WRITE,
-    "ResumeJob": WRITE,
-    "WatchEvents": READ,
-    "ListSteps": READ,
-    "ListEvaluations": READ,
-    "ListCheckpoints": READ,
-    "ExportAdapter": READ,
-    "Generate": WRITE,
-    "DescribeService": READ,
-    "CreateKey": ADMIN,
-    "ListKeys": ADMIN,
-    "RevokeKey": ADMIN,
-    "GetUsage": READ,
-    "ListUsage": ADMIN,
-    "StartTrace": ADMIN,
-    "StopTrace": ADMIN,
-}
 
 _MAX_KEY_CHARACTERS = 512
 _REMEDY = "Set COLA_API_KEY; `cola serve` prints a first key once, `cola keys create` makes others."
 
 
-async def authenticate(store: JobStore, metadata: Iterable[tuple[str, str | bytes]], *, scope: str) -> Tenant:
-    """The tenant whose key the metadata carries.
+async def authenticate(store: JobStore, metadata: Iterable[tuple[str, str | bytes]], *, scope: str) -> ApiKey:
+    """The key that the metadata carries, which says whose it is.
 
     Raises Unauthenticated `KEY_MISSING` or `KEY_UNKNOWN` (also: revoked), PermissionDenied `SCOPE_MISSING`.
     """
@@ -57,7 +27,7 @@ async def authenticate(store: JobStore, metadata: Iterable[tuple[str, str | byte
             actual=", ".join(sorted(key.scopes)),
             remedy="Use a key that has it; `cola keys create --scope` makes one.",
         )
-    return Tenant(tenant_id=key.tenant_id, name=key.tenant_name, created_at=key.created_at)
+    return key
 
 
 def _bearer_key(metadata: Iterable[tuple[str, str | bytes]]) -> str:

@@ -1,4 +1,4 @@
-"""The Jobs service over gRPC: translates messages, and nothing else."""
+"""The gRPC server with its services, and cola.v1.Jobs: translates messages, and nothing else."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from typing import Any
 import grpc.aio
 
 import cola_runtime
-from cola_runtime.errors import InvalidInput, Unavailable
+from cola_runtime.errors import InvalidInput
 from cola_runtime.jobs.records import JobRecord, TermChanges
 from cola_runtime.proto import jobs_pb2
 from cola_runtime.server import convert, keys
-from cola_runtime.server.auth import SCOPE_OF_RPC
 from cola_runtime.server.limits import Limits
-from cola_runtime.server.rpc import Call, Method, RpcHandlers, Rule
+from cola_runtime.server.operators import OperatorDesk
+from cola_runtime.server.operators_grpc import ENROLMENT, OPERATORS, OperatorsMethods
+from cola_runtime.server.rpc import Call, Method, RpcHandlers
+from cola_runtime.server.rules import rules_of
 from cola_runtime.server.service import BEST, FineTuningService
 from cola_runtime.server.upload import UploadGate, receive_submission
 from cola_runtime.transport.endpoints import OnStream, StreamMethod, add_stream_method
+from cola_runtime.transport.tls import bind_port, check_floor
 
 _TERMS = tuple(field.name for field in dataclasses.fields(TermChanges))
 SERVICE = jobs_pb2.DESCRIPTOR.services_by_name["Jobs"]
+SERVICES = (SERVICE, OPERATORS, ENROLMENT)
 
 # The largest frame of a device stream on the same port (1 MiB and headers) fits the message limit too.
 SERVER_OPTIONS = (
@@ -37,43 +41,42 @@ SERVER_OPTIONS = (
 )
 
 
-def add_jobs_servicer(server: grpc.aio.Server, service: FineTuningService) -> None:
-    """Serve every method of cola.v1.Jobs on `server`, each behind its key's scope."""
+def add_servicers(server: grpc.aio.Server, service: FineTuningService, desk: OperatorDesk) -> None:
+    """Serve every verb of the services on `server`, each behind its rule."""
     handlers = RpcHandlers(service.store, service.limits)
-    methods = JobsMethods(service).by_name()
-    rules = {name: _rule(name, service.limits) for name in SCOPE_OF_RPC}
-    server.add_generic_rpc_handlers((handlers.generic_handler(SERVICE, methods=methods, rules=rules),))
+    of_operators = OperatorsMethods(desk, service.store)
+    for descriptor, methods in (
+        (SERVICE, JobsMethods(service)),
+        (OPERATORS, of_operators),
+        (ENROLMENT, of_operators),
+    ):
+        by_name: dict[str, Method] = {each.name: getattr(methods, each.name) for each in descriptor.methods}
+        handler = handlers.generic_handler(descriptor, methods=by_name, rules=rules_of(descriptor))
+        server.add_generic_rpc_handlers((handler,))
 
 
 async def serve_jobs(
-    service: FineTuningService, bind: str, *, streams: Mapping[StreamMethod, OnStream] | None = None
+    service: FineTuningService,
+    bind: str,
+    *,
+    desk: OperatorDesk | None = None,
+    streams: Mapping[StreamMethod, OnStream] | None = None,
+    credentials: grpc.ServerCredentials | None = None,
 ) -> tuple[grpc.aio.Server, int]:
-    """A started server with the Jobs service, and device streams on the same port; returns the port too.
+    """A started server with all services, and device streams on the same port; returns the port too.
 
-    Raises Unavailable `PORT_IN_USE`.
+    Raises InvalidInput `PLAINTEXT_REFUSED` off loopback without credentials, Unavailable `PORT_IN_USE`,
+    `TLS_FLOOR`.
     """
     server = grpc.aio.server(options=SERVER_OPTIONS)
-    add_jobs_servicer(server, service)
+    add_servicers(server, service, desk or OperatorDesk(service.store, service.limits))
     for method, on_stream in (streams or {}).items():
         add_stream_method(server, method, on_stream)
-    try:
-        port = server.add_insecure_port(bind)
-    except RuntimeError as error:
-        raise Unavailable(
-            "PORT_IN_USE", f"cannot listen on {bind}", remedy="Give another --listen, or stop who has it."
-        ) from error
+    port = await bind_port(server, bind, credentials=credentials, where="listen")
     await server.start()
+    if credentials is not None:
+        await check_floor(f"{bind.rpartition(':')[0]}:{port}")
     return server, port
-
-
-def _rule(name: str, limits: Limits) -> Rule:
-    seconds = {
-        "SubmitJob": limits.upload_seconds,
-        "CheckDataset": limits.upload_seconds,
-        "EstimateJob": limits.upload_seconds,
-        "Generate": limits.generate_seconds,
-    }
-    return Rule(scope=SCOPE_OF_RPC[name], seconds=seconds.get(name, limits.call_seconds))
 
 
 class JobsMethods:
@@ -83,22 +86,19 @@ class JobsMethods:
         self._service = service
         self._gate = UploadGate(service.limits)
 
-    def by_name(self) -> dict[str, Method]:
-        return {method.name: getattr(self, method.name) for method in SERVICE.methods}
-
     async def SubmitJob(self, requests: AsyncIterator[Any], call: Call) -> jobs_pb2.Job:
-        async with self._gate.pass_one():
+        async with self._gate.pass_one(call.tenant):
             submission = await receive_submission(requests, self._service.limits)
             return self._job(await self._service.submit(call.tenant, submission))
 
     async def CheckDataset(self, requests: AsyncIterator[Any], call: Call) -> jobs_pb2.DatasetReport:
-        async with self._gate.pass_one():
+        async with self._gate.pass_one(call.tenant):
             submission = await receive_submission(requests, self._service.limits)
             report = await self._service.check_dataset(call.tenant, submission)
         return jobs_pb2.DatasetReport(**dataclasses.asdict(report))
 
     async def EstimateJob(self, requests: AsyncIterator[Any], call: Call) -> jobs_pb2.JobEstimate:
-        async with self._gate.pass_one():
+        async with self._gate.pass_one(call.tenant):
             submission = await receive_submission(requests, self._service.limits)
             return convert.estimate_message(await self._service.estimate(call.tenant, submission))
 

@@ -6,10 +6,12 @@ import contextlib
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from cola_runtime import ids
 from cola_runtime.errors import Conflict, InvalidInput, NotFound
+from cola_runtime.jobs.audit import AuditEntry
 from cola_runtime.jobs.records import ApiKey, TenantTerms, TermChanges
 from cola_runtime.jobs.store import ALL_SCOPES, JobStore
-from cola_runtime.server.auth import ADMIN, READ, TENANT_SCOPES, WRITE
+from cola_runtime.server.rules import ADMIN, READ, TENANT_SCOPES, WRITE
 
 KNOWN_SCOPES = (READ, WRITE, ADMIN, ALL_SCOPES)
 
@@ -24,9 +26,16 @@ class CreatedKey:
 
 
 async def create_key(
-    store: JobStore, tenant: str, scopes: Collection[str] = (), *, changes: TermChanges | None = None
+    store: JobStore,
+    tenant: str,
+    scopes: Collection[str] = (),
+    *,
+    changes: TermChanges | None = None,
+    audited_as: str = "",
 ) -> CreatedKey:
     """A new key; a tenant of that name is created if there is none, and its terms changed.
+
+    `audited_as` is who asks, where no door leaves an audit entry.
 
     Raises InvalidInput `SCOPE_UNKNOWN`, `TERMS_INVALID`.
     """
@@ -44,12 +53,19 @@ async def create_key(
     tenant_id = next(each.tenant_id for each in await store.tenants() if each.name == tenant)
     terms = await store.change_terms(tenant_id, changes or TermChanges())
     key = await store.create_key(tenant, scopes=wanted)
+    if audited_as:
+        told = f"tenant {tenant}, scopes {', '.join(wanted)}"
+        await store.audit.add(
+            AuditEntry(kind="key.created", actor=audited_as, subject=ids.key_id_of(key), message=told)
+        )
     return CreatedKey(key=key, tenant=tenant, scopes=wanted, tenant_id=tenant_id, terms=terms)
 
 
-async def revoke_key(store: JobStore, key_id: str) -> ApiKey:
+async def revoke_key(store: JobStore, key_id: str, *, audited_as: str = "") -> ApiKey:
     """The key opens nothing from now on. Raises NotFound `KEY_UNKNOWN`."""
     await store.revoke_key(key_id)
+    if audited_as:
+        await store.audit.add(AuditEntry(kind="key.revoked", actor=audited_as, subject=key_id))
     for key in await store.keys():
         if key.key_id == key_id:
             return key

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from cola_runtime.errors import InvalidInput, QuotaExceeded, Unavailable
+from cola_runtime.jobs.records import Tenant
 from cola_runtime.proto import jobs_pb2
 from cola_runtime.server.admission import Submission
 from cola_runtime.server.limits import Limits
@@ -18,24 +20,35 @@ class UploadGate:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._places = asyncio.Semaphore(limits.concurrent_uploads)
+        self._of_tenants: dict[str, asyncio.Semaphore] = {}
 
     @asynccontextmanager
-    async def pass_one(self) -> AsyncIterator[None]:
+    async def pass_one(self, tenant: Tenant) -> AsyncIterator[None]:
         """Raises Unavailable `UPLOADS_BUSY` when no place was free in time; clients try again."""
+        own = self._of_tenants.setdefault(
+            tenant.tenant_id, asyncio.Semaphore(self._limits.uploads_of_a_tenant)
+        )
         try:
             async with asyncio.timeout(self._limits.upload_wait_seconds):
-                await self._places.acquire()
+                await own.acquire()
+                try:
+                    await self._places.acquire()
+                except BaseException:
+                    own.release()
+                    raise
         except TimeoutError:
             raise Unavailable(
                 "UPLOADS_BUSY",
                 f"no upload ended within {self._limits.upload_wait_seconds:g} s",
-                limit=self._limits.concurrent_uploads,
+                limit=f"{self._limits.concurrent_uploads} at once, "
+                f"{self._limits.uploads_of_a_tenant} of a tenant",
                 remedy="Try again in a moment.",
             ) from None
         try:
             yield
         finally:
             self._places.release()
+            own.release()
 
 
 async def receive_submission(
@@ -48,7 +61,7 @@ async def receive_submission(
     """
     header: jobs_pb2.JobHeader | None = None
     received = {"training_chunk": bytearray(), "evaluation_chunk": bytearray()}
-    async for request in _in_time(requests, limits.chunk_seconds):
+    async for request in _in_time(requests, limits):
         part = request.WhichOneof("part")
         if part in received and header is not None:
             _append(received[part], getattr(request, part), part, limits)
@@ -74,12 +87,24 @@ def _has_evaluation(header: jobs_pb2.JobHeader, received: dict[str, bytearray]) 
 
 
 async def _in_time(
-    requests: AsyncIterator[jobs_pb2.SubmitJobRequest], seconds: float
+    requests: AsyncIterator[jobs_pb2.SubmitJobRequest], limits: Limits
 ) -> AsyncIterator[jobs_pb2.SubmitJobRequest]:
     iterator = aiter(requests)
+    seconds = limits.chunk_seconds
+    received_bytes, began = 0, time.monotonic()
     while True:
         try:
-            yield await asyncio.wait_for(anext(iterator), seconds)
+            request = await asyncio.wait_for(anext(iterator), seconds)
+            received_bytes += request.ByteSize()
+            late = time.monotonic() - began - seconds
+            if received_bytes < late * limits.upload_bytes_per_second:
+                raise Unavailable(
+                    "STREAM_STALLED",
+                    "the upload is slower than one may be",
+                    limit=f"{limits.upload_bytes_per_second} bytes a second",
+                    remedy="Try again over a faster link.",
+                )
+            yield request
         except StopAsyncIteration:
             return
         except TimeoutError:

@@ -14,7 +14,10 @@ from cola_runtime.base_model.service import BaseModelService
 from cola_runtime.config import ServiceSettings
 from cola_runtime.device.agent import DeviceAgent
 from cola_runtime.device.config import DeviceConfig
+from cola_runtime.runtime.certified import Identify, base_model_identity, no_identity
 from cola_runtime.runtime.coordinator import RunningService, running_coordinator
+from cola_runtime.transport.certificates import Identity
+from cola_runtime.transport.tls import device_port_credentials
 
 JOIN_TOKEN = "in-process"  # noqa: S105 (nothing outside this process joins)
 
@@ -24,14 +27,19 @@ class InProcessDevices:
     """The devices of an in-process service; a test may stop one and start another."""
 
     count: int
+    identify: Identify = no_identity
     agents: dict[str, DeviceAgent] = field(default_factory=dict)
     tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
 
-    def start(self, device_id: str, coordinator: str) -> None:
+    async def start_certified(self, device_id: str, coordinator: str) -> None:
+        self.start(device_id, coordinator, identity=await self.identify(device_id))
+
+    def start(self, device_id: str, coordinator: str, *, identity: Identity | None = None) -> None:
         config = DeviceConfig(
             device_id=device_id,
             coordinator_endpoint=coordinator,
             join_token=JOIN_TOKEN,
+            identity=identity,
             first_retry_seconds=0.05,
         )
         self.agents[device_id] = DeviceAgent(config)
@@ -46,9 +54,10 @@ class InProcessDevices:
             await task
 
     @asynccontextmanager
-    async def running(self, coordinator: str) -> AsyncIterator[None]:
+    async def running(self, coordinator: str, identify: Identify) -> AsyncIterator[None]:
+        self.identify = identify
         for index in range(self.count):
-            self.start(f"device-{index}", coordinator)
+            await self.start_certified(f"device-{index}", coordinator)
         try:
             yield
         finally:
@@ -57,7 +66,7 @@ class InProcessDevices:
 
 
 @asynccontextmanager
-async def no_devices(coordinator: str) -> AsyncIterator[None]:
+async def no_devices(_coordinator: str, _identify: Identify) -> AsyncIterator[None]:
     """For a service whose devices are other processes, or that needs none."""
     yield
 
@@ -78,7 +87,8 @@ async def running_base_model(settings: ServiceSettings) -> AsyncIterator[BaseMod
         accelerator=chosen.accelerator,
     )
     service = BaseModelService(model, name=chosen.name, join_token=JOIN_TOKEN)
-    await service.start(chosen.bind)
+    identity = base_model_identity(settings)
+    await service.start(chosen.bind, credentials=device_port_credentials(identity) if identity else None)
     try:
         yield service
     finally:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 
 from cola_runtime.adapter_spec import AdapterSpec, adapter_spec_from_fields
 from cola_runtime.errors import InvalidInput, ProtocolError
 from cola_runtime.proto import control_pb2
 from cola_runtime.types import LearningRateSchedule, Lease, OptimizerHyperparameters
+
+MAX_TOLD_CHARACTERS = 500
+_REASON = re.compile(r"[A-Z][A-Z0-9_]{1,63}")
 
 
 def lease_to_proto(lease: Lease) -> control_pb2.LeaseRef:
@@ -46,6 +50,12 @@ def lease_grant(
         shards=shards,
     )
     return control_pb2.DeviceControl(lease_grant=grant)
+
+
+def told_by_device(reason: str, message: str) -> tuple[str, str]:
+    """What a device says of a lease, as far as it may be written down and shown to tenants."""
+    known = _REASON.fullmatch(reason) is not None
+    return reason if known else "DEVICE_REFUSED", message[:MAX_TOLD_CHARACTERS]
 
 
 def spec_to_proto(spec: AdapterSpec) -> control_pb2.AdapterDefinition:

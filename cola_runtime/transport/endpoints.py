@@ -21,6 +21,7 @@ from cola_runtime.transport.concurrency import until_first_ends
 from cola_runtime.transport.frames import MAX_MESSAGE_BYTES
 from cola_runtime.transport.status import abort_with
 from cola_runtime.transport.stream import FrameStream
+from cola_runtime.transport.tls import bind_port, check_floor, peer_certificate
 
 CONNECT_SECONDS = 10.0
 HALF_CLOSED_SECONDS = 1.0
@@ -77,10 +78,13 @@ def add_stream_method(server: grpc.aio.Server, method: StreamMethod, on_stream: 
     """
 
     async def attach(_: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
-        stream: FrameStream[Any] = FrameStream(context, method.control_type, peer=context.peer())
+        stream: FrameStream[Any] = FrameStream(
+            context, method.control_type, peer=context.peer(), certificate=peer_certificate(context)
+        )
         try:
             await until_first_ends(on_stream(stream), stream.wait_closed())
         except Exception as error:
+            await stream.close()  # first: a message that is still being written is in the way of the status
             await abort_with(context, error)
         finally:
             await stream.close()
@@ -96,14 +100,22 @@ async def serve_streams(
     methods: dict[StreamMethod, OnStream],
     *,
     credentials: grpc.ServerCredentials | None = None,
+    where: str = "bind",
 ) -> tuple[grpc.aio.Server, str]:
-    """A started server and its endpoint (`host:port`, also for port 0). Stop it with `server.stop(grace)`."""
+    """A started server and its endpoint (`host:port`, also for port 0). Stop it with `server.stop(grace)`.
+
+    `where` names the setting that `bind` is from. Raises InvalidInput `PLAINTEXT_REFUSED` off loopback
+    without credentials, Unavailable `PORT_IN_USE`, `TLS_FLOOR`.
+    """
     server = grpc.aio.server(options=(*STREAM_OPTIONS, *SERVER_OPTIONS))
     for method, on_stream in methods.items():
         add_stream_method(server, method, on_stream)
-    port = server.add_secure_port(bind, credentials) if credentials else server.add_insecure_port(bind)
+    port = await bind_port(server, bind, credentials=credentials, where=where)
     await server.start()
-    return server, f"{bind.rpartition(':')[0]}:{port}"
+    endpoint = f"{bind.rpartition(':')[0]}:{port}"
+    if credentials is not None:
+        await check_floor(endpoint)
+    return server, endpoint
 
 
 class Connection(FrameStream[M]):

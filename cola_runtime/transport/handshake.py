@@ -1,29 +1,37 @@
-"""The first exchange on a device's stream: who it is, the join token, the protocol version."""
+"""The first exchange on a device's stream: who it is, what lets it in, the protocol version."""
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import re
+import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from cola_runtime.errors import ProtocolError, Unauthenticated
 from cola_runtime.proto import control_pb2
+from cola_runtime.transport.certificates import read_certificate
 from cola_runtime.transport.frames import PROTOCOL_VERSION
 from cola_runtime.transport.reader import FrameLimits
 from cola_runtime.transport.stream import FrameStream, ReceivedControl
 
 HELLO_SECONDS = 10.0
+TICKET_SECONDS = 3600  # for opening gradient streams; one that is open stays
 
-_DEVICE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+DEVICE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+Check = Callable[[Any], Awaitable[object]]
+"""Raises unless the hello's device may come in."""
 
 
 async def receive_hello(
-    stream: FrameStream[Any], *, join_token: str, limits: FrameLimits, timeout_seconds: float = HELLO_SECONDS
+    stream: FrameStream[Any], *, check: Check, limits: FrameLimits, timeout_seconds: float = HELLO_SECONDS
 ) -> Any:
-    """The DeviceHello or GradientHello of a peer that knows the join token; it may send tensors from here on.
+    """The DeviceHello or GradientHello of a peer that `check` let in; it may send tensors from here on.
 
-    Raises ProtocolError HELLO_EXPECTED, PROTOCOL_VERSION or DEVICE_ID_INVALID, Unauthenticated
-    JOIN_TOKEN_WRONG, Unavailable when nothing came in time.
+    Raises ProtocolError HELLO_EXPECTED, PROTOCOL_VERSION or DEVICE_ID_INVALID, Unavailable when nothing came
+    in time, and whatever `check` raises.
     """
     hello = await _receive_single(stream, "hello", timeout_seconds)
     if hello.protocol_version != PROTOCOL_VERSION:
@@ -34,12 +42,40 @@ async def receive_hello(
             actual=hello.protocol_version,
             remedy="Install the same release on the device.",
         )
-    if not hmac.compare_digest(hello.join_token.encode(), join_token.encode()):
-        raise Unauthenticated("JOIN_TOKEN_WRONG", "the join token is not this service's")
-    if not _DEVICE_ID.fullmatch(hello.device_id):
-        raise ProtocolError("DEVICE_ID_INVALID", "a device id is 1 to 63 letters, digits, '.', '_' or '-'")
+    check_device_id(hello.device_id)
+    await check(hello)
     stream.accept_tensors(limits)
     return hello
+
+
+def check_device_id(device_id: str) -> None:
+    if not DEVICE_ID.fullmatch(device_id):
+        raise ProtocolError("DEVICE_ID_INVALID", "a device id is 1 to 63 letters, digits, '.', '_' or '-'")
+
+
+def gradient_ticket(secret: str, device_id: str, *, now: float | None = None) -> str:
+    """What the coordinator gives a device that it let in, and the base model takes from that device only."""
+    until = int((time.time() if now is None else now) + TICKET_SECONDS)
+    return f"{until}.{_mac(secret, device_id, until)}"
+
+
+def check_ticket(secret: str, hello: control_pb2.GradientHello, certificate: bytes | None) -> None:
+    """Raises Unauthenticated `TICKET_WRONG`, or `DEVICE_ID_MISMATCH` for another device's certificate."""
+    if certificate is not None and read_certificate(certificate).name != hello.device_id:
+        raise Unauthenticated("DEVICE_ID_MISMATCH", "the certificate is another device's")
+    until, _, mac = hello.ticket.partition(".")
+    moment = int(until) if until.isascii() and until.isdigit() and len(until) < 16 else 0
+    expected = _mac(secret, hello.device_id, moment)
+    if not hmac.compare_digest(mac.encode(), expected.encode()) or moment < time.time():
+        raise Unauthenticated(
+            "TICKET_WRONG",
+            "the gradient ticket is not this device's, or has expired",
+            remedy="The device asks the coordinator for another by itself.",
+        )
+
+
+def _mac(secret: str, device_id: str, until: int) -> str:
+    return hmac.new(secret.encode(), f"{until}\n{device_id}".encode(), hashlib.sha256).hexdigest()
 
 
 async def introduce(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,6 +31,8 @@ class FrameLimits:
     max_open_tensors: int = 16
     max_open_bytes: int = 2 << 30
     packs: bool = False  # where many small tensors are expected
+    tensor_seconds: float = 600.0
+    """From a tensor's first chunk to its last."""
 
 
 _CONTROL, _PACK = int(FrameKind.CONTROL), int(FrameKind.PACK)
@@ -56,6 +59,7 @@ class ControlPayload:
 class _OpenTensor:
     header: Header  # of the first chunk
     data: memoryview
+    began: float
     filled: int = 0
     wire_bytes: int = 0
 
@@ -77,6 +81,7 @@ class FrameReader:
         received: list[ReceivedTensor | ReceivedPack | ControlPayload] = []
         view = memoryview(message)
         start = 0
+        self.check_age()
         while start < len(message):
             header = decode_header(message, start)
             end = start + HEADER_BYTES + header.payload_bytes
@@ -89,6 +94,23 @@ class FrameReader:
             elif (tensor := self._chunk(header, payload)) is not None:
                 received.append(tensor)
         return received
+
+    @property
+    def incomplete(self) -> bool:
+        """A tensor has begun and not ended."""
+        return bool(self._open)
+
+    def check_age(self) -> None:
+        """Raises ProtocolError TENSOR_STALLED if one began too long ago: memory is not held for nothing."""
+        if not self._open:
+            return
+        age = time.monotonic() - next(iter(self._open.values())).began  # the oldest: dicts keep their order
+        if age > self.limits.tensor_seconds:
+            raise ProtocolError(
+                "TENSOR_STALLED",
+                "a tensor's chunks stopped coming",
+                limit=f"{self.limits.tensor_seconds:g} s",
+            )
 
     def _chunk(self, header: Header, payload: memoryview) -> ReceivedTensor | None:
         check_tensor_header(header)
@@ -129,7 +151,8 @@ class FrameReader:
 
     def _begin(self, name: _Name, header: Header) -> _OpenTensor:
         _check_room(self.limits, header, open_tensors=len(self._open), open_bytes=self._open_bytes)
-        opened = _OpenTensor(header, memoryview(np.empty(header.total_bytes, np.uint8)))  # type: ignore[arg-type]
+        data = memoryview(np.empty(header.total_bytes, np.uint8))  # type: ignore[arg-type]
+        opened = _OpenTensor(header, data, time.monotonic())
         self._open[name] = opened
         self._open_bytes += header.total_bytes
         return opened

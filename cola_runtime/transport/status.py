@@ -24,19 +24,7 @@ DOMAIN = "cola"
 MAX_STATUS_BYTES = 6000  # gRPC allows 8 KiB of trailing metadata, and base64 adds a third
 
 _DETAILS_KEY = "grpc-status-details-bin"
-_KINDS: dict[type[ColaError], int] = {
-    errors.InvalidInput: code_pb2.INVALID_ARGUMENT,
-    errors.Unauthenticated: code_pb2.UNAUTHENTICATED,
-    errors.PermissionDenied: code_pb2.PERMISSION_DENIED,
-    errors.NotFound: code_pb2.NOT_FOUND,
-    errors.Conflict: code_pb2.FAILED_PRECONDITION,
-    errors.QuotaExceeded: code_pb2.RESOURCE_EXHAUSTED,
-    errors.JobFailed: code_pb2.ABORTED,
-    errors.Unavailable: code_pb2.UNAVAILABLE,
-    errors.ProtocolError: code_pb2.INVALID_ARGUMENT,
-    errors.Fenced: code_pb2.FAILED_PRECONDITION,
-}
-_KIND_BY_NAME = {kind.__name__: kind for kind in _KINDS}
+_KIND_BY_NAME = {kind.__name__: kind for kind in errors.KINDS}
 _KIND_BY_CODE = {
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidInput,
     grpc.StatusCode.UNAUTHENTICATED: errors.Unauthenticated,
@@ -69,7 +57,7 @@ async def abort_with(context: AbortableContext, error: BaseException) -> NoRetur
 def status_of(error: ColaError) -> status_pb2.Status:
     """The whole error as google.rpc.Status, shortened to what gRPC lets through in trailing metadata."""
     message = error.message[: MAX_STATUS_BYTES // 4]
-    status = status_pb2.Status(code=_KINDS.get(type(error), code_pb2.INTERNAL), message=message)
+    status = status_pb2.Status(code=code_pb2.Code.Value(error.grpc_code), message=message)
     status.details.add().Pack(
         error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=_metadata(error))
     )
@@ -87,7 +75,7 @@ def error_from_rpc(rpc_error: grpc.RpcError) -> ColaError:
 def _metadata(error: ColaError) -> dict[str, str]:
     fields = {
         name: text[:500]
-        for name, text in error.as_dict().items()
+        for name, text in {**error.as_dict(), "remedy": errors.remedy_of(error)}.items()
         if text and name not in ("reason", "message")
     }
     return {"kind": type(error).__name__, **fields}

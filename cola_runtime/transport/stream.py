@@ -64,8 +64,11 @@ class Pipe(Protocol):
 class FrameStream(Generic[M]):
     """Frames over one pipe. `bytes_sent` and `bytes_received` count whole frames, headers included."""
 
-    def __init__(self, pipe: Pipe, control_type: type[M], *, peer: str) -> None:
+    def __init__(
+        self, pipe: Pipe, control_type: type[M], *, peer: str, certificate: bytes | None = None
+    ) -> None:
         self.peer = peer
+        self.certificate = certificate  # PEM, verified by TLS; None: the peer has shown none
         self.bytes_sent = 0
         self.bytes_received = 0
         self._pipe = pipe
@@ -111,7 +114,7 @@ class FrameStream(Generic[M]):
         """
         if self._unread:
             return self.take_unread()
-        while (message := await self.receive_message(timeout_seconds=timeout_seconds)) is not None:
+        while (message := await self._message_in_time(timeout_seconds)) is not None:
             items = self.decode(message)
             if items:
                 return items
@@ -121,6 +124,7 @@ class FrameStream(Generic[M]):
         """The next message as it came, for `decode`; None when the peer has closed.
 
         Raises Unavailable as `receive` does. What `receive_one` left unread is not in it: see `take_unread`.
+        Since another thread may decode, how old a tensor is is seen when its next message is decoded.
         """
         message = await self._read(timeout_seconds)
         if message is grpc.aio.EOF:
@@ -176,6 +180,17 @@ class FrameStream(Generic[M]):
     async def wait_closed(self) -> None:
         """Return once this end was closed."""
         await self._closed.wait()
+
+    async def _message_in_time(self, timeout_seconds: float | None) -> bytes | None:
+        """As `receive_message`; while a tensor is incomplete, not for longer than one may take."""
+        if timeout_seconds is not None or not self._reader.incomplete:
+            return await self.receive_message(timeout_seconds=timeout_seconds)
+        try:
+            return await self.receive_message(timeout_seconds=self._reader.limits.tensor_seconds)
+        except Unavailable as error:
+            if error.reason == "STREAM_SILENT":
+                self._reader.check_age()
+            raise
 
     async def _read(self, timeout_seconds: float | None) -> Any:
         try:

@@ -28,6 +28,7 @@ def test_the_public_names_are_exactly_those_intended() -> None:
     assert sorted(sdk.__all__) == [
         "AsyncClient",
         "AsyncJobHandle",
+        "AuditEntry",
         "BaseModel",
         "Checkpoint",
         "Client",
@@ -40,8 +41,10 @@ def test_the_public_names_are_exactly_those_intended() -> None:
         "JobEstimate",
         "JobHandle",
         "JobSpec",
+        "JoinToken",
         "Key",
         "NewKey",
+        "RegisteredDevice",
         "Service",
         "Step",
         "Usage",
@@ -55,8 +58,10 @@ def test_the_methods_are_exactly_those_intended() -> None:
         return {name for name in vars(kind) if not name.startswith("_")}
 
     assert methods(sdk.Client) == {
+        "audit",
         "check_dataset",
         "close",
+        "create_join_token",
         "create_key",
         "describe",
         "estimate",
@@ -64,6 +69,8 @@ def test_the_methods_are_exactly_those_intended() -> None:
         "job",
         "jobs",
         "keys",
+        "registered_devices",
+        "revoke_device",
         "revoke_key",
         "start_trace",
         "stop_trace",

@@ -23,7 +23,7 @@ from manifests import (
 )
 from ray.scripts import scripts as ray_cli
 
-from cola_runtime.config import DEFAULT_GRPC_PORT, ServiceSettings, service_settings
+from cola_runtime.config import DEFAULT_DEVICE_PORT, DEFAULT_GRPC_PORT, ServiceSettings, service_settings
 
 # Mappings whose keys are the user's own: a schema cannot know them.
 FREE_KEYS = {"matchLabels", "labels", "selector", "rayStartParams", "requests", "limits"}
@@ -120,15 +120,24 @@ def test_coordinators_environment_holds_only_settings_that_exist(monkeypatch: py
 
 def test_ports_are_the_services_default_everywhere() -> None:
     values, container = environment(coordinator_container()), coordinator_container()
-    (service,) = manifest("Service", "cola-coordinator")["spec"]["ports"]
-    exposed = re.findall(r"^EXPOSE (\d+)$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+    service = manifest("Service", "cola-coordinator")["spec"]["ports"]
+    (exposed,) = re.findall(r"^EXPOSE ([\d ]+)$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+    ports = [DEFAULT_GRPC_PORT, DEFAULT_DEVICE_PORT]
     default = ServiceSettings().listen.rpartition(":")[2]
     assert default == str(DEFAULT_GRPC_PORT)
-    assert [port["containerPort"] for port in container["ports"]] == [DEFAULT_GRPC_PORT]
-    assert service["port"] == DEFAULT_GRPC_PORT
-    assert exposed == [default]
+    assert [port["containerPort"] for port in container["ports"]] == ports
+    assert [port["port"] for port in service] == ports
+    assert exposed.split() == list(map(str, ports))
     assert values["COLA_LISTEN"] == f"0.0.0.0:{default}"
-    assert values["COLA_ADVERTISE"] == f"cola-coordinator:{default}"
+    assert values["COLA_DEVICES__LISTEN"] == f"0.0.0.0:{DEFAULT_DEVICE_PORT}"
+    assert values["COLA_DEVICES__ADVERTISE"] == f"cola-coordinator:{DEFAULT_DEVICE_PORT}"
+
+
+def test_the_coordinator_shows_the_certificate_that_is_mounted() -> None:
+    values = environment(coordinator_container())
+    (mount,) = [each for each in coordinator_container()["volumeMounts"] if each["name"] == "tls"]
+    assert values["COLA_TLS__CERTIFICATE"] == f"{mount['mountPath']}/tls.crt"  # names of a secret of type tls
+    assert values["COLA_TLS__KEY"] == f"{mount['mountPath']}/tls.key"
 
 
 def test_gradient_port_leads_to_the_base_models_pods() -> None:

@@ -15,7 +15,7 @@ from cola_runtime.proto import control_pb2
 from cola_runtime.transport import control
 from cola_runtime.transport.endpoints import DEVICES, serve_streams
 from cola_runtime.transport.frames import DType, TensorAddress, WireTensor
-from cola_runtime.transport.handshake import receive_hello
+from cola_runtime.transport.handshake import gradient_ticket, receive_hello
 from cola_runtime.transport.reader import FrameLimits, ReceivedTensor
 from cola_runtime.transport.stream import FrameStream
 from cola_runtime.types import Lease, TensorKind
@@ -83,8 +83,15 @@ class FakeCoordinator:
         await self.streams[device_id].send_control(control_pb2.DeviceControl(**message))
 
     async def _serve(self, stream: FrameStream[Any]) -> None:
-        hello = await receive_hello(stream, join_token=TOKEN, limits=FrameLimits())
-        welcome = control_pb2.DeviceWelcome(gradient_endpoint=self.gradient_endpoint, heartbeat_seconds=0.05)
+        async def check(hello: control_pb2.DeviceHello) -> None:
+            assert hello.join_token == TOKEN
+
+        hello = await receive_hello(stream, check=check, limits=FrameLimits())
+        welcome = control_pb2.DeviceWelcome(
+            gradient_endpoint=self.gradient_endpoint,
+            heartbeat_seconds=0.05,
+            gradient_ticket=gradient_ticket(TOKEN, hello.device_id),
+        )
         await stream.send_control(control_pb2.DeviceControl(welcome=welcome))
         async with self._changed:
             self.streams[hello.device_id] = stream

@@ -26,7 +26,7 @@ from cola_runtime.proto import control_pb2
 from cola_runtime.transport import control
 from cola_runtime.transport.endpoints import GRADIENTS, connect
 from cola_runtime.transport.frames import PROTOCOL_VERSION, TensorAddress
-from cola_runtime.transport.handshake import introduce
+from cola_runtime.transport.handshake import gradient_ticket, introduce
 from cola_runtime.transport.reader import FrameLimits
 from cola_runtime.transport.tensors import to_wire
 from cola_runtime.types import (
@@ -561,7 +561,10 @@ def _wide_site() -> Site:
 async def _impostor(fabric: Fabric, device_id: str, *, credit_bytes: int = 1 << 20) -> Any:
     stream = await connect(fabric.coordinator.gradient_endpoint, GRADIENTS)
     hello = control_pb2.GradientHello(
-        device_id=device_id, join_token=TOKEN, protocol_version=PROTOCOL_VERSION, credit_bytes=credit_bytes
+        device_id=device_id,
+        ticket=gradient_ticket(TOKEN, device_id),
+        protocol_version=PROTOCOL_VERSION,
+        credit_bytes=credit_bytes,
     )
     await introduce(stream, control_pb2.GradientControl(hello=hello), limits=FrameLimits())
     return stream

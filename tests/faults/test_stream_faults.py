@@ -15,6 +15,7 @@ import pytest
 
 from cola_runtime.base_model.service import BaseModelService
 from cola_runtime.config import DeviceSettings, ServiceSettings
+from cola_runtime.runtime.certified import Identify
 from cola_runtime.runtime.coordinator import RunningService, running_coordinator
 from cola_runtime.scheduler.ports import BaseModelPort
 from cola_runtime.testing.chaos import LASTING, Chaos, FaultKind, StreamFault, Way
@@ -96,11 +97,11 @@ async def harmed_service(
             port = cast(BaseModelPort, _Moved(base, harmed))
 
         @asynccontextmanager
-        async def devices_at(endpoint: str) -> AsyncIterator[None]:
+        async def devices_at(endpoint: str, identify: Identify) -> AsyncIterator[None]:
             async with AsyncExitStack() as inner:
                 if case.link == "coordinator":
                     endpoint = await inner.enter_async_context(proxy(endpoint, chaos))
-                await inner.enter_async_context(devices.running(endpoint))
+                await inner.enter_async_context(devices.running(endpoint, identify))
                 yield
 
         yield await stack.enter_async_context(

@@ -178,6 +178,7 @@ async def test_the_database_refuses_a_job_that_cannot_be(
     with pytest.raises(Unavailable) as caught:
         await store._database.run(lambda c: c.execute(update))
     assert isinstance(caught.value.__cause__, IntegrityError)
+    assert caught.value.reason == "STORE_REFUSED"
     assert await store.job(job.job_id) == job
 
 

@@ -85,6 +85,10 @@ async def test_a_drained_device_hands_its_jobs_over_and_ends(settings: ServiceSe
             await devices.tasks[holder]
         took = await check_nothing_again(handle)
         (other,) = {"device-0", "device-1"} - {holder}
+        lost = [
+            event.data["reason"] async for event in handle.events(follow=False) if event.kind == "lease.lost"
+        ]
+        assert lost == ["DEVICE_DRAINING"]
         moved = took.index(other)
         assert set(took[:moved]) == {holder}
         assert set(took[moved:]) == {other}

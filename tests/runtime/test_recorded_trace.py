@@ -92,3 +92,6 @@ async def test_only_operators_may_record(tmp_path: Path) -> None:
                 await bob.start_trace()
             with pytest.raises(PermissionDenied):
                 await bob.stop_trace()
+        with pytest.raises(Conflict) as nothing:
+            await operator.stop_trace()
+        assert nothing.value.reason == "TRACE_NOT_RECORDING"

@@ -11,12 +11,14 @@ from serving import ROWS, Served, serving
 
 from cola_runtime.client.sdk import AsyncClient
 from cola_runtime.errors import ColaError, InvalidInput, QuotaExceeded, Unavailable
+from cola_runtime.jobs.records import Tenant
 from cola_runtime.proto.jobs_pb2 import JobHeader, SubmitJobRequest
 from cola_runtime.server.limits import Limits
 from cola_runtime.server.upload import UploadGate, receive_submission
 from cola_runtime.spec import JobSpec
 
 HEADER = SubmitJobRequest(header=JobHeader(spec_json="{}", training_name="train.jsonl"))
+TENANT = Tenant(tenant_id="t", name="acme", created_at="2026-01-02T03:04:05Z")
 SMALL = Limits(dataset_bytes=10, chunk_seconds=0.05)
 
 
@@ -91,14 +93,14 @@ async def test_a_long_header_field_is_named(field: str) -> None:
 
 
 async def test_the_gate_keeps_the_next_upload_waiting_until_one_ends() -> None:
-    gate = UploadGate(Limits(concurrent_uploads=1))
+    gate = UploadGate(Limits(concurrent_uploads=1, uploads_of_a_tenant=3))
     inside: list[str] = []
 
     async def upload(name: str) -> None:
-        async with gate.pass_one():
+        async with gate.pass_one(TENANT):
             inside.append(name)
 
-    async with gate.pass_one():
+    async with gate.pass_one(TENANT):
         waiting = [asyncio.create_task(upload(name)) for name in ("first", "second")]
         await asyncio.sleep(0.01)
         assert inside == []
@@ -107,13 +109,13 @@ async def test_the_gate_keeps_the_next_upload_waiting_until_one_ends() -> None:
 
 
 async def test_an_upload_that_waits_too_long_is_told_to_try_again() -> None:
-    gate = UploadGate(Limits(concurrent_uploads=1, upload_wait_seconds=0.01))
-    async with gate.pass_one():
+    gate = UploadGate(Limits(concurrent_uploads=1, uploads_of_a_tenant=3, upload_wait_seconds=0.01))
+    async with gate.pass_one(TENANT):
         with pytest.raises(Unavailable) as caught:
-            async with gate.pass_one():
+            async with gate.pass_one(TENANT):
                 pass
-    assert (caught.value.reason, caught.value.limit) == ("UPLOADS_BUSY", "1")
-    async with gate.pass_one():
+    assert (caught.value.reason, caught.value.limit) == ("UPLOADS_BUSY", "1 at once, 3 of a tenant")
+    async with gate.pass_one(TENANT):
         pass
 
 
@@ -143,3 +145,34 @@ async def test_a_dataset_over_the_limit_is_refused_over_the_wire(
                 await client.submit(spec, training=ROWS * 1000)
             assert (caught.value.reason, caught.value.limit) == ("DATASET_TOO_LARGE", "100000 bytes")
         assert await asyncio.to_thread(served.nothing_exists)
+
+
+class Drip:
+    """One byte after another, each in time."""
+
+    async def __aiter__(self) -> AsyncIterator[SubmitJobRequest]:
+        yield HEADER
+        while True:
+            await asyncio.sleep(0.01)
+            yield training(b"a")
+
+
+async def test_an_upload_that_drips_ends_too() -> None:
+    limits = Limits(chunk_seconds=0.05, upload_bytes_per_second=10_000)
+    with pytest.raises(Unavailable) as caught:
+        await asyncio.wait_for(receive_submission(Drip(), limits), 5)  # type: ignore[arg-type]
+    assert (caught.value.reason, caught.value.limit) == ("STREAM_STALLED", "10000 bytes a second")
+
+
+async def test_one_tenants_slow_uploads_leave_places_to_the_others() -> None:
+    gate = UploadGate(Limits(concurrent_uploads=3, uploads_of_a_tenant=2, upload_wait_seconds=0.2))
+    slow, other = TENANT, Tenant(tenant_id="other", name="other", created_at="2026-01-02T03:04:05Z")
+    async with gate.pass_one(slow), gate.pass_one(slow):
+        with pytest.raises(Unavailable) as caught:
+            async with gate.pass_one(slow):
+                pass
+        assert caught.value.reason == "UPLOADS_BUSY"
+        async with gate.pass_one(other):
+            pass
+    async with gate.pass_one(slow), gate.pass_one(slow):
+        pass  # the places came back

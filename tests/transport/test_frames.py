@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import time
 
 import pytest
 import torch
@@ -199,3 +200,17 @@ def test_a_job_id_of_another_form_is_not_sent() -> None:
     address = TensorAddress(job_id="job-1", epoch=1, version=0, kind=TensorKind.BLOB)
     with pytest.raises(ValueError, match="32 hexadecimal"):
         list(tensor_frames(address, wire))
+
+
+def test_a_tensor_whose_chunks_stop_coming_does_not_keep_its_memory() -> None:
+    first, *_ = tensor_frames(
+        TensorAddress(job_id="job-" + "0" * 32, epoch=1, version=0, kind=TensorKind.BLOB),
+        WireTensor(dtype=DType.UINT8, shape=(2 << 20,), data=memoryview(bytes(2 << 20))),
+    )
+    reader = FrameReader(FrameLimits(tensor_seconds=0.0))
+    assert reader.feed(b"".join(first)) == []
+    assert reader.incomplete
+    time.sleep(0.01)
+    with pytest.raises(ProtocolError) as caught:
+        reader.feed(b"")
+    assert caught.value.reason == "TENSOR_STALLED"

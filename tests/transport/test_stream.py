@@ -14,8 +14,8 @@ import torch
 from cola_runtime.errors import ColaError, Fenced, InvalidInput, ProtocolError, Unauthenticated, Unavailable
 from cola_runtime.proto import control_pb2
 from cola_runtime.transport.endpoints import GRADIENTS, STREAM_OPTIONS, Connection, connect, serve_streams
-from cola_runtime.transport.frames import PROTOCOL_VERSION, TensorAddress
-from cola_runtime.transport.handshake import introduce, receive_hello
+from cola_runtime.transport.frames import PROTOCOL_VERSION, TensorAddress, tensor_frames
+from cola_runtime.transport.handshake import check_ticket, gradient_ticket, introduce, receive_hello
 from cola_runtime.transport.reader import FrameLimits, ReceivedTensor
 from cola_runtime.transport.stream import SEND_QUEUE_BYTES, FrameStream, ReceivedControl
 from cola_runtime.transport.tensors import from_wire, to_wire
@@ -34,7 +34,8 @@ def credit(number: int) -> control_pb2.GradientControl:
 
 
 def hello(**changes: Any) -> control_pb2.GradientControl:
-    fields = {"device_id": "d1", "join_token": "secret", "protocol_version": PROTOCOL_VERSION, **changes}
+    ticket = gradient_ticket("secret", "d1")
+    fields = {"device_id": "d1", "ticket": ticket, "protocol_version": PROTOCOL_VERSION, **changes}
     return control_pb2.GradientControl(hello=control_pb2.GradientHello(**fields))
 
 
@@ -266,7 +267,10 @@ async def test_a_message_above_the_limit_is_refused_by_grpc() -> None:
 
 
 async def _greeter(stream: FrameStream[Any]) -> None:
-    await receive_hello(stream, join_token="secret", limits=FrameLimits(), timeout_seconds=0.5)
+    async def check(hello: control_pb2.GradientHello) -> None:
+        check_ticket("secret", hello, stream.certificate)
+
+    await receive_hello(stream, check=check, limits=FrameLimits(), timeout_seconds=0.5)
     await stream.send_control(control_pb2.GradientControl(welcome=control_pb2.GradientWelcome()))
     await stream.send_tensor(address(0), to_wire(torch.ones(2)))
     await echo(stream)
@@ -282,8 +286,11 @@ async def test_a_welcome_may_be_followed_at_once_by_tensors() -> None:
 @pytest.mark.parametrize(
     ("message", "kind", "reason"),
     [
-        (hello(join_token="guess"), Unauthenticated, "JOIN_TOKEN_WRONG"),
-        (hello(join_token="sécret"), Unauthenticated, "JOIN_TOKEN_WRONG"),
+        (hello(ticket="guess"), Unauthenticated, "TICKET_WRONG"),
+        (hello(ticket="sécret.²"), Unauthenticated, "TICKET_WRONG"),
+        (hello(device_id="d2"), Unauthenticated, "TICKET_WRONG"),
+        (hello(ticket=gradient_ticket("another", "d1")), Unauthenticated, "TICKET_WRONG"),
+        (hello(ticket=gradient_ticket("secret", "d1", now=0)), Unauthenticated, "TICKET_WRONG"),
         (hello(protocol_version=99), ProtocolError, "PROTOCOL_VERSION"),
         (hello(device_id="../x"), ProtocolError, "DEVICE_ID_INVALID"),
         (credit(1), ProtocolError, "HELLO_EXPECTED"),
@@ -296,6 +303,20 @@ async def test_a_wrong_hello_is_refused_with_its_reason(
         with pytest.raises(kind) as caught:
             await introduce(stream, message, limits=FrameLimits())
     assert caught.value.reason == reason
+
+
+async def test_a_peer_that_begins_a_tensor_and_stops_is_dropped() -> None:
+    async def on_stream(stream: FrameStream[Any]) -> None:
+        stream.accept_tensors(FrameLimits(tensor_seconds=0.1))
+        while await stream.receive():
+            pass
+
+    async with connected(on_stream) as stream:
+        first, *_ = tensor_frames(address(0), to_wire(torch.zeros(1 << 20)))
+        await stream._queue(first)
+        with pytest.raises(ProtocolError) as caught:
+            await stream.receive(timeout_seconds=5)
+    assert caught.value.reason == "TENSOR_STALLED"
 
 
 async def test_a_peer_that_says_nothing_is_dropped() -> None:

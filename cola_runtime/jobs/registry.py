@@ -1,0 +1,101 @@
+"""Which devices may join and which have: the store's door to join tokens and registered devices."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from sqlalchemy import Connection
+
+from cola_runtime import clock, ids
+from cola_runtime.jobs import device_rows
+from cola_runtime.jobs.database import Database
+from cola_runtime.jobs.device_rows import DeviceRecord, TokenRecord
+from cola_runtime.types import TrustClass
+
+
+class DeviceRegistry:
+    """Every method one transaction."""
+
+    def __init__(self, database: Database, now: clock.Clock) -> None:
+        self._database, self._now = database, now
+
+    async def create_token(
+        self, trust_class: TrustClass, *, reusable: bool, valid: timedelta, created_by: str
+    ) -> tuple[str, TokenRecord]:
+        """A new join token, in the clear for the only time."""
+        now = self._now()
+        record = TokenRecord(
+            token_id=ids.new_token_id(),
+            trust_class=trust_class,
+            reusable=reusable,
+            created_by=created_by,
+            created_at=clock.rfc3339(now),
+            expires_at=clock.rfc3339(now + valid),
+        )
+        return await self._database.run(lambda c: device_rows.insert_token(c, record)), record
+
+    async def trust_by_token(self, token: str, device_id: str) -> TrustClass:
+        """Of a device without certificate, which shows its token each time. Raises Unauthenticated."""
+        at = clock.rfc3339(self._now())
+        record = await self._database.run(
+            lambda c: device_rows.use_token(c, token, device_id, at=at, again=True)
+        )
+        return record.trust_class
+
+    async def join(self, token: str, device_id: str, key_sha256: str, *, until: datetime) -> DeviceRecord:
+        """Register the device, using up the token. Raises Unauthenticated, Conflict `DEVICE_ID_TAKEN`."""
+        at, expires_at = clock.rfc3339(self._now()), clock.rfc3339(until)
+
+        def register(connection: Connection) -> DeviceRecord:
+            used = device_rows.use_token(connection, token, device_id, at=at)
+            device = DeviceRecord(
+                device_id=device_id,
+                trust_class=used.trust_class,
+                key_sha256=key_sha256,
+                joined_by=used.created_by,
+                joined_at=at,
+                expires_at=expires_at,
+                revoked_at=None,
+            )
+            return device_rows.insert_device(connection, device)
+
+        return await self._database.run(register)
+
+    async def register_own(self, device_id: str, key_sha256: str, *, until: datetime) -> None:
+        """A device that the service starts itself, under a name that was perhaps another one's before."""
+        device = DeviceRecord(
+            device_id=device_id,
+            trust_class=TrustClass.TRUSTED,
+            key_sha256=key_sha256,
+            joined_by=device_rows.COORDINATOR,
+            joined_at=clock.rfc3339(self._now()),
+            expires_at=clock.rfc3339(until),
+            revoked_at=None,
+        )
+        await self._database.run(lambda c: device_rows.insert_device(c, device))
+
+    async def renew(self, device_id: str, key_sha256: str, *, until: datetime) -> DeviceRecord:
+        """A later end for a device that is still let in. Raises Unauthenticated."""
+        at = clock.rfc3339(self._now())
+
+        def extend(connection: Connection) -> DeviceRecord:
+            device_rows.admitted_device(connection, device_id, key_sha256, at=at)
+            device_rows.renew_device(connection, device_id, expires_at=clock.rfc3339(until))
+            return device_rows.admitted_device(connection, device_id, key_sha256, at=at)
+
+        return await self._database.run(extend)
+
+    async def admitted(self, device_id: str, key_sha256: str) -> DeviceRecord:
+        """Raises Unauthenticated `DEVICE_UNKNOWN`, `DEVICE_REVOKED`."""
+        at = clock.rfc3339(self._now())
+        return await self._database.run(
+            lambda c: device_rows.admitted_device(c, device_id, key_sha256, at=at)
+        )
+
+    async def revoke(self, device_id: str) -> DeviceRecord:
+        """Raises NotFound `DEVICE_NOT_REGISTERED`."""
+        at = clock.rfc3339(self._now())
+        return await self._database.run(lambda c: device_rows.mark_device_revoked(c, device_id, at=at))
+
+    async def devices(self) -> list[DeviceRecord]:
+        return await self._database.run(device_rows.read_devices)

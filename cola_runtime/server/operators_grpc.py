@@ -1,0 +1,78 @@
+"""The services Operators and Enrolment over gRPC: translates messages, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from cola_runtime.jobs.device_rows import DeviceRecord
+from cola_runtime.jobs.store import JobStore
+from cola_runtime.proto import operators_pb2
+from cola_runtime.server.operators import OperatorDesk
+from cola_runtime.server.rpc import Call
+
+OPERATORS = operators_pb2.DESCRIPTOR.services_by_name["Operators"]
+ENROLMENT = operators_pb2.DESCRIPTOR.services_by_name["Enrolment"]
+
+
+class OperatorsMethods:
+    """One method per rpc of both services."""
+
+    def __init__(self, desk: OperatorDesk, store: JobStore) -> None:
+        self._desk, self._store = desk, store
+
+    async def CreateJoinToken(
+        self, request: operators_pb2.CreateJoinTokenRequest, call: Call
+    ) -> operators_pb2.JoinToken:
+        token, record = await self._desk.create_token(
+            request.trust_class,
+            reusable=request.reusable,
+            valid_seconds=request.valid_seconds,
+            created_by=call.key_id,
+        )
+        return operators_pb2.JoinToken(
+            token=token,
+            token_id=record.token_id,
+            trust_class=record.trust_class,
+            reusable=record.reusable,
+            expires_at=record.expires_at,
+        )
+
+    async def ListDevices(
+        self, request: operators_pb2.ListDevicesRequest, call: Call
+    ) -> operators_pb2.ListDevicesResponse:
+        found = await self._store.devices.devices()
+        return operators_pb2.ListDevicesResponse(devices=map(_device, found))
+
+    async def RevokeDevice(
+        self, request: operators_pb2.RevokeDeviceRequest, call: Call
+    ) -> operators_pb2.RegisteredDevice:
+        return _device(await self._desk.revoke(request.device_id))
+
+    async def ListAudit(
+        self, request: operators_pb2.ListAuditRequest, call: Call
+    ) -> operators_pb2.ListAuditResponse:
+        found = await self._store.audit.entries(after=request.after, limit=request.limit or 100)
+        entries = [operators_pb2.AuditEntry(**dataclasses.asdict(entry)) for entry in found]
+        return operators_pb2.ListAuditResponse(entries=entries)
+
+    async def JoinDevice(
+        self, request: operators_pb2.JoinDeviceRequest, call: Call
+    ) -> operators_pb2.JoinDeviceResponse:
+        enrolled = await self._desk.join(request.join_token, request.device_id, request.certificate_request)
+        return operators_pb2.JoinDeviceResponse(
+            certificate=enrolled.certificate_pem,
+            authority=enrolled.authority_pem,
+            device_endpoint=enrolled.device_endpoint,
+            trust_class=enrolled.device.trust_class,
+            expires_at=enrolled.device.expires_at,
+        )
+
+
+def _device(device: DeviceRecord) -> operators_pb2.RegisteredDevice:
+    return operators_pb2.RegisteredDevice(
+        device_id=device.device_id,
+        trust_class=device.trust_class,
+        joined_at=device.joined_at,
+        expires_at=device.expires_at,
+        revoked_at=device.revoked_at or "",
+    )

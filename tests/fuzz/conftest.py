@@ -1,0 +1,3 @@
+from serving_fixtures import tokenizer_path
+
+__all__ = ["tokenizer_path"]
