@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: errors reference fuzz security help setup demo test matrix traps check lint types layers stubs proto bench exactness wire base_step base_memory throughput quality staleness policy fairness simulate clean
+.PHONY: errors fuzz reference security help setup demo test matrix traps check lint types layers stubs proto bench exactness wire base_step base_memory throughput quality staleness policy fairness simulate clean
 
 help: ## this list
 	@grep -hE '^[a-z_]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -38,7 +38,7 @@ traps: setup ## every trap of docs/traps.md put back into a copy of the source, 
 	$(BIN)/python -m pytest tests/traps --traps -q $(PYTEST_ARGS)
 
 check: setup ## format, lint, types, layers, generated code: all of them, also after a failure
-	$(MAKE) --keep-going --no-print-directory lint types layers stubs reference
+	$(MAKE) --keep-going --no-print-directory lint types layers stubs reference security
 
 lint: setup
 	$(BIN)/ruff format --check .
@@ -64,6 +64,9 @@ stubs: setup
 	rm -rf $(STUBS) && mkdir -p $(STUBS)
 	$(call generate,$(STUBS))
 	diff -r -x __init__.py -x __pycache__ $(STUBS)/cola_runtime/proto cola_runtime/proto
+
+security: setup ## bandit on the package, severity medium and above
+	$(BIN)/bandit --quiet --configfile pyproject.toml --severity-level medium --recursive cola_runtime
 
 errors: setup ## generate docs/errors.md from the table of reasons
 	$(BIN)/python -m cola_runtime.testing.error_reference > docs/errors.md

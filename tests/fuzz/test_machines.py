@@ -260,9 +260,7 @@ class JoinMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(
-    ("machine", "examples"), [(LeaseMachine, 15), (ReaderMachine, 40), (JoinMachine, 6)]
-)
+@pytest.mark.parametrize(("machine", "examples"), [(LeaseMachine, 15), (ReaderMachine, 40), (JoinMachine, 6)])
 def test_it_does_what_its_model_does(
     machine: type[RuleBasedStateMachine], examples: int, request: pytest.FixtureRequest
 ) -> None:
