@@ -41,7 +41,7 @@ faults: setup ## every crash point, stream fault and killed process: what each c
 	$(BIN)/python -m pytest tests/faults --faults -q $(PYTEST_ARGS)
 
 check: setup ## format, lint, types, layers, generated code: all of them, also after a failure
-	$(MAKE) --keep-going --no-print-directory lint types layers stubs reference
+	$(MAKE) --keep-going --no-print-directory lint types layers stubs reference security
 
 lint: setup
 	$(BIN)/ruff format --check .
@@ -67,6 +67,9 @@ stubs: setup
 	rm -rf $(STUBS) && mkdir -p $(STUBS)
 	$(call generate,$(STUBS))
 	diff -r -x __init__.py -x __pycache__ $(STUBS)/cola_runtime/proto cola_runtime/proto
+
+security: setup ## bandit on the package, severity medium and above
+	$(BIN)/bandit --quiet --configfile pyproject.toml --severity-level medium --recursive cola_runtime
 
 errors: setup ## generate docs/errors.md from the table of reasons
 	$(BIN)/python -m cola_runtime.testing.error_reference > docs/errors.md

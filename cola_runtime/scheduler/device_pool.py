@@ -125,7 +125,8 @@ class DevicePool:
         try:
             hello = await receive_hello(stream, check=check, limits=CHECKPOINT_LIMITS)
         except Unauthenticated as error:
-            refusal = AuditEntry(kind="device.refused", actor=stream.peer, message=error.reason)
+            host = stream.peer.rpartition(":")[0]  # each of its attempts has another port
+            refusal = AuditEntry(kind="device.refused", actor=host, message=error.reason)
             await self._audit.add_bounded(refusal)
             raise
         return hello, admitted[0]

@@ -62,7 +62,7 @@ async def bind_port(
 async def check_floor(endpoint: str) -> None:
     """Raises Unavailable `TLS_FLOOR` if the TLS port answers a TLS 1.2 handshake."""
     host, _, port = endpoint.rpartition(":")
-    reached = {"0.0.0.0": "127.0.0.1", "[::]": "::1"}.get(host, host.strip("[]"))  # noqa: S104 (compared)
+    reached = {"0.0.0.0": "127.0.0.1", "[::]": "::1"}.get(host, host.strip("[]"))  # nosec B104 # noqa: S104 (compared)
     if await asyncio.to_thread(_answers_tls_1_2, reached, int(port)):
         raise Unavailable(
             "TLS_FLOOR",

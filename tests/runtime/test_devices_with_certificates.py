@@ -202,7 +202,8 @@ async def test_a_certificate_lets_in_its_own_device_only(settings: ServiceSettin
     async with site(settings, tmp_path) as at:
         identity = await at.devices.identify("own")
         at.devices.start("another", at.service.device_endpoint, identity=identity)
-        assert (await at.audited("device.refused")).message == "DEVICE_ID_MISMATCH"
+        refusal = await at.audited("device.refused")
+        assert (refusal.actor, refusal.message) == ("ipv4:127.0.0.1", "DEVICE_ID_MISMATCH")
         assert (await at.operator.describe()).devices == ()
 
 
