@@ -11,8 +11,8 @@ one row a step. All sides train the same rows and end with saved adapters; loadi
   peft_processes   a peft process per tenant, all at once, with the memory of all of them
 Every side has both cores and takes its best: peft's threads and attention are tried on one tenant, the
 runtime's base model runs with one thread and with two. Peft's sequential rate does not depend on the number
-of tenants: it is measured before and after the runtime (--quick: before), and the better one counts. Row lengths vary by a
-quarter around their mean; only the runtime pads.
+of tenants: it is measured before and after the runtime (--quick: before), and the better one counts. Row
+lengths vary by a quarter around their mean.
 --quick: 16 tenants in bfloat16, a few steps.
 """
 
