@@ -34,6 +34,7 @@ def device(
     from cola_runtime.adapters.module_registry import import_adapter_modules
     from cola_runtime.cli.output import clean, print_text
     from cola_runtime.config import join_settings, set_thread_environment
+    from cola_runtime.machine import keep_freed_memory
 
     settings = join_settings(
         coordinator=coordinator,
@@ -44,6 +45,7 @@ def device(
     )
     config = device_config(settings)
     set_thread_environment(config.threads)  # before torch is imported
+    keep_freed_memory()
     import_adapter_modules(settings.adapter_modules)
     print_text(
         ("Device ", "green"),

@@ -14,6 +14,7 @@ from cola_runtime.adapter_spec import LeaseTerms
 from cola_runtime.adapters.module_registry import import_adapter_modules
 from cola_runtime.config import BaseModelSettings, JoinSettings, ServiceSettings, set_thread_environment
 from cola_runtime.errors import Unavailable
+from cola_runtime.machine import keep_freed_memory
 from cola_runtime.types import (
     BaseEvent,
     BaseModelDescription,
@@ -36,6 +37,7 @@ class BaseModelActor:
         adapter_modules: Sequence[str],
     ) -> None:
         set_thread_environment(settings.threads)
+        keep_freed_memory()
         from cola_runtime.base_model.model import TappedModel
         from cola_runtime.base_model.pretrained import resolve_base_model
         from cola_runtime.base_model.service import BaseModelService
@@ -83,6 +85,7 @@ class DeviceActor:
 
     def __init__(self, settings: JoinSettings, device_id: str) -> None:
         set_thread_environment(settings.threads)
+        keep_freed_memory()
         import_adapter_modules(settings.adapter_modules)
         self._settings, self._device_id = settings, device_id
 
