@@ -49,6 +49,10 @@ class _Stopped(Exception):
         self.stop = stop
 
 
+class _Moved(Exception):
+    """The adapter is in a checkpoint, for another device to go on from."""
+
+
 @dataclass(slots=True)
 class _Progress:
     version: int = -1
@@ -135,6 +139,8 @@ class JobDriver:
             try:
                 await self._run_lease()
                 return
+            except _Moved as moved:
+                await self._store.add_event(self._job_id, "lease.moved", str(moved))
             except (LeaseLost, Unavailable) as lost:
                 await self._note_loss(lost, progress)
 
@@ -154,6 +160,7 @@ class JobDriver:
         while not self._finished(adapter):
             if ahead is None:
                 await self._stop_at_boundary(adapter)
+                await self._move_at_boundary(adapter)
             ahead = await self._one_step(adapter, ahead)
             await self._evaluate(adapter)
         self.phase = "waiting for the last checkpoint"
@@ -197,6 +204,7 @@ class JobDriver:
             or following % self._plan.checkpoint_every == 0
             or self._evaluations.due(following)
             or self._stop is not None
+            or bool(self._primitives.move_asked(adapter))
         )
         if waits or not self._plan.max_staleness:
             return None
@@ -221,6 +229,14 @@ class JobDriver:
                 self.phase = "making a checkpoint before it stops"
                 await self._primitives.checkpoint(adapter)
             self._check_stop()
+
+    async def _move_at_boundary(self, adapter: LeasedAdapter) -> None:
+        why = self._primitives.move_asked(adapter)
+        if why:
+            if adapter.version > 0:
+                self.phase = "making a checkpoint before it moves to another device"
+                await self._primitives.checkpoint(adapter)
+            raise _Moved(why)
 
     def _check_stop(self) -> None:
         if self._stop is not None:
