@@ -35,6 +35,7 @@ def device(
     from cola_runtime.adapters.module_registry import import_adapter_modules
     from cola_runtime.cli.output import clean, print_text
     from cola_runtime.config import crash_setting, join_settings, set_thread_environment
+    from cola_runtime.machine import keep_freed_memory
 
     settings = join_settings(
         coordinator=coordinator,
@@ -46,6 +47,7 @@ def device(
     crash_points.arm(crash_setting())
     config = device_config(settings)
     set_thread_environment(config.threads)  # before torch is imported
+    keep_freed_memory()
     import_adapter_modules(settings.adapter_modules)
     print_text(
         ("Device ", "green"),

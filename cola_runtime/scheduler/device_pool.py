@@ -12,15 +12,17 @@ import itertools
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from cola_runtime.config import DeviceSettings
 from cola_runtime.errors import ColaError, ProtocolError, Unavailable
 from cola_runtime.jobs.plan import TrainingPlan
 from cola_runtime.proto import control_pb2
+from cola_runtime.scheduler.connected_device import ConnectedDevice
 from cola_runtime.scheduler.device_spans import Answered, DeviceSpans
 from cola_runtime.scheduler.leases import LeaseBook, LeaseLost
+from cola_runtime.scheduler.placement import Demand, Offer, place, rebalance
 from cola_runtime.transport.control import lease_from_proto, lease_grant, lease_to_proto
 from cola_runtime.transport.frames import DType, TensorAddress, WireTensor
 from cola_runtime.transport.handshake import receive_hello
@@ -48,18 +50,6 @@ class DeviceStatus:
     pid: int
 
 
-@dataclass(slots=True, kw_only=True)
-class _Device:
-    hello: control_pb2.DeviceHello
-    stream: FrameStream[Any]
-    order: int
-    heard: float
-    draining: bool = False
-    busy_seconds: float = 0.0
-    unable: dict[str, str] = field(default_factory=dict)  # job -> why this device cannot train it
-    sending: asyncio.Lock = field(default_factory=asyncio.Lock)  # a grant's blob and message stay together
-
-
 class DevicePool:
     """The coordinator's end of every control stream.
 
@@ -73,8 +63,10 @@ class DevicePool:
         self._join_token = join_token
         self._gradient_endpoint = gradient_endpoint
         self._book = book
-        self._devices: dict[str, _Device] = {}
+        self._devices: dict[str, ConnectedDevice] = {}
         self._orders = itertools.count()
+        self._demands: dict[str, Demand] = {}  # of jobs that were placed
+        self._moved = time.monotonic()  # when a job was last asked to move
         self._joined = asyncio.Condition()
         self._withheld = False
         self.closing = False  # devices that leave from now on are not lost
@@ -86,7 +78,7 @@ class DevicePool:
     async def on_stream(self, stream: FrameStream[Any]) -> None:
         """Serve one device until its stream ends. Registered as `/cola.v1.Devices/Attach`."""
         hello = await receive_hello(stream, join_token=self._join_token, limits=CHECKPOINT_LIMITS)
-        device = _Device(hello=hello, stream=stream, order=next(self._orders), heard=time.monotonic())
+        device = ConnectedDevice(hello=hello, stream=stream, order=next(self._orders), heard=time.monotonic())
         await self._admit(device)
         try:
             await self._welcome(device)
@@ -108,26 +100,33 @@ class DevicePool:
                 message, len(self._devices), count, timeout_seconds, extra={"event": "device.missing"}
             )
 
-    async def wait_able(self, job_id: str, count: int) -> None:
+    async def wait_able(self, job_id: str, demand: Demand, count: int) -> None:
         """Return when so many devices are connected that can train the job, as far as is known."""
-        async with self._joined:
-            await self._joined.wait_for(lambda: len(self._available(job_id)) >= count)
+        self._demands[job_id] = demand
+        try:
+            async with self._joined:
+                await self._joined.wait_for(lambda: len(self.pick(job_id, demand, count)) >= count)
+        except asyncio.CancelledError:
+            self._demands.pop(job_id, None)
+            raise
 
-    def pick(self, job_id: str, count: int) -> list[str]:
-        """The able devices with the fewest leases; none if there are fewer than `count`."""
-        available = sorted(self._available(job_id), key=self._load)
-        return available[:count] if len(available) >= count else []
+    def pick(self, job_id: str, demand: Demand, count: int) -> list[str]:
+        """The able devices that would be through first (`placement.place`); none if there are too few."""
+        return place(job_id, demand, self._offers(job_id), count)
 
     def draining(self, device_id: str) -> bool:
         device = self._devices.get(device_id)
         return device is not None and device.draining
 
     def unable(self, job_id: str) -> str:
-        """Which of the connected devices cannot train the job, and why; "" if one may."""
-        refusals = ((device_id, device.unable.get(job_id)) for device_id, device in self._devices.items())
-        found = "; ".join(f"{device_id} cannot train it: {why}" for device_id, why in refusals if why)
+        """Which of the connected devices cannot train the job, and why; "" if each may."""
         if not self._devices:
             return "no device is connected"
+        refusals = {device_id: device.unable.get(job_id) for device_id, device in self._devices.items()}
+        demand = self._demands.get(job_id)
+        if demand is not None:
+            refusals |= {offer.device_id: offer.refusal(demand) for offer in self._offers(job_id)}
+        found = "; ".join(f"{device_id} cannot train it: {why}" for device_id, why in refusals.items() if why)
         draining = all(device.draining for device in self._devices.values())
         return found or ("all devices are draining" if draining else "")
 
@@ -155,6 +154,7 @@ class DevicePool:
 
     async def end(self, lease: Lease) -> None:
         """Tell the device to forget the adapter; a device that has left has forgotten it already."""
+        self._demands.pop(lease.job_id, None)
         device = self._devices.get(lease.device_id)
         if device is not None:
             ending = control_pb2.LeaseEnd(lease=lease_to_proto(lease))
@@ -190,6 +190,20 @@ class DevicePool:
             for device in [d for d in self._devices.values() if d.heard < oldest]:
                 self._forget(device, f"no heartbeat for {self._settings.lease_timeout_seconds:g} s")
                 await device.stream.close()
+            self._rebalance()
+
+    def _rebalance(self) -> None:
+        """Ask one job to move, if that is worth it and the last move is long enough ago."""
+        if time.monotonic() - self._moved < self._settings.rebalance_seconds:
+            return
+        leases = [lease for device_id in self._devices for lease in self._book.on_device(device_id)]
+        movable = frozenset(lease.job_id for lease in leases if not lease.further_device_ids)
+        move = rebalance(self._offers(""), movable)
+        lease = None if move is None else self._book.current(move.job_id)
+        if move is None or lease is None or move.job_id in self._devices[move.target].unable:
+            return
+        self._moved = time.monotonic()
+        self._book.ask_move(lease, f"from device {move.source}, which has more to do, towards {move.target}")
 
     def statuses(self) -> list[DeviceStatus]:
         return [
@@ -204,25 +218,23 @@ class DevicePool:
             for device_id, device in sorted(self._devices.items())
         ]
 
-    def _available(self, job_id: str) -> list[str]:
+    def _offers(self, job_id: str) -> list[Offer]:
+        """Of the devices that take new leases and have not refused this job for good."""
         if self._withheld:
             return []
         return [
-            device_id
+            device.offer([lease.job_id for lease in self._book.on_device(device_id)], self._demands)
             for device_id, device in self._devices.items()
             if not device.draining and job_id not in device.unable
         ]
 
-    def _load(self, device_id: str) -> tuple[int, int]:
-        return len(self._book.on_device(device_id)), self._devices[device_id].order
-
-    def _device(self, lease: Lease) -> _Device:
+    def _device(self, lease: Lease) -> ConnectedDevice:
         device = self._devices.get(lease.device_id)
         if device is None:
             raise Unavailable("DEVICE_LOST", f"device {lease.device_id} has left")
         return device
 
-    async def _admit(self, device: _Device) -> None:
+    async def _admit(self, device: ConnectedDevice) -> None:
         """A device that dials in again replaces its older self, whose leases are lost."""
         older = self._devices.get(device.hello.device_id)
         if older is not None:
@@ -232,14 +244,14 @@ class DevicePool:
             self._joined.notify_all()
         logger.info("device %s joined", device.hello.device_id, extra={"event": "device.joined"})
 
-    async def _welcome(self, device: _Device) -> None:
+    async def _welcome(self, device: ConnectedDevice) -> None:
         welcome = control_pb2.DeviceWelcome(
             gradient_endpoint=self._gradient_endpoint, heartbeat_seconds=self._settings.heartbeat_seconds
         )
         async with device.sending:
             await device.stream.send_control(control_pb2.DeviceControl(welcome=welcome))
 
-    async def _listen(self, device: _Device) -> None:
+    async def _listen(self, device: ConnectedDevice) -> None:
         blobs: dict[tuple[str, int], ReceivedTensor] = {}
         async for item in device.stream:
             device.heard = time.monotonic()
@@ -254,13 +266,15 @@ class DevicePool:
 
     async def _hear(
         self,
-        device: _Device,
+        device: ConnectedDevice,
         message: control_pb2.DeviceControl,
         blobs: dict[tuple[str, int], ReceivedTensor],
     ) -> None:
         kind = message.WhichOneof("message")
         if kind == "heartbeat":
-            device.busy_seconds = message.heartbeat.busy_seconds
+            if device.beat(message.heartbeat):
+                async with self._joined:  # a job may have waited for the memory
+                    self._joined.notify_all()
         elif kind == "checkpoint_made":
             made = message.checkpoint_made
             blob = blobs.pop((made.lease.job_id, made.lease.epoch), None)
@@ -279,7 +293,7 @@ class DevicePool:
             raise ProtocolError("CONTROL_UNEXPECTED", f"a device does not send {kind}")
 
     async def _take_checkpoint(
-        self, device: _Device, made: control_pb2.CheckpointMade, blob: ReceivedTensor | None
+        self, device: ConnectedDevice, made: control_pb2.CheckpointMade, blob: ReceivedTensor | None
     ) -> None:
         """Store a whole checkpoint of a current lease; one under an older epoch is ignored."""
         lease = lease_from_proto(made.lease)
@@ -310,7 +324,7 @@ class DevicePool:
         except (ColaError, LeaseLost) as error:
             logger.warning("checkpoint not kept: %s", error, extra={"event": "checkpoint.not_kept"})
 
-    def _forget(self, device: _Device, why: str) -> None:
+    def _forget(self, device: ConnectedDevice, why: str) -> None:
         device_id = device.hello.device_id
         if self._devices.get(device_id) is not device:
             return

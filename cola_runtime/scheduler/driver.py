@@ -60,6 +60,10 @@ class _Stopped(Exception):
         self.stop = stop
 
 
+class _Moved(Exception):
+    """The adapter is in a checkpoint, for another device to go on from."""
+
+
 @dataclass(slots=True)
 class _Progress:
     version: int = -1
@@ -174,6 +178,8 @@ class JobDriver:
             try:
                 await self._run_lease()
                 return
+            except _Moved as moved:
+                await self._store.add_event(self._job_id, "lease.moved", str(moved))
             except (LeaseLost, Unavailable) as lost:
                 await self._note_loss(lost, progress)
 
@@ -193,6 +199,7 @@ class JobDriver:
         while not self._finished(adapter):
             if ahead is None:
                 await self._stop_at_boundary(adapter)
+                await self._move_at_boundary(adapter)
             ahead = await self._one_step(adapter, ahead)
             await self._evaluate(adapter)
         self._phase.enter("last checkpoint", "waiting for the last checkpoint")
@@ -247,6 +254,7 @@ class JobDriver:
             or following % self._plan.checkpoint_every == 0
             or self._evaluations.due(following)
             or self._stop is not None
+            or bool(self._primitives.move_asked(adapter))
         )
         if waits or not self._plan.max_staleness:
             return None
@@ -273,6 +281,14 @@ class JobDriver:
         self._check_stop()
         if leaving:
             raise LeaseLost(adapter.lease, "DEVICE_DRAINING", f"{_named(adapter.lease)} is leaving")
+
+    async def _move_at_boundary(self, adapter: LeasedAdapter) -> None:
+        why = self._primitives.move_asked(adapter)
+        if why:
+            if adapter.version > 0:
+                self._phase.enter("checkpoint", "making a checkpoint before it moves to another device")
+                await self._primitives.checkpoint(adapter)
+            raise _Moved(why)
 
     def _check_stop(self) -> None:
         if self._stop is not None:

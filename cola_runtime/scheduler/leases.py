@@ -26,6 +26,7 @@ class _OpenLease:
     recorded_version: int = -1
     checkpoint_version: int = -1
     lost: LeaseLost | None = None
+    moving: str = ""  # why the job should lease anew at its next step boundary
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -89,6 +90,17 @@ class LeaseBook:
     def lose_all(self, *, reason: str, message: str) -> None:
         for entry in list(self._open.values()):
             self.lose(entry.lease, reason=reason, message=message)
+
+    def ask_move(self, lease: Lease, why: str) -> None:
+        """The job shall make a checkpoint at its next step boundary and lease anew."""
+        entry = self._entry(lease)
+        if entry is not None:
+            entry.moving = why
+
+    def move_asked(self, lease: Lease) -> str:
+        """Why the lease should end at the next step boundary, or ""."""
+        entry = self._entry(lease)
+        return "" if entry is None else entry.moving
 
     def check(self, lease: Lease) -> None:
         """Raise LeaseLost if the lease is gone."""

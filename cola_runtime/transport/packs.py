@@ -14,7 +14,7 @@ A step's packs have the same indexes as the step's before: a reader keeps those 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 from cola_runtime.errors import ProtocolError
@@ -56,7 +56,9 @@ class PackIndex(NamedTuple):
 
 
 class ReceivedPack(NamedTuple):
-    """A checked pack. `data` is a writable buffer of its own, `contents` the same object for equal packs."""
+    """A checked pack. `data` is part of the message, and not writable; `contents` is the same object for
+    equal packs.
+    """
 
     address: TensorAddress  # of the first tensor
     dtype: DType
@@ -65,7 +67,8 @@ class ReceivedPack(NamedTuple):
     wire_bytes: int
 
 
-def pack_index(keys: Iterable[TensorKey], shapes: Iterable[tuple[int, ...]]) -> bytes:
+@lru_cache(maxsize=1024)  # a step's packs hold what the step's before held
+def pack_index(keys: tuple[TensorKey, ...], shapes: tuple[tuple[int, ...], ...]) -> bytes:
     """The index of tensors in this order."""
     entries = bytearray()
     for key, shape in zip(keys, shapes, strict=True):
