@@ -275,7 +275,7 @@ class JobRunner:
         elif isinstance(event, DeviceLinkChanged):
             self._loop.park(event.device_id, parked=event.parked and event.connected)
             if not event.connected:
-                self._book.lose_device(
+                self._book.lose_link(
                     event.device_id,
                     reason="DEVICE_LINK_LOST",
                     message=f"{event.device_id} left the base model",
