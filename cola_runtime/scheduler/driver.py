@@ -36,20 +36,22 @@ INTERNAL_MESSAGE = "the service failed; its log has the cause. Submit the job ag
 class Stop(enum.Enum):
     """What a tenant asked for, or the operator; acted on at the next step boundary."""
 
-    PAUSE = Trigger.PAUSE
-    CANCEL = Trigger.CANCEL
-    DRAIN = Trigger.REQUEUE  # the coordinator stops; the job goes on when there is one again
+    PAUSE = JobState.PAUSED
+    CANCEL = JobState.CANCELLED
+    DRAIN = JobState.QUEUED  # the coordinator stops; the job goes on when there is one again
+
+    @property
+    def trigger(self) -> Trigger:
+        return _TRIGGERS[self]
 
     @property
     def message(self) -> str:
-        return _STOP_MESSAGES[self]
+        if self is Stop.DRAIN:
+            return "the coordinator stops; the job goes on from a checkpoint of this version"
+        return f"{self.value} at its tenant's request"
 
 
-_STOP_MESSAGES = {
-    Stop.PAUSE: "paused at its tenant's request",
-    Stop.CANCEL: "cancelled at its tenant's request",
-    Stop.DRAIN: "the coordinator stops; the job goes on from a checkpoint of this version",
-}
+_TRIGGERS = {Stop.PAUSE: Trigger.PAUSE, Stop.CANCEL: Trigger.CANCEL, Stop.DRAIN: Trigger.REQUEUE}
 
 
 class _Stopped(Exception):
@@ -287,7 +289,7 @@ class JobDriver:
     async def _end_by(self, stop: Stop) -> None:
         record = await until_available(lambda: self._store.job(self._job_id))
         if stop is not Stop.DRAIN or record.state is JobState.RUNNING:  # else it waits in the queue already
-            await self._move(stop.value, message=stop.message)
+            await self._move(stop.trigger, message=stop.message)
 
     async def _give_up(self, diverged: Diverged) -> None:
         """Fail or pause, as the job asks; its last checkpoint is kept."""

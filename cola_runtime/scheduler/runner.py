@@ -233,13 +233,13 @@ class JobRunner:
 
     async def _stop(self, job_id: str, stop: Stop) -> None:
         record = await self._store.job(job_id)
-        if stop.value not in TRANSITIONS[record.state]:
+        if stop.trigger not in TRANSITIONS[record.state]:
             return  # it has ended, or is paused already
         driver = self._drivers.get(job_id)
         if driver is not None:
             driver.ask(stop)
         else:
-            await self._store.transition(job_id, stop.value, message=stop.message)
+            await self._store.transition(job_id, stop.trigger, message=stop.message)
 
     async def _adapter_to_ask(self, record: JobRecord) -> tuple[int, bytes | None]:
         """The version to generate with; a job that holds no lease brings its newest checkpoint."""
