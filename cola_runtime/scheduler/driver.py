@@ -42,17 +42,20 @@ INTERNAL_MESSAGE = "the service failed; its log has the cause. Submit the job ag
 class Stop(enum.Enum):
     """What a tenant asked for, or the operator; acted on at the next step boundary."""
 
-    PAUSE = Trigger.PAUSE
-    CANCEL = Trigger.CANCEL
-    DRAIN = Trigger.REQUEUE  # the coordinator stops; the job goes on when there is one again
+    PAUSE = JobState.PAUSED
+    CANCEL = JobState.CANCELLED
+    DRAIN = JobState.QUEUED  # the coordinator stops; the job goes on when there is one again
 
     @property
-    def past(self) -> str:
-        return {Stop.PAUSE: "paused", Stop.CANCEL: "cancelled", Stop.DRAIN: "queued again"}[self]
+    def trigger(self) -> Trigger:
+        return _TRIGGERS[self]
 
     def told(self, why: str) -> str:
         """For the job's trail; `why` ends the sentence."""
-        return f"{self.past} {why}"
+        return f"{self.value} {why}"
+
+
+_TRIGGERS = {Stop.PAUSE: Trigger.PAUSE, Stop.CANCEL: Trigger.CANCEL, Stop.DRAIN: Trigger.REQUEUE}
 
 
 class _Stopped(Exception):
@@ -111,7 +114,7 @@ class JobDriver:
         """What the job does or waits for."""
         if self._stop is None:
             return self._phase.text
-        return f"{self._phase.text}; it is {self._stop.past} at the next step boundary"
+        return f"{self._phase.text}; it is {self._stop.value} at the next step boundary"
 
     @property
     def leases(self) -> bool:
@@ -343,7 +346,7 @@ class JobDriver:
     async def _end_by(self, stop: Stop) -> None:
         record = await until_available(lambda: self._store.job(self._job_id))
         if stop is not Stop.DRAIN or record.state is JobState.RUNNING:  # else it waits in the queue already
-            await self._move(stop.value, message=stop.told(self._why_stopped))
+            await self._move(stop.trigger, message=stop.told(self._why_stopped))
 
     async def _give_up(self, diverged: Diverged) -> None:
         """Fail or pause, as the job asks; its last checkpoint is kept."""

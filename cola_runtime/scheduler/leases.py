@@ -87,6 +87,16 @@ class LeaseBook:
         for lease in self.on_device(device_id):
             self.lose(lease, reason=reason, message=message)
 
+    def lose_link(self, device_id: str, *, reason: str, message: str) -> None:
+        """The device's stream to the base model ended: leases are lost of which that has heard already.
+
+        One that is being opened is not: the device sends its weights over whichever stream it has next. So a
+        late word of the stream of a device that died costs nothing when it is back by then.
+        """
+        for lease in self.on_device(device_id):
+            if self._open[lease.job_id].applied:
+                self.lose(lease, reason=reason, message=message)
+
     def lose_all(self, *, reason: str, message: str) -> None:
         for entry in list(self._open.values()):
             self.lose(entry.lease, reason=reason, message=message)

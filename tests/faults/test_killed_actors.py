@@ -22,12 +22,12 @@ from cola_runtime.testing.exactness import MixedJob, service_for, tenant_client
 from tests.faults.judging import MODEL, Faultless, Outcome, fault_job, judge, train_faultless
 from tests.faults.processes import reach
 
-JOB_SECONDS = 240.0
+JOB_SECONDS = 600.0
 BASE_JOB = fault_job(steps=40, checkpoint_every=2)  # long enough to lose its base model at every point
 TIMES = {"base_model.leased": 1, "base_model.tap": 20}
 HANG_SECONDS = 8.0  # longer than the lease timeout
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 
 @asynccontextmanager
