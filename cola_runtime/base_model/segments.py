@@ -9,7 +9,7 @@ Shapes: B rows of the batch, T padded length, K label positions.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,8 +106,16 @@ class MixedBatch:
                 yield member, cohort.first_row + number * cohort.rows_per_segment
 
 
-def mixed_batch(members: Sequence[Member], accelerator: Accelerator = HOST) -> MixedBatch:
-    """Order the segments into cohorts (stably: equal compositions give equal batches) and pad their rows."""
+def mixed_batch(
+    members: Sequence[Member],
+    accelerator: Accelerator = HOST,
+    *,
+    padded_length: Callable[[int], int] = lambda longest: longest,
+) -> MixedBatch:
+    """Order the segments into cohorts (stably: equal compositions give equal batches) and pad their rows.
+
+    `padded_length`: to how many tokens, for the longest row's.
+    """
     buckets: dict[object, list[Member]] = {}
     for member in members:
         buckets.setdefault(_stacking_key(member), []).append(member)
@@ -117,7 +125,7 @@ def mixed_batch(members: Sequence[Member], accelerator: Accelerator = HOST) -> M
         row = cohorts[-1].stop_row
     ordered = [member for bucket in buckets.values() for member in bucket]
     rows = [row for member in ordered for row in member.segment.rows]
-    tokens, weights = _padded(rows)
+    tokens, weights = _padded(rows, padded_length)
     types_BT = _token_types(rows, tokens.shape)
     images_BCHW = _images([row.image for row in rows if isinstance(row.image, Image)])
     return MixedBatch(
@@ -137,8 +145,10 @@ def _stacking_key(member: Member) -> object:
     return adapter.layout, len(segment.rows), segment.taps, adapter.spec.dtype
 
 
-def _padded(rows: Sequence[Row]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    longest = max(len(row.tokens) for row in rows)
+def _padded(
+    rows: Sequence[Row], padded_length: Callable[[int], int]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    longest = padded_length(max(len(row.tokens) for row in rows))
     tokens = np.zeros((len(rows), longest), np.int64)
     weights = np.zeros((len(rows), longest), np.float64)
     for number, row in enumerate(rows):

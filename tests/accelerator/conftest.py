@@ -1,0 +1,17 @@
+"""Every test runs on the processor, and once more on a CUDA device where there is one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.base_model.conftest import one_thread, tiny_folder
+
+__all__ = ["one_thread", "tiny_folder"]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.accelerator)])
+def accelerator(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device here")
+    return str(request.param)
