@@ -36,7 +36,8 @@ class MixedPass:
         self.merged = MergedWeights(loaded.groups if loaded.quantization == UNQUANTIZED else ())
         self.accelerator = loaded.accelerator
         self.space = Workspace(self.accelerator.device)
-        self._loss_space = Workspace(self.accelerator.device)  # apart: its sizes differ from step to step
+        # Apart where passes are captured: its sizes differ from step to step.
+        self._loss_space = Workspace(self.accelerator.device) if self.accelerator.is_cuda else self.space
         self.carrier: TapCarrier = (
             CopyingCarrier(self.accelerator) if self.accelerator.is_cuda else DirectCarrier()
         )

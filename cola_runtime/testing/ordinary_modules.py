@@ -186,7 +186,7 @@ def add_adapter(
     for site in spec.sites:
         if site.kind is SiteKind.HEAD:
             continue
-        adapter = OrdinaryAdapter(spec.kinds[site.index], site, weights)
+        adapter = OrdinaryAdapter(spec.kinds[site.index], site, weights).to(next(model.parameters()).device)
         model.get_submodule(site.name).register_forward_hook(_adding(adapter))
         parameters.update(adapter.named)
     return parameters

@@ -55,10 +55,11 @@ def retold(member: Tenant, seed: int) -> Tenant:
     ("model", "dtype"), [("llama", "float64"), ("llama", "float32"), ("gpt2", "float64")]
 )
 def test_all_kinds_in_one_batch_are_autograds(
-    tiny_folder: TinyFolder, accelerator: str, model: str, dtype: str, encoding: Encoding
+    tiny_folder: TinyFolder, cuda: str, model: str, dtype: str, encoding: Encoding
 ) -> None:
+    """On the processor: tests/base_model/test_adapter_kinds.py."""
     path = tiny_folder(model, dtype)
-    tapped = loaded(path, dtype, accelerator)
+    tapped = loaded(path, dtype, cuda)
     tenants, encodings = mixed_kinds(tapped.catalogue, encoding, dtype)
     assert_exact(path, tapped, tenants, encodings, BOUNDS[dtype])
 
@@ -68,11 +69,11 @@ def test_all_kinds_in_one_batch_are_autograds(
 def test_a_pass_like_one_before_computes_its_own_rows_with_its_own_weights(
     tiny_folder: TinyFolder, accelerator: str, dtype: str, encoding: Encoding
 ) -> None:
-    """Five steps of one structure, each with new versions and new rows; and one of another in between."""
+    """Four steps of one structure, each with new versions and new rows; and one of another in between."""
     model = loaded(tiny_folder("llama", dtype), dtype, accelerator)
     wide = "float64" if dtype == "float64" else "float32"
     first = four_tenants(model.sites, wide)
-    for version in range(5):
+    for version in range(4):
         tenants = [retold(member, 10 * version) for member in first]
         for member in tenants:
             model.install(member.lease, member.spec, version, member.weights)
@@ -87,11 +88,10 @@ def test_a_pass_like_one_before_computes_its_own_rows_with_its_own_weights(
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_twenty_steps_end_where_torch_alone_ends(
-    tiny_folder: TinyFolder, accelerator: str, dtype: str
-) -> None:
+def test_twenty_steps_end_where_torch_alone_ends(tiny_folder: TinyFolder, cuda: str, dtype: str) -> None:
+    """On the processor: tests/demo and benchmarks/exactness.py."""
     path = tiny_folder("llama", dtype)
-    model = loaded(path, dtype, accelerator)
+    model = loaded(path, dtype, cuda)
     member = lora_tenant(0, model.sites, rank=4, lengths=(13, 21), dtype=dtype)
     optimizer = OptimizerHyperparameters(kind="adamw", learning_rate=1e-3, eps=1e-5)
     schedule = LearningRateSchedule(kind="constant", warmup_steps=0, total_steps=STEPS)
