@@ -64,32 +64,45 @@ def test_all_kinds_in_one_batch_are_autograds(
     assert_exact(path, tapped, tenants, encodings, BOUNDS[dtype])
 
 
-@pytest.mark.parametrize("encoding", list(Encoding))
-@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
-def test_a_pass_like_one_before_computes_its_own_rows_with_its_own_weights(
-    tiny_folder: TinyFolder, accelerator: str, dtype: str, encoding: Encoding
-) -> None:
-    """Four steps of one structure, each with new versions and new rows; and one of another in between."""
-    model = loaded(tiny_folder("llama", dtype), dtype, accelerator)
-    wide = "float64" if dtype == "float64" else "float32"
-    first = four_tenants(model.sites, wide)
-    for version in range(4):
+def repeated(tiny_folder: TinyFolder, where: str, dtype: str, encoding: Encoding) -> float:
+    """The largest difference from a fresh model's gradients over steps of one structure, each with new
+    versions and new rows, and with steps of another structure in between.
+    """
+    path = tiny_folder("llama", dtype)
+    model = loaded(path, dtype, where)
+    first = four_tenants(model.sites, "float64" if dtype == "float64" else "float32")[1:4]
+    worst = 0.0
+    for version in range(3):
         tenants = [retold(member, 10 * version) for member in first]
         for member in tenants:
             model.install(member.lease, member.spec, version, member.weights)
         found = gradients(model, tenants, encoding, version)
         gradients(model, tenants[: 1 + version % 2], encoding, version)
-        fresh = loaded(tiny_folder("llama", dtype), dtype, accelerator)
+        fresh = loaded(path, dtype, where)
         install_all(fresh, tenants)
-        expected = gradients(fresh, tenants, encoding, 0)
-        bound = 1e-10 if dtype == "float64" else 2e-2  # fused kernels add up in no fixed order
-        for mine, theirs in zip(found, expected, strict=True):
-            assert max(relative_difference(mine, theirs).values()) < bound
+        for mine, theirs in zip(found, gradients(fresh, tenants, encoding, 0), strict=True):
+            worst = max(worst, *relative_difference(mine, theirs).values())
+    return worst
+
+
+@pytest.mark.parametrize("encoding", list(Encoding))
+def test_a_pass_like_one_before_computes_its_own_rows_with_its_own_weights(
+    tiny_folder: TinyFolder, accelerator: str, encoding: Encoding
+) -> None:
+    assert repeated(tiny_folder, accelerator, "float64", encoding) < 1e-10
+
+
+@pytest.mark.parametrize("encoding", list(Encoding))
+def test_a_pass_like_one_before_is_the_same_in_bfloat16_too(
+    tiny_folder: TinyFolder, cuda: str, encoding: Encoding
+) -> None:
+    """Through the fused attention, which adds up in no fixed order; the test above is its sibling."""
+    assert repeated(tiny_folder, cuda, "bfloat16", encoding) < 2e-2
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_twenty_steps_end_where_torch_alone_ends(tiny_folder: TinyFolder, cuda: str, dtype: str) -> None:
-    """On the processor: tests/demo and benchmarks/exactness.py."""
+    """On the processor: tests/runtime and benchmarks/exactness.py."""
     path = tiny_folder("llama", dtype)
     model = loaded(path, dtype, cuda)
     member = lora_tenant(0, model.sites, rank=4, lengths=(13, 21), dtype=dtype)
