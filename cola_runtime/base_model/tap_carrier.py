@@ -26,6 +26,26 @@ HandOut = Callable[[Sequence[Tensor]], None]
 """Gets the carried tensors in host memory, in their order."""
 
 
+@dataclass(frozen=True, slots=True)
+class Recipients:
+    """Whose taps a cohort's are, and who takes them."""
+
+    segments: Sequence[int]  # positions in BaseStep.segments
+    loss_scales: Sequence[float]  # of each segment's loss, and so of its gradients
+    sink: TapSink
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """`HandOut` that knows its recipients apart: the same products may be made for others later."""
+
+    recipients: Recipients
+    hand_out: Callable[[Recipients, Sequence[Tensor]], None]
+
+    def __call__(self, copies: Sequence[Tensor]) -> None:
+        self.hand_out(self.recipients, copies)
+
+
 class TapCarrier(Protocol):
     """Called by the compute thread, or the one that computes its backward pass for it."""
 
@@ -114,6 +134,10 @@ class CopyingCarrier:
             )
             self._pending.nbytes += nbytes
             self._put(_Parcel(copied, tensors, copies, hand_out, nbytes))
+
+    def before_overwriting(self) -> None:
+        """What the compute stream is asked for next begins when everything carried so far is copied."""
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def behind(self, work: Callable[[], None]) -> None:
         with self._changed:
