@@ -24,6 +24,7 @@ import asyncio
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -36,8 +37,10 @@ import psutil
 import torch
 from torch import Tensor
 
+from cola_runtime.base_model.gathered_taps import GatheredTaps
 from cola_runtime.config import set_thread_environment
 from cola_runtime.device.gradient_link import GradientLink
+from cola_runtime.gradients.compression import Compressed
 from cola_runtime.machine import keep_freed_memory
 from cola_runtime.proto import control_pb2
 from cola_runtime.testing.record import argument_parser, emit, record
@@ -53,10 +56,20 @@ from cola_runtime.transport.frames import MAX_PAYLOAD_BYTES, Frame, TensorAddres
 from cola_runtime.transport.packs import ReceivedPack
 from cola_runtime.transport.reader import FrameLimits, ReceivedTensor
 from cola_runtime.transport.stream import FrameStream, ReceivedControl
-from cola_runtime.transport.tensors import from_wire, parcels, tensors_from_wire, to_wire, vector_from_wire
-from cola_runtime.types import TensorKey, TensorKind
+from cola_runtime.transport.tensors import (
+    Parcel,
+    from_wire,
+    parcels,
+    tensors_from_wire,
+    to_wire,
+    vector_from_wire,
+)
+from cola_runtime.types import Lease, Segment, TensorKey, TensorKind
 
 ADDRESS = TensorAddress("job-" + "ab" * 16, epoch=1, version=0, kind=TensorKind.BLOB)
+SEGMENT = Segment(
+    lease=Lease(job_id=ADDRESS.job_id, epoch=1, device_id="d"), version=0, rows=(), loss_denominator=1.0
+)
 BARE, END = "/bare.Stream/Attach", b"end"
 TARGET = 1.3
 LAYERS, RANK, ROWS, STACKED = 30, 8, 256, 4
@@ -73,11 +86,10 @@ WEIGHTS = LAYERS * sum(RANK * (inputs + outputs) for inputs, outputs, _ in PROJE
 STEP_SECONDS = 60.0
 
 Taps = list[dict[TensorKey, Tensor]]
-"""What the base model hands out for one segment, a frame's worth or one input group at a time."""
+"""What the base model hands out for one segment, from the last layer on."""
 
 
 def small_tensors() -> Taps:
-    """Layer by layer from the last, three layers (somewhat less than a frame) at a time."""
     taps: Taps = []
     for layer in reversed(range(LAYERS)):
         gradients = {}
@@ -85,9 +97,7 @@ def small_tensors() -> Taps:
             site = layer * len(PROJECTIONS) + number
             gradients[TensorKey(site, TensorKind.GRAD_LORA_A)] = torch.randn(STACKED, RANK, inputs)[1]
             gradients[TensorKey(site, TensorKind.GRAD_LORA_B)] = torch.randn(STACKED, outputs, RANK)[1]
-        if layer % 3 == 2:
-            taps.append({})
-        taps[-1].update(gradients)
+        taps.append(gradients)
     return taps
 
 
@@ -149,9 +159,8 @@ class Steps:
         """Send the taps, have the weights; returns the bytes of both ways."""
         stream = await self.frames
         before = stream.bytes_sent + stream.bytes_received
-        for tap in taps:
-            for parcel in parcels(tap):
-                await stream.send_frames(parcel.frames(ADDRESS))
+        for parcel in outgoing(taps):
+            await stream.send_frames(parcel.frames(ADDRESS))
         await stream.send_control(
             control_pb2.GradientControl(microbatch_end=control_pb2.MicrobatchEnd(tensors=len(taps)))
         )
@@ -225,6 +234,21 @@ async def _answer_bare(call: Any, weights_P: Tensor) -> None:
             await call.write(END)
 
 
+def outgoing(taps: Taps) -> list[Parcel]:
+    """As the base model's service and gradient server make them of one segment's taps."""
+    made: list[Parcel] = []
+
+    def send(_: Segment, tensors: Mapping[TensorKey, Compressed]) -> Counter[int]:
+        made.extend(parcels(tensors))
+        return Counter()
+
+    gathered = GatheredTaps(SEGMENT, send)
+    for tap in taps:
+        gathered.add(tap)
+    gathered.flush()
+    return made
+
+
 def cut(frames: Iterable[Frame]) -> list[bytes]:
     """The frames' bytes as messages of 1 MiB and a rest."""
     content = b"".join(part for frame in frames for part in frame)
@@ -253,7 +277,7 @@ def _cpu(process: psutil.Process) -> float:
 async def run_case(
     taps: Taps, base: Steps, peer: psutil.Process, *, rounds: int, steps: int
 ) -> dict[str, float]:
-    messages = cut(frame for tap in taps for parcel in parcels(tap) for frame in parcel.frames(ADDRESS))
+    messages = cut(frame for parcel in outgoing(taps) for frame in parcel.frames(ADDRESS))
 
     async def framed() -> int:
         return await base.step(taps)

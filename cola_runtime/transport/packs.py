@@ -14,6 +14,7 @@ A step's packs have the same indexes as the step's before: a reader keeps those 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -42,11 +43,11 @@ _KEPT_INDEX_BYTES = 16_384  # a longer one is checked each time
 
 
 class PackedTensors(NamedTuple):
-    """Tensors of one dtype as they travel: `data` is their elements (or int8 blocks) in the index' order."""
+    """Tensors of one dtype as they travel: their elements (or int8 blocks) in the index' order."""
 
     dtype: DType
     entries: bytes  # the index
-    data: memoryview  # format "B", one dimension
+    data: Sequence[memoryview]  # format "B", one dimension: of each tensor, or of all of them
 
 
 class PackIndex(NamedTuple):
@@ -80,8 +81,8 @@ def pack_index(keys: tuple[TensorKey, ...], shapes: tuple[tuple[int, ...], ...])
 def pack_frame(address: TensorAddress, tensors: PackedTensors) -> Frame:
     """One frame; `address` is the first tensor's, `tensors.data` must not change until it was sent."""
     of_pack = address._replace(slot=len(tensors.entries) // ENTRY_BYTES)
-    header = frame_header(FrameKind.PACK, of_pack, tensors.dtype, tensors.entries, tensors.data)
-    return header, tensors.entries, tensors.data
+    header = frame_header(FrameKind.PACK, of_pack, tensors.dtype, tensors.entries, *tensors.data)
+    return header, tensors.entries, *tensors.data
 
 
 class PackIndexes:

@@ -45,6 +45,9 @@ _TORCH_DTYPES = {
     DType.INT32: torch.int32,
     DType.INT64: torch.int64,
 }
+VIEWED_BYTES = 64 << 10
+"""A view costs some 10 us of Python; below this, copying a pack's tensors together costs less."""
+
 _NUMPY_DTYPES = {  # numpy has no bfloat16: as numbers of the same size
     DType.FLOAT32: np.float32,
     DType.FLOAT64: np.float64,
@@ -118,9 +121,8 @@ class Parcel:
         if len(self._keys) == 1:
             data = _bytes_of(self._elements[0])
             return list(tensor_frames(address, WireTensor(self._dtype, self._shapes[0], data)))
-        vector = flatten_dense_tensors(self._elements)  # type: ignore[no-untyped-call]
         entries = pack_index(tuple(self._keys), tuple(self._shapes))
-        return [pack_frame(address, PackedTensors(self._dtype, entries, _bytes_of(vector)))]
+        return [pack_frame(address, PackedTensors(self._dtype, entries, _bytes_of_all(self._elements)))]
 
 
 def parcels(tensors: Mapping[TensorKey, Compressed]) -> list[Parcel]:
@@ -145,6 +147,14 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     # numpy has no bfloat16; a tensor of no dimension cannot be viewed as bytes.
     array: Any = (contiguous if contiguous.ndim else contiguous.reshape(1)).view(torch.uint8).numpy()
     return memoryview(array).cast("B")
+
+
+def _bytes_of_all(tensors: list[Tensor]) -> list[memoryview]:
+    """Views of large tensors in host memory; one copy of small ones, and one transfer from another device."""
+    mean_bytes = sum(tensor.nbytes for tensor in tensors) / len(tensors)
+    if mean_bytes >= VIEWED_BYTES and all(tensor.is_cpu for tensor in tensors):
+        return [_bytes_of(tensor) for tensor in tensors]
+    return [_bytes_of(flatten_dense_tensors(tensors))]  # type: ignore[no-untyped-call]
 
 
 def from_wire(received: ReceivedTensor) -> Tensor:

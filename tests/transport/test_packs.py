@@ -109,6 +109,14 @@ def test_what_fills_more_than_a_frame_goes_in_several_and_a_large_tensor_alone()
     assert all(len(message) <= HEADER_BYTES + MAX_PAYLOAD_BYTES for message in sent(tensors))
 
 
+def test_large_tensors_are_packed_without_a_copy_of_their_own() -> None:
+    tensors = {TensorKey(site, A): random(200, 400, seed=site).T.bfloat16() for site in range(3)}
+    (pack,) = received(sent(tensors))
+    assert isinstance(pack, ReceivedPack)
+    for key, tensor in tensors_from_wire(pack, torch.float32):
+        assert torch.equal(tensor, tensors[key])
+
+
 def test_int8_blocks_of_odd_sizes_are_packed_too() -> None:
     tensors = {TensorKey(site, A): random(site + 1, 33, seed=site) for site in range(4)}
     compressed: dict[TensorKey, Compressed] = {key: quantized(tensor) for key, tensor in tensors.items()}
