@@ -1,4 +1,4 @@
-"""What every carrier of taps guarantees: all of it, in order, in host memory; and nothing behind a failure."""
+"""What every carrier of taps guarantees: all of it, in order, in host memory; nothing behind a failure."""
 
 from __future__ import annotations
 
