@@ -7,7 +7,7 @@ from dataclasses import replace
 from job_samples import HandClock, new_job, running
 
 from cola_runtime.jobs.records import Tenant
-from cola_runtime.jobs.state import JobState
+from cola_runtime.jobs.state import JobState, Trigger
 from cola_runtime.jobs.store import JobStore
 
 
@@ -27,7 +27,7 @@ async def test_a_deadline_counts_from_the_jobs_creation_and_is_missed_once(
 
 async def test_a_job_that_has_ended_or_has_no_deadline_misses_none(store: JobStore, tenant: Tenant) -> None:
     ended = await store.create_job(replace(new_job(tenant), deadline_seconds=90.0))
-    await store.transition(ended.job_id, JobState.CANCELLED)
+    await store.transition(ended.job_id, Trigger.CANCEL)
     free = await running(store, tenant)
     assert await store.miss_deadline(ended.job_id) is None
     assert await store.miss_deadline(free.job_id) is None
