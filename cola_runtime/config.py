@@ -99,6 +99,8 @@ class DeviceSettings(_Settings):
     heartbeat_seconds: Seconds = 2.0
     lease_timeout_seconds: Seconds = 10.0
     """Silence after which a device counts as lost."""
+    rebalance_seconds: Seconds = 30.0
+    """At most one job in so many seconds is moved to a device that would be through with it sooner."""
     listen: str | None = None
     """With TLS: where devices dial in; None: port 8423 beside `listen`."""
     advertise: str | None = None

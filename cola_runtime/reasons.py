@@ -213,6 +213,7 @@ UPDATE_INVALID | ProtocolError | An update's weights are not the adapter's. | No
 ## Why a lease ended; of an event or a job, never of a call
 DEVICE_DRAINING | - | The device is leaving and has given the lease back. | Nothing to do: the job goes to another one.
 DEVICE_LINK_LOST | - | The device left the base model. | Nothing to do: the job leases again.
+DEVICE_MEMORY | - | A device has not enough memory free for the adapter. | Nothing to do: the job waits for memory or for another device; `shards` divides it.
 DEVICE_REFUSED | - | A device refused a lease without a reason of this release. | Install the same release on the device.
 DEVICE_UNREACHABLE | - | The device has no stream to the base model. | Nothing to do: the job leases again.
 DRAINING | - | The device takes no new leases. | Nothing to do: the job goes to another one.

@@ -140,6 +140,8 @@ class TensorKind(enum.IntEnum):
     WEIGHTS = 132  # every weight of an adapter, one behind the other in catalogue order, [P]
     BLOB = 255  # opaque bytes (a checkpoint), uint8 [bytes]
 
+    __hash__ = int.__hash__  # Enum's own is a Python call, and keys are hashed per tensor
+
     @property
     def gradient(self) -> TensorKind:
         """The gradient of this weight. Raises ValueError for what is no weight."""

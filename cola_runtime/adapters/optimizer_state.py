@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import prod
 
 from cola_runtime.adapters.shapes import Shape
@@ -29,3 +30,15 @@ def state_bytes(optimizer: OptimizerHyperparameters, shape: Shape, *, itemsize: 
     """Of a weight of `shape` whose dtype has `itemsize` bytes."""
     shapes = state_shapes(optimizer, shape)
     return sum((4 if name == STEP else itemsize) * prod(of_state) for name, of_state in shapes.items())
+
+
+def training_bytes(
+    optimizer: OptimizerHyperparameters, shapes: Iterable[Shape], *, itemsize: int, versions: int = 1
+) -> int:
+    """What a device holds of an adapter from its first step on: so many versions of its weights, the gradient
+    sums and the optimizer's state.
+    """
+    return sum(
+        (1 + versions) * itemsize * prod(shape) + state_bytes(optimizer, shape, itemsize=itemsize)
+        for shape in shapes
+    )

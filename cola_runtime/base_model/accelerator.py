@@ -57,6 +57,16 @@ class Accelerator:
         """A tensor in host memory as one there. Nobody waits: the copy goes through page-locked memory."""
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.is_cuda else tensor
 
+    def placed_aside(self, tensor: Tensor) -> PlacedAside:
+        """As `placed`, but beside whatever is being computed. From any thread."""
+        if not self.is_cuda:
+            return PlacedAside(tensor)
+        aside = _copy_stream(self.device)
+        with torch.cuda.stream(aside):
+            there, copied = self.placed(tensor), torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record()
+        return PlacedAside(there, copied)
+
     def page_locked(self, tensor: Tensor) -> Tensor:
         """A copy in host memory, from where products that need it now and then fetch it without waiting."""
         copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.is_cuda)
@@ -71,6 +81,27 @@ class Accelerator:
         """Memory that torch keeps for later goes back to the device."""
         if self.is_cuda:
             torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedAside:
+    """A tensor whose copy may still be on its way."""
+
+    tensor: Tensor
+    copied: torch.cuda.Event | None = None
+
+    def arrived(self) -> Tensor:
+        """The tensor, for what the calling thread asks for from now on; nobody waits."""
+        if self.copied is not None:
+            stream = torch.cuda.current_stream(self.tensor.device)
+            stream.wait_event(self.copied)
+            self.tensor.record_stream(stream)  # its memory belongs to the other stream
+        return self.tensor
+
+
+@lru_cache(maxsize=8)
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 HOST = Accelerator(torch.device("cpu"))

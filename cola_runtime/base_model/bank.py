@@ -6,6 +6,7 @@ model's device holds one set of merged weights, however many adapters are in it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from cola_runtime.adapters.adapter import site_adapters
 from cola_runtime.adapters.mergeable import check_mergeable
 from cola_runtime.adapters.shapes import weight_shapes
 from cola_runtime.adapters.site_adapter import LinearSiteAdapter
-from cola_runtime.base_model.accelerator import HOST, Accelerator
+from cola_runtime.base_model.accelerator import HOST, Accelerator, PlacedAside
 from cola_runtime.base_model.heads import BankedHead
 from cola_runtime.base_model.layout import AdapterLayout, layout_key
 from cola_runtime.errors import Fenced, InvalidInput
@@ -60,6 +61,15 @@ class BankedAdapter:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedAdapter:
+    """One version's weights as the bank keeps them, on their way to the model's device. Of no gang."""
+
+    layout: AdapterLayout
+    flat: PlacedAside
+    head: BankedHead | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BankBytes:
     """Where the adapters' weights take memory."""
 
@@ -68,7 +78,7 @@ class BankBytes:
 
 
 class AdapterBank:
-    """The current version of every leased adapter. Not thread-safe: owned by the compute thread."""
+    """The current version of every leased adapter. Owned by the compute thread, but for `prepare`."""
 
     def __init__(
         self,
@@ -89,6 +99,7 @@ class AdapterBank:
         self._adapters: dict[str, BankedAdapter] = {}
         self._previous: dict[str, BankedAdapter] = {}  # the version before, of those that may be stale by one
         self._layouts: dict[object, AdapterLayout] = {}
+        self._making_layout = threading.Lock()
 
     def install(
         self,
@@ -99,10 +110,12 @@ class AdapterBank:
         *,
         membership: Membership | None = None,
         max_staleness: int = 0,
+        prepared: PreparedAdapter | None = None,
     ) -> None:
         """Replace the job's adapter by a copy of this version; non-finite weights reach its own rows only.
 
-        With `max_staleness` 1 the version before stays, for segments that ask for it.
+        With `max_staleness` 1 the version before stays, for segments that ask for it. `prepared` is what
+        `prepare` made of these weights.
 
         Raises Fenced `FENCED` for an older epoch, InvalidInput `TENSOR_INVALID` for a site that this base
         model does not have, or a missing, superfluous or misshapen tensor, and those of `check_mergeable` for
@@ -117,11 +130,12 @@ class AdapterBank:
                 limit=current.lease.epoch,
                 actual=lease.epoch,
             )
-        self._check(spec, weights)
-        layout = current.layout if current is not None and current.spec is spec else self._layout(spec)
         if membership is None:
-            merged, flat = None, self._accelerator.placed(layout.flatten(weights, spec, self._dtype))
+            prepared = prepared or self.prepare(spec, weights)
+            merged, flat, layout, head = None, prepared.flat.arrived(), prepared.layout, prepared.head
         else:
+            self._check(spec, weights)
+            layout, head = self._layout(spec), BankedHead.of(spec, weights, self._accelerator)
             merged = self._merged(lease.job_id, spec, weights, membership)
             flat = torch.empty(0, dtype=self._dtype)
         if max_staleness and current is not None and (current.lease, current.version + 1) == (lease, version):
@@ -135,6 +149,16 @@ class AdapterBank:
             layout=layout,
             flat=flat,
             merged=merged,
+            head=head,
+        )
+
+    def prepare(self, spec: AdapterSpec, weights: Mapping[TensorKey, Tensor]) -> PreparedAdapter:
+        """What takes time of an install. From any thread. Raises InvalidInput `TENSOR_INVALID`: see there."""
+        self._check(spec, weights)
+        layout = self._layout(spec)
+        return PreparedAdapter(
+            layout=layout,
+            flat=self._accelerator.placed_aside(layout.flatten(weights, spec, self._dtype)),
             head=BankedHead.of(spec, weights, self._accelerator),
         )
 
@@ -230,9 +254,10 @@ class AdapterBank:
 
     def _layout(self, spec: AdapterSpec) -> AdapterLayout:
         key = layout_key(spec)
-        if key not in self._layouts:
-            self._layouts[key] = AdapterLayout.of(spec)
-        return self._layouts[key]
+        with self._making_layout:
+            if key not in self._layouts:
+                self._layouts[key] = AdapterLayout.of(spec)
+            return self._layouts[key]
 
     def _check(self, spec: AdapterSpec, weights: Mapping[TensorKey, Tensor]) -> None:
         for site in spec.sites:

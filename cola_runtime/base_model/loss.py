@@ -49,7 +49,7 @@ def label_loss(
     losses_K = hidden_ND.new_empty(len(labels.targets_K), dtype=wide)
     grad_ND = space.tensor("loss.grad", tuple(hidden_ND.shape), hidden_ND.dtype).zero_() if train else None
     chunk_labels = CUDA_CHUNK_LABELS if hidden_ND.is_cuda else CHUNK_LABELS
-    losses_and_slopes = _losses_and_slopes_at_once if hidden_ND.is_cuda else _losses_and_slopes
+    losses_and_slopes = _cuda_losses_and_slopes if hidden_ND.is_cuda else _losses_and_slopes
     for start in range(0, len(losses_K), chunk_labels):
         assert head is not None  # `row_refusal` has looked
         chunk = slice(start, start + chunk_labels)
@@ -102,17 +102,13 @@ def _losses_and_slopes(
         logits_LV.copy_(slopes_LV.mul_(scales_C[block, None]))
 
 
-def _losses_and_slopes_at_once(
-    logits_CV: Tensor, targets_C: Tensor, losses_C: Tensor, scales_C: Tensor, space: Workspace
+def _cuda_losses_and_slopes(
+    logits_CV: Tensor, targets_C: Tensor, losses_C: Tensor, scales_C: Tensor, _space: Workspace
 ) -> None:
-    """`_losses_and_slopes` in few operations, none of which anybody waits for."""
-    wide_CV = space.tensor("loss.wide", tuple(logits_CV.shape), losses_C.dtype).copy_(logits_CV)
-    targets_C1 = targets_C[:, None]
-    normaliser_C1 = torch.logsumexp(wide_CV, dim=1, keepdim=True)
-    losses_C.copy_((normaliser_C1 - wide_CV.gather(1, targets_C1)).squeeze(1))
-    wide_CV.sub_(normaliser_C1).exp_()
-    wide_CV.scatter_add_(1, targets_C1, wide_CV.new_full(targets_C1.shape, -1.0))
-    logits_CV.copy_(wide_CV.mul_(scales_C[:, None]))
+    """`_losses_and_slopes` as one kernel, which nobody waits for."""
+    from cola_runtime.base_model import cuda_ops
+
+    cuda_ops.losses_and_slopes(logits_CV, targets_C, losses_C, scales_C)
 
 
 def _repair_underflow(logits_LV: Tensor, targets_L: Tensor, target_L: Tensor, losses_L: Tensor) -> None:

@@ -11,6 +11,7 @@ import torch
 from cola_runtime import crash_points
 from cola_runtime.base_model.bank import AdapterBank
 from cola_runtime.base_model.body import Body, LastHidden, PatchedBody, causal_hidden, encoder_hidden
+from cola_runtime.base_model.captured import CapturedPasses, common_length
 from cola_runtime.base_model.encoder_decoders import decoder_hidden
 from cola_runtime.base_model.head_loss import HeadOutcome, head_losses
 from cola_runtime.base_model.images import pooled_hidden
@@ -18,7 +19,7 @@ from cola_runtime.base_model.llama import LlamaBody
 from cola_runtime.base_model.load import LoadedModel
 from cola_runtime.base_model.loss import label_loss, segment_loss_sums
 from cola_runtime.base_model.merge import MergedWeights
-from cola_runtime.base_model.segments import Cohort, Member, mixed_batch
+from cola_runtime.base_model.segments import Cohort, Member, MixedBatch, mixed_batch
 from cola_runtime.base_model.stacks.cohorts import GroupPlaces, Stacks, group_stacks
 from cola_runtime.base_model.stacks.merged import bias_stacks, tap_stacks
 from cola_runtime.base_model.tap_carrier import CopyingCarrier, DirectCarrier, TapCarrier, TapOutlet
@@ -36,6 +37,8 @@ class MixedPass:
         self.merged = MergedWeights(loaded.groups if loaded.quantization == UNQUANTIZED else ())
         self.accelerator = loaded.accelerator
         self.space = Workspace(self.accelerator.device)
+        # Apart where passes are captured: its sizes differ from step to step.
+        self._loss_space = Workspace(self.accelerator.device) if self.accelerator.is_cuda else self.space
         self.carrier: TapCarrier = (
             CopyingCarrier(self.accelerator) if self.accelerator.is_cuda else DirectCarrier()
         )
@@ -47,29 +50,31 @@ class MixedPass:
             },
             source_groups=loaded.source_groups,
         )
+        self._captures = self._captured_passes()
 
     def compute(self, members: Sequence[Member], sink: TapSink | None) -> tuple[dict[int, SegmentLoss], int]:
         """Position in BaseStep.segments -> loss, and the computed tokens; taps if there is a sink.
 
         The last of them may still be on their way, but not those of a dynamic loss scale, which are judged.
         """
-        batch = mixed_batch(members, self.accelerator, flat=self.lays_flat)
+        padded_length = _as_it_is if self._captures is None else common_length
+        batch = mixed_batch(members, self.accelerator, flat=self.lays_flat, padded_length=padded_length)
         outlet = None if sink is None else TapOutlet(sink, self.carrier)
-        stacks = self._stacks(batch.cohorts, outlet)
+        body, stacks = self._body_and_stacks(batch, outlet)
         train = outlet is not None and bool(stacks)  # heads alone need no backward pass through the body
         try:
             crash_points.reach("base_model.forward")
-            hidden_ND = self.body.forward(batch, stacks, train=train)
+            hidden_ND = body.forward(batch, stacks, train=train)
             with torch.no_grad():
                 losses_K, grad_ND = label_loss(
-                    hidden_ND, self._loaded.head, batch.labels, self.space, train=train
+                    hidden_ND, self._loaded.head, batch.labels, self._loss_space, train=train
                 )
             heads = head_losses(hidden_ND, batch, self._loaded.pooling, grad_ND=grad_ND, outlet=outlet)
             crash_points.reach("base_model.backward")
             if grad_ND is not None:
-                self.body.backward(grad_ND)
+                body.backward(grad_ND)
         finally:
-            self.body.finish()
+            body.finish()
         if any(member.segment.loss_scaling.dynamic for member in members):
             self.carrier.drained()
         sums = segment_loss_sums(losses_K.cpu(), batch.labels)
@@ -82,6 +87,9 @@ class MixedPass:
     def let_go(self) -> None:
         """Of all memory that a smaller pass can do without, once the taps on their way have arrived."""
         self.carrier.drained()
+        if self._captures is not None:
+            self._captures.forget()
+        self._loss_space.release()
         self.space.release()
         self.accelerator.give_back()
 
@@ -95,6 +103,21 @@ class MixedPass:
         """Within, the model itself computes `rows` rows with these adapters; with none it is the bare one."""
         with self._modules.active(self._stacks(cohorts, None), rows=rows, training=False):
             yield
+
+    def _body_and_stacks(self, batch: MixedBatch, outlet: TapOutlet | None) -> tuple[Body, Stacks]:
+        """What computes the batch: the body, or on a CUDA device its operations as they were captured."""
+        stacks = partial(self._stacks, batch.cohorts)
+        if self._captures is not None and not any(member.adapter.gang for member in batch.members):
+            self._stacks([], None)  # the base weights are to be pristine
+            captured = self._captures.find(batch, outlet, stacks)
+            if captured is not None:
+                return captured, captured.stacks
+        return self.body, stacks(outlet)
+
+    def _captured_passes(self) -> CapturedPasses | None:
+        if not (isinstance(self.body, LlamaBody) and isinstance(self.carrier, CopyingCarrier)):
+            return None
+        return CapturedPasses(self.body, self.space, self.carrier)
 
     def _stacks(self, cohorts: Sequence[Cohort], outlet: TapOutlet | None) -> Stacks:
         """What is computed beside the base weights, which become those that these cohorts must see."""
@@ -124,6 +147,10 @@ class MixedPass:
         if loaded.encoder_decoder:
             return partial(decoder_hidden, loaded.model)
         return partial(encoder_hidden if loaded.bidirectional else causal_hidden, loaded.model)
+
+
+def _as_it_is(longest: int) -> int:
+    return longest
 
 
 def _segment_loss(

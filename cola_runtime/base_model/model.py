@@ -15,7 +15,7 @@ from torch import Tensor
 from cola_runtime.adapter_spec import AdapterSpec
 from cola_runtime.adapters.site_kinds import WHOLE_ROWS
 from cola_runtime.base_model.accelerator import Accelerator
-from cola_runtime.base_model.bank import AdapterBank, BankBytes
+from cola_runtime.base_model.bank import AdapterBank, BankBytes, PreparedAdapter
 from cola_runtime.base_model.description import described
 from cola_runtime.base_model.fitting import FittingPasses
 from cola_runtime.base_model.generate import Sampling, check_prompt, generate_tokens, keep_own_settings_only
@@ -138,6 +138,7 @@ class TappedModel:
         *,
         membership: Membership | None = None,
         max_staleness: int = 0,
+        prepared: PreparedAdapter | None = None,
     ) -> None:
         """Make this version the job's current one. Raises Fenced, InvalidInput: see AdapterBank.install."""
         install = partial(
@@ -148,6 +149,7 @@ class TappedModel:
             weights,
             membership=membership,
             max_staleness=max_staleness,
+            prepared=prepared,
         )
         try:
             return install()
@@ -158,6 +160,10 @@ class TappedModel:
             )  # fmt: skip
         self._pass.let_go()
         install()
+
+    def prepare(self, spec: AdapterSpec, weights: Mapping[TensorKey, Tensor]) -> PreparedAdapter:
+        """What takes time of an install without a gang. From any thread; raises as `install` does."""
+        return self._bank.prepare(spec, weights)
 
     def evict(self, job_id: str) -> None:
         """Forget the job's adapter; sites that no merged adapter is left at become pristine at once."""

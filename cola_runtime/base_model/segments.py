@@ -10,7 +10,7 @@ Shapes: B rows of the batch, T padded length, P = B * T places, K label position
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -99,13 +99,18 @@ class MixedBatch:
 
 
 def mixed_batch(
-    members: Sequence[Member], accelerator: Accelerator = HOST, *, flat: bool = False
+    members: Sequence[Member],
+    accelerator: Accelerator = HOST,
+    *,
+    flat: bool = False,
+    padded_length: Callable[[int], int] = lambda longest: longest,
 ) -> MixedBatch:
     """Order the segments into cohorts (stably: equal compositions give equal batches) and place their rows.
 
-    `flat`: rows of text end to end, for a body that tells them apart.
+    `flat`: rows of text end to end, for a body that tells them apart. `padded_length`: of a rectangle, to how
+    many tokens, for the longest row's.
     """
-    places = _flat(members) if flat else _rectangle(members)
+    places = _flat(members) if flat else _rectangle(members, padded_length)
     ordered = [member for cohort in places.cohorts for member in cohort.members]
     rows = [row for member in ordered for row in member.segment.rows]
     types_BT = _token_types(rows, places.shape)
@@ -134,7 +139,7 @@ class _Places:
     shape: tuple[int, int]  # B, T
 
 
-def _rectangle(members: Sequence[Member]) -> _Places:
+def _rectangle(members: Sequence[Member], padded_length: Callable[[int], int]) -> _Places:
     """A cohort's segments have equally many rows, so that each is as many padded tokens."""
     buckets: dict[object, list[Member]] = {}
     for member in members:
@@ -144,7 +149,7 @@ def _rectangle(members: Sequence[Member]) -> _Places:
         stop = row + sum(len(member.segment.rows) for member in bucket)
         cohorts.append(Cohort(members=tuple(bucket), span=Span(row, stop)))
         row = stop
-    longest = max(len(row.tokens) for member in members for row in member.segment.rows)
+    longest = padded_length(max(len(row.tokens) for member in members for row in member.segment.rows))
     return _Places(tuple(cohorts), np.arange(row) * longest, (row, longest))
 
 

@@ -14,6 +14,7 @@ import torch
 from cola_runtime import crash_points
 from cola_runtime.adapter_spec import LeaseTerms
 from cola_runtime.adapters.checkpoint_format import checkpoint_weights
+from cola_runtime.base_model.bank import PreparedAdapter
 from cola_runtime.base_model.compute_lane import ComputeLane
 from cola_runtime.base_model.event_log import EventLog
 from cola_runtime.base_model.gathered_taps import GatheredTaps
@@ -50,6 +51,7 @@ class BaseModelService:
         self._model = model
         self._name = name
         self._lane = ComputeLane()
+        self._preparing = asyncio.Lock()  # updates are installed in the order they came
         self._decoding = asyncio.Lock()  # steps are decoded, and so computed, in the order they came
         self._compressor = TapCompressor()  # belongs to whoever hands out the taps
         self._events = EventLog()
@@ -201,7 +203,7 @@ class BaseModelService:
         task.add_done_callback(self._installing.discard)
 
     async def _install(self, update: Update) -> None:
-        def install() -> None:
+        def install(prepared: PreparedAdapter | None) -> None:
             with self._timed("install", update.lease.job_id):
                 self._model.install(
                     update.lease,
@@ -210,13 +212,16 @@ class BaseModelService:
                     update.weights,
                     max_staleness=update.terms.max_staleness,
                     membership=update.terms.membership,
+                    prepared=prepared,
                 )
 
         crash_points.reach("base_model.update_complete")
-        if not self._server.honours(update.lease):
-            return  # ended since: behind the eviction, an install would stay in the bank for good
         try:
-            await self._lane.run(install, urgent=True)
+            async with self._preparing:
+                prepared = await self._prepared(update)
+            if not self._server.honours(update.lease):
+                return  # ended since: behind the eviction, an install would stay in the bank for good
+            await self._lane.run(lambda: install(prepared), urgent=True)
         except ColaError as error:
             self._events.append(StepRefused(lease=update.lease, reason=error.reason, message=str(error)))
         except Exception:
@@ -226,6 +231,12 @@ class BaseModelService:
         else:
             crash_points.reach("base_model.installed")
             self._events.append(_applied(update))
+
+    async def _prepared(self, update: Update) -> PreparedAdapter | None:
+        """Beside the step under way. A gang's member is merged on the compute thread, from what it sent."""
+        if update.terms.membership is not None:
+            return None
+        return await asyncio.to_thread(self._model.prepare, update.terms.spec, update.weights)
 
 
 def _applied(update: Update) -> StepApplied:

@@ -6,6 +6,7 @@ goes on. One thread waits for the copies, in their order, and hands them out.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -22,8 +23,30 @@ from cola_runtime.gradients.taps import TapSink
 MOST_PENDING_BYTES = 4 << 30  # copied and not yet handed out; beyond, the compute thread waits
 _ALIGNMENT = 256  # bytes
 
+logger = logging.getLogger(__name__)
+
 HandOut = Callable[[Sequence[Tensor]], None]
 """Gets the carried tensors in host memory, in their order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipients:
+    """Whose taps a cohort's are, and who takes them."""
+
+    segments: Sequence[int]  # positions in BaseStep.segments
+    loss_scales: Sequence[float]  # of each segment's loss, and so of its gradients
+    sink: TapSink
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """`HandOut` that knows its recipients apart: the same products may be made for others later."""
+
+    recipients: Recipients
+    hand_out: Callable[[Recipients, Sequence[Tensor]], None]
+
+    def __call__(self, copies: Sequence[Tensor]) -> None:
+        self.hand_out(self.recipients, copies)
 
 
 class TapCarrier(Protocol):
@@ -34,7 +57,10 @@ class TapCarrier(Protocol):
         """The taps are in another memory than those who take them."""
 
     def carry(self, tensors: Sequence[Tensor], hand_out: HandOut) -> None:
-        """`hand_out` gets the tensors, behind those of earlier calls. They may not be changed afterwards."""
+        """`hand_out` gets the tensors, behind those of earlier calls. They may not be changed afterwards.
+
+        Raises what failed there since the last call; what came behind a failure was not handed out.
+        """
 
     def behind(self, work: Callable[[], None]) -> None:
         """Do this behind everything that was carried so far."""
@@ -109,11 +135,16 @@ class CopyingCarrier:
             copied.record()
         nbytes = sum(tensor.nbytes for tensor in tensors)
         with self._changed:
+            self._raise_failure()
             self._changed.wait_for(
                 lambda: not self._pending.nbytes or self._pending.nbytes + nbytes <= MOST_PENDING_BYTES
             )
             self._pending.nbytes += nbytes
             self._put(_Parcel(copied, tensors, copies, hand_out, nbytes))
+
+    def before_overwriting(self) -> None:
+        """What the compute stream is asked for next begins when everything carried so far is copied."""
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def behind(self, work: Callable[[], None]) -> None:
         with self._changed:
@@ -122,7 +153,10 @@ class CopyingCarrier:
     def drained(self) -> None:
         with self._changed:
             self._changed.wait_for(lambda: not self._pending.items and not self._pending.busy)
-            error, self._pending.error = self._pending.error, None
+            self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        error, self._pending.error = self._pending.error, None
         if error is not None:
             raise error
 
@@ -135,7 +169,9 @@ class CopyingCarrier:
             with self._changed:
                 self._changed.wait_for(lambda: bool(self._pending.items))
                 item, self._pending.busy = self._pending.items.popleft(), True
-            error = _error_of(item)
+                failed = self._pending.error is not None
+            # Behind a failure nothing is handed out: a microbatch's end must not follow half of its taps.
+            error = None if failed else _error_of(item)
             with self._changed:
                 self._pending.error = self._pending.error or error
                 self._pending.nbytes -= item.nbytes if isinstance(item, _Parcel) else 0
@@ -153,6 +189,7 @@ def _error_of(item: _Parcel | Callable[[], None]) -> BaseException | None:
         else:
             item()
     except BaseException as error:
+        logger.exception("taps could not be handed out", extra={"event": "base.taps_failed"})
         return error
     return None
 

@@ -19,6 +19,7 @@ class Workspace:
 
     def __init__(self, device: torch.device = HOST.device) -> None:
         self._device = device
+        self.generation = 0  # a new one whenever a buffer has got other memory
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -28,10 +29,11 @@ class Workspace:
         if buffer is None or buffer.numel() < numel:
             self._buffers.pop((name, dtype), None)
             del buffer  # freed before the larger one is allocated
-            buffer = self._buffers[name, dtype] = self._allocated(numel, dtype)
+            self.generation += 1
+            buffer = self._buffers[name, dtype] = self._allocated(name, numel, dtype)
         return buffer[:numel].view(shape)
 
-    def _allocated(self, numel: int, dtype: torch.dtype) -> Tensor:
+    def _allocated(self, _name: str, numel: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(numel, dtype=dtype, device=self._device)
 
     @property
@@ -44,4 +46,5 @@ class Workspace:
 
     def release(self) -> None:
         """Forget every buffer; tensors handed out keep their memory alive themselves."""
+        self.generation += 1
         self._buffers.clear()

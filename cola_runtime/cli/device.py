@@ -55,6 +55,7 @@ def device(
         offer_tls_1_3_only,
         set_thread_environment,
     )
+    from cola_runtime.machine import keep_freed_memory
 
     offer_tls_1_3_only()  # before grpc is imported
 
@@ -70,6 +71,7 @@ def device(
     crash_points.arm(crash_setting())
     config = device_config(settings)
     set_thread_environment(config.threads)  # before torch is imported
+    keep_freed_memory()
     import_adapter_modules(settings.adapter_modules)
     print_text(
         ("Device ", "green"),

@@ -47,6 +47,7 @@ def serve(
     quantization: Annotated[
         str | None, typer.Option(help="none, int8 or nf4: how the frozen weights are held.")
     ] = None,
+    accelerator: Annotated[str | None, typer.Option(help="auto, cpu or cuda: where it computes.")] = None,
     activation_checkpointing: CheckpointingFlag = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the base model.")] = None,
     devices: Annotated[
@@ -75,6 +76,7 @@ def serve(
             "path": model_path,
             "dtype": dtype,
             "quantization": quantization,
+            "accelerator": accelerator,
             "activation_checkpointing": activation_checkpointing,
             "threads": threads,
         },

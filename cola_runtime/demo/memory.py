@@ -8,7 +8,7 @@ from types import TracebackType
 
 import psutil
 
-SAMPLE_SECONDS = 1.0
+SAMPLE_SECONDS = 1.0  # a sample reads every process's page tables: a tenth of a second of CPU and more
 
 
 class MemoryWatch:
@@ -17,8 +17,9 @@ class MemoryWatch:
     Shared pages are divided among those that map them (PSS), so that the sum is what the machine gives up.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, sample_seconds: float = SAMPLE_SECONDS) -> None:
         self.peak_bytes = 0
+        self._sample_seconds = sample_seconds
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="memory-watch", daemon=True)
 
@@ -34,7 +35,7 @@ class MemoryWatch:
 
     def _watch(self) -> None:
         me = psutil.Process()
-        while not self._stop.wait(SAMPLE_SECONDS):
+        while not self._stop.wait(self._sample_seconds):
             self.peak_bytes = max(self.peak_bytes, _total_bytes([me, *me.children(recursive=True)]))
 
 

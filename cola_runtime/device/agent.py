@@ -13,6 +13,7 @@ import torch
 from cola_runtime.device.config import DeviceConfig
 from cola_runtime.device.control_session import Backoff, ControlSession
 from cola_runtime.device.enrolment import Dial, Enrolment
+from cola_runtime.device.trial import optimizer_speed
 from cola_runtime.device.worker import DeviceWorker
 from cola_runtime.errors import ColaError
 from cola_runtime.proto import control_pb2
@@ -43,9 +44,12 @@ class DeviceAgent:
         self._thread = ThreadPoolExecutor(1, "device-worker", lambda: torch.set_num_threads(config.threads))
         self._stopping = asyncio.Event()
         self._session: ControlSession | None = None
+        self._numbers_per_second = 0.0
 
     async def run(self) -> None:
         """Serve until stopped, reconnecting with growing pauses."""
+        loop = asyncio.get_running_loop()
+        self._numbers_per_second = await loop.run_in_executor(self._thread, optimizer_speed)
         serving = asyncio.create_task(self._serve_forever())
         stopping = asyncio.create_task(self._stopping.wait())
         try:
@@ -115,5 +119,6 @@ class DeviceAgent:
             protocol_version=PROTOCOL_VERSION,
             threads=self._config.threads,
             pid=os.getpid(),
+            numbers_per_second=self._numbers_per_second,
         )
         return control_pb2.DeviceControl(hello=hello)

@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import psutil
+
 from cola_runtime import crash_points
 from cola_runtime.device.answers import Answer, Checkpoint, Norms, Refused
 from cola_runtime.device.config import DeviceConfig
@@ -158,6 +160,7 @@ class ControlSession:
             beat = control_pb2.Heartbeat(
                 busy_seconds=self._worker.busy_seconds - busy_before,
                 resident_bytes=self._worker.resident_bytes,
+                free_bytes=psutil.virtual_memory().available,
             )
             await self._stream.send_control(control_pb2.DeviceControl(heartbeat=beat))
             await asyncio.sleep(self._welcome.heartbeat_seconds)

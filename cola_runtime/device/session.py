@@ -21,7 +21,7 @@ from cola_runtime.adapters.checkpoint_format import (
     encode_checkpoint,
 )
 from cola_runtime.adapters.flat_layout import FlatLayout
-from cola_runtime.adapters.optimizer_state import state_bytes
+from cola_runtime.adapters.optimizer_state import training_bytes
 from cola_runtime.adapters.schedule import learning_rate
 from cola_runtime.device.optimizer import build_optimizer
 from cola_runtime.errors import Conflict
@@ -113,11 +113,11 @@ class AdapterSession:
         Inner steps need more while a step lasts: a copy of all that, and the step's taps
         (at most `gradients.surrogate.MAX_KEPT_BYTES`).
         """
-        hyper = self.definition.optimizer
-        return sum(
-            (2 + self._max_staleness) * tensor.nbytes
-            + state_bytes(hyper, tuple(tensor.shape), itemsize=tensor.itemsize)
-            for tensor in self._weights.values()
+        return training_bytes(
+            self.definition.optimizer,
+            self._layout.shapes.values(),
+            itemsize=self.dtype.itemsize,
+            versions=1 + self._max_staleness,
         )
 
     def add(self, key: TensorKey, tensor: Tensor, *, version: int) -> None:

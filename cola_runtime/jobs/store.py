@@ -198,9 +198,7 @@ class JobStore:
 
     async def miss_deadline(self, job_id: str) -> JobRecord | None:
         """Note, once, that the job has not ended by its deadline; None if it has, or was noted before."""
-        return await self._write(
-            "deadline", job_id, lambda c: job_rows.miss_deadline(c, job_id, at=self._at())
-        )
+        return await self._write("event", job_id, lambda c: job_rows.miss_deadline(c, job_id, at=self._at()))
 
     # Leases, steps, evaluations, checkpoints
 

@@ -91,18 +91,20 @@ class DeviceControl(_message.Message):
     def __init__(self, hello: _Optional[_Union[DeviceHello, _Mapping]] = ..., welcome: _Optional[_Union[DeviceWelcome, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., lease_grant: _Optional[_Union[LeaseGrant, _Mapping]] = ..., lease_end: _Optional[_Union[LeaseEnd, _Mapping]] = ..., checkpoint_request: _Optional[_Union[CheckpointRequest, _Mapping]] = ..., checkpoint_made: _Optional[_Union[CheckpointMade, _Mapping]] = ..., lease_failed: _Optional[_Union[LeaseFailed, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., record_spans: _Optional[_Union[RecordSpans, _Mapping]] = ..., recorded_spans: _Optional[_Union[RecordedSpans, _Mapping]] = ...) -> None: ...
 
 class DeviceHello(_message.Message):
-    __slots__ = ("device_id", "join_token", "protocol_version", "threads", "pid")
+    __slots__ = ("device_id", "join_token", "protocol_version", "threads", "pid", "numbers_per_second")
     DEVICE_ID_FIELD_NUMBER: _ClassVar[int]
     JOIN_TOKEN_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     THREADS_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
+    NUMBERS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     device_id: str
     join_token: str
     protocol_version: int
     threads: int
     pid: int
-    def __init__(self, device_id: _Optional[str] = ..., join_token: _Optional[str] = ..., protocol_version: _Optional[int] = ..., threads: _Optional[int] = ..., pid: _Optional[int] = ...) -> None: ...
+    numbers_per_second: float
+    def __init__(self, device_id: _Optional[str] = ..., join_token: _Optional[str] = ..., protocol_version: _Optional[int] = ..., threads: _Optional[int] = ..., pid: _Optional[int] = ..., numbers_per_second: _Optional[float] = ...) -> None: ...
 
 class DeviceWelcome(_message.Message):
     __slots__ = ("gradient_endpoint", "heartbeat_seconds", "gradient_ticket")
@@ -115,12 +117,14 @@ class DeviceWelcome(_message.Message):
     def __init__(self, gradient_endpoint: _Optional[str] = ..., heartbeat_seconds: _Optional[float] = ..., gradient_ticket: _Optional[str] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("busy_seconds", "resident_bytes")
+    __slots__ = ("busy_seconds", "resident_bytes", "free_bytes")
     BUSY_SECONDS_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
     busy_seconds: float
     resident_bytes: int
-    def __init__(self, busy_seconds: _Optional[float] = ..., resident_bytes: _Optional[int] = ...) -> None: ...
+    free_bytes: int
+    def __init__(self, busy_seconds: _Optional[float] = ..., resident_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ...) -> None: ...
 
 class LeaseGrant(_message.Message):
     __slots__ = ("lease", "adapter", "optimizer", "schedule", "checkpoint_bytes", "checkpoint_every", "max_staleness", "shards")

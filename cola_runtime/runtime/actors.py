@@ -22,6 +22,7 @@ from cola_runtime.config import (
     set_thread_environment,
 )
 from cola_runtime.errors import Unavailable
+from cola_runtime.machine import keep_freed_memory
 from cola_runtime.trace.spans import ProcessSpans
 from cola_runtime.transport.certificates import Identity
 from cola_runtime.types import (
@@ -49,6 +50,7 @@ class BaseModelActor:
         self._identity = identity
         set_thread_environment(settings.threads)
         crash_points.arm(crash_setting())
+        keep_freed_memory()
         from cola_runtime.base_model.model import TappedModel
         from cola_runtime.base_model.pretrained import resolve_base_model
         from cola_runtime.base_model.service import BaseModelService
@@ -105,6 +107,7 @@ class DeviceActor:
     def __init__(self, settings: JoinSettings, device_id: str, identity: Identity | None) -> None:
         set_thread_environment(settings.threads)
         crash_points.arm(crash_setting())
+        keep_freed_memory()
         import_adapter_modules(settings.adapter_modules)
         self._settings, self._device_id, self._identity = settings, device_id, identity
 

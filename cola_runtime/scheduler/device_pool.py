@@ -10,10 +10,9 @@ import asyncio
 import hashlib
 import itertools
 import logging
-import math
 import time
-from collections.abc import Awaitable, Callable, Collection
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -22,9 +21,11 @@ from cola_runtime.errors import ColaError, ProtocolError, Unauthenticated, Unava
 from cola_runtime.jobs.audit import AuditEntry, AuditTrail
 from cola_runtime.jobs.plan import TrainingPlan
 from cola_runtime.proto import control_pb2
+from cola_runtime.scheduler.connected_device import ConnectedDevice, check_speed
 from cola_runtime.scheduler.device_gate import Admission, DeviceGate
 from cola_runtime.scheduler.device_spans import Answered, DeviceSpans
 from cola_runtime.scheduler.leases import LeaseBook, LeaseLost
+from cola_runtime.scheduler.placement import Demand, Offer, place, rebalance
 from cola_runtime.transport.control import (
     lease_from_proto,
     lease_grant,
@@ -35,7 +36,7 @@ from cola_runtime.transport.frames import DType, TensorAddress, WireTensor
 from cola_runtime.transport.handshake import receive_hello
 from cola_runtime.transport.reader import FrameLimits, ReceivedTensor
 from cola_runtime.transport.stream import FrameStream, ReceivedControl
-from cola_runtime.types import Lease, TensorKind, TrustClass
+from cola_runtime.types import Lease, TensorKind
 
 logger = logging.getLogger(__name__)
 
@@ -57,19 +58,6 @@ class DeviceStatus:
     pid: int
 
 
-@dataclass(slots=True, kw_only=True)
-class _Device:
-    hello: control_pb2.DeviceHello
-    admission: Admission
-    stream: FrameStream[Any]
-    order: int
-    heard: float
-    draining: bool = False
-    busy_seconds: float = 0.0
-    unable: dict[str, str] = field(default_factory=dict)  # job -> why this device cannot train it
-    sending: asyncio.Lock = field(default_factory=asyncio.Lock)  # a grant's blob and message stay together
-
-
 class DevicePool:
     """The coordinator's end of every control stream.
 
@@ -89,9 +77,10 @@ class DevicePool:
         self._gate, self._audit = gate, audit
         self._gradient_endpoint = gradient_endpoint
         self._book = book
-        self._devices: dict[str, _Device] = {}
+        self._devices: dict[str, ConnectedDevice] = {}
         self._orders = itertools.count()
-        self._accepts: dict[str, frozenset[TrustClass]] = {}  # job -> which devices may see what it sends
+        self._demands: dict[str, Demand] = {}  # of jobs that were placed
+        self._moved = time.monotonic()  # when a job was last asked to move
         self._joined = asyncio.Condition()
         self._withheld = False
         self.closing = False  # devices that leave from now on are not lost
@@ -103,7 +92,7 @@ class DevicePool:
     async def on_stream(self, stream: FrameStream[Any]) -> None:
         """Serve one device until its stream ends. Registered as `/cola.v1.Devices/Attach`."""
         hello, admission = await self._let_in(stream)
-        device = _Device(
+        device = ConnectedDevice(
             hello=hello, admission=admission, stream=stream, order=next(self._orders), heard=time.monotonic()
         )
         await self._admit(device)
@@ -121,6 +110,7 @@ class DevicePool:
 
         async def check(hello: control_pb2.DeviceHello) -> None:
             admitted.append(await self._gate.admit(hello, stream.certificate))
+            check_speed(hello)
 
         try:
             hello = await receive_hello(stream, check=check, limits=CHECKPOINT_LIMITS)
@@ -142,35 +132,35 @@ class DevicePool:
                 message, len(self._devices), count, timeout_seconds, extra={"event": "device.missing"}
             )
 
-    async def wait_able(self, job_id: str, count: int, trust: Collection[TrustClass]) -> None:
+    async def wait_able(self, job_id: str, demand: Demand, count: int) -> None:
         """Return when so many devices are connected that may and can train the job, as far as is known."""
-        self._accepts[job_id] = frozenset(trust)
-        async with self._joined:
-            await self._joined.wait_for(lambda: len(self._available(job_id)) >= count)
+        self._demands[job_id] = demand
+        try:
+            async with self._joined:
+                await self._joined.wait_for(lambda: len(self.pick(job_id, demand, count)) >= count)
+        except asyncio.CancelledError:
+            self._demands.pop(job_id, None)
+            raise
 
-    def pick(self, job_id: str, count: int) -> list[str]:
-        """The able devices with the fewest leases; none if there are fewer than `count`."""
-        available = sorted(self._available(job_id), key=self._load)
-        return available[:count] if len(available) >= count else []
+    def pick(self, job_id: str, demand: Demand, count: int) -> list[str]:
+        """The able devices that would be through first (`placement.place`); none if there are too few."""
+        return place(job_id, demand, self._offers(job_id), count)
 
     def draining(self, device_id: str) -> bool:
         device = self._devices.get(device_id)
         return device is not None and device.draining
 
     def unable(self, job_id: str) -> str:
-        """Which of the connected devices cannot or may not train the job, and why; "" if one may."""
+        """Which of the connected devices cannot or may not train the job, and why; "" if each may."""
         if not self._devices:
             return "no device is connected"
-        refusals = [(device_id, device.unable.get(job_id)) for device_id, device in self._devices.items()]
-        reasons = [f"{device_id} cannot train it: {why}" for device_id, why in refusals if why]
-        accepted = self._accepts.get(job_id, frozenset(TrustClass))
-        others = [name for name, device in self._devices.items() if device.admission.trust not in accepted]
-        if others:
-            classes = ", ".join(sorted(accepted))
-            reasons.append(f"it accepts devices of trust {classes} only, which {', '.join(others)} is not")
-        if not reasons and all(device.draining for device in self._devices.values()):
-            return "all devices are draining"
-        return "; ".join(reasons)
+        refusals = {device_id: device.unable.get(job_id) for device_id, device in self._devices.items()}
+        demand = self._demands.get(job_id)
+        if demand is not None:
+            refusals |= {offer.device_id: offer.refusal(demand) for offer in self._offers(job_id)}
+        found = "; ".join(f"{device_id} cannot train it: {why}" for device_id, why in refusals.items() if why)
+        draining = all(device.draining for device in self._devices.values())
+        return found or ("all devices are draining" if draining else "")
 
     async def grant(self, lease: Lease, plan: TrainingPlan, *, checkpoint: bytes | None) -> None:
         """Tell the device to train the plan's adapter, or its shard, from its seed or from a checkpoint."""
@@ -196,6 +186,7 @@ class DevicePool:
 
     async def end(self, lease: Lease) -> None:
         """Tell the device to forget the adapter; a device that has left has forgotten it already."""
+        self._demands.pop(lease.job_id, None)
         device = self._devices.get(lease.device_id)
         if device is not None:
             ending = control_pb2.LeaseEnd(lease=lease_to_proto(lease))
@@ -234,6 +225,7 @@ class DevicePool:
             now = datetime.now(UTC)
             for device in [d for d in self._devices.values() if (d.admission.until or now) < now]:
                 await self.dismiss(device.hello.device_id, "its certificate has expired")
+            self._rebalance()
 
     async def dismiss(self, device_id: str, why: str) -> None:
         """End the device's stream, if it is there; whether it may come back is the gate's to say."""
@@ -241,6 +233,19 @@ class DevicePool:
         if device is not None:
             self._forget(device, why)
             await device.stream.close()
+
+    def _rebalance(self) -> None:
+        """Ask one job to move, if that is worth it and the last move is long enough ago."""
+        if time.monotonic() - self._moved < self._settings.rebalance_seconds:
+            return
+        leases = [lease for device_id in self._devices for lease in self._book.on_device(device_id)]
+        movable = frozenset(lease.job_id for lease in leases if not lease.further_device_ids)
+        move = rebalance(self._offers(""), movable)
+        lease = None if move is None else self._book.current(move.job_id)
+        if move is None or lease is None or move.job_id in self._devices[move.target].unable:
+            return
+        self._moved = time.monotonic()
+        self._book.ask_move(lease, f"from device {move.source}, which has more to do, towards {move.target}")
 
     def statuses(self) -> list[DeviceStatus]:
         return [
@@ -255,27 +260,23 @@ class DevicePool:
             for device_id, device in sorted(self._devices.items())
         ]
 
-    def _available(self, job_id: str) -> list[str]:
+    def _offers(self, job_id: str) -> list[Offer]:
+        """Of the devices that take new leases and have not refused this job for good."""
         if self._withheld:
             return []
         return [
-            device_id
+            device.offer([lease.job_id for lease in self._book.on_device(device_id)], self._demands)
             for device_id, device in self._devices.items()
-            if not device.draining
-            and job_id not in device.unable
-            and device.admission.trust in self._accepts.get(job_id, frozenset(TrustClass))
+            if not device.draining and job_id not in device.unable
         ]
 
-    def _load(self, device_id: str) -> tuple[int, int]:
-        return len(self._book.on_device(device_id)), self._devices[device_id].order
-
-    def _device(self, lease: Lease) -> _Device:
+    def _device(self, lease: Lease) -> ConnectedDevice:
         device = self._devices.get(lease.device_id)
         if device is None:
             raise Unavailable("DEVICE_LOST", f"device {lease.device_id} has left")
         return device
 
-    async def _admit(self, device: _Device) -> None:
+    async def _admit(self, device: ConnectedDevice) -> None:
         """A device that dials in again replaces its older self, whose leases are lost."""
         older = self._devices.get(device.hello.device_id)
         if older is not None:
@@ -286,7 +287,7 @@ class DevicePool:
         logger.info("device %s joined", device.hello.device_id, extra={"event": "device.joined"})
         self._note("device.joined", device, f"{device.admission.trust}, from {device.stream.peer}")
 
-    async def _welcome(self, device: _Device) -> None:
+    async def _welcome(self, device: ConnectedDevice) -> None:
         welcome = control_pb2.DeviceWelcome(
             gradient_endpoint=self._gradient_endpoint,
             heartbeat_seconds=self._settings.heartbeat_seconds,
@@ -295,7 +296,7 @@ class DevicePool:
         async with device.sending:
             await device.stream.send_control(control_pb2.DeviceControl(welcome=welcome))
 
-    async def _listen(self, device: _Device) -> None:
+    async def _listen(self, device: ConnectedDevice) -> None:
         blobs: dict[tuple[str, int], ReceivedTensor] = {}
         async for item in device.stream:
             device.heard = time.monotonic()
@@ -313,15 +314,15 @@ class DevicePool:
 
     async def _hear(
         self,
-        device: _Device,
+        device: ConnectedDevice,
         message: control_pb2.DeviceControl,
         blobs: dict[tuple[str, int], ReceivedTensor],
     ) -> None:
         kind = message.WhichOneof("message")
         if kind == "heartbeat":
-            if not 0 <= message.heartbeat.busy_seconds < math.inf:
-                raise ProtocolError("CONTROL_INVALID", "busy_seconds of a heartbeat is no time")
-            device.busy_seconds = message.heartbeat.busy_seconds
+            if device.beat(message.heartbeat):
+                async with self._joined:  # a job may have waited for the memory
+                    self._joined.notify_all()
         elif kind == "checkpoint_made":
             made = message.checkpoint_made
             blob = blobs.pop((made.lease.job_id, made.lease.epoch), None)
@@ -335,7 +336,7 @@ class DevicePool:
         else:
             raise ProtocolError("CONTROL_UNEXPECTED", f"a device does not send {kind}")
 
-    def _lose(self, device: _Device, failed: control_pb2.LeaseFailed) -> None:
+    def _lose(self, device: ConnectedDevice, failed: control_pb2.LeaseFailed) -> None:
         """Of its own leases only: what a device says of another's, or of an older one, is ignored."""
         lease = lease_from_proto(failed.lease)
         if not self._holds(device, lease):
@@ -346,12 +347,12 @@ class DevicePool:
             device.unable[lease.job_id] = f"{reason}: {message}"
         self._book.lose(lease, reason=reason, message=message)
 
-    def _holds(self, device: _Device, lease: Lease) -> bool:
+    def _holds(self, device: ConnectedDevice, lease: Lease) -> bool:
         current = self._book.current(lease.job_id)
         return current is not None and current.covers(lease) and lease.device_id == device.hello.device_id
 
     async def _take_checkpoint(
-        self, device: _Device, made: control_pb2.CheckpointMade, blob: ReceivedTensor | None
+        self, device: ConnectedDevice, made: control_pb2.CheckpointMade, blob: ReceivedTensor | None
     ) -> None:
         """Store a whole checkpoint of a current lease; one under an older epoch is ignored."""
         lease = lease_from_proto(made.lease)
@@ -381,7 +382,7 @@ class DevicePool:
         except (ColaError, LeaseLost) as error:
             logger.warning("checkpoint not kept: %s", error, extra={"event": "checkpoint.not_kept"})
 
-    def _forget(self, device: _Device, why: str) -> None:
+    def _forget(self, device: ConnectedDevice, why: str) -> None:
         device_id = device.hello.device_id
         if self._devices.get(device_id) is not device:
             return
@@ -391,7 +392,7 @@ class DevicePool:
         self._note("device.left", device, why)
         self._book.lose_device(device_id, reason="DEVICE_LOST", message=f"device {device_id} was lost: {why}")
 
-    def _note(self, kind: str, device: _Device, message: str) -> None:
+    def _note(self, kind: str, device: ConnectedDevice, message: str) -> None:
         """In the audit trail, beside whatever else goes on; a device that flaps is written down in part."""
         device_id = device.hello.device_id
         entry = AuditEntry(kind=kind, actor=device_id, subject=device_id, message=message)

@@ -42,22 +42,29 @@ INTERNAL_MESSAGE = "the service failed; its log has the cause. Submit the job ag
 class Stop(enum.Enum):
     """What a tenant asked for, or the operator; acted on at the next step boundary."""
 
-    PAUSE = Trigger.PAUSE
-    CANCEL = Trigger.CANCEL
-    DRAIN = Trigger.REQUEUE  # the coordinator stops; the job goes on when there is one again
+    PAUSE = JobState.PAUSED
+    CANCEL = JobState.CANCELLED
+    DRAIN = JobState.QUEUED  # the coordinator stops; the job goes on when there is one again
 
     @property
-    def past(self) -> str:
-        return {Stop.PAUSE: "paused", Stop.CANCEL: "cancelled", Stop.DRAIN: "queued again"}[self]
+    def trigger(self) -> Trigger:
+        return _TRIGGERS[self]
 
     def told(self, why: str) -> str:
         """For the job's trail; `why` ends the sentence."""
-        return f"{self.past} {why}"
+        return f"{self.value} {why}"
+
+
+_TRIGGERS = {Stop.PAUSE: Trigger.PAUSE, Stop.CANCEL: Trigger.CANCEL, Stop.DRAIN: Trigger.REQUEUE}
 
 
 class _Stopped(Exception):
     def __init__(self, stop: Stop) -> None:
         self.stop = stop
+
+
+class _Moved(Exception):
+    """The adapter is in a checkpoint, for another device to go on from."""
 
 
 @dataclass(slots=True)
@@ -107,7 +114,7 @@ class JobDriver:
         """What the job does or waits for."""
         if self._stop is None:
             return self._phase.text
-        return f"{self._phase.text}; it is {self._stop.past} at the next step boundary"
+        return f"{self._phase.text}; it is {self._stop.value} at the next step boundary"
 
     @property
     def leases(self) -> bool:
@@ -174,6 +181,8 @@ class JobDriver:
             try:
                 await self._run_lease()
                 return
+            except _Moved as moved:
+                await self._store.add_event(self._job_id, "lease.moved", str(moved))
             except (LeaseLost, Unavailable) as lost:
                 await self._note_loss(lost, progress)
 
@@ -193,6 +202,7 @@ class JobDriver:
         while not self._finished(adapter):
             if ahead is None:
                 await self._stop_at_boundary(adapter)
+                await self._move_at_boundary(adapter)
             ahead = await self._one_step(adapter, ahead)
             await self._evaluate(adapter)
         self._phase.enter("last checkpoint", "waiting for the last checkpoint")
@@ -247,6 +257,7 @@ class JobDriver:
             or following % self._plan.checkpoint_every == 0
             or self._evaluations.due(following)
             or self._stop is not None
+            or bool(self._primitives.move_asked(adapter))
         )
         if waits or not self._plan.max_staleness:
             return None
@@ -273,6 +284,14 @@ class JobDriver:
         self._check_stop()
         if leaving:
             raise LeaseLost(adapter.lease, "DEVICE_DRAINING", f"{_named(adapter.lease)} is leaving")
+
+    async def _move_at_boundary(self, adapter: LeasedAdapter) -> None:
+        why = self._primitives.move_asked(adapter)
+        if why:
+            if adapter.version > 0:
+                self._phase.enter("checkpoint", "making a checkpoint before it moves to another device")
+                await self._primitives.checkpoint(adapter)
+            raise _Moved(why)
 
     def _check_stop(self) -> None:
         if self._stop is not None:
@@ -327,7 +346,7 @@ class JobDriver:
     async def _end_by(self, stop: Stop) -> None:
         record = await until_available(lambda: self._store.job(self._job_id))
         if stop is not Stop.DRAIN or record.state is JobState.RUNNING:  # else it waits in the queue already
-            await self._move(stop.value, message=stop.told(self._why_stopped))
+            await self._move(stop.trigger, message=stop.told(self._why_stopped))
 
     async def _give_up(self, diverged: Diverged) -> None:
         """Fail or pause, as the job asks; its last checkpoint is kept."""

@@ -26,6 +26,7 @@ class _OpenLease:
     recorded_version: int = -1
     checkpoint_version: int = -1
     lost: LeaseLost | None = None
+    moving: str = ""  # why the job should lease anew at its next step boundary
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -86,9 +87,30 @@ class LeaseBook:
         for lease in self.on_device(device_id):
             self.lose(lease, reason=reason, message=message)
 
+    def lose_link(self, device_id: str, *, reason: str, message: str) -> None:
+        """The device's stream to the base model ended: leases are lost of which that has heard already.
+
+        One that is being opened is not: the device sends its weights over whichever stream it has next. So a
+        late word of the stream of a device that died costs nothing when it is back by then.
+        """
+        for lease in self.on_device(device_id):
+            if self._open[lease.job_id].applied:
+                self.lose(lease, reason=reason, message=message)
+
     def lose_all(self, *, reason: str, message: str) -> None:
         for entry in list(self._open.values()):
             self.lose(entry.lease, reason=reason, message=message)
+
+    def ask_move(self, lease: Lease, why: str) -> None:
+        """The job shall make a checkpoint at its next step boundary and lease anew."""
+        entry = self._entry(lease)
+        if entry is not None:
+            entry.moving = why
+
+    def move_asked(self, lease: Lease) -> str:
+        """Why the lease should end at the next step boundary, or ""."""
+        entry = self._entry(lease)
+        return "" if entry is None else entry.moving
 
     def check(self, lease: Lease) -> None:
         """Raise LeaseLost if the lease is gone."""

@@ -194,10 +194,11 @@ class FairQueue:
         """Of the tenant's first jobs: none that goes behind by deadline or priority, none further ahead than
         `lead`.
         """
-        first, least = tenant.order.first[:2], tenant.order.first[2]
+        earliest, first, least, _, _ = tenant.order.first
         found: list[Waiting] = []
         for deadline, rank, counter, ticket, _ in islice(tenant.order, LOOK_AHEAD):
-            if (deadline, rank) != first or counter - least > lead or len(found) == most:
+            behind = rank != first or deadline != earliest
+            if behind or counter - least > lead or len(found) == most:
                 break
             waiting = self._entries[ticket]
             if waiting.of_class == of_class:

@@ -25,6 +25,7 @@ from cola_runtime.scheduler.device_pool import DevicePool
 from cola_runtime.scheduler.leases import LeaseBook, LeaseLost
 from cola_runtime.scheduler.loop import SchedulerLoop
 from cola_runtime.scheduler.packing import first_prompts
+from cola_runtime.scheduler.placement import Demand
 from cola_runtime.scheduler.ports import BaseModelPort
 from cola_runtime.scheduler.tickets import Computed
 from cola_runtime.scheduler.waiting import Due
@@ -134,12 +135,12 @@ class AdapterPrimitives:
 
     async def _take_lease(self, job_id: str, plan: TrainingPlan) -> Lease:
         """One at a time, so that each sees the load that the ones before it have put on the devices."""
+        demand = Demand.of(plan)
         while True:
-            await self._pool.wait_able(
-                job_id, plan.shards, plan.trust
-            )  # not while placing: others may have a device already
+            # not while placing: others may have a device already
+            await self._pool.wait_able(job_id, demand, plan.shards)
             async with self._placing:
-                device_ids = self._pool.pick(job_id, plan.shards)
+                device_ids = self._pool.pick(job_id, demand, plan.shards)
                 if device_ids:
                     lease = await self._store.grant_lease(job_id, *device_ids)
                     self._book.open(lease)
@@ -247,6 +248,10 @@ class AdapterPrimitives:
         )
         adapter.version = applied.version
         return StepOutcome(loss=taken.loss, applied=applied)
+
+    def move_asked(self, adapter: LeasedAdapter) -> str:
+        """Why the adapter should go to another device at this step boundary, or ""."""
+        return self._book.move_asked(adapter.lease)
 
     def recorded(self, adapter: LeasedAdapter) -> None:
         """The job store holds the adapter's version; a checkpoint of it may be recorded now."""

@@ -267,13 +267,13 @@ class JobRunner:
 
     async def _stop(self, job_id: str, stop: Stop, *, why: str = AT_REQUEST) -> None:
         record = await self._store.job(job_id)
-        if stop.value not in TRANSITIONS[record.state]:
+        if stop.trigger not in TRANSITIONS[record.state]:
             return  # it has ended, or is paused already
         driver = self._drivers.get(job_id)
         if driver is not None:
             driver.ask(stop, why=why)
         else:
-            await self._store.transition(job_id, stop.value, message=stop.told(why))
+            await self._store.transition(job_id, stop.trigger, message=stop.told(why))
 
     async def _adapter_to_ask(self, record: JobRecord) -> tuple[int, bytes | None]:
         """The version to generate with; a job that holds no lease brings its newest checkpoint."""
@@ -309,7 +309,7 @@ class JobRunner:
         elif isinstance(event, DeviceLinkChanged):
             self._loop.park(event.device_id, parked=event.parked and event.connected)
             if not event.connected:
-                self._book.lose_device(
+                self._book.lose_link(
                     event.device_id,
                     reason="DEVICE_LINK_LOST",
                     message=f"{event.device_id} left the base model",

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from cola_runtime.adapter_spec import AdapterSpec, HeadKind
-from cola_runtime.adapters.shapes import weight_shapes
+from cola_runtime.adapter_spec import AdapterKind, HeadKind, LinearizedLoraKind
+from cola_runtime.adapters.shapes import site_weight_shapes, weight_shapes
 from cola_runtime.data.cursor import walked_steps
 from cola_runtime.gradients.planner import ITEM_BYTES, Costs
 from cola_runtime.gradients.wire_size import tap_bytes
@@ -107,7 +107,7 @@ def estimate_job(checked: CheckedJob, base: BaseModelDescription, situation: Sit
         encoding=str(checked.taps),
         bytes_up=bytes_up,
         bytes_down=bytes_down,
-        bank_bytes=_bank_bytes(checked.plan, base),
+        bank_bytes=bank_bytes(checked.plan, base),
         base_seconds=base_seconds,
         seconds=seconds,
         share=share,
@@ -160,19 +160,19 @@ def _bytes_down(plan: TrainingPlan, steps: int, device_id: str) -> int:
     return total
 
 
-def _bank_bytes(plan: TrainingPlan, base: BaseModelDescription) -> int:
+def bank_bytes(plan: TrainingPlan, base: BaseModelDescription) -> int:
     """In the base model's dtype, a head in the adapter's; twice while one version before is kept."""
-    versions = 1 + plan.max_staleness
-    return versions * sum(
-        _part_bytes(plan.adapter, number, base) for number in range(len(plan.adapter.parts))
+    return (1 + plan.max_staleness) * sum(
+        ITEM_BYTES[plan.adapter.dtype if isinstance(part.kind, HeadKind) else base.dtype]
+        * _banked_factors(part.kind)
+        * sum(prod(shape) for site in part.sites for shape in site_weight_shapes(part.kind, site).values())
+        for part in plan.adapter.parts
     )
 
 
-def _part_bytes(spec: AdapterSpec, number: int, base: BaseModelDescription) -> int:
-    part = spec.parts[number]
-    dtype = spec.dtype if isinstance(part.kind, HeadKind) else base.dtype
-    alone = spec.model_copy(update={"parts": (part,)})
-    return ITEM_BYTES[dtype] * sum(prod(shape) for shape in weight_shapes(alone).values())
+def _banked_factors(kind: AdapterKind) -> int:
+    """Times the trained weights: beside linearized LoRA's deltas the bank holds the point around which."""
+    return 2 if isinstance(kind, LinearizedLoraKind) and kind.initial_b != "zero" else 1
 
 
 def _evaluations(spec: EvaluationSpec, steps: int, *, held_out: bool) -> int:

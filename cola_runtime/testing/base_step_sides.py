@@ -13,6 +13,7 @@ from functools import partial
 from math import prod
 from pathlib import Path
 from statistics import median
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -109,10 +110,11 @@ class Ours:
         """
         gang = Gang(name=f"group/{name}", combine="mean") if merged else None
         segments, seconds = [], []
+        drawn = {kind: initial_weights(_spec(kind, self.sites)) for kind in kinds[:tenants]}
         for number, rows in enumerate(np.array_split(rows_BT, tenants)):
             spec = _spec(kinds[number % len(kinds)], self.sites)
             segment = _segment(f"{name}-{number}", rows, gang)
-            weights = initial_weights(spec)
+            weights = drawn[kinds[number % len(kinds)]]
             membership = Membership(gang=gang) if gang else None
             started = time.thread_time()
             self.model.install(segment.lease, spec, 0, weights, membership=membership)
@@ -136,10 +138,18 @@ class Ours:
         row = _row(first.rows[0].tokens[:2])
         _run(self.model, BaseStep(number=0, segments=(replace(first, rows=(row,)),), train=False))
 
-    def step(self, name: str, encoding: Encoding = Encoding.ADAPTER_GRADIENT) -> None:
+    def step(
+        self, name: str, encoding: Encoding = Encoding.ADAPTER_GRADIENT, *, wait_for_taps: bool = True
+    ) -> None:
         """One base step of the whole team; its taps go to a sender that keeps up."""
         segments = tuple(replace(segment, taps=TapPlan(encoding)) for segment in self._teams[name])
-        _run(self.model, BaseStep(number=1, segments=segments))
+        _run(self.model, BaseStep(number=1, segments=segments), wait_for_taps=wait_for_taps)
+
+    def drained(self) -> None:
+        """Return when every tap has been handed out."""
+        handed_out = Event()
+        self.model.behind_taps(handed_out.set)
+        handed_out.wait()
 
 
 class Peft:
@@ -243,9 +253,9 @@ def _row(tokens_T: NDArray[np.int32]) -> Row:
     return Row(tokens=tokens_T, weights=weights_T)
 
 
-def _run(model: TappedModel, step: BaseStep) -> None:
+def _run(model: TappedModel, step: BaseStep, *, wait_for_taps: bool = True) -> None:
     taps: deque[Tap] = deque(maxlen=UNSENT_TAPS)  # what a sender that keeps up has sent is freed
-    result = model.run(step, taps.append)
+    result = model.run(step, taps.append, then=None if wait_for_taps else lambda _result: None)
     assert all(loss.reason is None for loss in result.losses)
 
 

@@ -162,8 +162,8 @@ class _Tangent(nn.Module):
         from cola_runtime.adapters.linearized_lora import SiteLinearizedLora
 
         base = SiteLinearizedLora(kind, site)  # the draw of (A0, B0) only
-        self.a0 = base.base_a_RI.to(delta_a.weight).reshape(delta_a.weight.shape)
-        self.b0 = base.base_b_OR.to(delta_b.weight).reshape(delta_b.weight.shape)
+        self.register_buffer("a0", base.base_a_RI.to(delta_a.weight).reshape(delta_a.weight.shape))
+        self.register_buffer("b0", base.base_b_OR.to(delta_b.weight).reshape(delta_b.weight.shape))
         self.delta_a, self.delta_b = delta_a, delta_b
 
     def forward(self, x: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ def add_adapter(
     for site in spec.sites:
         if site.kind is SiteKind.HEAD:
             continue
-        adapter = OrdinaryAdapter(spec.kinds[site.index], site, weights)
+        adapter = OrdinaryAdapter(spec.kinds[site.index], site, weights).to(next(model.parameters()).device)
         model.get_submodule(site.name).register_forward_hook(_adding(adapter))
         parameters.update(adapter.named)
     return parameters

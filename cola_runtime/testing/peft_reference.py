@@ -125,7 +125,7 @@ def batch_loss(model: Any, rows: Sequence[Row]) -> Tensor:
     """
     if rows[0].source is not None:
         return _labels_loss(model, rows)
-    tokens, weights, mask = (tensor.to(model.device) for tensor in _padded(rows))
+    tokens, weights, mask = (each.to(getattr(model, "device", "cpu")) for each in _padded(rows))
     logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
     loss = cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     weights = weights[:, 1:].flatten().to(loss.dtype)

@@ -56,14 +56,14 @@ Tenants = Sequence[Sequence[Row]]
 """Of every tenant the rows of its steps."""
 
 
-def fastest(setting: PeftSetting, rows: Sequence[Row]) -> PeftSetting:
-    """With the threads (1 or 2) and the attention that train one tenant fastest, by two trials each."""
+def fastest(setting: PeftSetting, rows: Sequence[Row], *, trials: int = 2) -> PeftSetting:
+    """With the threads (1 or 2) and the attention that train one tenant fastest, by so many trials each."""
     choices = [
         replace(setting, threads=threads, attention=attention)
         for threads in (1, 2)
         for attention in ("eager", "sdpa")
     ]
-    seconds = {choice: min(_trial_seconds(choice, rows) for _ in range(2)) for choice in choices}
+    seconds = {choice: min(_trial_seconds(choice, rows) for _ in range(trials)) for choice in choices}
     return min(choices, key=lambda choice: seconds[choice])
 
 

@@ -20,7 +20,7 @@ from cola_runtime.base_model.layout import AdapterLayout
 from cola_runtime.base_model.stacks.cohorts import GatheredStack
 from cola_runtime.base_model.stacks.protocol import CohortRows, SiteStack, Span
 from cola_runtime.base_model.stacks.taps import GroupTaps, OwnGradients
-from cola_runtime.base_model.tap_carrier import DirectCarrier, TapOutlet
+from cola_runtime.base_model.tap_carrier import DirectCarrier, Recipients
 from cola_runtime.base_model.workspace import Workspace
 from cola_runtime.gradients.accumulate import GradientAccumulator
 from cola_runtime.gradients.compression import TapCompressor
@@ -117,11 +117,9 @@ class _Group:
         taps = _TimedTaps(
             plan.encoding,
             site=self._sites[0],
-            segments=[0],
-            scalings=[self._scaling],
-            loss_scales=[1.0],
-            dtype=torch.float32,
-            outlet=TapOutlet(sink, DirectCarrier()),
+            recipients=Recipients(segments=[0], loss_scales=[1.0], sink=sink),
+            scalings_S=torch.tensor([self._scaling], dtype=torch.float32),
+            carrier=DirectCarrier(),
         )
         stack = self._stack(taps)
         outputs_BTO = [torch.zeros_like(grad) for grad in self._grads_BTO]

@@ -14,7 +14,8 @@ A step's packs have the same indexes as the step's before: a reader keeps those 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from cola_runtime.errors import ProtocolError
@@ -42,11 +43,11 @@ _KEPT_INDEX_BYTES = 16_384  # a longer one is checked each time
 
 
 class PackedTensors(NamedTuple):
-    """Tensors of one dtype as they travel: `data` is their elements (or int8 blocks) in the index' order."""
+    """Tensors of one dtype as they travel: their elements (or int8 blocks) in the index' order."""
 
     dtype: DType
     entries: bytes  # the index
-    data: memoryview  # format "B", one dimension
+    data: Sequence[memoryview]  # format "B", one dimension: of each tensor, or of all of them
 
 
 class PackIndex(NamedTuple):
@@ -56,7 +57,9 @@ class PackIndex(NamedTuple):
 
 
 class ReceivedPack(NamedTuple):
-    """A checked pack. `data` is a writable buffer of its own, `contents` the same object for equal packs."""
+    """A checked pack. `data` is part of the message, and not writable; `contents` is the same object for
+    equal packs.
+    """
 
     address: TensorAddress  # of the first tensor
     dtype: DType
@@ -65,7 +68,8 @@ class ReceivedPack(NamedTuple):
     wire_bytes: int
 
 
-def pack_index(keys: Iterable[TensorKey], shapes: Iterable[tuple[int, ...]]) -> bytes:
+@lru_cache(maxsize=1024)  # a step's packs hold what the step's before held
+def pack_index(keys: tuple[TensorKey, ...], shapes: tuple[tuple[int, ...], ...]) -> bytes:
     """The index of tensors in this order."""
     entries = bytearray()
     for key, shape in zip(keys, shapes, strict=True):
@@ -77,8 +81,8 @@ def pack_index(keys: Iterable[TensorKey], shapes: Iterable[tuple[int, ...]]) -> 
 def pack_frame(address: TensorAddress, tensors: PackedTensors) -> Frame:
     """One frame; `address` is the first tensor's, `tensors.data` must not change until it was sent."""
     of_pack = address._replace(slot=len(tensors.entries) // ENTRY_BYTES)
-    header = frame_header(FrameKind.PACK, of_pack, tensors.dtype, tensors.entries, tensors.data)
-    return header, tensors.entries, tensors.data
+    header = frame_header(FrameKind.PACK, of_pack, tensors.dtype, tensors.entries, *tensors.data)
+    return header, tensors.entries, *tensors.data
 
 
 class PackIndexes:

@@ -145,7 +145,7 @@ class FrameReader:
             raise ProtocolError("PACK_UNEXPECTED", "no packs of tensors travel this way")
         index = self._indexes.of(header, payload)
         _check_room(self.limits, header, open_tensors=len(self._open), open_bytes=self._open_bytes)
-        data = memoryview(bytearray(payload[len(payload) - index.data_bytes :]))
+        data = payload[len(payload) - index.data_bytes :]
         address = tensor_address(header)._replace(slot=index.packed.keys[0].slot)
         return ReceivedPack(address, DTYPES[header.dtype], index, data, HEADER_BYTES + len(payload))
 

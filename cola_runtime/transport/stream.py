@@ -79,7 +79,7 @@ class FrameStream(Generic[M]):
         self._queued_bytes = 0
         self._failure: ColaError | None = None
         self._changed = asyncio.Event()  # set for the writer: a frame was queued, or the stream closes
-        self._room = asyncio.Condition()
+        self._waiting: list[tuple[int, asyncio.Future[None]]] = []  # senders, each until the queue is below
         self._closed = asyncio.Event()
         self._writer = asyncio.create_task(self._write_forever(), name=f"frame writer to {peer}")
 
@@ -174,7 +174,7 @@ class FrameStream(Generic[M]):
             await self.flush()
         self._writer.cancel()
         await asyncio.wait({self._writer})  # not itself: that could swallow our own cancellation
-        await self._fail(Unavailable("STREAM_CLOSED", f"the stream to {self.peer} is closed"))
+        self._fail(Unavailable("STREAM_CLOSED", f"the stream to {self.peer} is closed"))
         self._closed.set()
 
     async def wait_closed(self) -> None:
@@ -220,8 +220,19 @@ class FrameStream(Generic[M]):
         return frame_bytes
 
     async def _wait_below(self, limit_bytes: int) -> None:
-        async with self._room:
-            await self._room.wait_for(lambda: self._queued_bytes < limit_bytes)
+        while self._queued_bytes >= limit_bytes:
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiting.append((limit_bytes, waiter))
+            await waiter
+
+    def _wake_senders(self) -> None:
+        """Those whose limit the queue is below; a message takes no turn of the loop for the others."""
+        waiting, self._waiting = self._waiting, []
+        for limit_bytes, waiter in waiting:
+            if self._queued_bytes >= limit_bytes:
+                self._waiting.append((limit_bytes, waiter))
+            elif not waiter.done():
+                waiter.set_result(None)
 
     async def _write_forever(self) -> None:
         try:
@@ -236,15 +247,14 @@ class FrameStream(Generic[M]):
             grpc.aio.InternalError,
             asyncio.InvalidStateError,
         ) as error:
-            await self._fail(_stream_lost(self.peer, error))
+            self._fail(_stream_lost(self.peer, error))
 
     async def _write_one(self) -> None:
         message = self._next_message()
         await self._pipe.write(message)
         self.bytes_sent += len(message)
-        async with self._room:
-            self._queued_bytes -= len(message)
-            self._room.notify_all()
+        self._queued_bytes -= len(message)
+        self._wake_senders()
 
     def _next_message(self) -> bytes:
         parts: list[bytes | memoryview] = []
@@ -256,13 +266,12 @@ class FrameStream(Generic[M]):
             parts += self._frames.popleft()
         return b"".join(parts)
 
-    async def _fail(self, failure: ColaError) -> None:
+    def _fail(self, failure: ColaError) -> None:
         """Wake every waiting sender; the first failure is the one that all of them see."""
-        async with self._room:
-            self._failure = self._failure or failure
-            self._frames.clear()
-            self._queued_bytes = 0
-            self._room.notify_all()
+        self._failure = self._failure or failure
+        self._frames.clear()
+        self._queued_bytes = 0
+        self._wake_senders()
 
 
 def _stream_lost(peer: str, error: BaseException) -> ColaError:

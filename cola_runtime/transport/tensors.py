@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
+import numpy as np
 import torch
+import torch.utils.dlpack
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors as flatten_dense_tensors
 
 from cola_runtime.errors import ProtocolError
 from cola_runtime.gradients.compression import Compressed, Int8Blocks, dequantized
@@ -41,7 +45,21 @@ _TORCH_DTYPES = {
     DType.INT32: torch.int32,
     DType.INT64: torch.int64,
 }
+VIEWED_BYTES = 64 << 10
+"""A view costs some 10 us of Python; below this, copying a pack's tensors together costs less."""
+
+_NUMPY_DTYPES = {  # numpy has no bfloat16: as numbers of the same size
+    DType.FLOAT32: np.float32,
+    DType.FLOAT64: np.float64,
+    DType.BFLOAT16: np.int16,
+    DType.FLOAT16: np.float16,
+    DType.UINT8: np.uint8,
+    DType.INT32: np.int32,
+    DType.INT64: np.int64,
+    DType.INT8_BLOCKS: np.uint8,
+}
 _WIRE_DTYPES = {dtype: code for code, dtype in _TORCH_DTYPES.items()}
+_catalogue_order = attrgetter("site", "kind", "slot")
 
 
 def to_wire(tensor: Compressed) -> WireTensor:
@@ -65,54 +83,60 @@ def _elements(tensor: Compressed) -> tuple[DType, Tensor]:
 
 
 class Parcel:
-    """Tensors of one address that leave together: a pack, or one tensor alone. Copied only by `frames`."""
+    """Tensors of one dtype that leave in one frame, or one tensor alone. Copied only by `frames`."""
+
+    __slots__ = ("_dtype", "_elements", "_keys", "_shapes", "data_bytes")
 
     def __init__(self, dtype: DType) -> None:
-        self.dtype = dtype
-        self._tensors: dict[TensorKey, Compressed] = {}
-        self._data_bytes = 0
+        self.data_bytes = 0
+        self._dtype = dtype
+        self._keys: list[TensorKey] = []
+        self._shapes: list[tuple[int, ...]] = []
+        self._elements: list[Tensor] = []
 
     def takes(self, dtype: DType, data_bytes: int) -> bool:
         """One more tensor like this fits into the same frame."""
-        count = len(self._tensors) + 1
-        room = MAX_PAYLOAD_BYTES - self._data_bytes - count * ENTRY_BYTES
-        return dtype is self.dtype and data_bytes <= room and count <= MAX_PACKED_TENSORS
+        count = len(self._keys) + 1
+        room = MAX_PAYLOAD_BYTES - self.data_bytes - count * ENTRY_BYTES
+        return data_bytes <= room and dtype is self._dtype and count <= MAX_PACKED_TENSORS
 
-    def add(self, key: TensorKey, tensor: Compressed, data_bytes: int) -> None:
-        self._tensors[key] = tensor
-        self._data_bytes += data_bytes
+    def add(self, key: TensorKey, shape: tuple[int, ...], elements: Tensor) -> None:
+        self._keys.append(key)
+        self._shapes.append(shape)
+        self._elements.append(elements)
+        self.data_bytes += elements.nbytes
 
     @property
     def wire_bytes(self) -> int:
         """On the stream, headers included."""
-        count = len(self._tensors)
+        count = len(self._keys)
         if count == 1:
-            return tensor_wire_bytes(self._data_bytes)
-        return HEADER_BYTES + count * ENTRY_BYTES + self._data_bytes
+            return tensor_wire_bytes(self.data_bytes)
+        return HEADER_BYTES + count * ENTRY_BYTES + self.data_bytes
 
     def frames(self, address: TensorAddress) -> list[Frame]:
         """`address` says all but which tensor it is."""
-        first, *others = self._tensors
+        first = self._keys[0]
         address = address._replace(site=first.site, kind=first.kind, slot=first.slot)
-        if not others:
-            return list(tensor_frames(address, to_wire(self._tensors[first])))
-        elements = [_elements(tensor)[1].detach().reshape(-1) for tensor in self._tensors.values()]
-        index = pack_index(self._tensors, (tuple(tensor.shape) for tensor in self._tensors.values()))
-        return [pack_frame(address, PackedTensors(self.dtype, index, _bytes_of(torch.cat(elements))))]
+        if len(self._keys) == 1:
+            data = _bytes_of(self._elements[0])
+            return list(tensor_frames(address, WireTensor(self._dtype, self._shapes[0], data)))
+        entries = pack_index(tuple(self._keys), tuple(self._shapes))
+        return [pack_frame(address, PackedTensors(self._dtype, entries, _bytes_of_all(self._elements)))]
 
 
 def parcels(tensors: Mapping[TensorKey, Compressed]) -> list[Parcel]:
-    """All of them, in as few frames as their dtypes and sizes allow; gradients in catalogue order.
+    """All of them, in as few frames as their dtypes and sizes allow, in catalogue order.
 
-    Of neighbours in the catalogue a pack holds one run of the adapter's gradient (`FlatLayout`).
+    So a pack of neighbours in the catalogue is one run of the adapter's gradient (`FlatLayout`).
     """
     filled: list[Parcel] = []
-    for key in sorted(tensors, key=lambda key: (key.site, key.kind, key.slot)):
-        dtype, elements = _elements(tensors[key])
-        data_bytes = elements.numel() * elements.itemsize
-        if not filled or not filled[-1].takes(dtype, data_bytes):
+    for key in sorted(tensors, key=_catalogue_order):
+        tensor = tensors[key]
+        dtype, elements = _elements(tensor)
+        if not filled or not filled[-1].takes(dtype, elements.nbytes):
             filled.append(Parcel(dtype))
-        filled[-1].add(key, tensors[key], data_bytes)
+        filled[-1].add(key, tuple(tensor.shape), elements)
     return filled
 
 
@@ -123,6 +147,14 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     # numpy has no bfloat16; a tensor of no dimension cannot be viewed as bytes.
     array: Any = (contiguous if contiguous.ndim else contiguous.reshape(1)).view(torch.uint8).numpy()
     return memoryview(array).cast("B")
+
+
+def _bytes_of_all(tensors: list[Tensor]) -> list[memoryview]:
+    """Views of large tensors in host memory; one copy of small ones, and one transfer from another device."""
+    mean_bytes = sum(tensor.nbytes for tensor in tensors) / len(tensors)
+    if mean_bytes >= VIEWED_BYTES and all(tensor.is_cpu for tensor in tensors):
+        return [_bytes_of(tensor) for tensor in tensors]
+    return [_bytes_of(flatten_dense_tensors(tensors))]  # type: ignore[no-untyped-call]
 
 
 def from_wire(received: ReceivedTensor) -> Tensor:
@@ -147,22 +179,22 @@ def tap_from_wire(received: ReceivedTensor, dtype: torch.dtype) -> Tensor:
 
 
 def vector_from_wire(received: ReceivedPack) -> Tensor:
-    """All elements of a pack, on its own receive buffer: no copy. Not for int8 blocks."""
-    dtype = _TORCH_DTYPES[received.dtype]
-    return torch.frombuffer(received.data, dtype=dtype) if len(received.data) else torch.empty(0, dtype=dtype)
+    """All elements of a pack, on the message's own memory: no copy, read only. Of int8 blocks their bytes."""
+    array = np.frombuffer(received.data, dtype=_NUMPY_DTYPES[received.dtype])
+    aligned = array if array.flags.aligned else array.copy()
+    return torch.utils.dlpack.from_dlpack(aligned).view(_TORCH_DTYPES.get(received.dtype, torch.uint8))
 
 
 def tensors_from_wire(received: ReceivedPack, dtype: torch.dtype) -> list[tuple[TensorKey, Tensor]]:
-    """Every tensor of a pack; int8 blocks decoded to `dtype`."""
+    """Every tensor of a pack, as `vector_from_wire`; int8 blocks decoded to `dtype`."""
     packed, sizes = received.contents.packed, received.contents.sizes
-    empty = torch.empty(0, dtype=torch.uint8)
-    payload = torch.frombuffer(received.data, dtype=torch.uint8) if len(received.data) else empty
-    parts: Sequence[Tensor] = torch.split(payload, list(sizes))
+    vector = vector_from_wire(received)
+    blocks = received.dtype is DType.INT8_BLOCKS
+    parts: Sequence[Tensor] = torch.split(vector, list(sizes) if blocks else packed.sizes)
     named = zip(packed.keys, packed.shapes, parts, strict=True)
-    if received.dtype is DType.INT8_BLOCKS:
+    if blocks:
         return [(key, dequantized(Int8Blocks(shape, part), dtype)) for key, shape, part in named]
-    of_wire = _TORCH_DTYPES[received.dtype]
-    return [(key, part.view(of_wire).view(shape)) for key, shape, part in named]
+    return [(key, part.view(shape)) for key, shape, part in named]
 
 
 def _tensor(received: ReceivedTensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

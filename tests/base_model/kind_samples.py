@@ -88,10 +88,8 @@ def autograd_gradients(path: Path, member: Tenant, tapped: TappedModel) -> Weigh
     )
     if by_hand:
         wide_norms(model)
+    model.to(details["accelerator"].split(",")[0])  # angles, which are float32, differ by a digit elsewhere
     parameters = add_adapter(model.requires_grad_(False).eval(), member.spec, member.weights)
-    model.to(
-        "cuda" if details["accelerator"].startswith("cuda") else "cpu"
-    )  # float32 angles differ by a digit
     batch_loss(model, member.rows).backward()
     return {
         key.gradient: torch.zeros_like(parameter).cpu() if parameter.grad is None else parameter.grad.cpu()

@@ -13,7 +13,7 @@ import torch
 
 from cola_runtime.testing.record import record
 from cola_runtime.testing.tiny_models import save_tiny_model
-from tests.faults.judging import Faultless, Outcome, fault_job, train_faultless
+from tests.faults.judging import Accept, Faultless, Outcome, fault_job, train_faultless
 
 HERE = Path(__file__).parent
 OUTCOMES = pytest.StashKey[list[Outcome]]()
@@ -52,8 +52,14 @@ def faultless(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Faultles
 
 
 @pytest.fixture
-def outcomes(request: pytest.FixtureRequest) -> list[Outcome]:
-    return request.config.stash[OUTCOMES]
+def accept(request: pytest.FixtureRequest) -> Accept:
+    """Call with each case's outcome. A plain run, on a machine of any load, does not judge the time."""
+
+    def take(outcome: Outcome) -> None:
+        request.config.stash[OUTCOMES].append(outcome)
+        assert outcome.good if request.config.getoption("--faults") else outcome.kept, outcome
+
+    return take
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -7,7 +7,7 @@ was lost, repeated or mixed up.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -51,12 +51,19 @@ class Outcome:
     leases: int
 
     @property
+    def kept(self) -> bool:
+        """The damage was done, and nothing came of it."""
+        return self.faults > 0 and self.steps_lost == 0 and self.applied_twice == 0 and self.bit_identical
+
+    @property
     def good(self) -> bool:
-        kept = self.steps_lost == 0 and self.applied_twice == 0 and self.bit_identical
-        return kept and self.faults > 0 and self.recovery_seconds <= self.target_seconds
+        return self.kept and self.recovery_seconds <= self.target_seconds
 
     def fields(self) -> dict[str, Any]:
         return {**asdict(self), "good": self.good}
+
+
+Accept = Callable[[Outcome], None]
 
 
 def fault_job(*, steps: int = STEPS, checkpoint_every: int = CHECKPOINT_EVERY) -> MixedJob:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cola_runtime.crash_points import BASE_MODEL_POINTS, COORDINATOR_POINTS, DEVICE_POINTS
-from tests.faults.judging import Faultless, Outcome, fault_job, judge
+from tests.faults.judging import Accept, Faultless, Outcome, fault_job, judge
 from tests.faults.processes import Fleet, Zygote, finish, fleet, submit
 
 TIMES = {  # at which time the point is in the middle of the job; 1 where it is not named
@@ -35,7 +35,7 @@ TIMES = {  # at which time the point is in the middle of the job; 1 where it is 
 }
 MORE = [("storage.written", 1), ("storage.renamed", 1), ("store.transition.committed", 2)]  # submission, end
 AFTER_A_LOST_DEVICE = "store.rewind."  # what a coordinator does then only
-QUICK = ("store.step.committed", "device.step_applied")
+QUICK = ("store.step.committed",)
 
 pytestmark = pytest.mark.timeout(400)  # of the watch over a hanging test; the case's own target is judged
 
@@ -67,7 +67,7 @@ async def test_a_coordinator_that_dies_loses_nothing(
     model: Path,
     tmp_path: Path,
     faultless: Faultless,
-    outcomes: list[Outcome],
+    accept: Accept,
 ) -> None:
     """With the base model, which is in its process here."""
     marker = tmp_path / "died"
@@ -79,8 +79,7 @@ async def test_a_coordinator_that_dies_loses_nothing(
         reviving = asyncio.create_task(revive(at, marker, lost_first=lost_first))
         outcome = await trained(at, faultless, part="coordinator", case=f"killed at {point}, time {times}")
         await reviving
-    outcomes.append(outcome)
-    assert outcome.good, outcome
+    accept(outcome)
 
 
 async def revive(at: Fleet, marker: Path, *, lost_first: bool) -> None:
@@ -105,7 +104,7 @@ async def test_a_device_that_dies_loses_nothing(
     model: Path,
     tmp_path: Path,
     faultless: Faultless,
-    outcomes: list[Outcome],
+    accept: Accept,
 ) -> None:
     marker = tmp_path / "died"
 
@@ -119,8 +118,7 @@ async def test_a_device_that_dies_loses_nothing(
         reviving = asyncio.create_task(revive_device())
         outcome = await trained(at, faultless, part="device", case=f"killed at {point}, time {times}")
         await reviving
-    outcomes.append(outcome)
-    assert outcome.good, outcome
+    accept(outcome)
 
 
 async def trained(at: Fleet, faultless: Faultless, *, part: str, case: str) -> Outcome:

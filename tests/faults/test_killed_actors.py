@@ -19,15 +19,15 @@ from cola_runtime.config import DeviceSettings
 from cola_runtime.crash_points import BASE_MODEL_POINTS
 from cola_runtime.runtime.coordinator import running_service
 from cola_runtime.testing.exactness import MixedJob, service_for, tenant_client
-from tests.faults.judging import MODEL, Faultless, Outcome, fault_job, judge, train_faultless
+from tests.faults.judging import MODEL, Accept, Faultless, fault_job, judge, train_faultless
 from tests.faults.processes import reach
 
-JOB_SECONDS = 240.0
+JOB_SECONDS = 600.0
 BASE_JOB = fault_job(steps=40, checkpoint_every=2)  # long enough to lose its base model at every point
 TIMES = {"base_model.leased": 1, "base_model.tap": 20}
 HANG_SECONDS = 8.0  # longer than the lease timeout
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 
 @asynccontextmanager
@@ -59,7 +59,7 @@ def base_model_pid() -> int:
 
 
 async def test_a_base_model_that_dies_at_every_point_of_a_pass_loses_nothing(
-    model: Path, tmp_path: Path, outcomes: list[Outcome], monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, accept: Accept, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One job loses its base model at each point once, and Ray starts it again each time."""
     faultless = await train_faultless(model, tmp_path / "faultless", BASE_JOB)
@@ -80,12 +80,12 @@ async def test_a_base_model_that_dies_at_every_point_of_a_pass_loses_nothing(
             )
             for point, marker in markers.items()
         ]
-    outcomes += found
-    assert all(outcome.good for outcome in found), found
+    for outcome in found:
+        accept(outcome)
 
 
 async def test_actors_that_are_killed_or_hang_lose_nothing(
-    model: Path, tmp_path: Path, faultless: Faultless, outcomes: list[Outcome]
+    model: Path, tmp_path: Path, faultless: Faultless, accept: Accept
 ) -> None:
     """A device SIGKILLed, a device and then the base model stopped for a while: a job each."""
     found = []
@@ -106,8 +106,8 @@ async def test_actors_that_are_killed_or_hang_lose_nothing(
         handle, fault = await started(client, fault_job(), at=4), time.time()
         await hang(base_model_pid())
         await judged("base model", f"SIGSTOP for {HANG_SECONDS:g} s, then SIGCONT", handle, fault)
-    outcomes += found
-    assert all(outcome.good for outcome in found), found
+    for outcome in found:
+        accept(outcome)
 
 
 async def hang(pid: int) -> None:

@@ -18,7 +18,7 @@ from cola_runtime.jobs.database import Database
 from cola_runtime.storage import objects
 from cola_runtime.testing.exactness import service_for, tenant_client
 from cola_runtime.testing.in_process import running_in_process
-from tests.faults.judging import MODEL, WAIT_SECONDS, Faultless, Outcome, fault_job, judge
+from tests.faults.judging import MODEL, WAIT_SECONDS, Accept, Faultless, fault_job, judge
 from tests.faults.processes import Zygote, finish, fleet, reach, submit
 
 OUTAGE_SECONDS = 3.0
@@ -86,7 +86,7 @@ async def test_a_storage_that_fails_for_a_while_fails_no_job(
     model: Path,
     tmp_path: Path,
     faultless: Faultless,
-    outcomes: list[Outcome],
+    accept: Accept,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     outage = Outage(fail)
@@ -99,8 +99,7 @@ async def test_a_storage_that_fails_for_a_while_fails_no_job(
             await asyncio.sleep(OUTAGE_SECONDS)
         await handle.wait(WAIT_SECONDS)
         outcome = await judge(handle, faultless, part="storage", case=case, faults=[fault], data_dir=tmp_path)
-    outcomes.append(outcome)
-    assert outcome.good, outcome
+    accept(outcome)
 
 
 @asynccontextmanager
@@ -111,7 +110,7 @@ async def lasting(outage: Outage) -> AsyncIterator[float]:
 
 
 async def test_a_disk_that_takes_no_more_for_a_while_fails_no_job(
-    model: Path, tmp_path: Path, faultless: Faultless, outcomes: list[Outcome]
+    model: Path, tmp_path: Path, faultless: Faultless, accept: Accept
 ) -> None:
     """The kernel refuses to let the coordinator's files grow: its database and its objects alike."""
     zygote = Zygote()
@@ -137,5 +136,4 @@ async def test_a_disk_that_takes_no_more_for_a_while_fails_no_job(
                 )
     finally:
         zygote.close()
-    outcomes.append(outcome)
-    assert outcome.good, outcome
+    accept(outcome)

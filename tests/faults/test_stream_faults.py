@@ -23,7 +23,7 @@ from cola_runtime.testing.chaos_proxy import byte_proxy, frame_proxy
 from cola_runtime.testing.exactness import service_for, tenant_client
 from cola_runtime.testing.in_process import JOIN_TOKEN, InProcessDevices, running_base_model
 from cola_runtime.types import BaseModelDescription
-from tests.faults.judging import MODEL, WAIT_SECONDS, Faultless, Outcome, fault_job, judge
+from tests.faults.judging import MODEL, WAIT_SECONDS, Accept, Faultless, fault_job, judge
 
 PROXIES = {"bytes": byte_proxy, "frames": frame_proxy}
 HEALS_AFTER_SECONDS = {"coordinator": 5.0, "base model": 18.0}  # later than a stalled peer is given up
@@ -124,7 +124,7 @@ async def heal(case: StreamCase, chaos: Chaos) -> float:
     [pytest.param(case, id=case.name, marks=[pytest.mark.quick] if case.quick else []) for case in cases()],
 )
 async def test_a_faulty_stream_costs_no_step(
-    case: StreamCase, model: Path, tmp_path: Path, faultless: Faultless, outcomes: list[Outcome]
+    case: StreamCase, model: Path, tmp_path: Path, faultless: Faultless, accept: Accept
 ) -> None:
     chaos = Chaos(
         StreamFault(kind=case.kind, way=case.way, at=AT[case.link, case.proxy], bytes_per_second=50_000)
@@ -146,5 +146,4 @@ async def test_a_faulty_stream_costs_no_step(
         outcome = await judge(
             handle, faultless, part="stream", case=case.name, faults=faults, data_dir=tmp_path
         )
-    outcomes.append(outcome)
-    assert outcome.good, outcome
+    accept(outcome)

@@ -12,6 +12,8 @@ from cola_runtime.cli.job_views import print_job
 from cola_runtime.client.job_handle import AsyncJobHandle
 from cola_runtime.client.values import Event
 from cola_runtime.errors import InvalidInput
+from cola_runtime.scheduler.policy import FairQueue
+from cola_runtime.scheduler.waiting import Waiting
 from cola_runtime.spec import JobSpec, parse_job_spec
 from cola_runtime.testing.exactness import four_tenants, service_for, tenant_client
 from cola_runtime.testing.in_process import running_in_process
@@ -34,13 +36,21 @@ async def event(handle: AsyncJobHandle, kind: str) -> Event:
 
 
 async def test_a_missed_deadline_is_an_event_and_ends_the_job_only_if_it_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.set_num_threads(1)
     model = save_tiny_model("gpt2", tmp_path / "model")
     settings = service_for(tmp_path / "service", model=model, name="tiny", dtype="float32")
     settings = settings.model_copy(update={"devices": settings.devices.model_copy(update={"count": 0})})
     training = four_tenants("tiny", steps=3, encoding="auto")[0].training
+    queued: list[tuple[Waiting, float]] = []
+    add = FairQueue.add
+
+    def add_and_note(queue: FairQueue, waiting: Waiting, *, now: float) -> None:
+        queued.append((waiting, now))
+        add(queue, waiting, now=now)
+
+    monkeypatch.setattr(FairQueue, "add", add_and_note)
     async with (
         running_in_process(settings) as (service, devices),
         await tenant_client(service, "a") as client,
@@ -64,6 +74,8 @@ async def test_a_missed_deadline_is_an_event_and_ends_the_job_only_if_it_says_so
         print_job(done)
         assert f"{done.deadline_at}, missed" in capsys.readouterr().out
         assert (await paused.refresh()).state == "paused"
+    in_danger = {(waiting.job_id, waiting.in_danger(now)) for waiting, now in queued}
+    assert in_danger == {(late.job_id, True), (in_time.job_id, False)}
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ async def test_a_job_goes_only_to_devices_of_the_classes_it_accepts(
         token = (await at.operator.create_join_token("community")).token
         async with at.device("garage", token):
             careful = await at.operator.submit(job("careful"), training=ROWS)
-            await waits(careful, "accepts devices of trust trusted only, which garage is not")
+            await waits(careful, "garage cannot train it: the job accepts devices of trust trusted only")
             open_ = await at.operator.submit(job("open", "community"), training=ROWS)
             assert (await open_.wait(WAIT_SECONDS)).state == "succeeded"
             assert {step.device_id for step in await open_.metrics()} == {"garage"}

@@ -8,12 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from cola_runtime.adapters.adapter import initial_weights
+from cola_runtime.base_model.model import TappedModel
 from cola_runtime.client.values import Job, JobEstimate
 from cola_runtime.errors import InvalidInput, QuotaExceeded
+from cola_runtime.jobs.plan import training_plan
+from cola_runtime.server.estimates import bank_bytes
 from cola_runtime.spec import JobSpec
 from cola_runtime.testing.exactness import MixedJob, four_tenants, service_for, tenant_client
 from cola_runtime.testing.in_process import running_in_process
 from cola_runtime.testing.tiny_models import save_tiny_model
+from cola_runtime.types import Lease
 
 STEPS = 3
 WAIT_SECONDS = 60.0
@@ -98,3 +103,26 @@ async def test_what_would_be_refused_is_refused_and_the_queue_is_counted(tmp_pat
             await alice.estimate(job.spec, training=job.training)
         with pytest.raises(InvalidInput):
             await alice.estimate(job.spec, training=b"{}\n")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"adapter": {"rank": 3}},
+        {"adapter": {"kind": "linear", "bias": True}, "max_staleness": 1},
+        {"adapter": {"kind": "mlp", "hidden": 5}},
+        {"adapter": {"kind": "linearized_lora", "rank": 2}},
+        {"adapter": {"kind": "linearized_lora", "rank": 2, "initial_b": "zero"}},
+        {"task": {"kind": "sequence_classification", "labels": 3}},
+    ],
+)
+def test_memory_is_what_the_bank_holds(fields: dict[str, object], tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    model = TappedModel.load(save_tiny_model("llama", tmp_path), dtype="bfloat16")
+    base = model.describe("tiny", "")
+    spec = JobSpec.model_validate({"name": "a", "base_model": "tiny", **fields})
+    plan = training_plan(spec, base, total_steps=1)
+    lease, weights = Lease(job_id="job-a", epoch=1, device_id="d"), initial_weights(plan.adapter)
+    for version in range(1 + plan.max_staleness):
+        model.install(lease, plan.adapter, version, weights, max_staleness=plan.max_staleness)
+    assert bank_bytes(plan, base) == model.bank_bytes.model_device

@@ -14,6 +14,7 @@ from cola_runtime.config import DeviceSettings
 from cola_runtime.errors import ColaError, ProtocolError
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.proto import control_pb2
+from cola_runtime.scheduler.connected_device import check_speed
 from cola_runtime.scheduler.device_gate import DeviceGate
 from cola_runtime.scheduler.device_pool import DevicePool
 from cola_runtime.scheduler.leases import LeaseBook, LeaseLost
@@ -101,6 +102,13 @@ async def test_a_heartbeat_that_is_no_time_puts_it_out(bench: Bench, busy: float
     await bench.send(heartbeat=control_pb2.Heartbeat(busy_seconds=busy))
     error = await bench.put_out()
     assert (type(error), error.reason) == (ProtocolError, "CONTROL_INVALID")
+
+
+@pytest.mark.parametrize("speed", [math.nan, math.inf, -1.0])
+def test_a_speed_that_no_device_has_is_not_let_in(speed: float) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        check_speed(control_pb2.DeviceHello(numbers_per_second=speed))
+    assert caught.value.reason == "CONTROL_INVALID"
 
 
 async def test_what_only_a_coordinator_sends_puts_it_out(bench: Bench) -> None:

@@ -83,3 +83,17 @@ async def test_closing_a_lease_ends_waits_on_it() -> None:
     book.close(LEASE)
     with pytest.raises(LeaseLost, match="no longer open"):
         await waiter
+
+
+async def test_a_lost_link_takes_the_leases_that_had_begun_and_leaves_one_that_opens() -> None:
+    """As when a device died and is back: word of its old stream comes behind its new lease."""
+    book = LeaseBook()
+    begun, opening = LEASE, Lease(job_id="job-2", epoch=1, device_id="d0")
+    book.open(begun)
+    book.open(opening)
+    book.applied(StepApplied(lease=begun, version=0))
+    book.lose_link("d0", reason="DEVICE_LINK_LOST", message="it left the base model")
+    with pytest.raises(LeaseLost, match="it left"):
+        book.check(begun)
+    book.applied(StepApplied(lease=opening, version=0))
+    assert (await book.wait_version(opening, 0, timeout_seconds=5)).version == 0

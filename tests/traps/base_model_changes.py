@@ -96,8 +96,8 @@ BASE_MODEL_CHANGES: tuple[Change, ...] = (
         8,
         "query heads of long rows dealt out to the wrong key head",
         "test_long_rows_take_flash_attention_and_keep_their_gradient",
-        "base_model/attention.py",
-        ("keys_BKTE.repeat_interleave(self.groups, dim=1)", "keys_BKTE.repeat(1, self.groups, 1, 1)"),
+        "base_model/attention_kernels.py",
+        ("keys_BKTE.repeat_interleave(groups, dim=1)", "keys_BKTE.repeat(1, groups, 1, 1)"),
     ),
     changed(
         8,

@@ -107,8 +107,8 @@ TRAINING_CHANGES: tuple[Change, ...] = (
         "test_every_tenant_gets_the_gradient_and_loss_it_gets_alone",
         "gradients/taps.py",
         (
-            "torch.mm(grad_NO.T, x_NI, out=product[:, :-1])",
-            "torch.mm(grad_NO.T / len(x_NI), x_NI, out=product[:, :-1])",
+            "torch.matmul(grad_NO.mT, x_NI, out=product[..., :-1])",
+            "torch.matmul(grad_NO.mT / x_NI.shape[-2], x_NI, out=product[..., :-1])",
         ),
     ),
     changed(
@@ -116,7 +116,7 @@ TRAINING_CHANGES: tuple[Change, ...] = (
         "labels normalised over the mixed batch",
         "test_every_tenant_gets_the_gradient_and_loss_it_gets_alone",
         "base_model/segments.py",
-        ("scales = label_weights / denominators[row]", "scales = label_weights / label_weights.sum()"),
+        ("scales_K = weights_K / denominators[owners_K]", "scales_K = weights_K / weights_K.sum()"),
     ),
     changed(
         3,

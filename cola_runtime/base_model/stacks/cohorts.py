@@ -16,11 +16,12 @@ from cola_runtime.adapter_spec import input_dropout
 from cola_runtime.adapters.adapter import torch_dtype
 from cola_runtime.adapters.dropout import SegmentDropout
 from cola_runtime.base_model.layout import Piece
-from cola_runtime.base_model.segments import Cohort
+from cola_runtime.base_model.segments import Cohort, Member
 from cola_runtime.base_model.stacks.protocol import CohortRows, Kept, SiteStack
 from cola_runtime.base_model.stacks.taps import GroupTaps
-from cola_runtime.base_model.tap_carrier import TapOutlet
+from cola_runtime.base_model.tap_carrier import Recipients, TapOutlet
 from cola_runtime.base_model.workspace import Workspace
+from cola_runtime.gradients.taps import TapSink
 from cola_runtime.types import Row, Site
 
 Stacks = dict[int, list[SiteStack]]
@@ -41,9 +42,8 @@ def group_stacks(
     """The stacks of one mixed batch."""
     stacks: Stacks = {}
     for number, cohort in enumerate(cohorts):
-        flats = tuple(member.adapter.flat for member in cohort.members)
-        if len(flats) > 1 and space.device.type == "cuda":
-            flats = (_beside(flats, space, f"cohort{number}"),)
+        flats = gathered_flats(cohort, number, space)
+        scalings = part_scalings(cohort, number, space)
         for piece in cohort.members[0].adapter.layout.pieces:
             for group, sites in piece.layout.groups.items():
                 of_source = group in places.source_groups
@@ -53,7 +53,7 @@ def group_stacks(
                     flats,
                     rows,
                     tuple(places.positions[site.index] for site in sites),
-                    None if outlet is None else cohort_taps(cohort, sites[0], rows.scalings, outlet),
+                    None if outlet is None else cohort_taps(cohort, sites[0], scalings[piece.part], outlet),
                     space,
                 )
                 lasts = len(flats) == 1  # views of the bank itself, or of the step's copy of it
@@ -102,12 +102,36 @@ class GatheredStack:
         return blocks
 
 
-def _beside(flats: Sequence[Tensor], space: Workspace, name: str) -> Tensor:
-    """[S, P]: on an accelerator one copy of whole adapters a step costs less than asking for many small ones,
-    and its batched products take blocks that are apart.
+def gathered_flats(cohort: Cohort, number: int, space: Workspace) -> tuple[Tensor, ...]:
+    """Each adapter's vector [P] in the bank; on a CUDA device one [S, P] in a buffer, for the step.
+
+    There one copy of whole adapters costs less than asking for many small ones, and batched products take
+    blocks that are apart.
     """
-    memory_SP = space.tensor(name, (len(flats), len(flats[0])), flats[0].dtype)
-    return torch.stack(list(flats), out=memory_SP)
+    flats = [member.adapter.flat for member in cohort.members]
+    if space.device.type != "cuda":
+        return tuple(flats)
+    memory_SP = space.tensor(f"cohort{number}", (len(flats), len(flats[0])), flats[0].dtype)
+    return (torch.stack(flats, out=memory_SP),)
+
+
+def part_scalings(cohort: Cohort, number: int, space: Workspace) -> list[Tensor]:
+    """Of each part of the adapters: s of every segment, [S], in the wire's dtype; on CUDA in buffers."""
+    dtype = torch_dtype(cohort.members[0].adapter.spec)
+    values = zip(*(_scalings(member) for member in cohort.members), strict=True)
+    made = [torch.tensor(of_part, dtype=dtype) for of_part in values]
+    if space.device.type != "cuda":
+        return made
+    return [
+        space.tensor(f"cohort{number}.scalings{part}", tuple(scalings_S.shape), dtype).copy_(
+            scalings_S.pin_memory(), non_blocking=True
+        )
+        for part, scalings_S in enumerate(made)
+    ]
+
+
+def _scalings(member: Member) -> list[float]:
+    return [part.kind.scaling for part in member.adapter.spec.parts]
 
 
 def _rows(cohort: Cohort, number: int, *, of_source: bool, train: bool) -> CohortRows:
@@ -148,14 +172,20 @@ def _seen(row: Row, *, of_source: bool) -> int | None:
     return len(row.source)
 
 
-def cohort_taps(cohort: Cohort, site: Site, scalings: tuple[float, ...], outlet: TapOutlet) -> GroupTaps:
+def cohort_taps(cohort: Cohort, site: Site, scalings_S: Tensor, outlet: TapOutlet) -> GroupTaps:
     """Where the taps of one cohort's part at a site's input group go."""
     return GroupTaps(
         cohort.taps.encoding_of(site.input_group),
         site=site,
+        recipients=recipients_of(cohort, outlet.sink),
+        scalings_S=scalings_S,
+        carrier=outlet.carrier,
+    )
+
+
+def recipients_of(cohort: Cohort, sink: TapSink) -> Recipients:
+    return Recipients(
         segments=[member.position for member in cohort.members],
-        scalings=scalings,
         loss_scales=[member.loss_scale for member in cohort.members],
-        dtype=torch_dtype(cohort.members[0].adapter.spec),
-        outlet=outlet,
+        sink=sink,
     )

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from cola_runtime.adapter_spec import LoraKind
 from cola_runtime.adapters.features import input_weight, outer, output_matrix, output_weight, times
-from cola_runtime.base_model.accelerator import constants
 from cola_runtime.base_model.stacks.protocol import CohortRows, Kept, by_input_group
 from cola_runtime.base_model.stacks.taps import GroupTaps
 from cola_runtime.types import Site, TensorKey, TensorKind
@@ -118,7 +117,7 @@ class LoraStack:
     ) -> dict[TensorKey, Tensor]:
         assert self.taps is not None
         grad_a_SQI = outer(gb_SMQ, x_SMI, self.factors.sites[0]).to(self.taps.dtype)
-        scalings_S11 = constants(self.taps.scalings, self.taps.dtype, x_SMI.device)[:, None, None]
+        scalings_S11 = self.taps.scalings_S[:, None, None]
         gradients: dict[TensorKey, Tensor] = {}
         for site, grad_a_SRI, h_SMR, grad_SMO in zip(
             self.factors.sites,

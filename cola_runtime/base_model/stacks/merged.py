@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cola_runtime.adapters.adapter import torch_dtype
 from cola_runtime.base_model.bank import MergedAdapter
 from cola_runtime.base_model.segments import Cohort
 from cola_runtime.base_model.site_groups import SiteGroup
@@ -40,9 +41,10 @@ def tap_stacks(
     for cohort in cohorts:
         members = tuple(m.adapter.merged for m in cohort.members if m.adapter.merged is not None)
         rows = CohortRows(cohort.span, (1.0,) * len(members))
+        ones_S = torch.ones(len(members), dtype=torch_dtype(cohort.members[0].adapter.spec))
         for piece in cohort.members[0].adapter.layout.pieces:
             for group, sites in piece.layout.groups.items():
-                taps = cohort_taps(cohort, sites[0], rows.scalings, outlet)
+                taps = cohort_taps(cohort, sites[0], ones_S, outlet)
                 places = tuple(positions[site.index] for site in sites)
                 stacks.setdefault(group, []).append(TapStack(rows, places, sites, members, taps))
     return stacks

@@ -6,12 +6,12 @@ Shapes: S segments, M tokens of one segment, I in_features, O out_features.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from cola_runtime.base_model.accelerator import constants
-from cola_runtime.base_model.tap_carrier import TapOutlet
+from cola_runtime.base_model.tap_carrier import Delivery, Recipients, TapCarrier
 from cola_runtime.gradients.taps import (
     Tap,
     activation_tensors,
@@ -33,43 +33,44 @@ class GroupTaps:
         encoding: Encoding,
         *,
         site: Site,
-        segments: Sequence[int],
-        scalings: Sequence[float],
-        loss_scales: Sequence[float],
-        dtype: torch.dtype,
-        outlet: TapOutlet,
+        recipients: Recipients,
+        scalings_S: Tensor,
+        carrier: TapCarrier,
     ) -> None:
-        self.scalings = scalings  # s of each segment
-        self.dtype = dtype  # of gradients on the wire
+        self.scalings_S = scalings_S  # s of each segment, in the wire's dtype
         self._encoding = encoding
         self._site = site  # any of those that share x
-        self._loss_scales = loss_scales  # of each segment's loss, and so of everything that comes in here
-        self._segments = segments  # positions in BaseStep.segments
-        self._outlet = outlet
+        self._recipients = recipients
+        self._carrier = carrier
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of gradients on the wire."""
+        return self.scalings_S.dtype
 
     def emit(self, x_SMI: Tensor, grads_SMO: Mapping[int, Tensor], own: OwnGradients) -> None:
         """`grads_SMO`: g by site index. `own`'s tensors are handed on as they are: give them away."""
         if self._encoding is Encoding.ADAPTER_GRADIENT:
             self._carry(own())
             return
-        if self._outlet.carrier.crosses:
+        if self._carrier.crosses:
             self._emit_stacked(x_SMI, grads_SMO)
             return
         activations = self._encoding is Encoding.ACTIVATIONS
         rows = used_rows(list(grads_SMO.values())) if activations else []
-        for s, segment in enumerate(self._segments):
+        recipients = self._recipients
+        for s, segment in enumerate(recipients.segments):
             x_MI, grads = x_SMI[s], {site: grad[s] for site, grad in grads_SMO.items()}
             tensors = (
                 activation_tensors(x_MI, grads, rows[s])
                 if activations
                 else product_tensors(x_MI, grads, self._site, self.dtype)
             )
-            self._outlet.sink(Tap(segment, self._unscaled(tensors, s)))
+            recipients.sink(Tap(segment, self._unscaled(tensors, recipients.loss_scales[s])))
 
     def scale(self, grad: Tensor) -> Tensor:
         """s times a gradient [S, ...], in the wire's dtype; a new tensor."""
-        scalings = constants(self.scalings, self.dtype, grad.device)
-        return grad.to(self.dtype) * scalings.view(-1, *(1,) * (grad.ndim - 1))
+        return grad.to(self.dtype) * self.scalings_S.view(-1, *(1,) * (grad.ndim - 1))
 
     def _emit_stacked(self, x_SMI: Tensor, grads_SMO: Mapping[int, Tensor]) -> None:
         """All segments at once, in as few operations as there are sites.
@@ -81,33 +82,29 @@ class GroupTaps:
             return
         sites = list(grads_SMO)
         tensors = [any_used(list(grads_SMO.values())), *map(_copied, (x_SMI, *grads_SMO.values()))]
-        self._outlet.carrier.carry(tensors, lambda copies: self._hand_out_used(sites, copies))
+        self._carrier.carry(tensors, Delivery(self._recipients, partial(self._hand_out_used, sites)))
 
-    def _hand_out_used(self, sites: Sequence[int], copies: Sequence[Tensor]) -> None:
+    def _hand_out_used(self, sites: Sequence[int], to: Recipients, copies: Sequence[Tensor]) -> None:
         used_SM, x_SMI, *grads_SMO = copies
-        for s, segment in enumerate(self._segments):
+        for s, segment in enumerate(to.segments):
             grads = {site: grad[s] for site, grad in zip(sites, grads_SMO, strict=True)}
             rows_K = None if used_SM[s].all() else used_SM[s].nonzero().squeeze(1)
             tensors = activation_tensors(x_SMI[s], grads, rows_K)
-            self._outlet.sink(Tap(segment, self._unscaled(tensors, s)))
+            to.sink(Tap(segment, self._unscaled(tensors, to.loss_scales[s])))
 
     def _carry(self, gradients: Mapping[TensorKey, Tensor]) -> None:
-        keys = list(gradients)
-        self._outlet.carrier.carry(
-            list(gradients.values()),
-            lambda copies: self._hand_out(dict(zip(keys, copies, strict=True))),
-        )
+        delivery = Delivery(self._recipients, partial(self._hand_out, list(gradients)))
+        self._carrier.carry(list(gradients.values()), delivery)
 
-    def _hand_out(self, gradients: Mapping[TensorKey, Tensor]) -> None:
+    def _hand_out(self, keys: Sequence[TensorKey], to: Recipients, gradients: Sequence[Tensor]) -> None:
         """One dict per segment out of the stacked gradients; views, no copies."""
-        by_key = [gradient.unbind(0) for gradient in gradients.values()]
+        by_key = [gradient.unbind(0) for gradient in gradients]
         for s, tensors in enumerate(zip(*by_key, strict=True)):
-            tap = self._unscaled(dict(zip(gradients, tensors, strict=True)), s)
-            self._outlet.sink(Tap(self._segments[s], tap))
+            tap = self._unscaled(dict(zip(keys, tensors, strict=True)), to.loss_scales[s])
+            to.sink(Tap(to.segments[s], tap))
 
-    def _unscaled(self, tensors: dict[TensorKey, Tensor], s: int) -> dict[TensorKey, Tensor]:
+    def _unscaled(self, tensors: dict[TensorKey, Tensor], scale: float) -> dict[TensorKey, Tensor]:
         """Divided by the segment's loss scale, exactly: in the wire's dtype, which is wider than float16."""
-        scale = self._loss_scales[s]
         if scale == 1.0:
             return tensors
         return {
