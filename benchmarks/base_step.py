@@ -2,7 +2,7 @@
 
     python benchmarks/base_step.py [--quick] [--json] [--seed N] [--accelerator cuda]
 
-SmolLM2-135M, every token a label, B rows of T tokens. The sides take turns, round by round, in one process:
+SmolLM2-135M, every token a label (of completions the second half), B rows of T tokens. The sides take turns, round by round, in one process:
   floor            forward and backward of the bare transformers model down to its input embeddings
   mixed            our step of B tenants, LoRA r = 8 on all seven projections, adapter_gradient taps
   linear           the same with full-rank adapters on q and v (everywhere they would be the model again)
@@ -99,10 +99,12 @@ class Case:
     rounds: int
     warmup: int
     sides: tuple[str, ...]
+    prompt: int = 1  # tokens at a row's start that are no labels
 
     @property
     def name(self) -> str:
-        return f"{self.tenants}x{self.tokens}_{self.dtype}"
+        completions = "" if self.prompt == 1 else "_completions"
+        return f"{self.tenants}x{self.tokens}_{self.dtype}{completions}"
 
 
 CASES = (
@@ -122,6 +124,7 @@ CASES = (
         warmup=1,
         sides=("mixed", "mixed_kinds", *PEFT_SIDES),
     ),
+    Case(tenants=16, tokens=32, dtype="bfloat16", rounds=9, warmup=1, sides=("mixed",), prompt=16),
 )
 QUICK_CASES = (
     Case(tenants=8, tokens=32, dtype="float32", rounds=1, warmup=0, sides=(*TOP_SIDES, "mixed_kinds")),
@@ -171,10 +174,10 @@ def run_case(path: Path, case: Case, *, seed: int) -> dict[str, Any]:
     tokens_BT = tokens_of(rows_BT)
     stock, ours = Stock(path, case.dtype), Ours(path, case.dtype)
     attention = stock.choose_attention(tokens_BT[: case.tenants // 2])
-    sides: dict[str, Callable[[], object]] = {"floor": partial(stock.step, tokens_BT)}
+    sides: dict[str, Callable[[], object]] = {"floor": partial(stock.step, tokens_BT, case.prompt)}
     prepare: dict[str, Callable[[], object]] = {}
     for side in case.sides:
-        team = _add_team(ours, side, rows_BT)
+        team = _add_team(ours, side, rows_BT, case.prompt)
         if team is not None:
             encoding = MERGED_SIDES[side].encoding if side in MERGED_SIDES else Encoding.ADAPTER_GRADIENT
             sides[side], prepare[side] = partial(ours.step, team, encoding), partial(ours.put_in_place, team)
@@ -214,10 +217,10 @@ def memory(path: Path, kinds: tuple[str, ...], *, seed: int) -> dict[str, Any]:
     }
 
 
-def _add_team(ours: Ours, side: str, rows_BT: NDArray[np.int32]) -> str | None:
+def _add_team(ours: Ours, side: str, rows_BT: NDArray[np.int32], prompt: int) -> str | None:
     """Install the side's team, unless another side has the same; its name. None: the side is not ours."""
     if side in KIND_SIDES:
-        ours.add_team(side, rows_BT, tenants=len(rows_BT), kinds=KIND_SIDES[side])
+        ours.add_team(side, rows_BT, tenants=len(rows_BT), kinds=KIND_SIDES[side], prompt=prompt)
         return side
     if side not in MERGED_SIDES:
         return None

@@ -72,11 +72,11 @@ class Stock:
         self._model.set_attn_implementation(best)
         return best
 
-    def step(self, tokens_BT: Tensor) -> None:
-        """Forward and backward down to the input embeddings."""
+    def step(self, tokens_BT: Tensor, prompt: int = 1) -> None:
+        """Forward and backward down to the input embeddings; the first `prompt` tokens are no labels."""
         embedded_BTD = self._model.get_input_embeddings()(tokens_BT).requires_grad_(True)
         logits_BTV = self._model(inputs_embeds=embedded_BTD, use_cache=False).logits
-        _loss(logits_BTV, tokens_BT).backward()
+        _loss(logits_BTV, tokens_BT, prompt).backward()
 
 
 class Ours:
@@ -103,17 +103,18 @@ class Ours:
         tenants: int,
         kinds: tuple[AdapterKind, ...] = (LORA,),
         merged: bool = False,
+        prompt: int = 1,
     ) -> None:
         """Install `tenants` adapters, of each kind in turn, and deal the rows out to them.
 
-        A merged team is one gang.
+        A merged team is one gang. The first `prompt` tokens of a row are no labels.
         """
         gang = Gang(name=f"group/{name}", combine="mean") if merged else None
         segments, seconds = [], []
         drawn = {kind: initial_weights(_spec(kind, self.sites)) for kind in kinds[:tenants]}
         for number, rows in enumerate(np.array_split(rows_BT, tenants)):
             spec = _spec(kinds[number % len(kinds)], self.sites)
-            segment = _segment(f"{name}-{number}", rows, gang)
+            segment = _segment(f"{name}-{number}", rows, gang, prompt)
             weights = drawn[kinds[number % len(kinds)]]
             membership = Membership(gang=gang) if gang else None
             started = time.thread_time()
@@ -236,8 +237,8 @@ def _spec(kind: AdapterKind, sites: tuple[Site, ...]) -> AdapterSpec:
     return AdapterSpec(parts=(AdapterPart(kind=kind, sites=kind_sites(kind, sites)),), seed=0)
 
 
-def _segment(job_id: str, rows_BT: NDArray[np.int32], gang: Gang | None) -> Segment:
-    rows = tuple(_row(row_T) for row_T in rows_BT)
+def _segment(job_id: str, rows_BT: NDArray[np.int32], gang: Gang | None, prompt: int) -> Segment:
+    rows = tuple(_row(row_T, prompt) for row_T in rows_BT)
     return Segment(
         lease=Lease(job_id=job_id, epoch=1, device_id="device"),
         version=0,
@@ -247,9 +248,9 @@ def _segment(job_id: str, rows_BT: NDArray[np.int32], gang: Gang | None) -> Segm
     )
 
 
-def _row(tokens_T: NDArray[np.int32]) -> Row:
+def _row(tokens_T: NDArray[np.int32], prompt: int = 1) -> Row:
     weights_T = np.ones(len(tokens_T), np.float32)
-    weights_T[0] = 0.0
+    weights_T[:prompt] = 0.0
     return Row(tokens=tokens_T, weights=weights_T)
 
 
@@ -268,6 +269,6 @@ def _stock_model(path: Path, dtype: str, attention: str, accelerator: Accelerato
     return model.to(accelerator.device).eval()
 
 
-def _loss(logits_BTV: Tensor, tokens_BT: Tensor) -> Any:
-    flat_KV = logits_BTV[:, :-1].float().flatten(0, 1)
-    return cross_entropy(flat_KV, tokens_BT[:, 1:].flatten())
+def _loss(logits_BTV: Tensor, tokens_BT: Tensor, prompt: int = 1) -> Any:
+    flat_KV = logits_BTV[:, prompt - 1 : -1].float().flatten(0, 1)
+    return cross_entropy(flat_KV, tokens_BT[:, prompt:].flatten())
