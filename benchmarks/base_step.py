@@ -2,7 +2,8 @@
 
     python benchmarks/base_step.py [--quick] [--json] [--seed N] [--accelerator cuda]
 
-SmolLM2-135M, every token a label (of completions the second half), B rows of T tokens. The sides take turns, round by round, in one process:
+SmolLM2-135M, every token a label (of completions the second half), B rows of T tokens. The sides take turns,
+round by round, in one process:
   floor            forward and backward of the bare transformers model down to its input embeddings
   mixed            our step of B tenants, LoRA r = 8 on all seven projections, adapter_gradient taps
   linear           the same with full-rank adapters on q and v (everywhere they would be the model again)
