@@ -28,7 +28,7 @@ from tests.faults.judging import MODEL, WAIT_SECONDS, Accept, Faultless, fault_j
 PROXIES = {"bytes": byte_proxy, "frames": frame_proxy}
 HEALS_AFTER_SECONDS = {"coordinator": 5.0, "base model": 18.0}  # later than a stalled peer is given up
 AT = {  # a unit in the middle of the job, on each link and way
-    ("base model", "frames"): 100,
+    ("base model", "frames"): 12,
     ("base model", "bytes"): 12,
     ("coordinator", "frames"): 3,
     ("coordinator", "bytes"): 8,

@@ -32,13 +32,14 @@ from cola_runtime.transport.frames import (
     control_frame,
     tensor_frames,
 )
+from cola_runtime.transport.packs import PackedTensors, ReceivedPack, pack_frame, pack_index
 from cola_runtime.transport.reader import FrameLimits, FrameReader, ReceivedTensor
 from cola_runtime.transport.status import error_from_rpc
-from cola_runtime.types import TensorKind
+from cola_runtime.types import TensorKey, TensorKind
 from tests.fuzz.messages import NUMBERS, Messages
 from tests.fuzz.vitals import check_came_back, vitals
 
-LIMITS = FrameLimits(max_tensor_bytes=1 << 16, max_open_tensors=4, max_open_bytes=1 << 17)
+LIMITS = FrameLimits(max_tensor_bytes=1 << 16, max_open_tensors=4, max_open_bytes=1 << 17, packs=True)
 STREAM_SECONDS = 20.0
 CONTROL = control_pb2.DESCRIPTOR.message_types_by_name["DeviceControl"]
 
@@ -61,8 +62,16 @@ class Frames:
             kind=draw.choice(list(TensorKind)),
             site=draw.getrandbits(16),
         )
+        if draw.random() < 0.3:
+            return self._pack(address)
         tensor = WireTensor(dtype=DType.UINT8, shape=(size,), data=memoryview(draw.randbytes(size)))
         return b"".join(bytes(part) for frame in tensor_frames(address, tensor) for part in frame)
+
+    def _pack(self, address: TensorAddress) -> bytes:
+        keys = tuple(TensorKey(address.site + number, address.kind) for number in range(2))
+        index = pack_index(keys, ((3,), (2, 2)))
+        tensors = PackedTensors(DType.UINT8, index, [memoryview(self.draw.randbytes(n)) for n in (3, 4)])
+        return b"".join(bytes(part) for part in pack_frame(address, tensors))
 
     def bad(self) -> bytes:
         draw, frame = self.draw, bytearray(self.good())
@@ -82,7 +91,7 @@ class Frames:
             case 1:
                 del frame[draw.randrange(len(frame)) :]
             case 2:
-                offset = draw.choice([12, 13, 14, 15, 16, 52, 56, 60, 64, 68, 72, 80])
+                offset = draw.choice([12, 13, 14, 15, 16, 52, 56, 60, 64, 68, 72, 80, *range(88, 152, 4)])
                 value = draw.choice(NUMBERS) % 2**64
                 raw = struct.pack("<Q", value)[: draw.choice([1, 4, 8])]
                 frame[offset : offset + len(raw)] = raw
@@ -100,7 +109,7 @@ def test_no_damaged_frame_gets_through_or_crashes_the_reader(request: pytest.Fix
     for _ in range(count):
         try:
             for item in reader.feed(frames.bad()):
-                if isinstance(item, ReceivedTensor):
+                if isinstance(item, ReceivedTensor | ReceivedPack):
                     assert len(item.data) <= LIMITS.max_tensor_bytes
                 ended["taken"] += 1
         except ProtocolError as error:
@@ -113,6 +122,7 @@ def test_no_damaged_frame_gets_through_or_crashes_the_reader(request: pytest.Fix
     check_came_back(before, after)
     assert ended.keys() - {"taken"} <= REASONS.keys()
     assert len(ended) >= 8, "the checks behind the checksum are reached"
+    assert ended["PACK_INVALID"] > count // 100
 
 
 class Hostile:
