@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,7 +41,10 @@ def head_losses(
     With an outlet, each head's gradient leaves as a tap, always in its own encoding: it is tiny. Where
     `grad_ND` is given, d loss / d hidden is written to the pooled rows, in place.
     """
-    places = pooling.positions(batch.starts, batch.lengths)
+    rows = len(batch.lengths)
+    # Images have no tokens of their own: how many states each has, the base model's answer says.
+    starts = batch.starts if batch.flat else np.arange(rows) * (len(hidden_ND) // rows)
+    places = pooling.positions(starts, batch.lengths)
     outcomes: dict[int, HeadOutcome] = {}
     next_row = 0
     for member in batch.members:
