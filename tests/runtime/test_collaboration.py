@@ -47,10 +47,10 @@ def gangs_of_steps(monkeypatch: pytest.MonkeyPatch) -> list[list[Gang | None]]:
     seen: list[list[Gang | None]] = []
     run = TappedModel.run
 
-    def watched(self: TappedModel, step: BaseStep, sink: Any) -> Any:
+    def watched(self: TappedModel, step: BaseStep, *how: Any, **told: Any) -> Any:
         if step.train:
             seen.append([segment.gang for segment in step.segments])
-        return run(self, step, sink)
+        return run(self, step, *how, **told)
 
     monkeypatch.setattr(TappedModel, "run", watched)
     return seen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,9 +47,9 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> set[TapPlan]:
     seen: set[TapPlan] = set()
     run = TappedModel.run
 
-    def spy(self: TappedModel, step: BaseStep, sink: object) -> object:
+    def spy(self: TappedModel, step: BaseStep, *how: Any, **told: Any) -> object:
         seen.update(segment.taps for segment in step.segments if step.train)
-        return run(self, step, sink)  # type: ignore[arg-type]
+        return run(self, step, *how, **told)
 
     monkeypatch.setattr(TappedModel, "run", spy)
     return seen
