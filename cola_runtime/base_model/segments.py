@@ -25,7 +25,7 @@ from cola_runtime.base_model.near_sizes import near_sizes
 from cola_runtime.base_model.stacks.protocol import Span
 from cola_runtime.types import Image, Row, Segment, TapPlan
 
-COHORT_TOKENS = 16  # what a further cohort costs a flat batch, in computed tokens: its own batched products
+COHORT_TOKENS = 32  # what a further cohort costs a flat batch, in computed tokens (docs/performance.md)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
