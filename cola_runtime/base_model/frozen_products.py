@@ -1,7 +1,8 @@
 """The matrix products of frozen weights, plain or with weights laid out once for the processor.
 
-On a CPU a bfloat16 product first lays its weight out in tiles, each time: as long as some 300 tokens of the
-product itself. A frozen weight can keep the tiles, one copy for each direction. The numbers are the same.
+On a CPU a bfloat16 product first lays its weight out in tiles, each time, which costs about as much as the
+product of a few hundred tokens (docs/performance.md). A frozen weight can keep the tiles, one copy for each
+direction.
 Shapes: N rows x tokens, I in_features, O out_features.
 """
 

@@ -130,19 +130,11 @@ def load_frozen_model(
     attention, `BASE_MODEL_UNSUPPORTED` where the logits are not a plain projection,
     `CHECKPOINTING_UNSUPPORTED`, and `QUANTIZATION_UNSUPPORTED`.
     """
-    if dtype not in DTYPES:
-        raise _unknown("dtype", dtype, tuple(DTYPES))
-    if attention not in ("auto", *ATTENTIONS):
-        raise _unknown("attention", attention, ("auto", *ATTENTIONS))
-    if quantization not in (UNQUANTIZED, *QUANTIZATIONS):
-        raise _unknown("quantization", quantization, (UNQUANTIZED, *QUANTIZATIONS))
+    _check_known("dtype", dtype, tuple(DTYPES))
+    _check_known("attention", attention, ("auto", *ATTENTIONS))
+    _check_known("quantization", quantization, (UNQUANTIZED, *QUANTIZATIONS))
     chosen = None if attention == "auto" else attention
-    images = None
-    if is_image_classifier(path):
-        model, images = read_image_classifier(path, DTYPES[dtype], chosen)
-        head, pooling = None, Pooling(first_token=True)
-    else:
-        model, head, pooling = _opened(path, DTYPES[dtype], chosen)
+    model, head, pooling, images = _opened(path, DTYPES[dtype], chosen)
     sites = site_catalogue(model, None if images is None else images.shape)
     tied_sites = _tied_sites(model, sites)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -184,16 +176,19 @@ def load_frozen_model(
 
 def _opened(
     path: Path, dtype: torch.dtype, attention: str | None
-) -> tuple[Any, VocabularyProjection | None, Pooling]:
+) -> tuple[Any, VocabularyProjection | None, Pooling, ImageInput | None]:
+    if is_image_classifier(path):
+        model, images = read_image_classifier(path, dtype, attention)
+        return model, None, Pooling(first_token=True), images
     if is_encoder_decoder(path):
-        return *read_encoder_decoder(path, dtype, attention), Pooling(first_token=False)
+        return *read_encoder_decoder(path, dtype, attention), Pooling(first_token=False), None
     if is_encoder(path):
         model, pooling = read_encoder(path, dtype, attention)
-        return model, None, pooling
+        return model, None, pooling, None
     model = _read(path, dtype, attention)
     head = VocabularyProjection.of(model)
     _check_plain_projection(model, head)
-    return model, head, Pooling(first_token=False)
+    return model, head, Pooling(first_token=False), None
 
 
 def _read(path: Path, dtype: torch.dtype, attention: str | None) -> Any:
@@ -299,7 +294,11 @@ def _image_trial(model: Any, images: ImageInput) -> Tensor:
     return pooled
 
 
-def _unknown(field: str, value: str, known: Sequence[str]) -> InvalidInput:
-    return InvalidInput(
-        "SPEC_INVALID", f"{field} {value!r} is unknown", where=field, remedy=f"Use one of {', '.join(known)}."
-    )
+def _check_known(field: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise InvalidInput(
+            "SPEC_INVALID",
+            f"{field} {value!r} is unknown",
+            where=field,
+            remedy=f"Use one of {', '.join(known)}.",
+        )

@@ -19,7 +19,7 @@ from cola_runtime.base_model.llama import LlamaBody
 from cola_runtime.base_model.load import LoadedModel
 from cola_runtime.base_model.loss import label_loss, segment_loss_sums
 from cola_runtime.base_model.merge import MergedWeights
-from cola_runtime.base_model.segments import Cohort, Member, MixedBatch, mixed_batch
+from cola_runtime.base_model.segments import Cohort, Member, MixedBatch, as_it_is, mixed_batch
 from cola_runtime.base_model.stacks.cohorts import GroupPlaces, Stacks, group_stacks
 from cola_runtime.base_model.stacks.merged import bias_stacks, tap_stacks
 from cola_runtime.base_model.tap_carrier import CopyingCarrier, DirectCarrier, TapCarrier, TapOutlet
@@ -57,7 +57,7 @@ class MixedPass:
 
         The last of them may still be on their way, but not those of a dynamic loss scale, which are judged.
         """
-        padded_length = _as_it_is if self._captures is None else common_length
+        padded_length = as_it_is if self._captures is None else common_length
         batch = mixed_batch(members, self.accelerator, flat=self.lays_flat, padded_length=padded_length)
         outlet = None if sink is None else TapOutlet(sink, self.carrier)
         body, stacks = self._body_and_stacks(batch, outlet)
@@ -147,10 +147,6 @@ class MixedPass:
         if loaded.encoder_decoder:
             return partial(decoder_hidden, loaded.model)
         return partial(encoder_hidden if loaded.bidirectional else causal_hidden, loaded.model)
-
-
-def _as_it_is(longest: int) -> int:
-    return longest
 
 
 def _segment_loss(

@@ -18,7 +18,7 @@ from cola_runtime.base_model.near_sizes import near_sizes
 from cola_runtime.base_model.segments import MixedBatch
 from cola_runtime.base_model.workspace import Workspace
 
-GROUP_TOKENS = 64  # what a further gathered group costs, in tokens of attention
+GROUP_TOKENS = 64  # what a further gathered group costs, in tokens of attention: chosen, not measured
 
 
 @dataclass(frozen=True, slots=True)

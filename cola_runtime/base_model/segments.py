@@ -98,12 +98,17 @@ class MixedBatch:
         return tuple(member for cohort in self.cohorts for member in cohort.members)
 
 
+def as_it_is(longest: int) -> int:
+    """Rows are padded to the longest and no further."""
+    return longest
+
+
 def mixed_batch(
     members: Sequence[Member],
     accelerator: Accelerator = HOST,
     *,
     flat: bool = False,
-    padded_length: Callable[[int], int] = lambda longest: longest,
+    padded_length: Callable[[int], int] = as_it_is,
 ) -> MixedBatch:
     """Order the segments into cohorts (stably: equal compositions give equal batches) and place their rows.
 

@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from cola_runtime.runtime.coordinator import RunningService
 
 
+CertificateFlag = Annotated[
+    Path | None, typer.Option(metavar="PEM", help="With --key: TLS, which other machines need.")
+]
+AdvertiseFlag = Annotated[
+    str | None,
+    typer.Option(metavar="HOST:PORT", help="With TLS: how devices reach their port, if not the same."),
+]
 CheckpointingFlag = Annotated[
     bool | None,
     typer.Option(
@@ -28,14 +35,9 @@ def serve(
         typer.Option("--file", "-f", metavar="SETTINGS.YAML", help="Settings; flags go over them."),
     ] = None,
     listen: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where clients dial in.")] = None,
-    certificate: Annotated[
-        Path | None, typer.Option(metavar="PEM", help="With --key: TLS, which other machines need.")
-    ] = None,
+    certificate: CertificateFlag = None,
     key: Annotated[Path | None, typer.Option(metavar="PEM", help="The certificate's private key.")] = None,
-    advertise: Annotated[
-        str | None,
-        typer.Option(metavar="HOST:PORT", help="With TLS: how devices reach their port, if not the same."),
-    ] = None,
+    advertise: AdvertiseFlag = None,
     data_dir: Annotated[
         Path | None, typer.Option(help="Job store, datasets, checkpoints, join token.")
     ] = None,
