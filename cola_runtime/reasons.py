@@ -1,7 +1,7 @@
 """Every reason that an error can have: stable names, which errors carry them, what they mean, what to do.
 
 One line a reason, by area. The errors' own messages hold the values; `docs/errors.md` is made of this table
-(`python -m cola_runtime.reasons`), and tests hold it against the code.
+(`make errors`), and tests hold it against the code.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ MERGED_TIED_WEIGHT | InvalidInput | The site's weight is another module's too, s
 MESSAGES_INVALID | InvalidInput | The chat messages are not a list of roles and contents. | Correct what the message names.
 METRIC_NOT_FINITE | InvalidInput | A metric is NaN or infinite. | Lower the learning rate; check the rows.
 METRIC_UNSUPPORTED | InvalidInput | The task has no such metric. | Use one that the message lists.
-NON_FINITE_ADAPTER | InvalidInput | An adapter's weights are NaN or infinite; nothing of them was used. | Lower the learning rate and submit again; the last good checkpoint is kept.
+NON_FINITE_ADAPTER | InvalidInput | An adapter's weights are NaN or infinite; nothing of them was used. | Lower the learning rate or set max_grad_norm, and submit again; the last good checkpoint is kept.
 NO_MODULE_MATCHED | InvalidInput | The target modules name no site of the base model. | Use names that `cola config` or the message shows.
 OBJECT_KEY_INVALID | InvalidInput | A storage key would leave the object storage. | Tell the operator: the service makes these keys itself.
 OPTIMIZER_UNKNOWN | InvalidInput | The optimizer is unknown to this device. | Install the same release on the device.
@@ -141,7 +141,7 @@ IDEMPOTENCY_CONFLICT | Conflict | The idempotency key made a job of another requ
 JOB_ENDED | Conflict | The job has ended. | Submit a new one.
 JOB_NOT_ACTIVE | Conflict | The job may not be leased in its state. | Nothing to do: it is leased when it may be.
 JOB_NOT_RUNNING | Conflict | A step came for a job that does not run. | Nothing to do: it is not recorded.
-NON_FINITE_GRADIENT | Conflict | A gradient is NaN or infinite; the step was not applied. | Lower the learning rate; check the rows.
+NON_FINITE_GRADIENT | Conflict | A gradient is NaN or infinite; the step was not applied. | Lower the learning rate or set max_grad_norm; check the rows. The last checkpoint is kept.
 PATH_EXISTS | Conflict | A folder exists and is not empty. | Give another path.
 REFERENCE_AMBIGUOUS | Conflict | A name or the start of an id fits several jobs. | Give the full job id.
 REWIND_AHEAD | Conflict | A job cannot be taken back to a version that it has not reached. | Tell the operator.

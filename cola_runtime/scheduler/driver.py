@@ -14,12 +14,13 @@ from cola_runtime.jobs.plan import TrainingPlan
 from cola_runtime.jobs.records import JobRecord, StepRecord
 from cola_runtime.jobs.state import JobState, Trigger
 from cola_runtime.jobs.store import JobStore
+from cola_runtime.reasons import REASONS
 from cola_runtime.scheduler.deadlines import Pace, seconds_until
 from cola_runtime.scheduler.device_pool import UNABLE_REASONS
 from cola_runtime.scheduler.evaluation import Evaluations
 from cola_runtime.scheduler.job_data import JobData
 from cola_runtime.scheduler.leases import LeaseLost
-from cola_runtime.scheduler.loss_watch import REMEDIES, Diverged, LossWatch
+from cola_runtime.scheduler.loss_watch import FATAL, Diverged, LossWatch
 from cola_runtime.scheduler.patience import is_outage, until_available
 from cola_runtime.scheduler.phases import JobPhase
 from cola_runtime.scheduler.primitives import AdapterPrimitives, LeasedAdapter, StepOutcome, TakenStep
@@ -333,7 +334,7 @@ class JobDriver:
             return
         progress.losses = progress.losses + 1 if record.version == progress.version else 1
         progress.version = record.version
-        if lost.reason in REMEDIES:
+        if lost.reason in FATAL:
             raise Diverged(lost.reason, lost.message)
         if progress.losses >= MAX_LOSSES_WITHOUT_PROGRESS:
             raise JobFailed(
@@ -350,7 +351,7 @@ class JobDriver:
 
     async def _give_up(self, diverged: Diverged) -> None:
         """Fail or pause, as the job asks; its last checkpoint is kept."""
-        error = JobFailed(diverged.reason, diverged.message, remedy=REMEDIES[diverged.reason])
+        error = JobFailed(diverged.reason, diverged.message, remedy=REASONS[diverged.reason].remedy)
         data = {"reason": diverged.reason}
         await until_available(
             lambda: self._store.add_event(

@@ -7,20 +7,19 @@ from cola_runtime.jobs.watchdog import diverged, losses_needed, not_finite
 from cola_runtime.scheduler.patience import until_available
 from cola_runtime.spec import WatchdogSpec
 
-_LOWER_RATE = "Lower the learning rate or set max_grad_norm; the last checkpoint is kept."
-REMEDIES = {  # of what would be the same if it were tried again
-    "NON_FINITE_GRADIENT": _LOWER_RATE,
-    "NON_FINITE_ADAPTER": _LOWER_RATE,
-    "UPDATE_TOO_LARGE": _LOWER_RATE,
-    "LOSS_NOT_FINITE": _LOWER_RATE,
-    "LOSS_DIVERGED": _LOWER_RATE,
-    "TAPS_TOO_LARGE": "The last checkpoint is kept.",
-    "OUT_OF_MEMORY": "A row alone does not fit the base model's memory: set max_length, and submit again.",
-}
+FATAL = frozenset({  # what would be the same if it were tried again
+    "NON_FINITE_GRADIENT",
+    "NON_FINITE_ADAPTER",
+    "UPDATE_TOO_LARGE",
+    "LOSS_NOT_FINITE",
+    "LOSS_DIVERGED",
+    "TAPS_TOO_LARGE",
+    "OUT_OF_MEMORY",
+})  # fmt: skip
 
 
 class Diverged(Exception):
-    """Going on makes no sense. `reason` is one of REMEDIES."""
+    """Going on makes no sense. `reason` is one of FATAL."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)

@@ -8,7 +8,8 @@ from typing import cast
 import pytest
 
 from cola_runtime.jobs.store import JobStore
-from cola_runtime.scheduler.loss_watch import REMEDIES, Diverged, LossWatch
+from cola_runtime.reasons import REASONS
+from cola_runtime.scheduler.loss_watch import FATAL, Diverged, LossWatch
 from cola_runtime.spec import WatchdogSpec
 
 
@@ -18,4 +19,5 @@ def test_a_loss_that_is_no_number_ends_its_job_with_a_reason_and_what_to_do() ->
     with pytest.raises(Diverged) as caught:
         watch.check(4, math.nan)
     assert caught.value.reason == "LOSS_NOT_FINITE"
-    assert caught.value.reason in REMEDIES
+    assert caught.value.reason in FATAL
+    assert all(REASONS[reason].remedy for reason in FATAL)
