@@ -62,6 +62,11 @@ class Chaos:
         """Whatever lasts ends."""
         self._cleared.set()
 
+    def strike_next(self, kind: FaultKind, way: Way) -> None:
+        """Let the next unit that way suffer a fault, in place of whatever was to happen."""
+        self._fault = StreamFault(kind=kind, way=way, at=self.units[way] + 1)
+        self.struck.clear()
+
     async def pass_on(self, way: Way, unit: bytes) -> list[bytes]:
         """What is sent instead of `unit`, after the wait that is due. Raises Cut, HalfClosed."""
         self.units[way] += 1
