@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: errors reference fuzz security help setup demo test matrix traps faults accelerator-tests check lint types layers stubs proto bench exactness wire base_step base_memory throughput transport quality staleness policy fairness simulate clean
+.PHONY: errors reference fuzz security help setup demo test matrix traps faults soak accelerator-tests check lint types layers stubs proto bench exactness wire base_step base_memory throughput transport quality staleness policy fairness simulate clean
 
 help: ## this list
 	@grep -hE '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -39,6 +39,11 @@ traps: setup ## every trap of docs/traps.md put back into a copy of the source, 
 
 faults: setup ## every crash point, stream fault and killed process: what each cost, and the table
 	$(BIN)/python -m pytest tests/faults --faults -q $(PYTEST_ARGS)
+
+MINUTES ?= 30
+soak: setup ## a real service, random jobs and a kill every 20 s, for MINUTES=30; what must hold is checked all the while
+	$(BIN)/python benchmarks/soak.py --minutes $(MINUTES) $(BENCH_ARGS)
+
 # The others compare in float64 with models on the processor, whose float32 parts differ in the last digit.
 ACCELERATED := activation_checkpointing adapter_kinds architectures catalogue_and_bank compression_cost convolutions embeddings \
 	generate label_loss loss_scaling merged_training merged_weights mixed_gradients patched_modules planned_bytes taps_order

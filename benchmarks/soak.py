@@ -3,9 +3,9 @@
     python benchmarks/soak.py [--minutes N] [--quick] [--json] [--seed N]      `make soak MINUTES=n`
 
 A coordinator (`cola serve`), its base model as a Ray actor and three `cola device` processes serve three
-tenants over the SDK, who submit, pause, resume and cancel jobs of a tiny model at random. Every 20 s a device,
-the base model or the coordinator gets a SIGKILL, a device is stopped for longer than its lease, or a stream is
-cut; sometimes two of them at once. All the while is checked (cola_runtime/testing/soak_ledger.py,
+tenants over the SDK, who submit, pause, resume and cancel jobs of a tiny model at random. Every 20 s a
+device, the base model or the coordinator gets a SIGKILL, a device is stopped for longer than its lease, or a
+stream is cut; sometimes two of them at once. All the while is checked (cola_runtime/testing/soak_ledger.py,
 soak_tenants.py):
 
 * recorded steps are 1, 2, 3, ... once each; epochs grow; ends do not change; no job fails

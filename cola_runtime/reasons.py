@@ -164,6 +164,7 @@ DEVICE_LOST | Unavailable | The device has left. | Nothing to do: the job goes t
 ENDPOINT_UNREACHABLE | Unavailable | Nothing answers at the address. | Check the address and that the service runs.
 INTERNAL | ColaError | The service failed in a way that was not foreseen. | Try again; give the request id to the operator.
 PORT_IN_USE | Unavailable | The service cannot listen at its address. | Give another address, or stop who has it.
+RAY_LOST | Unavailable | Ray's head does not answer: the service ends, and goes on when it is started again. | Start the head, then the service, or let a service manager do so: docs/deploy.md.
 SERVICE_UNREACHABLE | Unavailable | No service answers at COLA_BASE_URL. | Start one with `cola serve`, or correct the address.
 STORAGE_FAILED | Unavailable | The object storage failed. | Try again; see the service's log.
 STORAGE_FULL | Unavailable | The disk is full; nothing was changed. | Free space, then try again.

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from cola_runtime.cli.options import JsonFlag
 
 if TYPE_CHECKING:
+    from cola_runtime.errors import ColaError
     from cola_runtime.runtime.coordinator import RunningService
 
 
@@ -89,7 +92,21 @@ def serve(
     )
     from cola_runtime.runtime import coordinator
 
-    coordinator.serve(settings, on_ready=lambda service: announce(service, as_json=as_json))
+    coordinator.serve(
+        settings,
+        on_ready=lambda service: announce(service, as_json=as_json),
+        leave=lambda error: leave(error, as_json=as_json),
+    )
+
+
+def leave(error: ColaError, *, as_json: bool) -> NoReturn:
+    """Say why and end at once, without the exit handlers of libraries that wait for somebody who is gone."""
+    from cola_runtime.cli.failures import report
+
+    code = report(error, as_json=as_json)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def announce(service: RunningService, *, as_json: bool) -> None:

@@ -11,19 +11,22 @@ import logging
 import secrets
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from cola_runtime import crash_points
 from cola_runtime.adapters.module_registry import import_adapter_modules
 from cola_runtime.config import ServiceSettings, crash_setting
+from cola_runtime.errors import ColaError
 from cola_runtime.gradients.planner import Costs
 from cola_runtime.jobs.plan import wire_costs
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.runtime.certified import Identify, base_model_identity, check_listeners, open_doors
 from cola_runtime.runtime.cluster import Cluster
+from cola_runtime.runtime.head_watch import head_address, head_lost
 from cola_runtime.scheduler.device_gate import DeviceGate
 from cola_runtime.scheduler.device_pool import DevicePool
 from cola_runtime.scheduler.leases import LeaseBook
@@ -41,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 FIRST_TENANT = "default"
 DRAIN_SECONDS = 20.0  # below the 30 s that Kubernetes gives a process by default
+DRAIN_WITHOUT_HEAD_SECONDS = 10.0  # what is left of Ray ends by itself a minute after its head
 DEVICES_START_SECONDS = 30.0  # a device that is gone for good must not hold up a restart
 
 
@@ -59,19 +63,40 @@ class RunningService:
     """Stop every job at its next step boundary, with a checkpoint, so that none is computed again."""
 
 
-def serve(settings: ServiceSettings, *, on_ready: Callable[[RunningService], None]) -> None:
-    """Run the service until SIGINT or SIGTERM, then let its jobs reach a checkpoint."""
+def serve(
+    settings: ServiceSettings,
+    *,
+    on_ready: Callable[[RunningService], None],
+    leave: Callable[[ColaError], NoReturn],
+) -> None:
+    """Run the service until SIGINT or SIGTERM, then let its jobs reach a checkpoint.
+
+    `leave` is called when Ray's head is lost, with the jobs at a checkpoint where they could get to one, and
+    ends the process at once: with nobody at the head, giving anything back to Ray would hang.
+    """
     crash_points.arm(crash_setting())
-    asyncio.run(_serve(settings, on_ready))
+    asyncio.run(_serve(settings, on_ready, leave))
 
 
-async def _serve(settings: ServiceSettings, on_ready: Callable[[RunningService], None]) -> None:
+async def _serve(
+    settings: ServiceSettings,
+    on_ready: Callable[[RunningService], None],
+    leave: Callable[[ColaError], NoReturn],
+) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with running_service(settings) as service:
         on_ready(service)
-        await stop.wait()
+        lost = asyncio.create_task(head_lost(head_address()), name="head-watch")
+        stopped = asyncio.create_task(stop.wait())
+        await asyncio.wait((lost, stopped), return_when=asyncio.FIRST_COMPLETED)
+        if lost.done():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(DRAIN_WITHOUT_HEAD_SECONDS):
+                    await service.drain()
+            leave(lost.result())
+        lost.cancel()
         await service.drain()
 
 

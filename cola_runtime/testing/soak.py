@@ -11,15 +11,15 @@ import enum
 import random
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cola_runtime.testing.chaos import Way
 from cola_runtime.testing.soak_flat import Lives, thresholds
-from cola_runtime.testing.soak_fleet import BASE_MODEL, COORDINATOR, HANG_SECONDS, SoakFleet
+from cola_runtime.testing.soak_fleet import BASE_MODEL, COORDINATOR, HANG_SECONDS, Fleet, SoakFleet
 from cola_runtime.testing.soak_jobs import SoakJob, soak_jobs, train_expected
 from cola_runtime.testing.soak_tenants import Tenants
 from cola_runtime.testing.tiny_models import save_tiny_model
@@ -86,6 +86,7 @@ class Soak:
 
     plan: SoakPlan
     folder: Path
+    fleet_of: Callable[[Path, Path, int], AbstractAsyncContextManager[Fleet]] = SoakFleet
     say: Any = print
     struck: list[Struck] = field(default_factory=list)
     violations: list[str] = field(default_factory=list)
@@ -96,7 +97,7 @@ class Soak:
         plan, model = self.plan, save_tiny_model("gpt2", self.folder / "model")
         jobs = soak_jobs(steps=plan.steps, seed=plan.seed)
         expected = await train_expected(model, self.folder / "alone", jobs)
-        async with SoakFleet(self.folder / "service", model, plan.devices) as fleet:
+        async with self.fleet_of(self.folder / "service", model, plan.devices) as fleet:
             tenants = Tenants(fleet, jobs, expected, plan.seed)
             await tenants.open([f"tenant-{index}" for index in range(plan.tenants)])
             try:
@@ -106,33 +107,42 @@ class Soak:
         self.violations += [*tenants.violations, *fleet.problems, *self.lives.violations()]
         return self.report(tenants, jobs)
 
-    async def _soak(self, fleet: SoakFleet, tenants: Tenants) -> None:
+    async def _soak(self, fleet: Fleet, tenants: Tenants) -> None:
+        """Until the strikes and the last jobs are over. Whatever breaks meanwhile is raised."""
+        driving = [asyncio.create_task(tenants.drive(name), name=name) for name in tenants.clients]
         background = [
             asyncio.create_task(tenants.watch(), name="watch"),
             asyncio.create_task(self._sample(fleet), name="samples"),
         ]
-        driving = [asyncio.create_task(tenants.drive(name), name=name) for name in tenants.clients]
+        striking = asyncio.create_task(self._strike_all(fleet, tenants, driving), name="strikes")
+        tasks = [*driving, *background, striking]
         try:
-            await self._first_progress(tenants)
-            await self._strike_rounds(fleet, tenants)
-            await asyncio.sleep(self.plan.quiet_seconds)
-            tenants.driving = False
-            await asyncio.gather(*driving)
-            await self._finish(tenants)
+            while not striking.done():
+                await asyncio.wait([each for each in tasks if not each.done()], return_when="FIRST_COMPLETED")
+                broken = [task for task in tasks if task.done() and task.exception() is not None]
+                if broken:
+                    await broken[0]
         finally:
-            for task in (*background, *driving):
+            for task in tasks:
                 task.cancel()
-            ended = await asyncio.gather(*background, *driving, return_exceptions=True)
-            self.violations += [
-                f"the soak itself broke: {end!r}" for end in ended if isinstance(end, Exception)
-            ]
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _strike_all(
+        self, fleet: Fleet, tenants: Tenants, driving: Sequence[asyncio.Task[None]]
+    ) -> None:
+        await self._first_progress(tenants)
+        await self._strike_rounds(fleet, tenants)
+        await asyncio.sleep(self.plan.quiet_seconds)
+        tenants.driving = False
+        await asyncio.wait(driving)
+        await self._finish(tenants)
 
     async def _first_progress(self, tenants: Tenants) -> None:
         async with asyncio.timeout(LAST_JOBS_SECONDS):
             while not any(ledger.moments for ledger in tenants.ledgers.values()):  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
 
-    async def _strike_rounds(self, fleet: SoakFleet, tenants: Tenants) -> None:
+    async def _strike_rounds(self, fleet: Fleet, tenants: Tenants) -> None:
         drawn = random.Random(f"{self.plan.seed} kills")  # noqa: S311 (repeatable, guards nothing)
         end, kills = time.monotonic() + self.plan.seconds, self._kills(drawn)
         for kill in kills:
@@ -152,7 +162,7 @@ class Soak:
             yield from drawn.sample(BAG, len(BAG))
 
     async def _round(
-        self, fleet: SoakFleet, tenants: Tenants, drawn: random.Random, kills: Sequence[Kill]
+        self, fleet: Fleet, tenants: Tenants, drawn: random.Random, kills: Sequence[Kill]
     ) -> None:
         active = tenants.active()
         target = max(TARGET_SECONDS[kill] for kill in kills)
@@ -194,7 +204,7 @@ class Soak:
             self.violations.append(f"{LAST_JOBS_SECONDS:g} s after the end these have not ended: {left}")
         await tenants.check_usage()
 
-    async def _sample(self, fleet: SoakFleet) -> None:
+    async def _sample(self, fleet: Fleet) -> None:
         while True:
             for role, pid in (await asyncio.to_thread(fleet.pids)).items():
                 self.lives.sample("device" if role in fleet.device_names else role, pid, at=time.monotonic())
@@ -212,7 +222,7 @@ class Soak:
         }
 
 
-async def strike(fleet: SoakFleet, kill: Kill, drawn: random.Random) -> str | None:
+async def strike(fleet: Fleet, kill: Kill, drawn: random.Random) -> str | None:
     """Do it once; what it was done to, or None if that did not run just now."""
     device = drawn.choice(fleet.device_names)
     link, way = drawn.choice((COORDINATOR, BASE_MODEL)), drawn.choice(list(Way))

@@ -76,8 +76,15 @@ def judge(lives: Sequence[Sequence[Sample]]) -> dict[str, Any]:
         "of_the_longest_mib_per_minute": round(_of_the_longest(long, slopes), 3),
         "extra_files": files,
         "extra_threads": threads,
+        "course_of_the_longest": _course(max(lives, key=lambda life: life[-1].at - life[0].at)),
         "flat": flat,
     }
+
+
+def _course(life: Sequence[Sample]) -> list[tuple[int, float]]:
+    """Second of the life, MiB: about twenty points, for whoever wants to see how it went."""
+    points = life[:: max(1, len(life) // 20)]
+    return [(round(s.at - life[0].at), round(s.memory_bytes / MIB, 1)) for s in points]
 
 
 def _of_the_longest(lives: Sequence[Sequence[Sample]], slopes: Sequence[float]) -> float:

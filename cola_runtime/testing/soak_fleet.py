@@ -13,10 +13,11 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import psutil
 import yaml
@@ -32,9 +33,29 @@ HANG_SECONDS = LEASE_SECONDS + 3.0
 START_SECONDS = 120.0
 STOP_SECONDS = 40.0
 RESTART_PAUSE_SECONDS = 0.5
-ORPHAN_SECONDS = 30.0
+ORPHAN_SECONDS = 90.0
+RAY_AGENTS = ("DashboardAgent", "RuntimeEnvAgent")
+"""They look for a raylet that is gone and for a head to tell about it, and take about a minute for that."""
 COORDINATOR = "coordinator"
 BASE_MODEL = "base model"
+
+
+class Fleet(Protocol):
+    """A service's processes, as a soak sees and strikes them; False is that one did not run just now."""
+
+    problems: list[str]
+
+    @property
+    def first_key(self) -> str: ...
+    @property
+    def data_dir(self) -> Path: ...
+    @property
+    def device_names(self) -> list[str]: ...
+    def client(self, key: str) -> AsyncClient: ...
+    def pids(self) -> dict[str, int]: ...
+    def kill(self, role: str) -> bool: ...
+    async def hang(self, role: str) -> bool: ...
+    def cut(self, link: str, way: Way) -> bool: ...
 
 
 @dataclass(slots=True)
@@ -61,14 +82,19 @@ class SoakFleet:
     folder: Path
     model: Path
     devices: int
+    ray_address: str | None = None  # of a cluster, where a base model may come up anywhere: it has no proxy
     problems: list[str] = field(default_factory=list)
     links: dict[str, Chaos] = field(default_factory=dict)
     endpoint: str = ""
-    first_key: str = ""
+    announced_key: str = ""
     _kept: dict[str, Kept] = field(default_factory=dict)
     _watching: set[asyncio.Task[None]] = field(default_factory=set)
     _closing: bool = False
     _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
+
+    @property
+    def first_key(self) -> str:
+        return self.announced_key
 
     @property
     def data_dir(self) -> Path:
@@ -87,10 +113,11 @@ class SoakFleet:
             for name, endpoint in ((COORDINATOR, self.endpoint), (BASE_MODEL, base))
         ]
         settings = self.folder / "settings.yaml"
-        settings.write_text(yaml.safe_dump(self._settings(bind=base, advertise=to_base)))
+        reached = {} if self.ray_address else {"bind": base, "advertise": to_base}
+        settings.write_text(yaml.safe_dump(self._settings(reached)))
         cola = [sys.executable, "-m", "cola_runtime.cli.main"]
         self._keep(COORDINATOR, [*cola, "serve", "--json", "--file", str(settings)])
-        self.first_key = await self._announced()
+        self.announced_key = await self._announced()
         for name in self.device_names:
             self._keep(name, [*cola, "device", "--coordinator", to_coordinator, "--id", name])
         return self
@@ -110,6 +137,11 @@ class SoakFleet:
             if kept.pid is not None:
                 _signal(kept.pid, signal.SIGCONT)
                 _signal(kept.pid, signal.SIGKILL)
+            if kept.process is not None:
+                await kept.process.wait()
+        for process in below:
+            if any(agent in _name(process) for agent in RAY_AGENTS):
+                _signal(process.pid, signal.SIGKILL)
         await self._expect_gone(below, "the end of the run")
         for task in self._watching:
             task.cancel()
@@ -155,16 +187,12 @@ class SoakFleet:
         self.links[link].strike_next(FaultKind.CUT, way)
         return True
 
-    def _settings(self, *, bind: str, advertise: str) -> dict[str, Any]:
+    def _settings(self, reached: Mapping[str, str]) -> dict[str, Any]:
         return {
             "data_dir": str(self.data_dir),
             "listen": self.endpoint,
-            "base_model": {
-                "name": MODEL,
-                "path": str(self.model),
-                "bind": bind,
-                "advertise": advertise,
-            },
+            "ray_address": self.ray_address,
+            "base_model": {"name": MODEL, "path": str(self.model), **reached},
             "devices": {"count": 0, "heartbeat_seconds": 0.5, "lease_timeout_seconds": LEASE_SECONDS},
             "scheduler": {"token_budget": TOKEN_BUDGET},
             "retention": {"keep_last": 3},

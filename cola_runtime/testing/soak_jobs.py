@@ -2,8 +2,8 @@
 
 Two sorts. A `fixed` job's rows are longer than a base step's token budget, so that each of its base steps
 holds one of its rows and nobody else's: its last checkpoint has the same bytes whatever happens (CPU,
-float32). The others share base steps with whoever is there, which moves a float32 sum's last digit; they train
-with an optimizer that does not enlarge such a difference, and end within MIXED_BOUND.
+float32). The others share base steps with whoever is there, which moves a float32 sum's last digit; they
+train with an optimizer that does not enlarge such a difference, and end within MIXED_BOUND.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ class JobLedger:
         self.state = state
 
     def see(self, job: Job) -> None:
-        """How the service says that it stands; events may be behind that, never ahead of an end."""
+        """How the service says that it stands, asked after the events so far: an end is one for good."""
         if self.ended and job.state != self.state:
             self._wrong(f"it was {self.state} and is said to be {job.state}")
         if job.state == "failed":

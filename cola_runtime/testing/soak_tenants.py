@@ -13,7 +13,7 @@ from cola_runtime.client.asynchronous import AsyncClient
 from cola_runtime.client.job_handle import AsyncJobHandle
 from cola_runtime.client.values import Job
 from cola_runtime.errors import ColaError, Conflict, Unavailable
-from cola_runtime.testing.soak_fleet import SoakFleet
+from cola_runtime.testing.soak_fleet import Fleet
 from cola_runtime.testing.soak_jobs import (
     MIXED_BOUND,
     Expected,
@@ -27,7 +27,7 @@ from cola_runtime.testing.soak_ledger import JobLedger
 LOOK_SECONDS = 0.5
 SUBMIT_SECONDS = 120.0
 EXPORT_ONE_IN = 4  # of the completed jobs: also by the SDK's download
-PAUSE, CANCEL = 0.12, 0.05  # of a tenant's turns
+PAUSE, CANCEL = 0.12, 0.03  # of a tenant's turns
 
 
 @dataclass(slots=True)
@@ -51,7 +51,7 @@ class Found:
 class Tenants:
     """Drives and watches every tenant's jobs. Belongs to one event loop."""
 
-    fleet: SoakFleet
+    fleet: Fleet
     jobs: Sequence[SoakJob]
     expected: Mapping[str, Expected]
     seed: int
@@ -153,9 +153,9 @@ class Tenants:
     async def _look(self, ledger: JobLedger) -> None:
         handle = self._handles[ledger.job_id]
         job = await handle.refresh()  # first: the events then hold at least what it says
+        ledger.see(job)
         async for event in handle.events(after=ledger.last_event, follow=False):
             ledger.hear(event)
-        ledger.see(job)
         await self._load_checkpoints(handle)
         if job.ended:
             await self._check_end(ledger, job)

@@ -65,7 +65,7 @@ class Cable:
 
 @contextmanager
 def cable() -> Iterator[Cable]:
-    """Skips the test where this user may not make namespaces, also in CI: that is a right, not an omission."""
+    """Skips where this user may not make namespaces, also in CI: that is a right, not an omission."""
     name, third = secrets.token_hex(3), secrets.randbelow(250) + 1
     laid = Cable(f"cola-{name}", f"ch{name}", f"cd{name}", f"10.213.{third}.1", f"10.213.{third}.2")
     try:

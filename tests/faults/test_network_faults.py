@@ -1,4 +1,4 @@
-"""A network that is cut, one-way, lossy or slow between a device and its service: no step lost, none twice."""
+"""A network that is cut, one-way, lossy or slow between device and service: no step lost, none twice."""
 
 from __future__ import annotations
 

@@ -1,0 +1,52 @@
+"""Whether Ray's head (its GCS) is still there. Without it nothing can be placed or restarted any more.
+
+Ray's own answer comes after a minute, and ends the process from within: so the coordinator looks for itself,
+and leaves before that with a reason. Its service manager starts it again, which is a start like any other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+import ray
+
+from cola_runtime.errors import Unavailable
+
+logger = logging.getLogger(__name__)
+
+LOOK_SECONDS = 1.0
+CONNECT_SECONDS = 3.0
+LOST_AFTER_SECONDS = 10.0
+"""A head that keeps its state (docs/deploy.md) may be back within it; Ray then goes on by itself."""
+
+
+def head_address() -> str:
+    """host:port of the GCS that this process is connected to."""
+    return str(ray.get_runtime_context().gcs_address)
+
+
+async def head_lost(address: str, *, after_seconds: float = LOST_AFTER_SECONDS) -> Unavailable:
+    """Return once nobody has answered at the address for so long, with RAY_LOST."""
+    host, _, port = address.rpartition(":")
+    heard = time.monotonic()
+    while True:
+        if await _answers(host.strip("[]"), int(port)):
+            heard = time.monotonic()
+        elif time.monotonic() - heard >= after_seconds:
+            message = f"Ray's head at {address} has not answered for {after_seconds:g} s"
+            return Unavailable("RAY_LOST", message)
+        else:
+            logger.warning("Ray's head at %s does not answer", address, extra={"event": "ray.no_answer"})
+        await asyncio.sleep(LOOK_SECONDS)
+
+
+async def _answers(host: str, port: int) -> bool:
+    try:
+        async with asyncio.timeout(CONNECT_SECONDS):
+            _, writer = await asyncio.open_connection(host, port)
+    except (OSError, TimeoutError):
+        return False
+    writer.transport.abort()
+    return True

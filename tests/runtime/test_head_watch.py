@@ -1,0 +1,47 @@
+"""The coordinator notices that Ray's head is gone, and leaves with a reason."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from cola_runtime.cli.serve import leave
+from cola_runtime.runtime.head_watch import head_lost
+
+
+async def listening() -> tuple[asyncio.Server, str]:
+    server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
+    return server, f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+async def test_a_head_that_answers_is_not_lost_and_one_that_does_not_is() -> None:
+    server, address = await listening()
+    watching = asyncio.create_task(head_lost(address, after_seconds=0.0))
+    await asyncio.sleep(0.3)
+    assert not watching.done()
+    server.close()
+    await server.wait_closed()
+    lost = await watching
+    assert (lost.reason, lost.exit_code) == ("RAY_LOST", 9)
+    assert address in str(lost)
+
+
+async def test_a_head_that_comes_back_in_time_is_not_lost() -> None:
+    server, address = await listening()
+    server.close()
+    await server.wait_closed()
+    watching = asyncio.create_task(head_lost(address, after_seconds=60.0))
+    await asyncio.sleep(0.2)
+    assert not watching.done()
+    watching.cancel()
+
+
+def test_leaving_says_the_reason_and_ends_with_its_code(monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+    from cola_runtime.errors import Unavailable
+
+    codes = []
+    monkeypatch.setattr("os._exit", codes.append)
+    leave(Unavailable("RAY_LOST", "nobody answers"), as_json=False)
+    assert codes == [9]
+    assert "RAY_LOST" in capfd.readouterr().err
