@@ -12,8 +12,8 @@ from typing import Any
 import psutil
 
 MIB = 1 << 20
-WARM_UP_SECONDS = 40.0  # imports, first allocations, buffers that are kept
-LEAST_SECONDS = 60.0  # of a life behind its warm-up: of a shorter one no slope is taken
+WARM_UP_SECONDS = 60.0  # imports, first allocations, buffers that are kept
+LEAST_SECONDS = 120.0  # of a life behind its warm-up: of a shorter one no slope is taken
 MEMORY_SLOPE_MIB_PER_MINUTE = 3.0  # most, as the median of a role's lives
 EXTRA_FILES = 24  # most, above the median of a life's first third in its last third
 EXTRA_THREADS = 12

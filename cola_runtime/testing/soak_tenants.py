@@ -7,7 +7,6 @@ import random
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from cola_runtime.client.asynchronous import AsyncClient
 from cola_runtime.client.job_handle import AsyncJobHandle
@@ -219,7 +218,8 @@ class Tenants:
             ledger.violations.append(f"{ledger.job_id} ({ledger.kind.name}): {wrong}")
 
     async def _export(self, handle: AsyncJobHandle) -> None:
-        folder = await handle.download_adapter(Path(self.fleet.folder) / "exports" / handle.job_id)
+        exports = self.fleet.data_dir.with_name("exports")
+        folder = await handle.download_adapter(exports / handle.job_id)
         self.found.exported += any(await asyncio.to_thread(lambda: list(folder.iterdir())))
 
     async def check_usage(self) -> None:

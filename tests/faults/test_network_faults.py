@@ -165,7 +165,7 @@ async def test_a_job_leaves_a_device_that_is_cut_off_and_heeds_it_no_more_when_i
     """The device trains on in the dark, and what it sends when the network is back is of an older epoch."""
     async with serving(laid, settings, tmp_path) as (service, devices, client):
         handle = await client.submit(JOB.spec, training=JOB.training)
-        await reach(handle, 10)
+        await reach(handle, 45)  # behind a checkpoint
         await devices.start_certified("near", service.device_endpoint)
         fault = time.time()
         laid.lose_to_service()

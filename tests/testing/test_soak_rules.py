@@ -95,11 +95,11 @@ def life(*, slope_mib: float = 0.0, files: int = 10, jump: bool = False) -> list
     return [
         Sample(
             at=float(second),
-            memory_bytes=int(MIB * (200 + slope_mib * second / 60 + (50 if jump and second > 100 else 0))),
-            files=10 if second < 120 else files,
+            memory_bytes=int(MIB * (200 + slope_mib * second / 60 + (50 if jump and second > 150 else 0))),
+            files=10 if second < 180 else files,
             threads=5,
         )
-        for second in range(0, 200, 2)
+        for second in range(0, 300, 2)
     ]
 
 
