@@ -17,6 +17,7 @@ from cola_runtime.config import JoinSettings, ServiceSettings
 from cola_runtime.errors import ColaError, InvalidInput, Unavailable
 from cola_runtime.runtime.actors import RemoteBaseModel, base_model_handle, device_handle
 from cola_runtime.runtime.certified import Identify
+from cola_runtime.runtime.head_watch import require_head
 from cola_runtime.transport.certificates import Identity
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class Cluster:
 
     def __enter__(self) -> Cluster:
         if self._settings.ray_address:
+            require_head(self._settings.ray_address)
             ray.init(address=self._settings.ray_address, configure_logging=False)
         else:
             ray.init(

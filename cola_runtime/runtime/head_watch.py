@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import time
 
 import ray
@@ -25,6 +26,17 @@ LOST_AFTER_SECONDS = 10.0
 def head_address() -> str:
     """host:port of the GCS that this process is connected to."""
     return str(ray.get_runtime_context().gcs_address)
+
+
+def require_head(address: str) -> None:
+    """Raises Unavailable `RAY_LOST` when nobody answers at host:port, at once: Ray would try for a while."""
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal():
+        return  # `auto`: Ray finds it by itself
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except OSError as error:
+        raise Unavailable("RAY_LOST", f"no head of Ray answers at {address}: {error}") from error
 
 
 async def head_lost(address: str, *, after_seconds: float = LOST_AFTER_SECONDS) -> Unavailable:

@@ -7,7 +7,10 @@ import asyncio
 import pytest
 
 from cola_runtime.cli.serve import leave
-from cola_runtime.runtime.head_watch import head_lost
+from cola_runtime.config import ServiceSettings
+from cola_runtime.errors import Unavailable
+from cola_runtime.runtime.cluster import Cluster
+from cola_runtime.runtime.head_watch import head_lost, require_head
 
 
 async def listening() -> tuple[asyncio.Server, str]:
@@ -37,9 +40,19 @@ async def test_a_head_that_comes_back_in_time_is_not_lost() -> None:
     watching.cancel()
 
 
-def test_leaving_says_the_reason_and_ends_with_its_code(monkeypatch: pytest.MonkeyPatch, capfd) -> None:
-    from cola_runtime.errors import Unavailable
+async def test_a_start_without_a_head_says_so_at_once() -> None:
+    server, address = await listening()
+    require_head(address)
+    require_head("auto")  # Ray's own search
+    server.close()
+    await server.wait_closed()
+    with pytest.raises(Unavailable) as caught, Cluster(ServiceSettings(ray_address=address)):
+        pass
+    assert caught.value.reason == "RAY_LOST"
+    assert address in str(caught.value)
 
+
+def test_leaving_says_the_reason_and_ends_with_its_code(monkeypatch: pytest.MonkeyPatch, capfd) -> None:
     codes = []
     monkeypatch.setattr("os._exit", codes.append)
     leave(Unavailable("RAY_LOST", "nobody answers"), as_json=False)
