@@ -236,7 +236,7 @@ async def strike(fleet: Fleet, kill: Kill, drawn: random.Random) -> str | None:
         case Kill.COORDINATOR:
             return COORDINATOR if fleet.kill(COORDINATOR) else None
         case Kill.CUT:
-            return f"a device and the {link}, {way}" if fleet.cut(link, way) else None
+            return f"a device and the {link}, {way}" if await fleet.cut(link, way) else None
 
 
 def of_kind(struck: Sequence[Struck], kill: Kill) -> dict[str, Any]:

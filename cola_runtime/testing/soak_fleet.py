@@ -33,6 +33,7 @@ HANG_SECONDS = LEASE_SECONDS + 3.0
 START_SECONDS = 120.0
 STOP_SECONDS = 40.0
 RESTART_PAUSE_SECONDS = 0.5
+SILENCE_SECONDS = 15.0
 ORPHAN_SECONDS = 90.0
 RAY_AGENTS = ("DashboardAgent", "RuntimeEnvAgent")
 """They look for a raylet that is gone and for a head to tell about it, and take about a minute for that."""
@@ -55,7 +56,7 @@ class Fleet(Protocol):
     def pids(self) -> dict[str, int]: ...
     def kill(self, role: str) -> bool: ...
     async def hang(self, role: str) -> bool: ...
-    def cut(self, link: str, way: Way) -> bool: ...
+    async def cut(self, link: str, way: Way) -> bool: ...
 
 
 @dataclass(slots=True)
@@ -182,9 +183,13 @@ class SoakFleet:
             _signal(pid, signal.SIGCONT)
         return True
 
-    def cut(self, link: str, way: Way) -> bool:
-        """Cut the connection that next carries something that way."""
+    async def cut(self, link: str, way: Way) -> bool:
+        """Cut the connection that next carries something that way; False when none did for a while."""
         self.links[link].strike_next(FaultKind.CUT, way)
+        try:
+            await asyncio.wait_for(self.links[link].struck.wait(), SILENCE_SECONDS)
+        except TimeoutError:
+            return False
         return True
 
     def _settings(self, reached: Mapping[str, str]) -> dict[str, Any]:

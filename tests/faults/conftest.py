@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from cola_runtime.testing.record import record
 from cola_runtime.testing.tiny_models import save_tiny_model
 from tests.faults.judging import Accept, Faultless, Outcome, fault_job, train_faultless
+from tests.faults.processes import Zygote
 
 HERE = Path(__file__).parent
 OUTCOMES = pytest.StashKey[list[Outcome]]()
@@ -49,6 +51,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def faultless(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Faultless:
     return asyncio.run(train_faultless(model, tmp_path_factory.mktemp("faultless"), fault_job()))
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    forking = Zygote()
+    yield forking
+    forking.close()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,13 +37,6 @@ AFTER_A_LOST_DEVICE = "store.rewind."  # what a coordinator does then only
 QUICK = ("store.step.committed",)
 
 pytestmark = pytest.mark.timeout(400)  # of the watch over a hanging test; the case's own target is judged
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    forking = Zygote()
-    yield forking
-    forking.close()
 
 
 def crashes(points: tuple[str, ...]) -> list[tuple[str, int]]:

@@ -6,8 +6,9 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +59,14 @@ class ForkedFleet:
     async def hang(self, role: str) -> bool:
         raise NotImplementedError
 
-    def cut(self, link: str, way: Way) -> bool:
+    async def cut(self, link: str, way: Way) -> bool:
         raise NotImplementedError
 
 
 @asynccontextmanager
-async def forked(folder: Path, model: Path, devices: int) -> AsyncIterator[ForkedFleet]:
+async def forked(zygote: Zygote, folder: Path, model: Path, devices: int) -> AsyncIterator[ForkedFleet]:
     await asyncio.to_thread(folder.mkdir)
-    async with AsyncExitStack() as stack:
-        zygote = Zygote()
-        stack.callback(zygote.close)
-        at = await stack.enter_async_context(fleet(zygote, folder, model, devices=devices))
+    async with fleet(zygote, folder, model, devices=devices) as at:
         scheduler = SchedulerSettings(token_budget=TOKEN_BUDGET)
         at.settings = at.settings.model_copy(update={"scheduler": scheduler})
         for index in range(devices):
@@ -87,10 +85,12 @@ def assert_kept(report: dict[str, Any], *, kills: int) -> None:
 
 
 @pytest.mark.quick
-async def test_jobs_of_several_tenants_outlive_a_device_and_the_coordinator(tmp_path: Path) -> None:
+async def test_jobs_of_several_tenants_outlive_a_device_and_the_coordinator(
+    zygote: Zygote, tmp_path: Path
+) -> None:
     kills = (Kill.DEVICE, Kill.COORDINATOR)
-    plan = SoakPlan(seed=3, seconds=0, kills=kills, tenants=2, devices=2, steps=24, round_seconds=0)
-    assert_kept(await Soak(plan, tmp_path, fleet_of=forked).run(), kills=len(kills))
+    plan = SoakPlan(seed=3, seconds=0, kills=kills, tenants=2, devices=2, steps=16, round_seconds=0)
+    assert_kept(await Soak(plan, tmp_path, fleet_of=partial(forked, zygote)).run(), kills=len(kills))
 
 
 @pytest.mark.ray

@@ -110,30 +110,26 @@ async def lasting(outage: Outage) -> AsyncIterator[float]:
 
 
 async def test_a_disk_that_takes_no_more_for_a_while_fails_no_job(
-    model: Path, tmp_path: Path, faultless: Faultless, accept: Accept
+    zygote: Zygote, model: Path, tmp_path: Path, faultless: Faultless, accept: Accept
 ) -> None:
     """The kernel refuses to let the coordinator's files grow: its database and its objects alike."""
-    zygote = Zygote()
-    try:
-        async with fleet(zygote, tmp_path, model) as at:
-            at.start_device("device-0")
-            await at.start_coordinator()
-            async with at.client() as client:
-                handle = await submit(client, fault_job())
-                await reach(handle, 4)
-                fault = time.time()
-                resource.prlimit(at.coordinator, resource.RLIMIT_FSIZE, (SMALL_FILE_BYTES, -1))
-                await asyncio.sleep(OUTAGE_SECONDS)
-                resource.prlimit(at.coordinator, resource.RLIMIT_FSIZE, (-1, -1))
-                handle = await finish(client, handle.job_id)
-                outcome = await judge(
-                    handle,
-                    faultless,
-                    part="storage",
-                    case="no file may grow",
-                    faults=[fault],
-                    data_dir=at.settings.data_dir,
-                )
-    finally:
-        zygote.close()
+    async with fleet(zygote, tmp_path, model) as at:
+        at.start_device("device-0")
+        await at.start_coordinator()
+        async with at.client() as client:
+            handle = await submit(client, fault_job())
+            await reach(handle, 4)
+            fault = time.time()
+            resource.prlimit(at.coordinator, resource.RLIMIT_FSIZE, (SMALL_FILE_BYTES, -1))
+            await asyncio.sleep(OUTAGE_SECONDS)
+            resource.prlimit(at.coordinator, resource.RLIMIT_FSIZE, (-1, -1))
+            handle = await finish(client, handle.job_id)
+            outcome = await judge(
+                handle,
+                faultless,
+                part="storage",
+                case="no file may grow",
+                faults=[fault],
+                data_dir=at.settings.data_dir,
+            )
     accept(outcome)

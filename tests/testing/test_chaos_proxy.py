@@ -134,3 +134,14 @@ async def test_a_stalled_way_goes_on_when_it_is_cleared(proxy: str) -> None:
         chaos.clear()
         await sending
         assert await heard(stream, 4) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("proxy", PROXIES)
+async def test_a_fault_can_be_called_for_while_all_is_well(proxy: str) -> None:
+    chaos = Chaos()
+    async with through(proxy, chaos) as stream:
+        await ping_pong(stream, 2)
+        chaos.strike_next(FaultKind.CUT, Way.TO_SERVER)
+        with pytest.raises(ColaError):
+            await ping_pong(stream, 2)
+        assert chaos.struck.is_set()
