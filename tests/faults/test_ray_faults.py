@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ray.util import get_node_ip_address
 
 from cola_runtime.client.asynchronous import AsyncClient
 from cola_runtime.client.job_handle import AsyncJobHandle
@@ -66,7 +67,8 @@ class RayNode:
     @classmethod
     def head(cls, port: int, *, resources: dict[str, int], log: Path) -> RayNode:
         return cls(
-            *("--head", f"--port={port}", "--include-dashboard=false", "--ray-client-server-port=0"),
+            *("--head", f"--port={port}", "--include-dashboard=false"),
+            f"--ray-client-server-port={free_port()}",
             f"--system-config={json.dumps(FASTER_HEALTH_CHECKS)}",
             f"--resources={json.dumps(resources)}",
             log=log,
@@ -107,10 +109,10 @@ def _name(process: psutil.Process) -> str:
 def cluster(folder: Path, *, workers: int) -> Iterator[tuple[str, list[RayNode]]]:
     """A head without resources and so many nodes for a base model; its address and the nodes."""
     port, log = free_port(), folder / "ray.log"
-    address = f"127.0.0.1:{port}"
+    address = f"{get_node_ip_address()}:{port}"
     nodes = [RayNode.head(port, resources={}, log=log)]
     try:
-        _wait_listening(port)
+        wait_listening(port)
         nodes += [RayNode.worker(address, log=log) for _ in range(workers)]
         yield address, nodes
     finally:
@@ -118,10 +120,10 @@ def cluster(folder: Path, *, workers: int) -> Iterator[tuple[str, list[RayNode]]
             node.die()
 
 
-def _wait_listening(port: int) -> None:
+def wait_listening(port: int) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
-        with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        with suppress(OSError), socket.create_connection((get_node_ip_address(), port), 1):
             return
         time.sleep(0.2)
     raise TimeoutError(f"nothing listens on port {port}")
@@ -131,10 +133,12 @@ def _wait_listening(port: int) -> None:
 async def training(
     fleet: SoakFleet, job: SoakJob, *, at: int
 ) -> AsyncIterator[tuple[AsyncClient, AsyncJobHandle]]:
-    async with fleet, fleet.client(fleet.first_key) as client:
-        handle = await client.submit(job.spec, training=job.training, evaluation=job.evaluation)
-        await reach(handle, at)
-        yield client, handle
+    async with fleet, fleet.client(fleet.first_key) as operator:
+        key = (await operator.create_key("slow", tokens_per_minute=TOKENS_PER_MINUTE)).key
+        async with fleet.client(key) as client:
+            handle = await client.submit(job.spec, training=job.training, evaluation=job.evaluation)
+            await reach(handle, at)
+            yield client, handle
 
 
 def left_with(problems: Sequence[str], code: int, reason: str) -> bool:
@@ -172,8 +176,10 @@ async def test_a_service_on_a_cluster_survives_its_head(
     port, log = free_port(), tmp_path / "ray.log"
     head = RayNode.head(port, resources={"cola_base_model": 1}, log=log)
     try:
-        _wait_listening(port)
-        fleet = SoakFleet(tmp_path / "service", model, devices=1, ray_address=f"127.0.0.1:{port}")
+        wait_listening(port)
+        fleet = SoakFleet(
+            tmp_path / "service", model, devices=1, ray_address=f"{get_node_ip_address()}:{port}"
+        )
         async with training(fleet, JOB, at=20) as (client, handle):
             fault = time.time()
             head.die()
@@ -234,6 +240,7 @@ async def test_two_base_models_at_once_change_no_step_when_a_raylet_only_hangs(
                 while other.process("BaseModelActor") is None:  # noqa: ASYNC110 (another process)
                     await asyncio.sleep(0.1)
             assert old.is_running(), "there were never two"
+            assert not (await handle.refresh()).ended, "it came too late"
             await asyncio.sleep(3.0)
             raylet.resume()
             handle = await finish(client, handle.job_id)
