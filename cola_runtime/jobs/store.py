@@ -65,6 +65,10 @@ class JobStore:
     async def close(self) -> None:
         await self._database.close()
 
+    async def taken_over(self) -> None:
+        """Wait until another coordinator has the store: this one can write no more."""
+        await asyncio.shield(asyncio.wrap_future(self._database.taken_over))
+
     # Tenants and keys
 
     async def create_tenant(self, name: str) -> Tenant:
