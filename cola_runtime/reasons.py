@@ -171,6 +171,7 @@ STORAGE_FAILED | Unavailable | The object storage failed. | Try again; see the s
 STORAGE_FULL | Unavailable | The disk is full; nothing was changed. | Free space, then try again.
 STORE_BUSY | Unavailable | Another process has the job store open. | Stop the other coordinator, or ask it through its API.
 STORE_CLOSED | Unavailable | The coordinator is stopping. | Try again when it runs.
+STORE_MISMATCH | Conflict | The data folder's datasets and checkpoints belong to another job store, which would lose them. | Set `database` as before, or give another data folder; delete its store-id only to give those data up.
 STORE_TAKEN_OVER | Unavailable | Another coordinator has taken the job store while this one was cut off from it. | Use the other one; this one has stopped.
 STORE_UNREACHABLE | Unavailable | The job store's database cannot be reached; nothing was changed. | Try again: the service goes on by itself when the database is back.
 STORE_FAILED | Unavailable | The job store failed. | See the service's log.

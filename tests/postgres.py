@@ -39,7 +39,7 @@ SETTINGS = {
 def programs() -> Path | None:
     """The folder of the newest server on this machine."""
     folders = [Path(found).resolve().parent for name in PROGRAMS if (found := shutil.which(name))]
-    folders += sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda each: each.parts[-2])
+    folders += sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda each: float(each.parts[-2]))
     whole = [folder for folder in folders if all((folder / name).exists() for name in PROGRAMS)]
     return whole[-1] if whole else None
 

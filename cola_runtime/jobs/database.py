@@ -106,17 +106,20 @@ class Database:
                 if error.reason not in OUTAGES:
                     raise
         if not doubt.made:
-            raise _unreachable()
+            raise unreachable()
 
     def _transact(self, work: Callable[[Connection], Result], committed: Callable[[], None]) -> Result:
         if time.monotonic() < self._rests_until:
-            raise _unreachable()
+            raise unreachable()
         try:
             result, wrote = self._attempt(work, committed)
-        except (DBAPIError, Unavailable) as error:
-            raise self._failed(error) from error
+        except DBAPIError as error:
+            raise self._noted(store_error(error)) from error
+        except Unavailable as error:  # of a new session that may not write
+            self._noted(error)
+            raise
         except CommitInDoubt:
-            self.outage = _unreachable()
+            self.outage = unreachable()
             raise
         if wrote or (self.outage is not None and self.outage.reason != "STORAGE_FULL"):
             self.outage = None
@@ -151,15 +154,14 @@ class Database:
                 raise CommitInDoubt(self._hold.doubt(number, committed), result) from error
             return result, wrote
 
-    def _failed(self, error: DBAPIError | Unavailable) -> ColaError:
-        meant = error if isinstance(error, Unavailable) else _meaning(error)
-        if isinstance(meant, Unavailable) and meant.reason in OUTAGES:
-            self.outage = meant
-            if meant.reason == "STORE_UNREACHABLE":  # those who wait in line must not each wait for it
+    def _noted(self, error: ColaError) -> ColaError:
+        if isinstance(error, Unavailable) and error.reason in OUTAGES:
+            self.outage = error
+            if error.reason == "STORE_UNREACHABLE":  # those who wait in line must not each wait for it
                 self._rests_until = time.monotonic() + REST_SECONDS
-        if meant.reason == "STORE_TAKEN_OVER" and not self.taken_over.done():
+        if error.reason == "STORE_TAKEN_OVER" and not self.taken_over.done():
             self.taken_over.set_result(None)
-        return meant
+        return error
 
 
 def _look(connection: Connection) -> None:
@@ -196,14 +198,20 @@ def _begin_sqlite(connection: Connection) -> None:
 def _upgrade(connection: Connection) -> None:
     if connection.dialect.name == "postgresql":
         connection.execute(text("SET LOCAL statement_timeout = 0"))
-    config = Config()
-    config.set_main_option("script_location", "cola_runtime.jobs:migrations")
-    config.set_main_option("path_separator", "os")
+    config = migrations()
     config.attributes["connection"] = connection
     command.upgrade(config, "head")
 
 
-def _meaning(error: DBAPIError) -> ColaError:
+def migrations() -> Config:
+    """Where Alembic finds them."""
+    config = Config()
+    config.set_main_option("script_location", "cola_runtime.jobs:migrations")
+    config.set_main_option("path_separator", "os")
+    return config
+
+
+def store_error(error: DBAPIError) -> ColaError:
     """What the driver's error means to a caller. SQL and values stay out of the message."""
     logger.warning(
         "job store: %s: %s", type(error.orig).__name__, _first_line(error), extra={"event": "store.failed"}
@@ -228,13 +236,14 @@ def _meaning(error: DBAPIError) -> ColaError:
     if state == "55P03" or (not of_server and "locked" in cause):
         return store_busy(BUSY_TIMEOUT_MILLISECONDS)
     if error.connection_invalidated or (of_server and (state is None or state in _NO_SESSION)):
-        return _unreachable()
+        return unreachable()
     return Unavailable(
         "STORE_FAILED", f"the job store failed ({type(error.orig).__name__})", remedy="See the service's log."
     )
 
 
-def _unreachable() -> Unavailable:
+def unreachable() -> Unavailable:
+    """Nothing is known of the database but that it does not answer."""
     return Unavailable("STORE_UNREACHABLE", "the job store's database cannot be reached; nothing was changed")
 
 

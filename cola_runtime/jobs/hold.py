@@ -54,7 +54,14 @@ class Hold:
     """Belongs to the database's thread, as its one connection does."""
 
     def __init__(self, url: URL, *, patience_milliseconds: Callable[[], int]) -> None:
-        self.engine = _engine(url)
+        self.engine = server_engine(
+            url,
+            name=f"cola coordinator {socket.gethostname()[:30]} {os.getpid()}",
+            # One session, so that transactions follow one another and the lock covers each of them.
+            poolclass=QueuePool,
+            pool_size=1,
+            max_overflow=0,
+        )
         self._patience = patience_milliseconds
         self.term: int | None = None  # of this coordinator; None before `begin` is committed
         self._writes = 0
@@ -64,7 +71,7 @@ class Hold:
     def begin(self, connection: Connection) -> int:
         """A term of its own: whoever held the store before writes no more."""
         row = _coordinator.update().values(term=_coordinator.c.term + 1, last_write=0)
-        return connection.execute(row.returning(_coordinator.c.term)).scalar_one()
+        return int(connection.execute(row.returning(_coordinator.c.term)).scalar_one())
 
     def mark(self, connection: Connection) -> int | None:
         """The number of a transaction that writes; None before there is a term."""
@@ -125,17 +132,15 @@ def taken_over() -> Unavailable:
     )
 
 
-def _engine(url: URL) -> Engine:
+def server_engine(url: URL, *, name: str, **pool: Any) -> Engine:
+    """Its sessions are shown under `name` by the server. Raises InvalidInput `DATABASE_DRIVER_MISSING`."""
     try:
         return create_engine(
             url.set(drivername="postgresql+psycopg"),
-            # One session, so that transactions follow one another and the lock covers each of them.
-            poolclass=QueuePool,
-            pool_size=1,
-            max_overflow=0,
             hide_parameters=True,
             isolation_level="READ COMMITTED",  # enough for the only one who writes
-            connect_args=session_options(f"cola coordinator {socket.gethostname()[:30]} {os.getpid()}"),
+            connect_args=_session_options(name),
+            **pool,
         )
     except ImportError as error:
         raise InvalidInput(
@@ -146,7 +151,7 @@ def _engine(url: URL) -> Engine:
         ) from error
 
 
-def session_options(name: str) -> dict[str, Any]:
+def _session_options(name: str) -> dict[str, Any]:
     """Of every session: durable commits, and neither side waits for the other forever."""
     server = {
         "synchronous_commit": "on",

@@ -10,13 +10,14 @@ from dataclasses import replace
 
 import pytest
 from job_samples import new_job, running, step
-from lossy_wire import Cut, LossyWire
 
 from cola_runtime.errors import InvalidInput, NotFound, Unavailable
 from cola_runtime.jobs.database import Database
 from cola_runtime.jobs.state import JobState, Trigger
 from cola_runtime.jobs.store import JobStore
+from cola_runtime.runtime.coordinator import until_stopped
 from cola_runtime.scheduler.patience import until_available
+from tests.lossy_wire import Cut, LossyWire
 from tests.postgres import TEMPLATE, PostgresServer
 
 
@@ -61,6 +62,8 @@ async def test_who_was_cut_off_while_another_took_the_store_writes_no_more(
         assert caught.value.reason == "STORE_TAKEN_OVER"
         await other.close()
     await asyncio.wait_for(told, 5)
+    with pytest.raises(Unavailable, match="another coordinator"):
+        await until_stopped(asyncio.Event(), store)
     again = await JobStore.open(url)
     assert (await again.job(job.job_id)).state is JobState.QUEUED
     await again.close()
