@@ -20,6 +20,7 @@ from pydantic import (
     SecretStr,
     StringConstraints,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -152,6 +153,8 @@ class ServiceSettings(_Settings):
 
     data_dir: Path = Path("cola-data")
     """Job store, datasets, checkpoints, join token."""
+    database: SecretStr | None = None
+    """`postgresql://user@host/name` of the job store; None: SQLite, in the data folder (docs/deploy.md)."""
     listen: str = f"127.0.0.1:{DEFAULT_GRPC_PORT}"
     """Where SDK and CLI dial in, and without TLS devices."""
     base_model: BaseModelSettings = BaseModelSettings()
@@ -166,6 +169,25 @@ class ServiceSettings(_Settings):
     """Converted base models."""
     adapter_modules: PythonModules = ()
     """Python modules of the operator that register adapter modules (docs/adapter_kinds.md)."""
+
+    @field_validator("database")
+    @classmethod
+    def _is_postgresql(cls, url: SecretStr | None) -> SecretStr | None:
+        if url is not None and not url.get_secret_value().startswith("postgresql://"):
+            raise ValueError("it begins with postgresql://")  # it holds a password: not repeated here
+        return url
+
+    @property
+    def store_file(self) -> Path:
+        """Where SQLite keeps the job store, unless there is a `database`."""
+        return self.data_dir / "jobs.sqlite"
+
+    @property
+    def store_url(self) -> str:
+        """May hold a password."""
+        if self.database is not None:
+            return self.database.get_secret_value()
+        return f"sqlite:///{self.store_file.resolve()}"
 
 
 class JoinSettings(_Settings):

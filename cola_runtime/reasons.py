@@ -34,6 +34,7 @@ DATASET_RECORD | InvalidInput | A line's object has not the fields of a record. 
 DATASET_ROW | InvalidInput | A row given to the SDK is not JSON. | Give rows of strings, numbers, lists and mappings.
 DATASET_TOO_MANY_ROWS | InvalidInput | A data file has more rows than it may have. | Send fewer rows.
 DATASET_UNREADABLE | InvalidInput | A data file cannot be read. | Check the path and its permissions.
+DATABASE_DRIVER_MISSING | InvalidInput | A job store on PostgreSQL needs psycopg. | `pip install 'cola_runtime[postgres]'`.
 DATASET_UTF8 | InvalidInput | A line is not UTF-8. | Save the file as UTF-8.
 ENCODING_UNSUPPORTED | InvalidInput | This adapter's taps cannot travel in the encoding asked for. | Leave `encoding` out, or use activations.
 EVALUATION_NEEDS_DATA | InvalidInput | The job asks for evaluations and has no held-out rows. | Give held-out rows, or leave the options out.
@@ -101,6 +102,7 @@ TOO_MANY_PROMPTS | InvalidInput | More prompts were asked at once than fit. | As
 TOO_MANY_STEPS | InvalidInput | The job would take more steps than a job may take. | Ask for fewer passes or steps.
 TRACE_INVALID | InvalidInput | A file is no trace of this service, or holds no base step. | Record one while jobs train: `cola trace record`.
 TRUST_CLASS_UNKNOWN | InvalidInput | There is no such trust class. | Use trusted or community.
+VALUE_NOT_STORABLE | InvalidInput | A text or a number is none that the job store can hold. | Leave out NUL characters, or give a smaller number.
 UNKNOWN_FIELD | InvalidInput | The job spec has a field that does not exist. | Correct the name; the message says which is near.
 UPDATE_TOO_LARGE | InvalidInput | An adapter's weights have exploded; nothing of them was used. | Lower the learning rate or set max_grad_norm; the last checkpoint is kept.
 ## Who asks, and what there is
@@ -170,6 +172,9 @@ STORAGE_FAILED | Unavailable | The object storage failed. | Try again; see the s
 STORAGE_FULL | Unavailable | The disk is full; nothing was changed. | Free space, then try again.
 STORE_BUSY | Unavailable | Another process has the job store open. | Stop the other coordinator, or ask it through its API.
 STORE_CLOSED | Unavailable | The coordinator is stopping. | Try again when it runs.
+STORE_MISMATCH | Conflict | The data folder's datasets and checkpoints belong to another job store, which would lose them. | Set `database` as before, or give another data folder; delete its store-id only to give those data up.
+STORE_TAKEN_OVER | Unavailable | Another coordinator has taken the job store while this one was cut off from it. | Use the other one; this one has stopped.
+STORE_UNREACHABLE | Unavailable | The job store's database cannot be reached; nothing was changed. | Try again: the service goes on by itself when the database is back.
 STORE_FAILED | Unavailable | The job store failed. | See the service's log.
 STORE_REFUSED | Unavailable | The job store refused a change that would contradict its records. | Tell the operator; see the service's log.
 STREAM_CLOSED | Unavailable | The stream has been closed at this end. | Nothing to do: it is dialled again.

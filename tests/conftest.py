@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from cola_runtime.config import offer_tls_1_3_only
+from tests.postgres import TEMPLATE, PostgresServer, make_template, postgres_server, programs
 
 offer_tls_1_3_only()  # as `cola serve` does, before any test imports grpc
 
@@ -66,3 +69,41 @@ def require_package(skip_or_fail: Require) -> Require:
             skip_or_fail(f"package {package!r} is not installed; run `make setup`")
 
     return require
+
+
+@pytest.fixture(scope="session")
+def postgres(skip_or_fail: Require) -> Iterator[PostgresServer]:
+    """A PostgreSQL server for the whole run; a test that stops it starts it again."""
+    folder = programs()
+    if folder is None:
+        skip_or_fail("PostgreSQL's server is not installed: `apt-get install postgresql`")
+    assert folder is not None
+    with postgres_server(folder) as server:
+        asyncio.run(make_template(server))
+        yield server
+
+
+@contextmanager
+def store_url(request: pytest.FixtureRequest, dialect: str, folder: Path, *, empty: bool) -> Iterator[str]:
+    """Of a job store that nobody has written to; with `empty`, without tables."""
+    if dialect == "sqlite":
+        yield f"sqlite:///{folder}/jobs.db"
+        return
+    server: PostgresServer = request.getfixturevalue("postgres")
+    url = server.new_database(template="template0" if empty else TEMPLATE)
+    yield url
+    server.drop(url)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Of a job store: whoever asks for it is tried on both databases."""
+    with store_url(request, request.param, tmp_path, empty=False) as made:
+        yield made
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """As `url`, of a database without tables."""
+    with store_url(request, request.param, tmp_path, empty=True) as made:
+        yield made

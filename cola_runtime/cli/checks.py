@@ -46,7 +46,7 @@ def run_checks(service: ServiceSettings, client: ClientSettings) -> list[Check]:
         check_ray(),
         check_threads(service),
         check_data_dir(service.data_dir),
-        check_store(service.data_dir / "jobs.sqlite"),
+        check_store(service.store_file) if service.database is None else check_database(service.store_url),
         check_storage(service.data_dir / "objects"),
         check_disk(service.data_dir),
         check_base_model(service.base_model),
@@ -146,6 +146,31 @@ def check_store(path: Path) -> Check:
     )
 
 
+def check_database(url: str) -> Check:
+    """Reachable, its tables of this release or older, and who writes; the URL may hold a password."""
+    from cola_runtime.jobs.inspection import inspect_store
+
+    try:
+        found = inspect_store(url)
+    except ColaError as error:
+        remedy = "See that the server runs and that COLA_DATABASE names it, its user and its database."
+        return Check(
+            name="job store", status="fail", finding=f"{error.reason}: {error.message}", remedy=remedy
+        )
+    held = f"held by {found.holder}" if found.holder else "no coordinator holds it"
+    if not found.known:
+        return Check(
+            name="job store",
+            status="fail",
+            finding=f"its tables ({found.revision}) are of a newer release than this one; {held}",
+            remedy="Install the release that the coordinator had.",
+        )
+    tables = f"tables {found.revision}" if found.revision else "no tables yet"
+    if found.revision != found.newest_revision:
+        tables += f", which `cola serve` brings to {found.newest_revision}"
+    return Check(name="job store", status="ok", finding=f"PostgreSQL, {tables}; {held}")
+
+
 def check_storage(folder: Path) -> Check:
     """Objects can be written, and nothing half-written lies about."""
     if not folder.exists():
@@ -221,6 +246,11 @@ def check_key(client: ClientSettings) -> Check:
         )
     models = ", ".join(model.name for model in answer.base_models)
     finding = f"tenant {answer.tenant}; base models: {models}; devices: {len(answer.devices)}"
+    if answer.degraded:
+        remedy = "Reads may be stale and writes are refused: see that the job store's database runs."
+        return Check(
+            name="key", status="note", finding=f"{finding}; degraded: {answer.degraded}", remedy=remedy
+        )
     if not answer.devices:
         return Check(name="key", status="note", finding=finding, remedy="`cola device` adds a device.")
     return Check(name="key", status="ok", finding=finding)

@@ -19,10 +19,11 @@ app = typer.Typer(
 )
 
 Result = TypeVar("Result")
-STORE_FILE = "jobs.sqlite"  # in the data folder
 DataDirOption = Annotated[
     Path | None,
-    typer.Option("--data-dir", help="Work in this data folder instead; the service must be stopped."),
+    typer.Option(
+        "--data-dir", help="Work in this data folder, or COLA_DATABASE, instead; the service must be stopped."
+    ),
 ]
 ScopeOption = Annotated[
     list[str] | None,
@@ -170,17 +171,19 @@ def _public(key: Any) -> dict[str, Any]:
 
 
 def _in_store(data_dir: Path, work: Callable[[JobStore], Awaitable[Result]]) -> Result:
+    from cola_runtime.config import service_settings
     from cola_runtime.errors import NotFound
     from cola_runtime.jobs.store import JobStore
 
-    file = data_dir / STORE_FILE
-    if not file.exists():
+    settings = service_settings(data_dir=data_dir)
+    file = settings.store_file
+    if settings.database is None and not file.exists():
         raise NotFound(
             "STORE_MISSING", "there is no job store", where=str(file), remedy="`cola serve` makes one."
         )
 
     async def go() -> Result:
-        store = await JobStore.open(f"sqlite:///{file.resolve()}")
+        store = await JobStore.open(settings.store_url)
         try:
             return await work(store)
         finally:

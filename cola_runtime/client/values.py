@@ -50,6 +50,7 @@ class Job:
     repeated_steps: int  # made again since a device or the service was lost
     deadline_at: str  # "" without one
     deadline_missed_at: str  # "" unless it passed before the end
+    stale: bool  # what the coordinator last knew: the job store cannot be read now
 
     @property
     def ended(self) -> bool:
@@ -212,6 +213,7 @@ class Service:
     base_busy_seconds: float
     uptime_seconds: float
     base_steps: int
+    degraded: str  # why answers may be stale and writes are refused; "": all is well
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -298,6 +300,7 @@ def service_from(message: jobs_pb2.ServiceDescription) -> Service:
         base_busy_seconds=message.base_busy_seconds,
         uptime_seconds=message.uptime_seconds,
         base_steps=message.base_steps,
+        degraded=message.degraded,
     )
 
 

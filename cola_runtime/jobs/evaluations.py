@@ -57,7 +57,8 @@ def read_evaluations(
     connection: Connection, job_id: str, *, after: int, limit: int | None
 ) -> list[EvaluationRecord]:
     """Those of steps above `after`, in order."""
-    query = select(_evaluations).where(_evaluations.c.job_id == job_id, _evaluations.c.step > after)
+    later = _evaluations.c.step > min(after, schema.MOST_STEP)
+    query = select(_evaluations).where(_evaluations.c.job_id == job_id, later)
     rows = connection.execute(query.order_by(_evaluations.c.step).limit(limit)).mappings()
     return [EvaluationRecord(**row) for row in rows]
 

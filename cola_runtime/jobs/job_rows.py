@@ -69,7 +69,7 @@ def find_job(connection: Connection, tenant_id: str, ref: str) -> JobRecord:
 
     Raises NotFound `JOB_UNKNOWN`; Conflict `REFERENCE_AMBIGUOUS` if a name or prefix fits several.
     """
-    if not ref:  # every id starts so
+    if not ref or "\0" in ref:  # every id starts with nothing; PostgreSQL takes no NUL
         raise _unknown(ref)
     matches = (_jobs.c.job_id == ref, _jobs.c.name == ref, _jobs.c.job_id.startswith(ref, autoescape=True))
     for match in matches:

@@ -121,7 +121,8 @@ def insert_checkpoint(connection: Connection, checkpoint: CheckpointRecord, *, a
 
 def read_steps(connection: Connection, job_id: str, *, after: int, limit: int) -> list[StepRecord]:
     """Steps above `after`, in order."""
-    query = select(_steps).where(_steps.c.job_id == job_id, _steps.c.step > after).order_by(_steps.c.step)
+    query = select(_steps).where(_steps.c.job_id == job_id, _steps.c.step > min(after, schema.MOST_STEP))
+    query = query.order_by(_steps.c.step)
     return [StepRecord(**row) for row in connection.execute(query.limit(limit)).mappings()]
 
 
@@ -210,7 +211,7 @@ def _totals(connection: Connection, job_id: str, version: int) -> dict[str, Any]
         "tokens": tokens,
         "label_tokens": label_tokens,
         "last_loss": last_loss,
-        "evaluation_tokens": connection.execute(held_out).scalar_one(),
+        "evaluation_tokens": int(connection.execute(held_out).scalar_one()),  # PostgreSQL sums into decimals
     }
 
 

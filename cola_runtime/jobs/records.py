@@ -112,6 +112,7 @@ class JobRecord:
     repeated_steps: int  # that a rewind took from the record, to be made again
     deadline_at: str | None  # when it should have ended; None: whenever
     deadline_missed_at: str | None  # when it was seen that it had not
+    stale: bool = False  # it is what the coordinator last knew: the job store could not be read
 
     @property
     def ended(self) -> bool:

@@ -35,9 +35,14 @@ metadata = MetaData(
 )
 
 MOST_ID = 2**63 - 1  # what a column of ids can hold; callers may name greater ones
+MOST_STEP = 2**31 - 1  # likewise of steps
 
 # SQLite numbers rows by itself only in a column of type INTEGER.
 EventId = BigInteger().with_variant(Integer, "sqlite")
+# SQLite's INTEGER has 64 bits; a cap may be greater than 32 hold.
+Cap = BigInteger().with_variant(Integer, "sqlite")
+# All devices of a sharded adapter's lease. SQLite has no lengths, and its older files name this one.
+DeviceIds = Text().with_variant(String(200), "sqlite")
 
 tenants = Table(
     "tenants",
@@ -55,7 +60,7 @@ tenant_terms = Table(
     Column("tenant_id", String(64), ForeignKey("tenants.tenant_id"), primary_key=True),
     Column("weight", Float, nullable=False),
     Column("tokens_per_minute", BigInteger),
-    Column("concurrent_jobs", Integer),
+    Column("concurrent_jobs", Cap),
     Column("total_steps", BigInteger),
     # A tenant without weight would never be served.
     CheckConstraint("weight > 0", name="weight_positive"),
@@ -91,7 +96,7 @@ jobs = Table(
     Column("version", Integer, nullable=False, server_default="0"),
     Column("total_steps", Integer, nullable=False),
     Column("epoch", Integer, nullable=False, server_default="0"),
-    Column("device_id", String(200)),
+    Column("device_id", DeviceIds),
     Column("encoding", String(32), nullable=False),
     Column("training_key", Text, nullable=False),
     Column("training_name", Text, nullable=False, server_default=""),
@@ -142,7 +147,7 @@ leases = Table(
     metadata,
     Column("job_id", String(64), ForeignKey("jobs.job_id"), primary_key=True),
     Column("epoch", Integer, primary_key=True, autoincrement=False),
-    Column("device_id", String(200), nullable=False),
+    Column("device_id", DeviceIds, nullable=False),
     Column("granted_at", String(32), nullable=False),
     Column("ended_at", String(32)),
     # Epoch 0 means "never leased".
@@ -169,7 +174,7 @@ steps = Table(
     Column("gradient_norm", Float, nullable=False),
     Column("tokens", Integer, nullable=False),
     Column("label_tokens", Integer, nullable=False),
-    Column("device_id", String(200), nullable=False),
+    Column("device_id", DeviceIds, nullable=False),
     Column("bytes_up", BigInteger, nullable=False),
     Column("bytes_down", BigInteger, nullable=False),
     Column("base_seconds", Float, nullable=False),
@@ -282,4 +287,18 @@ audit = Table(
     Column("message", Text, nullable=False),
     # An id is never given twice: a gap in the trail shows.
     sqlite_autoincrement=True,
+)
+
+coordinator = Table(
+    "coordinator",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    # Which job store this is: object storage belongs to one.
+    Column("store_id", String(32), nullable=False),
+    # Grows with each coordinator that takes the store; who has an older one writes no more.
+    Column("term", BigInteger, nullable=False),
+    # The number of the newest transaction in this term: tells whether a commit that nobody confirmed was one.
+    Column("last_write", BigInteger, nullable=False),
+    # There is one row.
+    CheckConstraint("id = 1", name="only_row"),
 )

@@ -18,6 +18,8 @@ from cola_runtime.errors import Unavailable
 from cola_runtime.jobs import evaluations, job_rows, progress, tenancy, terms, trail, usage
 from cola_runtime.jobs.audit import AuditTrail
 from cola_runtime.jobs.database import Database
+from cola_runtime.jobs.hold import store_id as read_store_id
+from cola_runtime.jobs.recall import Memory
 from cola_runtime.jobs.records import (
     ApiKey,
     CheckpointRecord,
@@ -49,6 +51,7 @@ class JobStore:
         self._now = now
         self.devices = DeviceRegistry(database, now)
         self.audit = AuditTrail(database, now)
+        self.memory = Memory()
         self._loop = asyncio.get_running_loop()
         self._wakes: dict[str, asyncio.Event] = {}  # one per watched job, set and dropped at its next commit
 
@@ -64,6 +67,19 @@ class JobStore:
 
     async def close(self) -> None:
         await self._database.close()
+
+    async def taken_over(self) -> None:
+        """Wait until another coordinator has the store: this one can write no more."""
+        await asyncio.shield(asyncio.wrap_future(self._database.taken_over))
+
+    @property
+    def outage(self) -> Unavailable | None:
+        """Why the database was of no use when it was last asked; None while it is."""
+        return self._database.outage
+
+    async def store_id(self) -> str:
+        """Which job store this is, whatever its address."""
+        return await self._database.run(read_store_id)
 
     # Tenants and keys
 
@@ -84,11 +100,14 @@ class JobStore:
         return await self._database.run(tenancy.read_keys)
 
     async def revoke_key(self, key_id: str) -> None:
+        self.memory.forget_key(key_id)  # whatever comes of the rest
         await self._database.run(lambda c: tenancy.mark_key_revoked(c, key_id, at=self._at()))
+        self.memory.forget_key(key_id)  # who asked in between found it valid still
 
     async def authenticate(self, key: str) -> ApiKey | None:
         """The key's tenant and scopes; None for an unknown or revoked key."""
         found, at = await self._database.run(lambda c: tenancy.find_key(c, key)), self._at()
+        self.memory.note_key(key, found)
         if found is not None and tenancy.is_stale(found.last_used_at, at):
             with contextlib.suppress(Unavailable):  # a full disk must keep nobody from reading
                 await self._database.run(lambda c: tenancy.note_use(c, found, at=at))
@@ -138,11 +157,11 @@ class JobStore:
 
     async def job(self, job_id: str, *, tenant_id: str | None = None) -> JobRecord:
         """Raises NotFound `JOB_UNKNOWN`, also when the job is another tenant's."""
-        return await self._database.run(lambda c: job_rows.read_job(c, job_id, tenant_id=tenant_id))
+        return await self._noted(lambda c: job_rows.read_job(c, job_id, tenant_id=tenant_id))
 
     async def find_job(self, tenant_id: str, ref: str) -> JobRecord:
         """By full id, unique name or unique prefix. Raises NotFound, Conflict `REFERENCE_AMBIGUOUS`."""
-        return await self._database.run(lambda c: job_rows.find_job(c, tenant_id, ref))
+        return await self._noted(lambda c: job_rows.find_job(c, tenant_id, ref))
 
     async def jobs(
         self,
@@ -153,9 +172,11 @@ class JobStore:
         after: str | None = None,
     ) -> list[JobRecord]:
         """Newest first; `after` is the job id of the last one seen."""
-        return await self._database.run(
+        found = await self._database.run(
             lambda c: job_rows.list_jobs(c, tenant_id=tenant_id, states=states, limit=limit, after=after)
         )
+        self.memory.note_jobs(found)
+        return found
 
     async def transition(
         self,
@@ -326,7 +347,15 @@ class JobStore:
             crash_points.reach(f"store.{what}.committed")
             self._wake_soon(job_id)
 
-        return await self._database.run(write, committed=committed)
+        result = await self._database.run(write, committed=committed)
+        if isinstance(result, JobRecord):
+            self.memory.note_jobs([result])
+        return result
+
+    async def _noted(self, work: Callable[[Connection], JobRecord]) -> JobRecord:
+        job = await self._database.run(work)
+        self.memory.note_jobs([job])
+        return job
 
     def _wake_soon(self, job_id: str) -> None:
         """Called in the database's thread, so that a commit wakes watchers even if its caller is gone."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Connection, Select, func, select
+from sqlalchemy import BigInteger, Cast, Connection, Select, cast, func, select
 
 from cola_runtime.jobs import schema
 from cola_runtime.jobs.records import TenantLoad, TenantTerms, Usage
@@ -40,11 +40,16 @@ def _query() -> Select[Any]:
         select(
             _tenants.c.name.label("tenant"),
             func.count(_jobs.c.job_id).label("jobs"),
-            func.coalesce(func.sum(_jobs.c.version), 0).label("steps"),
-            *(func.coalesce(func.sum(_jobs.c[name]), 0).label(name) for name in summed),
+            _total("version").label("steps"),
+            *(_total(name).label(name) for name in summed),
             *(func.coalesce(func.sum(_jobs.c[name]), 0.0).label(name) for name in seconds),
         )
         .select_from(_tenants.outerjoin(_jobs))
         .group_by(_tenants.c.tenant_id, _tenants.c.name)
         .order_by(_tenants.c.name)
     )
+
+
+def _total(name: str) -> Cast[int]:
+    """An integer, also where the database sums into decimals."""
+    return cast(func.coalesce(func.sum(_jobs.c[name]), 0), BigInteger)

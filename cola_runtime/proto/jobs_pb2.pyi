@@ -87,7 +87,7 @@ class JobRef(_message.Message):
     def __init__(self, job_id: _Optional[str] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("job_id", "name", "state", "base_model", "version", "total_steps", "device_id", "waiting_reason", "created_at", "finished_at", "failure_reason", "failure_message", "evaluation_loss_before", "evaluation_loss_after", "last_loss", "tokens", "label_tokens", "bytes_up", "bytes_down", "spec_json", "tenant", "encoding", "base_seconds", "device_seconds", "evaluation_tokens", "repeated_steps", "deadline_at", "deadline_missed_at")
+    __slots__ = ("job_id", "name", "state", "base_model", "version", "total_steps", "device_id", "waiting_reason", "created_at", "finished_at", "failure_reason", "failure_message", "evaluation_loss_before", "evaluation_loss_after", "last_loss", "tokens", "label_tokens", "bytes_up", "bytes_down", "spec_json", "tenant", "encoding", "base_seconds", "device_seconds", "evaluation_tokens", "repeated_steps", "deadline_at", "deadline_missed_at", "stale")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -116,6 +116,7 @@ class Job(_message.Message):
     REPEATED_STEPS_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_AT_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MISSED_AT_FIELD_NUMBER: _ClassVar[int]
+    STALE_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     name: str
     state: str
@@ -144,7 +145,8 @@ class Job(_message.Message):
     repeated_steps: int
     deadline_at: str
     deadline_missed_at: str
-    def __init__(self, job_id: _Optional[str] = ..., name: _Optional[str] = ..., state: _Optional[str] = ..., base_model: _Optional[str] = ..., version: _Optional[int] = ..., total_steps: _Optional[int] = ..., device_id: _Optional[str] = ..., waiting_reason: _Optional[str] = ..., created_at: _Optional[str] = ..., finished_at: _Optional[str] = ..., failure_reason: _Optional[str] = ..., failure_message: _Optional[str] = ..., evaluation_loss_before: _Optional[float] = ..., evaluation_loss_after: _Optional[float] = ..., last_loss: _Optional[float] = ..., tokens: _Optional[int] = ..., label_tokens: _Optional[int] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., spec_json: _Optional[str] = ..., tenant: _Optional[str] = ..., encoding: _Optional[str] = ..., base_seconds: _Optional[float] = ..., device_seconds: _Optional[float] = ..., evaluation_tokens: _Optional[int] = ..., repeated_steps: _Optional[int] = ..., deadline_at: _Optional[str] = ..., deadline_missed_at: _Optional[str] = ...) -> None: ...
+    stale: bool
+    def __init__(self, job_id: _Optional[str] = ..., name: _Optional[str] = ..., state: _Optional[str] = ..., base_model: _Optional[str] = ..., version: _Optional[int] = ..., total_steps: _Optional[int] = ..., device_id: _Optional[str] = ..., waiting_reason: _Optional[str] = ..., created_at: _Optional[str] = ..., finished_at: _Optional[str] = ..., failure_reason: _Optional[str] = ..., failure_message: _Optional[str] = ..., evaluation_loss_before: _Optional[float] = ..., evaluation_loss_after: _Optional[float] = ..., last_loss: _Optional[float] = ..., tokens: _Optional[int] = ..., label_tokens: _Optional[int] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., spec_json: _Optional[str] = ..., tenant: _Optional[str] = ..., encoding: _Optional[str] = ..., base_seconds: _Optional[float] = ..., device_seconds: _Optional[float] = ..., evaluation_tokens: _Optional[int] = ..., repeated_steps: _Optional[int] = ..., deadline_at: _Optional[str] = ..., deadline_missed_at: _Optional[str] = ..., stale: _Optional[bool] = ...) -> None: ...
 
 class ListJobsRequest(_message.Message):
     __slots__ = ("limit", "after")
@@ -387,7 +389,7 @@ class DeviceInfo(_message.Message):
     def __init__(self, device_id: _Optional[str] = ..., state: _Optional[str] = ..., jobs: _Optional[int] = ..., busy_seconds: _Optional[float] = ..., trust_class: _Optional[str] = ..., pid: _Optional[int] = ...) -> None: ...
 
 class ServiceDescription(_message.Message):
-    __slots__ = ("version", "tenant", "base_models", "devices", "base_busy_seconds", "uptime_seconds", "base_steps")
+    __slots__ = ("version", "tenant", "base_models", "devices", "base_busy_seconds", "uptime_seconds", "base_steps", "degraded")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     BASE_MODELS_FIELD_NUMBER: _ClassVar[int]
@@ -395,6 +397,7 @@ class ServiceDescription(_message.Message):
     BASE_BUSY_SECONDS_FIELD_NUMBER: _ClassVar[int]
     UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
     BASE_STEPS_FIELD_NUMBER: _ClassVar[int]
+    DEGRADED_FIELD_NUMBER: _ClassVar[int]
     version: str
     tenant: str
     base_models: _containers.RepeatedCompositeFieldContainer[BaseModelInfo]
@@ -402,7 +405,8 @@ class ServiceDescription(_message.Message):
     base_busy_seconds: float
     uptime_seconds: float
     base_steps: int
-    def __init__(self, version: _Optional[str] = ..., tenant: _Optional[str] = ..., base_models: _Optional[_Iterable[_Union[BaseModelInfo, _Mapping]]] = ..., devices: _Optional[_Iterable[_Union[DeviceInfo, _Mapping]]] = ..., base_busy_seconds: _Optional[float] = ..., uptime_seconds: _Optional[float] = ..., base_steps: _Optional[int] = ...) -> None: ...
+    degraded: str
+    def __init__(self, version: _Optional[str] = ..., tenant: _Optional[str] = ..., base_models: _Optional[_Iterable[_Union[BaseModelInfo, _Mapping]]] = ..., devices: _Optional[_Iterable[_Union[DeviceInfo, _Mapping]]] = ..., base_busy_seconds: _Optional[float] = ..., uptime_seconds: _Optional[float] = ..., base_steps: _Optional[int] = ..., degraded: _Optional[str] = ...) -> None: ...
 
 class GetUsageRequest(_message.Message):
     __slots__ = ()

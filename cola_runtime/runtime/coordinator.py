@@ -20,8 +20,9 @@ from typing import NoReturn
 from cola_runtime import crash_points
 from cola_runtime.adapters.module_registry import import_adapter_modules
 from cola_runtime.config import ServiceSettings, crash_setting
-from cola_runtime.errors import ColaError
+from cola_runtime.errors import ColaError, Conflict
 from cola_runtime.gradients.planner import Costs
+from cola_runtime.jobs.hold import taken_over
 from cola_runtime.jobs.plan import wire_costs
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.runtime.certified import Identify, base_model_identity, check_listeners, open_doors
@@ -89,7 +90,7 @@ async def _serve(
     async with running_service(settings) as service:
         on_ready(service)
         lost = asyncio.create_task(head_lost(head_address()), name="head-watch")
-        stopped = asyncio.create_task(stop.wait())
+        stopped = asyncio.create_task(until_stopped(stop, service.store))
         await asyncio.wait((lost, stopped), return_when=asyncio.FIRST_COMPLETED)
         if lost.done():
             logger.error("%s; the service ends", lost.result(), extra={"event": "ray.lost"})
@@ -98,7 +99,21 @@ async def _serve(
                     await service.drain()
             leave(lost.result())
         lost.cancel()
+        stopped.result()
         await service.drain()
+
+
+async def until_stopped(stop: asyncio.Event, store: JobStore) -> None:
+    """Wait until this coordinator is told to stop.
+
+    Raises Unavailable `STORE_TAKEN_OVER` when it must, since nothing that its jobs do could be recorded.
+    """
+    ends = asyncio.create_task(stop.wait()), asyncio.create_task(store.taken_over())
+    done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    for end in ends:
+        end.cancel()
+    if ends[0] not in done:
+        raise taken_over()
 
 
 @asynccontextmanager
@@ -133,8 +148,9 @@ async def running_coordinator(
     check_listeners(settings)
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     storage = ObjectStorage(f"file://{(settings.data_dir / 'objects').resolve()}")
-    store = await JobStore.open(f"sqlite:///{(settings.data_dir / 'jobs.sqlite').resolve()}")
+    store = await JobStore.open(settings.store_url)
     try:
+        await _check_objects(store, settings.data_dir)
         await collect_orphans(store, storage)  # before anybody can store what is not recorded yet
         description = await base.describe()
         costs = wire_costs(settings.planner, description, token_budget=settings.scheduler.token_budget)
@@ -208,6 +224,22 @@ def _wire(
     )
     pool.on_checkpoint = runner.checkpoints.store
     return runner, pool
+
+
+async def _check_objects(store: JobStore, data_dir: Path) -> None:
+    """The folder's datasets and checkpoints are this store's: another one would delete them as orphans.
+
+    Raises Conflict `STORE_MISMATCH`.
+    """
+    path, found = data_dir / "store-id", await store.store_id()
+    if not path.exists():
+        path.write_text(found, encoding="ascii")
+    if path.read_text(encoding="ascii").strip() != found:
+        raise Conflict(
+            "STORE_MISMATCH",
+            "the data folder's datasets and checkpoints belong to another job store",
+            where=str(path),
+        )
 
 
 def _join_token(data_dir: Path) -> str:

@@ -26,7 +26,7 @@ from cola_runtime.storage.objects import ObjectStorage
 from cola_runtime.trace.spans import SpanRecorder
 from cola_runtime.types import Lease
 
-RECORD_TIMEOUT_SECONDS = 60.0
+RECORD_TIMEOUT_SECONDS = 900.0  # its step may wait for a job store that is away; a lost lease ends it at once
 KEEP_ALL = RetentionSettings()
 
 

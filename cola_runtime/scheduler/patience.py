@@ -8,19 +8,19 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from cola_runtime.errors import ColaError, Unavailable
+from cola_runtime.jobs.database import OUTAGES
 
 logger = logging.getLogger(__name__)
 
 FIRST_PAUSE_SECONDS = 0.2
 LAST_PAUSE_SECONDS = 5.0
-_OUTAGES = frozenset({"STORE_BUSY", "STORE_FAILED", "STORAGE_FULL", "STORAGE_FAILED"})
 
 Result = TypeVar("Result")
 
 
 def is_outage(error: ColaError) -> bool:
     """Nothing is wrong with the job: the same call may work in a while."""
-    return isinstance(error, Unavailable) and error.reason in _OUTAGES
+    return isinstance(error, Unavailable) and error.reason in OUTAGES
 
 
 async def until_available(call: Callable[[], Awaitable[Result]]) -> Result:

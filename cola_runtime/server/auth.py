@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from cola_runtime.errors import PermissionDenied, Unauthenticated
+from cola_runtime.jobs.recall import Recall
 from cola_runtime.jobs.records import ApiKey
 from cola_runtime.jobs.store import ALL_SCOPES, JobStore
 
@@ -12,12 +13,14 @@ _MAX_KEY_CHARACTERS = 512
 _REMEDY = "Set COLA_API_KEY; `cola serve` prints a first key once, `cola keys create` makes others."
 
 
-async def authenticate(store: JobStore, metadata: Iterable[tuple[str, str | bytes]], *, scope: str) -> ApiKey:
+async def authenticate(
+    keys: JobStore | Recall, metadata: Iterable[tuple[str, str | bytes]], *, scope: str
+) -> ApiKey:
     """The key that the metadata carries, which says whose it is.
 
     Raises Unauthenticated `KEY_MISSING` or `KEY_UNKNOWN` (also: revoked), PermissionDenied `SCOPE_MISSING`.
     """
-    key = await store.authenticate(_bearer_key(metadata))
+    key = await keys.authenticate(_bearer_key(metadata))
     if key is None:
         raise Unauthenticated("KEY_UNKNOWN", "the API key is unknown or was revoked", remedy=_REMEDY)
     if scope not in key.scopes and ALL_SCOPES not in key.scopes:

@@ -62,6 +62,7 @@ def description_message(overview: Overview, version: str) -> jobs_pb2.ServiceDes
         overview.statistics,
         version=version,
         tenant=overview.tenant.name,
+        degraded=overview.degraded,
         base_models=map(_base_model, overview.base_models),
         devices=[_message(jobs_pb2.DeviceInfo, device) for device in overview.devices],
     )

@@ -43,7 +43,7 @@ SERVER_OPTIONS = (
 
 def add_servicers(server: grpc.aio.Server, service: FineTuningService, desk: OperatorDesk) -> None:
     """Serve every verb of the services on `server`, each behind its rule."""
-    handlers = RpcHandlers(service.store, service.limits)
+    handlers = RpcHandlers(service.store, service.recall, service.limits)
     of_operators = OperatorsMethods(desk, service.store)
     for descriptor, methods in (
         (SERVICE, JobsMethods(service)),

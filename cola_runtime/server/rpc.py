@@ -24,12 +24,13 @@ from cola_runtime.errors import (
     Unavailable,
 )
 from cola_runtime.jobs.audit import AuditEntry
+from cola_runtime.jobs.recall import Recall
 from cola_runtime.jobs.records import Tenant
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.proto import jobs_pb2
 from cola_runtime.server.auth import authenticate
 from cola_runtime.server.limits import Limits
-from cola_runtime.server.rules import Owner, Rule
+from cola_runtime.server.rules import READ, Owner, Rule
 from cola_runtime.transport.status import abort_with
 
 NOBODY = Tenant(tenant_id="", name="", created_at="")
@@ -55,8 +56,8 @@ class RpcHandlers:
     A method without an implementation or without a rule is a KeyError here, before the server starts.
     """
 
-    def __init__(self, store: JobStore, limits: Limits) -> None:
-        self._store = store
+    def __init__(self, store: JobStore, recall: Recall, limits: Limits) -> None:
+        self._store, self._recall = store, recall
         self._limits = limits
 
     def generic_handler(
@@ -132,12 +133,16 @@ class RpcHandlers:
         _readable(request)  # behind the key: a stranger does not hear what is wrong with a message
         if rule.owner is Owner.JOB and request.job_id:
             try:
-                job = await self._store.find_job(call.tenant.tenant_id, request.job_id)
+                job = await self._reads(rule).find_job(call.tenant.tenant_id, request.job_id)
             except NotFound as error:
                 await self._refused("job.not_found", call.key_id, error)
                 raise
             request.job_id = job.job_id
         return call
+
+    def _reads(self, rule: Rule) -> JobStore | Recall:
+        """A verb that only reads goes on while the database is away; another is refused before it begins."""
+        return self._recall if rule.scope == READ else self._store
 
     async def _refused(self, kind: str, actor: str, error: ColaError) -> None:
         await self._store.audit.add_bounded(AuditEntry(kind=kind, actor=actor, message=error.reason))
@@ -159,13 +164,13 @@ class RpcHandlers:
     async def _call(self, context: Any, rule: Rule) -> Call:
         metadata = tuple(context.invocation_metadata() or ())
 
-        key = await authenticate(self._store, metadata, scope=rule.scope)
+        key = await authenticate(self._reads(rule), metadata, scope=rule.scope)
         checked_at = time.monotonic()
 
         async def check_key() -> None:
             nonlocal checked_at
             if time.monotonic() - checked_at >= self._limits.key_check_seconds:
-                await authenticate(self._store, metadata, scope=rule.scope)
+                await authenticate(self._reads(rule), metadata, scope=rule.scope)
                 checked_at = time.monotonic()
 
         tenant = Tenant(tenant_id=key.tenant_id, name=key.tenant_name, created_at=key.created_at)

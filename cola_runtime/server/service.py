@@ -16,8 +16,10 @@ from typing import Any, Literal
 from cola_runtime.adapters.adapter_files import adapter_folder
 from cola_runtime.adapters.checkpoint_format import checkpoint_weights
 from cola_runtime.data.report import DatasetReport
-from cola_runtime.errors import Conflict, NotFound, QuotaExceeded
+from cola_runtime.errors import Conflict, NotFound, QuotaExceeded, Unavailable
 from cola_runtime.gradients.planner import Costs
+from cola_runtime.jobs.database import OUTAGES
+from cola_runtime.jobs.recall import Recall
 from cola_runtime.jobs.records import (
     CheckpointRecord,
     EvaluationRecord,
@@ -46,6 +48,7 @@ from cola_runtime.types import BaseModelDescription
 
 BEST: Literal["best"] = "best"
 ACTIVE_STATES = frozenset(JobState) - TERMINAL_STATES
+OUTAGE_PAUSE_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +59,7 @@ class Overview:
     base_models: tuple[BaseModelDescription, ...]
     devices: tuple[DeviceStatus, ...]
     statistics: ServiceStatistics
+    degraded: str  # why answers may be stale and writes are refused; empty: all is well
 
 
 class FineTuningService:
@@ -72,6 +76,7 @@ class FineTuningService:
         costs: Costs | None = None,
     ) -> None:
         self.store = store
+        self.recall = Recall(store)
         self.limits = limits or Limits()
         self._storage = storage
         self._runner = runner
@@ -116,14 +121,17 @@ class FineTuningService:
         self._runner.set_terms(tenant_id, terms)
 
     async def job(self, tenant: Tenant, ref: str) -> JobRecord:
-        return await self.store.find_job(tenant.tenant_id, ref)
+        """Stale while the job store cannot be read; so are `jobs`."""
+        return await self.recall.find_job(tenant.tenant_id, ref)
 
     async def jobs(self, tenant: Tenant, *, limit: int = 0, after: str = "") -> list[JobRecord]:
         """Newest first, behind the job `after`."""
-        return await self.store.jobs(tenant_id=tenant.tenant_id, limit=self._page(limit), after=after or None)
+        return await self.recall.jobs(tenant.tenant_id, limit=self._page(limit), after=after or None)
 
     def waiting_reason(self, job: JobRecord) -> str:
         """Why the job is not in a base step now; empty if it is, or has ended."""
+        if job.stale:
+            return f"not known now; shown is what was last known ({self.recall.degraded})"
         if job.ended:
             return ""
         if job.state is JobState.PAUSED:
@@ -132,19 +140,19 @@ class FineTuningService:
 
     async def cancel(self, tenant: Tenant, ref: str) -> JobRecord:
         """An ended job stays as it is."""
-        job = await self.job(tenant, ref)
+        job = await self._recorded(tenant, ref)
         await self._runner.cancel(job.job_id)
         return await self.store.job(job.job_id)
 
     async def pause(self, tenant: Tenant, ref: str) -> JobRecord:
-        job = await self.job(tenant, ref)
+        job = await self._recorded(tenant, ref)
         if job.ended:
             raise Conflict("JOB_ENDED", f"the job is {job.state}; only an active job can be paused")
         await self._runner.pause(job.job_id)
         return await self.store.job(job.job_id)
 
     async def resume(self, tenant: Tenant, ref: str) -> JobRecord:
-        job = await self.job(tenant, ref)
+        job = await self._recorded(tenant, ref)
         await self._runner.resume(job.job_id)
         return await self.store.job(job.job_id)
 
@@ -153,37 +161,47 @@ class FineTuningService:
     ) -> AsyncIterator[list[EventRecord]]:
         """The job's events behind `after`, each once and in order; with `follow`, until it has ended.
 
-        An empty page comes every `key_check_seconds` of silence.
+        An empty page comes every `key_check_seconds` of silence, and while the job store cannot be read.
         """
         job = await self.job(tenant, ref)
-        while True:
-            ended = (await self.store.job(job.job_id)).ended  # read first: the end is itself an event
-            page = await self.store.events(job.job_id, after=after, limit=self.limits.page)
-            if page:
-                after = page[-1].id
-                yield page
-            elif ended or not follow:
-                return
-            elif not await self.store.changed(
-                job.job_id, after=after, timeout_seconds=self.limits.key_check_seconds
-            ):
-                yield []
+        while (page := await self._next_events(job.job_id, after=after, follow=follow)) is not None:
+            after = page[-1].id if page else after
+            yield page
+
+    async def _next_events(self, job_id: str, *, after: int, follow: bool) -> list[EventRecord] | None:
+        """Empty after a silence, also of the job store; None at the end."""
+        try:
+            while True:
+                ended = (await self.store.job(job_id)).ended  # read first: the end is itself an event
+                page = await self.store.events(job_id, after=after, limit=self.limits.page)
+                if page:
+                    return page
+                if ended or not follow:
+                    return None
+                silence = self.limits.key_check_seconds
+                if not await self.store.changed(job_id, after=after, timeout_seconds=silence):
+                    return []
+        except Unavailable as error:
+            if not follow or error.reason not in OUTAGES:
+                raise
+            await asyncio.sleep(OUTAGE_PAUSE_SECONDS)
+            return []
 
     async def steps(self, tenant: Tenant, ref: str, *, after: int = 0, limit: int = 0) -> list[StepRecord]:
-        job = await self.job(tenant, ref)
+        job = await self._recorded(tenant, ref)
         return await self.store.steps(job.job_id, after=after, limit=self._page(limit))
 
     async def evaluations(
         self, tenant: Tenant, ref: str, *, after: int = -1, limit: int = 0
     ) -> tuple[list[EvaluationRecord], int | None]:
         """Evaluations of steps above `after`, in order; and the step of the best one so far."""
-        job = await self.job(tenant, ref)
+        job = await self._recorded(tenant, ref)
         found = await self.store.evaluations(job.job_id, after=after, limit=self._page(limit))
         return found, await self._best_step(job)
 
     async def checkpoints(self, tenant: Tenant, ref: str) -> tuple[list[CheckpointRecord], int | None]:
         """Checkpoints by version; and the best evaluation's step."""
-        job = await self.job(tenant, ref)
+        job = await self._recorded(tenant, ref)
         return await self.store.checkpoints(job.job_id), await self._best_step(job)
 
     async def export(
@@ -194,7 +212,7 @@ class FineTuningService:
         `best` is the best evaluation's version. Raises Conflict `ADAPTER_NOT_READY`, NotFound
         `CHECKPOINT_UNKNOWN` or `BEST_UNKNOWN` for a job without evaluations.
         """
-        job = await self.job(tenant, ref)
+        job = await self._recorded(tenant, ref)
         if version == BEST:
             version = await self._best_step(job)
             if version is None:
@@ -218,7 +236,7 @@ class FineTuningService:
         seed: int = 0,
     ) -> Completion:
         """Continue a text or answer messages; an empty `ref` asks the bare base model."""
-        job = await self.job(tenant, ref) if ref else None
+        job = await self._recorded(tenant, ref) if ref else None
         name = job.base_model if job else base_model or self._base_models.default
         encoded = await self._prompts.encode(
             name, prompt, max_new_tokens=max_new_tokens, temperature=temperature
@@ -255,7 +273,12 @@ class FineTuningService:
             base_models=self._base_models.descriptions,
             devices=tuple(self._runner.devices()),
             statistics=self._runner.statistics(),
+            degraded=self.recall.degraded,
         )
+
+    async def _recorded(self, tenant: Tenant, ref: str) -> JobRecord:
+        """The job as it stands: whoever acts on it needs no memory of it."""
+        return await self.store.find_job(tenant.tenant_id, ref)
 
     async def _best_step(self, job: JobRecord) -> int | None:
         best = await self.store.best_evaluation(job.job_id)

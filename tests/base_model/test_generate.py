@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from cola_runtime.base_model.model import TappedModel
+from cola_runtime.errors import InvalidInput
 from cola_runtime.testing.peft_reference import adapter_parameters, peft_model
 from tests.base_model.conftest import TinyFolder
 from tests.base_model.mixed_samples import Tenant, four_tenants, install_all
@@ -87,3 +88,12 @@ def test_a_decoder_is_asked_without_its_folders_own_settings(tiny_folder: TinyFo
     assert (
         TappedModel.load(path, dtype="float32", threads=1).generate(None, [PROMPT], max_new_tokens=8) == bare
     )
+
+
+def test_a_prompt_that_leaves_no_room_for_its_answer_is_refused(tiny_folder: TinyFolder) -> None:
+    model = TappedModel.load(tiny_folder("gpt2", "float32"), dtype="float32", threads=1)
+    context = model._loaded.context_length
+    room = context - len(PROMPT)
+    with pytest.raises(InvalidInput) as caught:
+        model.generate(None, [PROMPT], max_new_tokens=room + 1)
+    assert (caught.value.reason, caught.value.limit) == ("SEQUENCE_TOO_LONG", str(context))

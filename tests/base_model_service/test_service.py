@@ -259,6 +259,19 @@ async def test_an_update_that_is_overtaken_by_the_leases_end_stays_out_of_the_ba
     assert result.losses[0].reason == "ADAPTER_UNKNOWN"
 
 
+async def test_an_update_that_cannot_be_installed_is_told_to_the_coordinator(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(update: Update) -> None:
+        raise RuntimeError("no memory for it")
+
+    await bench.grant(0)
+    monkeypatch.setattr(bench.service, "_prepared", broken)
+    for segment in segments(lease_of(0), 0, 0):
+        await bench.service.run(BaseStep(number=1, segments=(segment,)))
+    await bench.until(StepRefused, lease=lease_of(0), reason="INSTALL_FAILED")
+
+
 async def test_a_gangs_member_with_nan_weights_is_told_to_the_coordinator_and_its_mates_go_on(
     bench: Bench,
 ) -> None:

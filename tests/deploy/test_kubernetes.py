@@ -164,7 +164,10 @@ def test_names_of_one_manifest_are_found_in_the_others() -> None:
         e["name"]: e["valueFrom"]["secretKeyRef"] for e in coordinator_container()["env"] if "valueFrom" in e
     }
     cluster = manifest("RayCluster")["metadata"]["name"]
-    assert secrets == {"RAY_AUTH_TOKEN": {"name": cluster, "key": "auth_token"}}
+    assert secrets == {
+        "RAY_AUTH_TOKEN": {"name": cluster, "key": "auth_token"},
+        "COLA_DATABASE": {"name": "cola-database", "key": "url", "optional": True},
+    }
 
 
 def test_join_token_lies_where_the_coordinator_reads_it(repository: Path) -> None:

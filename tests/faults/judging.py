@@ -98,8 +98,12 @@ async def judge(
     case: str,
     faults: Sequence[float],
     data_dir: Path,
+    outage_seconds: float = 0.0,
 ) -> Outcome:
-    """The outcome of a job that has ended; `faults` are their moments (seconds since 1970)."""
+    """The outcome of a job that has ended; `faults` are their moments (seconds since 1970).
+
+    What the fault itself lasts, `outage_seconds`, is no time of recovery.
+    """
     events = [event async for event in handle.events(follow=False)]
     recorded = {step.step: step.loss for step in await handle.metrics()}
     wanted = dict(enumerate(faultless.losses, start=1))
@@ -112,7 +116,7 @@ async def judge(
         steps_lost=sum(recorded.get(step) != loss for step, loss in wanted.items()),
         applied_twice=_optimizer_steps(data_dir, handle.job_id, last.version) - len(wanted),
         bit_identical=last.sha256 == faultless.checkpoint_sha256,
-        recovery_seconds=round(max((_stall(applied, at) for at in faults), default=0.0), 2),
+        recovery_seconds=round(max((_stall(applied, at) - outage_seconds for at in faults), default=0.0), 2),
         target_seconds=TARGET_SECONDS[part],
         steps_made_again=len(applied) - len({event.data["step"] for event in applied}),
         leases=sum(event.kind == "lease.granted" for event in events),

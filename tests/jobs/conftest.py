@@ -1,9 +1,8 @@
-"""A store in a temporary file, with a clock that is moved by hand."""
+"""A store on either database, with a clock that is moved by hand."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 from job_samples import HandClock
@@ -15,11 +14,6 @@ from cola_runtime.jobs.store import JobStore
 @pytest.fixture
 def hand_clock() -> HandClock:
     return HandClock()
-
-
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path}/jobs.db"
 
 
 @pytest.fixture

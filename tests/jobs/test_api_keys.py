@@ -2,10 +2,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psycopg
 import pytest
 from job_samples import HandClock
 
 from cola_runtime.errors import Conflict, InvalidInput, NotFound
+from cola_runtime.jobs import schema
 from cola_runtime.jobs.records import Tenant
 from cola_runtime.jobs.store import JobStore
 
@@ -58,16 +60,21 @@ async def test_last_use_is_noted_at_most_once_a_minute(
     assert seen == ["2026-01-02T03:04:05.000000Z"] * 2 + ["2026-01-02T03:05:05.000000Z"]
 
 
-def stored_bytes(folder: Path) -> bytes:
-    return b"".join(path.read_bytes() for path in folder.iterdir())
+def stored_bytes(url: str, folder: Path) -> bytes:
+    """All that the database keeps: its files, or of a server's every row of every table."""
+    if url.startswith("sqlite"):
+        return b"".join(path.read_bytes() for path in folder.iterdir())
+    with psycopg.connect(url) as session:
+        rows = [session.execute(f"SELECT * FROM {name}").fetchall() for name in schema.metadata.tables]
+    return repr(rows).encode()
 
 
-async def test_the_key_itself_is_not_in_the_database_file(
-    store: JobStore, tenant: Tenant, tmp_path: Path
+async def test_the_key_itself_is_not_in_the_database(
+    store: JobStore, tenant: Tenant, url: str, tmp_path: Path
 ) -> None:
     key = await store.create_key("acme")
     await store.close()
-    stored = stored_bytes(tmp_path)
+    stored = stored_bytes(url, tmp_path)
     assert b"acme" in stored
     assert key.encode() not in stored
     assert key.removeprefix("tml-").encode() not in stored

@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from job_samples import new_job, step
 
+from cola_runtime import ids
 from cola_runtime.errors import Conflict, Fenced
 from cola_runtime.jobs.records import JobRecord
 from cola_runtime.jobs.state import TERMINAL_STATES, TRANSITIONS, JobState, Trigger
@@ -22,6 +23,8 @@ Result = TypeVar("Result")
 
 
 class JobMachine(RuleBasedStateMachine):
+    url = "sqlite://"  # machines on one database make a job each
+
     def __init__(self) -> None:
         super().__init__()
         self.loop = asyncio.new_event_loop()
@@ -33,8 +36,8 @@ class JobMachine(RuleBasedStateMachine):
         self.event_count = 1
 
     async def create(self) -> None:
-        self.store = await JobStore.open("sqlite://")
-        tenant = await self.store.create_tenant("acme")
+        self.store = await JobStore.open(self.url)
+        tenant = await self.store.create_tenant(f"acme-{ids.new_job_id()}")
         self.job_id = (await self.store.create_job(new_job(tenant, total_steps=TOTAL_STEPS))).job_id
 
     def run(self, call: Coroutine[Any, Any, Result]) -> Result:
@@ -111,11 +114,19 @@ class JobMachine(RuleBasedStateMachine):
         self.loop.close()
 
 
-TestJobMachine = JobMachine.TestCase
-TestJobMachine.settings = settings(
-    max_examples=15,
-    stateful_step_count=25,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow],
-)
+def test_the_store_does_what_the_model_does(url: str) -> None:
+    class Machine(JobMachine):
+        pass
+
+    Machine.url = url if url.startswith("postgresql") else JobMachine.url
+    run_state_machine_as_test(
+        Machine,
+        settings=settings(
+            max_examples=15,
+            stateful_step_count=25,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )

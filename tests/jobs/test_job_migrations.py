@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
@@ -20,8 +22,8 @@ def _checks(connection: Connection) -> dict[str, set[str]]:
     }
 
 
-async def test_migrations_build_exactly_the_declared_schema(url: str) -> None:
-    migrated, declared = Database(url), Database("sqlite://")
+async def test_migrations_build_exactly_the_declared_schema(empty_url: str) -> None:
+    migrated, declared = Database(empty_url), Database("sqlite://")
     await migrated.open()
     await declared.run(schema.metadata.create_all)
     differences = await migrated.run(
@@ -33,17 +35,17 @@ async def test_migrations_build_exactly_the_declared_schema(url: str) -> None:
     await declared.close()
 
 
-async def test_opening_again_keeps_what_is_there(url: str) -> None:
-    store = await JobStore.open(url)
+async def test_opening_again_keeps_what_is_there(empty_url: str) -> None:
+    store = await JobStore.open(empty_url)
     job = await store.create_job(new_job(await store.create_tenant("acme")))
     await store.close()
-    store = await JobStore.open(url)
+    store = await JobStore.open(empty_url)
     assert await store.job(job.job_id) == job
     await store.close()
 
 
-async def test_sqlite_is_opened_durable_and_with_foreign_keys(url: str) -> None:
-    database = Database(url)
+async def test_sqlite_is_opened_durable_and_with_foreign_keys(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path}/jobs.db")
     for pragma, value in {
         "journal_mode": "wal",
         "synchronous": 2,
@@ -81,12 +83,12 @@ def _job_of_the_first_schema(connection: Connection) -> None:
         connection.execute(text(statement))
 
 
-async def test_held_out_losses_of_the_first_schema_move_to_the_evaluations(url: str) -> None:
-    database = Database(url)
+async def test_held_out_losses_of_the_first_schema_move_to_the_evaluations(empty_url: str) -> None:
+    database = Database(empty_url)
     await database.run(lambda c: _migrate(c, "0001"))
     await database.run(_job_of_the_first_schema)
     await database.close()
-    store = await JobStore.open(url)
+    store = await JobStore.open(empty_url)
     job = await store.job("j")
     assert (job.evaluation_loss_before, job.evaluation_loss_after) == (3.5, 2.25)
     found = [(each.step, each.epoch, each.value, each.improved) for each in await store.evaluations("j")]
@@ -94,8 +96,8 @@ async def test_held_out_losses_of_the_first_schema_move_to_the_evaluations(url: 
     await store.close()
 
 
-async def test_a_downgrade_brings_the_held_out_losses_back(url: str) -> None:
-    database = Database(url)
+async def test_a_downgrade_brings_the_held_out_losses_back(empty_url: str) -> None:
+    database = Database(empty_url)
     await database.run(lambda c: _migrate(c, "0001"))
     await database.run(_job_of_the_first_schema)
     await database.run(lambda c: _migrate(c, "0002"))

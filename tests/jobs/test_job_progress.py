@@ -110,8 +110,9 @@ async def test_a_queued_job_takes_no_step(store: JobStore, tenant: Tenant) -> No
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 async def test_a_step_needs_finite_numbers(store: JobStore, tenant: Tenant, loss: float) -> None:
     lease = await running(store, tenant)
-    with pytest.raises(InvalidInput):
+    with pytest.raises(InvalidInput) as caught:
         await store.record_step(step(lease, 1, loss=loss))
+    assert caught.value.reason == "STEP_NOT_FINITE"
 
 
 async def test_a_rewind_recounts_what_remains_and_keeps_what_was_spent(
@@ -150,8 +151,9 @@ async def test_a_rewind_goes_back_only(store: JobStore, tenant: Tenant) -> None:
     events = await store.events(lease.job_id)
     assert await store.rewind(lease, 1) == before
     for version in (-1, 2):
-        with pytest.raises(Conflict):
+        with pytest.raises(Conflict) as caught:
             await store.rewind(lease, version)
+        assert caught.value.reason == "REWIND_AHEAD"
     assert await store.events(lease.job_id) == events
 
 

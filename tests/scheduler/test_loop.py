@@ -177,9 +177,9 @@ async def test_a_failed_base_step_fails_its_members_and_reports_the_base_lost() 
         task = submit(loop, "a")
         await base.next_step()
         base.break_down()
-        with pytest.raises(Unavailable, match="out of memory"):
+        with pytest.raises(Unavailable, match="out of memory") as caught:
             await task
-        assert len(lost) == 1
+        assert (caught.value.reason, len(lost)) == ("BASE_MODEL_LOST", 1)
 
 
 async def test_cancelling_gives_the_place_in_the_queue_back() -> None:

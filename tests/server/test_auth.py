@@ -40,7 +40,7 @@ def call(served: Served, rpc: str, key: str | None, **fields: Any) -> ColaError 
 
 
 def test_a_method_without_implementation_stops_the_server_from_starting(served: Served) -> None:
-    handlers = RpcHandlers(served.store, Limits())
+    handlers = RpcHandlers(served.store, served.service.recall, Limits())
     methods: dict[str, Any] = dict.fromkeys(METHODS, lambda request, call: None)
     for missing in METHODS:
         fewer = {name: method for name, method in methods.items() if name != missing}

@@ -32,6 +32,12 @@ def test_a_package_without_the_file_names_the_file():
         pretrained.packaged_file("cola_runtime", "weights.gguf")
 
 
+def test_a_package_that_is_not_there_has_its_reason():
+    with pytest.raises(Unavailable) as caught:
+        pretrained.packaged_file("no_such_package_here", "weights.gguf")
+    assert (caught.value.reason, caught.value.remedy) == ("BASE_MODEL_NOT_INSTALLED", "Run `make setup`.")
+
+
 def test_the_package_is_found_without_being_imported(tmp_path, monkeypatch):
     package = tmp_path / "explosive_package"
     package.mkdir()

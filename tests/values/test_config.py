@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cola_runtime.config import client_settings, join_settings, service_settings
+from cola_runtime.config import ServiceSettings, client_settings, join_settings, service_settings
 from cola_runtime.errors import InvalidInput
 
 
@@ -92,3 +92,15 @@ def test_adapter_modules_are_a_list_in_the_file_and_commas_in_the_environment(
 def test_an_adapter_module_is_a_dotted_python_name(name: str) -> None:
     with pytest.raises(InvalidInput, match="adapter_modules"):
         service_settings(adapter_modules=[name])
+
+
+def test_a_database_is_named_by_a_postgresql_url_which_no_error_and_no_listing_shows() -> None:
+    secret = "postgresql://cola:hunter2@db/cola"
+    settings = ServiceSettings.model_validate({"database": secret})
+    assert settings.store_url == secret
+    assert "hunter2" not in repr(settings) + settings.model_dump_json()
+    assert ServiceSettings(data_dir=Path("/data")).store_url == "sqlite:////data/jobs.sqlite"
+    with pytest.raises(InvalidInput) as caught:
+        service_settings(database="mysql://cola:hunter2@db/cola")
+    assert caught.value.violations[0].where == "database"
+    assert "hunter2" not in f"{caught.value} {caught.value.violations}"
