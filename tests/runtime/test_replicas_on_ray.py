@@ -14,7 +14,9 @@ import torch
 from cola_runtime.client.asynchronous import AsyncClient
 from cola_runtime.client.job_handle import AsyncJobHandle
 from cola_runtime.client.values import Event, Replica
-from cola_runtime.config import BaseModelSettings, ServiceSettings
+from cola_runtime.config import BaseModelSettings, DeviceSettings, ServiceSettings
+from cola_runtime.jobs.records import JobRecord, StepRecord
+from cola_runtime.jobs.store import JobStore
 from cola_runtime.runtime import cluster
 from cola_runtime.runtime.coordinator import running_service
 from cola_runtime.testing.exactness import (
@@ -29,7 +31,8 @@ from cola_runtime.testing.exactness import (
 from cola_runtime.testing.tiny_models import save_tiny_model
 
 LONG_STEPS = 20_000  # until it is cancelled
-STEPS = 12
+STEPS = 6
+PAUSE_SECONDS = 0.1  # of a long job between two steps, so that what starts meanwhile has the processor
 WAIT_SECONDS = 90.0
 
 
@@ -48,6 +51,19 @@ def actors(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     return handles
 
 
+@pytest.fixture(autouse=True)
+def _slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    record_step = JobStore.record_step
+
+    async def record_and_pause(self: JobStore, step: StepRecord) -> JobRecord:
+        job = await record_step(self, step)
+        if job.total_steps == LONG_STEPS:
+            await asyncio.sleep(PAUSE_SECONDS)
+        return job
+
+    monkeypatch.setattr(JobStore, "record_step", record_and_pause)
+
+
 def settings_for(folder: Path, models: dict[str, Path]) -> ServiceSettings:
     settings = service_for(folder, model=models["tiny"], name="tiny", dtype="float32")
     [tiny] = settings.base_models
@@ -55,6 +71,7 @@ def settings_for(folder: Path, models: dict[str, Path]) -> ServiceSettings:
     return settings.model_copy(
         update={
             "base_models": (tiny.model_copy(update={"replicas": 2}), other),
+            "devices": DeviceSettings(count=1),
             "scheduler": settings.scheduler.model_copy(update={"rebalance_seconds": 0.5}),
         }
     )
