@@ -40,7 +40,7 @@ def plan(tokens: float, group: str | None = None) -> TrainingPlan:
         checkpoint_every=0,
         max_staleness=0,
         step_tokens=tokens,
-        collaboration=None if group is None else CollaborationSpec(group=group),
+        collaboration=None if group is None else CollaborationSpec(group=f"group-of-that-name-{group}"),
     )
 
 
