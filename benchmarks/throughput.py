@@ -190,8 +190,10 @@ async def serve_all(path: Path, case: Case, datasets: Sequence[bytes], *, thread
         settings = ServiceSettings(
             data_dir=Path(folder) / "service",
             listen="127.0.0.1:0",
-            base_model=BaseModelSettings.model_validate(
-                {"name": SMOLLM2, "path": path, "dtype": case.dtype, "threads": threads}
+            base_models=(
+                BaseModelSettings.model_validate(
+                    {"name": SMOLLM2, "path": path, "dtype": case.dtype, "threads": threads}
+                ),
             ),
             devices=DeviceSettings(count=2),
             scheduler=SchedulerSettings(token_budget=2048),

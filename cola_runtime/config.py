@@ -1,15 +1,17 @@
 """Every setting, in one frozen tree. The only module that reads the environment.
 
-Precedence: default < YAML file < environment (`COLA_...`, nested with `__`) < flag. An unknown key in the
-file or among the flags is an error that names its path.
+Precedence: default < YAML file < environment (`COLA_...`, nested with `__`, of a list's entries with their
+numbers) < flag. An unknown key in the file or among the flags is an error that names its path.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import os
+import re
+from itertools import combinations, zip_longest
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -33,6 +35,7 @@ MIB = 1 << 20
 TLS_ENVIRONMENT = {"GRPC_SSL_CIPHER_SUITES": "ECDHE-PSK-CHACHA20-POLY1305"}
 """Of TLS 1.2's cipher suites one that needs a key shared before: none is. TLS 1.3 has its own."""
 
+HostPort = Annotated[str, StringConstraints(pattern=r"^.+:[0-9]{1,5}$")]
 Seconds = Annotated[float, Field(gt=0, le=3600)]
 S = TypeVar("S", bound="_Settings")
 
@@ -65,9 +68,9 @@ class ClientSettings(_Settings):
 
 
 class BaseModelSettings(_Settings):
-    """The frozen base model and how it is computed."""
+    """A frozen base model and how it is computed."""
 
-    name: str = "smollm2-135m-instruct"
+    name: Annotated[str, Field(min_length=1, max_length=200)] = "smollm2-135m-instruct"
     """A known alias, or the name that jobs give when `path` is set."""
     path: Path | None = None
     """A local folder in transformers' format; None looks the alias up."""
@@ -84,10 +87,29 @@ class BaseModelSettings(_Settings):
     """Of a Llama in bfloat16 on a CPU: keep the layers' weights in the processor's own layout too, where a
     trial finds that faster. Costs twice their memory once more (docs/performance.md)."""
     threads: Annotated[int, Field(ge=1, le=256)] = 1
-    bind: str = "127.0.0.1:0"
-    """Where the base model actor's gradient server listens; port 0 takes a free one."""
-    advertise: str | None = None
-    """host:port that devices use to reach `bind`; None: the same."""
+    replicas: Annotated[int, Field(ge=1, le=64)] = 1
+    """Processes that compute it, each with base steps of its own (docs/scheduling.md)."""
+    token_budget: Annotated[int, Field(ge=1, le=1 << 24)] | None = None
+    """Instead of `scheduler.token_budget`."""
+    bank_bytes: Annotated[int, Field(ge=1, le=1 << 45)] | None = None
+    """Of adapters' weights on its device at a time, in each replica; None: of all that train."""
+    bind: HostPort = "127.0.0.1:0"
+    """Where its gradient server listens; replica n at the port + n, and each at a free one for port 0."""
+    advertise: HostPort | None = None
+    """host:port that devices use to reach `bind`, of replica n at the port + n; None: the same."""
+
+    @property
+    def listens_at(self) -> set[int]:
+        """The fixed ports of all replicas."""
+        first = int(self.bind.rpartition(":")[2])
+        return set(range(first, first + self.replicas)) if first else set()
+
+    def of_replica(self, number: int) -> BaseModelSettings:
+        """What one replica is started with."""
+        ends = {"bind": _shifted(self.bind, number)}
+        if self.advertise is not None:
+            ends["advertise"] = _shifted(self.advertise, number)
+        return self.model_copy(update=ends)
 
 
 class DeviceSettings(_Settings):
@@ -128,6 +150,8 @@ class SchedulerSettings(_Settings):
     token_budget: Annotated[int, Field(ge=1, le=1 << 24)] = 1024
     """Most tokens, padding included, in one base step."""
     base_steps_in_flight: Annotated[int, Field(ge=1, le=16)] = 2
+    rebalance_seconds: Seconds = 30.0
+    """How often jobs may be moved to a replica of their base model that has less to do."""
 
 
 class PlannerSettings(_Settings):
@@ -157,7 +181,8 @@ class ServiceSettings(_Settings):
     """`postgresql://user@host/name` of the job store; None: SQLite, in the data folder (docs/deploy.md)."""
     listen: str = f"127.0.0.1:{DEFAULT_GRPC_PORT}"
     """Where SDK and CLI dial in, and without TLS devices."""
-    base_model: BaseModelSettings = BaseModelSettings()
+    base_models: Annotated[tuple[BaseModelSettings, ...], Field(min_length=1)] = (BaseModelSettings(),)
+    """The first is meant where a request names none. `COLA_BASE_MODELS__0__NAME` and flags are its."""
     devices: DeviceSettings = DeviceSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
     planner: PlannerSettings = PlannerSettings()
@@ -188,6 +213,16 @@ class ServiceSettings(_Settings):
         if self.database is not None:
             return self.database.get_secret_value()
         return f"sqlite:///{self.store_file.resolve()}"
+
+    @model_validator(mode="after")
+    def _distinct_base_models(self) -> ServiceSettings:
+        for one, other in combinations(self.base_models, 2):
+            if one.name == other.name:
+                raise ValueError(f"two base models are named {one.name}; use `replicas` for more of one")
+            common = one.listens_at & other.listens_at
+            if common:
+                raise ValueError(f"{one.name} and {other.name} both listen on port {min(common)}")
+        return self
 
 
 class JoinSettings(_Settings):
@@ -287,8 +322,14 @@ def _environment(model: type[_Settings], prefix: str = ENVIRONMENT_PREFIX) -> di
     values: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         key = prefix + name.upper()
+        element = next(iter(get_args(field.annotation)), None)
         if isinstance(field.annotation, type) and issubclass(field.annotation, _Settings):
             values[name] = _environment(field.annotation, f"{key}__")
+        elif isinstance(element, type) and issubclass(element, _Settings):
+            given = (re.match(rf"{key}__(\d{{1,3}})__", each) for each in os.environ)
+            count = max((int(found[1]) + 1 for found in given if found), default=0)
+            entries = [_environment(element, f"{key}__{number}__") for number in range(count)]
+            values[name] = entries or {}
         elif os.environ.get(key):
             values[name] = os.environ[key]
     return {name: value for name, value in values.items() if value != {}}
@@ -309,11 +350,36 @@ def _read_file(file: Path | None) -> dict[str, Any]:
 def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
     merged = dict(low)
     for name, value in high.items():
-        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
-        merged[name] = _merge(merged[name], value) if both else value
+        below = merged.get(name)
+        if isinstance(value, dict) and isinstance(below, dict):
+            merged[name] = _merge(below, value)
+        elif _are_entries(value) and _are_entries(below):
+            nothing: dict[str, Any] = {}
+            both = zip_longest(below or (), value, fillvalue=nothing)
+            merged[name] = [_merge(one, other) for one, other in both]
+        else:
+            merged[name] = value
     return merged
 
 
+def _are_entries(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
+
+
+def _shifted(endpoint: str, by: int) -> str:
+    """`host:port + by`; of port 0 the same."""
+    host, _, port = endpoint.rpartition(":")
+    return f"{host}:{int(port) + by if int(port) else 0}"
+
+
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: _without_none(v) if isinstance(v, dict) else v for name, v in values.items()}
+    kept: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            kept[name] = _without_none(value)
+        elif _are_entries(value):
+            entries = [_without_none(entry) for entry in value]
+            kept[name] = entries if any(entries) else {}
+        else:
+            kept[name] = value
     return {name: value for name, value in kept.items() if value is not None and value != {}}

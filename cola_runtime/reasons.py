@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 _TABLE = """
 ## What was asked for
-ACCELERATOR_MISSING | InvalidInput | The base model shall be on a GPU, and there is none. | Set base_model.accelerator to cpu, or add a node with a GPU.
+ACCELERATOR_MISSING | InvalidInput | The base model shall be on a GPU, and there is none. | Set the base model's accelerator to cpu, or add a node with a GPU.
 ADAPTER_FILE_INVALID | InvalidInput | An adapter folder does not hold what its kind needs. | Export the adapter again; do not edit its files.
 ADAPTER_INVALID | InvalidInput, ProtocolError | The definition is one that no adapter can have. | Correct what the message names.
 ADAPTER_MODULE_IMPORT | InvalidInput | A Python module that should register adapter modules cannot be imported. | Install it where the service and the devices run, or correct COLA_ADAPTER_MODULES.
@@ -156,6 +156,7 @@ TRACE_RECORDING | Conflict | A trace is being recorded already. | Stop that one 
 TRANSITION_ILLEGAL | Conflict | A job cannot go from its state to that one. | `cola jobs get` shows its state.
 VERSION_MISMATCH | Conflict | A step's taps are not of the adapter's version. | Nothing to do: the job leases again.
 ## What failed, and may do so for a while
+BANK_TOO_SMALL | InvalidInput | The adapter's weights are more than the base model keeps on its device at a time. | Use a smaller rank, fewer target modules or mode merged, or ask the operator for more `bank_bytes`.
 BASE_MODEL_LOST | Unavailable | The base model's process is gone. | Nothing to do: it starts again, and jobs go on from their last checkpoints.
 BASE_MODEL_NOT_INSTALLED | Unavailable | The package that holds a known base model is not installed. | `make setup`, or give --model-path.
 BASE_MODEL_NOT_PLACED | Unavailable | The base model's process did not start in time. | A node must offer the Ray resource cola_base_model: `ray status`.

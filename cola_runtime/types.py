@@ -415,6 +415,17 @@ class SegmentLoss:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BankUse:
+    """What became of adapters' weights in a bank with a byte limit, since its process started."""
+
+    hits: int = 0  # adapters of base steps whose weights were there
+    misses: int = 0  # whose weights had to be brought first
+    prefetched: int = 0  # brought beside an earlier step
+    evicted_bytes: int = 0
+    resident_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BaseStepResult:
     number: int
     losses: tuple[SegmentLoss, ...]  # in the order of the segments
@@ -422,6 +433,7 @@ class BaseStepResult:
     seconds: float
     computed_tokens: int  # rows x padded length
     real_tokens: int
+    bank: BankUse = BankUse()  # up to this step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -473,6 +485,7 @@ class BaseModelDescription:
     parameters: int
     hidden_size: int = 0
     tasks: tuple[Task, ...] = (Task.CAUSAL_LM,)
+    bank_bytes: int | None = None  # of adapters' weights on its device at a time; None: no limit
     details: dict[str, str] = field(default_factory=dict)  # attention implementation, threads, device
     flat: bool = False  # it lays rows end to end, nearly without padding
     tied_sites: tuple[int, ...] = ()  # their weights are other modules' too, so nothing may be merged there

@@ -33,6 +33,7 @@ from cola_runtime.jobs.records import (
 from cola_runtime.jobs.state import TERMINAL_STATES, JobState, Trigger
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.scheduler.device_pool import DeviceStatus
+from cola_runtime.scheduler.replicas import ReplicaStatus
 from cola_runtime.scheduler.runner import ServiceStatistics
 from cola_runtime.server.grpc_server import serve_jobs
 from cola_runtime.server.limits import Limits
@@ -121,6 +122,12 @@ class FakeRunner:
     def waiting_reason(self, job: JobRecord) -> str:
         return "no device is free"
 
+    def replica(self, job: JobRecord) -> str:
+        return f"{job.base_model}/0" if job.state is JobState.RUNNING else ""
+
+    def seconds_per_token(self, base_model: str) -> float | None:
+        return 0.01
+
     async def generate(
         self, job_id: str | None, prompt_ids: Sequence[int], **options: Any
     ) -> tuple[list[int], int]:
@@ -136,7 +143,22 @@ class FakeRunner:
         ]
 
     def statistics(self) -> ServiceStatistics:
-        return ServiceStatistics(uptime_seconds=60.0, base_busy_seconds=30.0, base_steps=7, tokens=3000)
+        replica = ReplicaStatus(
+            replica=f"{BASE_MODEL}/0",
+            base_model=BASE_MODEL,
+            state="ready",
+            jobs=1,
+            base_busy_seconds=30.0,
+            base_steps=7,
+            tokens=3000,
+            bank_hits=3,
+            bank_misses=1,
+            bank_evicted_bytes=64,
+            bank_resident_bytes=128,
+        )
+        return ServiceStatistics(
+            uptime_seconds=60.0, base_busy_seconds=30.0, base_steps=7, replicas=(replica,)
+        )
 
 
 @dataclass

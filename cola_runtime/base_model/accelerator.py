@@ -28,8 +28,8 @@ class Accelerator:
             raise InvalidInput(
                 "ACCELERATOR_MISSING",
                 "torch sees no CUDA device here",
-                where="base_model.accelerator",
-                remedy="Set base_model.accelerator to cpu, or install a torch for CUDA and its driver.",
+                where="base_models.accelerator",
+                remedy="Set the base model's accelerator to cpu, or install a torch for CUDA and its driver.",
             )
         return Accelerator(torch.device("cuda", 0) if available and setting != "cpu" else torch.device("cpu"))
 

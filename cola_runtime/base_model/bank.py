@@ -1,14 +1,15 @@
 """The bank: adapters' weights resident beside the base model, in its dtype, for the forward pass only.
 
 Of an adapter that is merged into the base weights the bank keeps the numbers as received, in host memory: the
-model's device holds one set of merged weights, however many adapters are in it.
+model's device holds one set of merged weights, however many adapters are in it. With a byte limit the others'
+are in host memory too, and on the model's device as long as there is room (`residency.py`).
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,8 +22,9 @@ from cola_runtime.adapters.site_adapter import LinearSiteAdapter
 from cola_runtime.base_model.accelerator import HOST, Accelerator, PlacedAside
 from cola_runtime.base_model.heads import BankedHead
 from cola_runtime.base_model.layout import AdapterLayout, layout_key
+from cola_runtime.base_model.residency import Residency, Version
 from cola_runtime.errors import Fenced, InvalidInput
-from cola_runtime.types import UNQUANTIZED, Gang, Lease, Membership, Segment, Site, TensorKey
+from cola_runtime.types import UNQUANTIZED, BankUse, Gang, Lease, Membership, Segment, Site, TensorKey
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -46,13 +48,17 @@ class BankedAdapter:
     version: int
     spec: AdapterSpec
     layout: AdapterLayout
-    flat: Tensor  # [P] in the base model's dtype; empty for a merged adapter
+    flat: Tensor  # [P] in the base model's dtype; empty for a merged adapter; with a limit in host memory
     merged: MergedAdapter | None = None
     head: BankedHead | None = None
 
     @property
     def gang(self) -> Gang | None:
         return None if self.merged is None else self.merged.membership.gang
+
+    @property
+    def key(self) -> Version:
+        return Version(self.lease.job_id, self.lease.epoch, self.version)
 
     @property
     def nbytes(self) -> int:
@@ -89,8 +95,11 @@ class AdapterBank:
         tied_sites: Collection[int] = (),
         quantization: str = UNQUANTIZED,
         accelerator: Accelerator = HOST,
+        limit_bytes: int | None = None,
     ) -> None:
+        """`limit_bytes`: of weights on the model's device at a time; heads, which are small, beside them."""
         self._accelerator = accelerator
+        self._residency = None if limit_bytes is None else Residency(limit_bytes, accelerator)
         self._sites = tuple(sites)
         self._hidden_size = hidden_size
         self._dtype = dtype
@@ -138,11 +147,11 @@ class AdapterBank:
             layout, head = self._layout(spec), BankedHead.of(spec, weights, self._accelerator)
             merged = self._merged(lease.job_id, spec, weights, membership)
             flat = torch.empty(0, dtype=self._dtype)
+        before = [self._previous.pop(lease.job_id, None), current]
         if max_staleness and current is not None and (current.lease, current.version + 1) == (lease, version):
             self._previous[lease.job_id] = current
-        else:
-            self._previous.pop(lease.job_id, None)
-        self._adapters[lease.job_id] = BankedAdapter(
+            before.pop()
+        installed = BankedAdapter(
             lease=lease,
             version=version,
             spec=spec,
@@ -151,20 +160,67 @@ class AdapterBank:
             merged=merged,
             head=head,
         )
+        self._adapters[lease.job_id] = installed
+        self._leave(before)
+        if self._residency is not None and merged is None:
+            self._residency.offer(installed.key, installed.flat)
 
     def prepare(self, spec: AdapterSpec, weights: Mapping[TensorKey, Tensor]) -> PreparedAdapter:
         """What takes time of an install. From any thread. Raises InvalidInput `TENSOR_INVALID`: see there."""
         self._check(spec, weights)
         layout = self._layout(spec)
+        flat = layout.flatten(weights, spec, self._dtype)
+        if self._residency is None:
+            placed = self._accelerator.placed_aside(flat)
+        else:
+            placed = PlacedAside(self._accelerator.page_locked(flat) if self._accelerator.is_cuda else flat)
         return PreparedAdapter(
             layout=layout,
-            flat=self._accelerator.placed_aside(layout.flatten(weights, spec, self._dtype)),
+            flat=placed,
             head=BankedHead.of(spec, weights, self._accelerator),
         )
 
     def evict(self, job_id: str) -> None:
-        self._adapters.pop(job_id, None)
-        self._previous.pop(job_id, None)
+        self._leave([self._adapters.pop(job_id, None), self._previous.pop(job_id, None)])
+
+    @property
+    def use(self) -> BankUse:
+        return BankUse() if self._residency is None else self._residency.use
+
+    @property
+    def is_limited(self) -> bool:
+        return self._residency is not None
+
+    def expect(self, segments: Iterable[Segment]) -> dict[Version, Tensor]:
+        """A base step of these segments is to come: bring their weights, beside whatever is being computed.
+
+        From any thread. What it returns is for `unexpect`, when that step is over.
+        """
+        if self._residency is None:
+            return {}
+        adapters = [adapter for each in segments if (adapter := self.adapter_of(each)) is not None]
+        wanted = _unmerged(adapters)
+        self._residency.expect(wanted)
+        return wanted
+
+    def unexpect(self, expected: Mapping[Version, Tensor]) -> None:
+        if self._residency is not None:
+            self._residency.unexpect(expected)
+
+    def on_device(self, adapters: Sequence[BankedAdapter]) -> list[BankedAdapter]:
+        """These, with their weights where the model computes."""
+        if self._residency is None:
+            return list(adapters)
+        placed = self._residency.fetch(_unmerged(adapters))
+        return [
+            adapter if adapter.merged is not None else replace(adapter, flat=placed[adapter.key])
+            for adapter in adapters
+        ]
+
+    def _leave(self, adapters: Iterable[BankedAdapter | None]) -> None:
+        for adapter in adapters:
+            if adapter is not None and self._residency is not None:
+                self._residency.forget(adapter.key)
 
     def version(self, job_id: str) -> tuple[int, int] | None:
         """(lease epoch, version) of the resident adapter."""
@@ -192,9 +248,13 @@ class AdapterBank:
     @property
     def nbytes(self) -> BankBytes:
         adapters = [*self._adapters.values(), *self._previous.values()]
+        flats = sum(adapter.flat.nbytes for adapter in adapters)
+        of_all = sum(adapter.nbytes for adapter in adapters)
+        merged = sum(adapter.merged.nbytes for adapter in adapters if adapter.merged is not None)
+        if self._residency is None:
+            return BankBytes(model_device=of_all, host=merged)
         return BankBytes(
-            model_device=sum(adapter.nbytes for adapter in adapters),
-            host=sum(adapter.merged.nbytes for adapter in adapters if adapter.merged is not None),
+            model_device=of_all - flats + self._residency.use.resident_bytes, host=merged + flats
         )
 
     def adapter_of(self, segment: Segment) -> BankedAdapter | None:
@@ -277,6 +337,10 @@ class AdapterBank:
             expected = head_part(spec.head[0], self._sites, hidden_size=self._hidden_size)
             return site == expected.sites[0]
         return 0 <= site.index < len(self._sites) and self._sites[site.index] == site
+
+
+def _unmerged(adapters: Iterable[BankedAdapter]) -> dict[Version, Tensor]:
+    return {adapter.key: adapter.flat for adapter in adapters if adapter.merged is None}
 
 
 def _invalid(where: str, expected: str, got: str) -> InvalidInput:

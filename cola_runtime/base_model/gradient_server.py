@@ -68,7 +68,7 @@ class GradientServer:
         """Listen; returns host:port."""
         self._loop = asyncio.get_running_loop()
         self._server, endpoint = await serve_streams(
-            bind, {GRADIENTS: self._serve_device}, credentials=credentials, where="base_model.bind"
+            bind, {GRADIENTS: self._serve_device}, credentials=credentials, where="base_models.bind"
         )
         return endpoint
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from cola_runtime.base_model.load import DTYPES, LoadedModel, load_frozen_model
 from cola_runtime.base_model.loss_scales import LossScales
 from cola_runtime.base_model.mixed_pass import MixedPass
 from cola_runtime.base_model.refusals import RowLimits, one_gang, row_refusal
+from cola_runtime.base_model.residency import Version
 from cola_runtime.base_model.segments import Cohort, Member
 from cola_runtime.base_model.stacks.protocol import Span
 from cola_runtime.errors import NotFound
@@ -48,8 +50,10 @@ logger = logging.getLogger(__name__)
 class TappedModel:
     """Synchronous and not thread-safe: every call comes from one compute thread."""
 
-    def __init__(self, loaded: LoadedModel, *, threads: int) -> None:
+    def __init__(self, loaded: LoadedModel, *, threads: int, bank_bytes: int | None = None) -> None:
+        """`bank_bytes`: of adapters' weights on the model's device at a time; None: no limit."""
         self._loaded = loaded
+        self._bank_limit = bank_bytes
         self._threads = threads
         self._bank = AdapterBank(
             loaded.sites,
@@ -58,6 +62,7 @@ class TappedModel:
             tied_sites=loaded.tied_sites,
             quantization=loaded.quantization,
             accelerator=loaded.accelerator,
+            limit_bytes=bank_bytes,
         )
         self._pass = MixedPass(loaded, self._bank)
         self._limits = RowLimits(
@@ -85,6 +90,7 @@ class TappedModel:
         tiled_weights: bool = True,
         quantization: str = UNQUANTIZED,
         accelerator: str = "cpu",
+        bank_bytes: int | None = None,
     ) -> TappedModel:
         """Load a pretrained folder. Sets the number of torch's threads, for the whole process.
 
@@ -107,7 +113,7 @@ class TappedModel:
             quantization=quantization,
             accelerator=chosen,
         )
-        return cls(loaded, threads=threads)
+        return cls(loaded, threads=threads, bank_bytes=bank_bytes)
 
     @property
     def catalogue(self) -> tuple[Site, ...]:
@@ -120,7 +126,7 @@ class TappedModel:
         return tuple(site for site in self.catalogue if site.kind in WHOLE_ROWS)
 
     def describe(self, name: str, gradient_endpoint: str) -> BaseModelDescription:
-        return described(
+        description = described(
             self._loaded,
             name=name,
             gradient_endpoint=gradient_endpoint,
@@ -128,6 +134,7 @@ class TappedModel:
             flat=self._pass.lays_flat,
             threads=self._threads,
         )
+        return replace(description, bank_bytes=self._bank_limit)
 
     def install(
         self,
@@ -175,6 +182,17 @@ class TappedModel:
     def bank_bytes(self) -> BankBytes:
         return self._bank.nbytes
 
+    @property
+    def limits_bank(self) -> bool:
+        return self._bank.is_limited
+
+    def expect(self, step: BaseStep) -> Mapping[Version, Tensor]:
+        """See AdapterBank.expect. From any thread."""
+        return self._bank.expect(step.segments)
+
+    def unexpect(self, expected: Mapping[Version, Tensor]) -> None:
+        self._bank.unexpect(expected)
+
     def version(self, job_id: str) -> tuple[int, int] | None:
         """(lease epoch, version) of the job's adapter in the bank."""
         return self._bank.version(job_id)
@@ -201,6 +219,8 @@ class TappedModel:
             for position, segment in enumerate(step.segments)
             if refusals[position] is None
         ]
+        placed = self._bank.on_device([member.adapter for member in members])
+        members = [replace(member, adapter=adapter) for member, adapter in zip(members, placed, strict=True)]
         outcomes: dict[int, SegmentLoss] = {}
         computed_tokens = 0
         if members:
@@ -219,6 +239,7 @@ class TappedModel:
             seconds=time.monotonic() - started,
             computed_tokens=computed_tokens,
             real_tokens=sum(member.segment.tokens for member in members),
+            bank=self._bank.use,
         )
         if then is None:
             self._pass.carrier.drained()
@@ -274,6 +295,7 @@ class TappedModel:
         adapter = self._bank.adapter(job_id)
         if adapter is None:
             raise NotFound("ADAPTER_UNKNOWN", f"no adapter of {job_id} is resident", where=job_id)
+        [adapter] = self._bank.on_device([adapter])
         row = Row(tokens=np.zeros(1, np.int32), weights=np.zeros(1, np.float32))
         segment = Segment(
             lease=adapter.lease,

@@ -116,4 +116,4 @@ def _check(model: Any) -> None:
 
 
 def _unsupported(message: str, remedy: str) -> InvalidInput:
-    return InvalidInput("QUANTIZATION_UNSUPPORTED", message, where="base_model.quantization", remedy=remedy)
+    return InvalidInput("QUANTIZATION_UNSUPPORTED", message, where="base_models.quantization", remedy=remedy)

@@ -96,9 +96,10 @@ class BaseModelService:
         The ends are queued by whoever hands out the taps, behind them: else the next step's taps, which may
         be handed out before this coroutine goes on, would be ahead and count as this microbatch's.
         """
-        if self._model.images is not None:
-            async with self._decoding:
+        async with self._decoding:
+            if self._model.images is not None:
                 step = await asyncio.to_thread(self._model.images.decoded, step)
+            expected = await asyncio.to_thread(self._model.expect, step) if self._model.limits_bank else {}
         gathered = [GatheredTaps(segment, self._server.send_tap) for segment in step.segments]
 
         def sink(tap: Tap) -> None:
@@ -113,7 +114,10 @@ class BaseModelService:
                     taps.flush()
                     self._server.end_microbatch(segment, taps.sent)
 
-        result = await self._lane.run(lambda: self._model.run(step, sink, then=end))
+        try:
+            result = await self._lane.run(lambda: self._model.run(step, sink, then=end))
+        finally:
+            self._model.unexpect(expected)
         crash_points.reach("base_model.step_done")
         self._record(step, result)
         return result
@@ -185,6 +189,9 @@ class BaseModelService:
                 tokens=result.real_tokens,
                 computed_tokens=result.computed_tokens,
                 does="train" if step.train else "losses",
+                bank_hits=result.bank.hits,  # since the process started, as what follows
+                bank_misses=result.bank.misses,
+                bank_evicted_bytes=result.bank.evicted_bytes,
             )
 
     @contextmanager

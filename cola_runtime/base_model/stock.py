@@ -85,6 +85,6 @@ def _check_one_dtype(model: Any, dtype: torch.dtype) -> None:
         raise InvalidInput(
             "BASE_MODEL_UNSUPPORTED",
             f"{type(model).__name__} keeps {other} in another dtype than {dtype}",
-            where="base_model.dtype",
+            where="base_models.dtype",
             remedy="Serve it in float32 or bfloat16.",
         )

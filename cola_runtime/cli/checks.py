@@ -49,7 +49,7 @@ def run_checks(service: ServiceSettings, client: ClientSettings) -> list[Check]:
         check_store(service.store_file) if service.database is None else check_database(service.store_url),
         check_storage(service.data_dir / "objects"),
         check_disk(service.data_dir),
-        check_base_model(service.base_model),
+        *map(check_base_model, service.base_models),
         *check_service(service, client),
     ]
 
@@ -101,8 +101,9 @@ def check_ray() -> Check:
 
 def check_threads(service: ServiceSettings) -> Check:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    wanted = service.base_model.threads + service.devices.count * service.devices.threads
-    finding = f"{cores} cores; base model and devices want {wanted} threads"
+    of_bases = sum(base_model.replicas * base_model.threads for base_model in service.base_models)
+    wanted = of_bases + service.devices.count * service.devices.threads
+    finding = f"{cores} cores; base models and devices want {wanted} threads"
     if wanted <= cores + 1:  # a device mostly waits for the base model
         return Check(name="threads", status="ok", finding=finding)
     return Check(
@@ -250,6 +251,12 @@ def check_key(client: ClientSettings) -> Check:
         remedy = "Reads may be stale and writes are refused: see that the job store's database runs."
         return Check(
             name="key", status="note", finding=f"{finding}; degraded: {answer.degraded}", remedy=remedy
+        )
+    lost = [each.replica for model in answer.base_models for each in model.replicas if each.state == "lost"]
+    if lost:
+        finding += f"; replicas that do not answer: {', '.join(lost)}"
+        return Check(
+            name="key", status="note", finding=finding, remedy="Ray starts them again: `ray status`."
         )
     if not answer.devices:
         return Check(name="key", status="note", finding=finding, remedy="`cola device` adds a device.")

@@ -75,7 +75,7 @@ def print_job(job: Job) -> None:
             "state": state_text(job.state),
             "waiting for": job.waiting_reason,
             "failure": f"{job.failure_reason}: {job.failure_message}" if job.failure_reason else "",
-            "base model": job.base_model,
+            "base model": f"{job.base_model}, replica {job.replica}" if job.replica else job.base_model,
             "adapter": "; ".join(map(_adapter_part, job.spec.adapter_parts)),
             "step": f"{job.version} of {job.total_steps}",
             "loss": number(job.last_loss),

@@ -11,6 +11,7 @@ import cola_runtime
 from cola_runtime.cli import (
     adapters,
     audit,
+    base_models,
     bench,
     config,
     dataset,
@@ -47,6 +48,7 @@ for command in (
     generate.generate,
     device.device,
     usage.usage,
+    base_models.base_models,
     doctor.doctor,
 ):
     app.command()(command)

@@ -53,6 +53,9 @@ def serve(
         str | None, typer.Option(help="none, int8 or nf4: how the frozen weights are held.")
     ] = None,
     accelerator: Annotated[str | None, typer.Option(help="auto, cpu or cuda: where it computes.")] = None,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, help="Processes that compute the base model.")
+    ] = None,
     activation_checkpointing: CheckpointingFlag = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the base model.")] = None,
     devices: Annotated[
@@ -76,15 +79,18 @@ def serve(
         file,
         listen=listen,
         data_dir=data_dir,
-        base_model={
-            "name": base_model,
-            "path": model_path,
-            "dtype": dtype,
-            "quantization": quantization,
-            "accelerator": accelerator,
-            "activation_checkpointing": activation_checkpointing,
-            "threads": threads,
-        },
+        base_models=[
+            {
+                "name": base_model,
+                "path": model_path,
+                "dtype": dtype,
+                "quantization": quantization,
+                "accelerator": accelerator,
+                "activation_checkpointing": activation_checkpointing,
+                "threads": threads,
+                "replicas": replicas,
+            }
+        ],
         devices={"count": devices, "advertise": advertise},
         tls={"certificate": certificate, "key": key},
         ray_address=ray_address,
@@ -114,11 +120,11 @@ def announce(service: RunningService, *, as_json: bool) -> None:
     from cola_runtime.cli.output import clean, print_json_line, print_text
 
     url = f"{'grpcs' if service.tls else 'grpc'}://{service.endpoint}"
+    names = [base.name for base in service.base_models]
     if as_json:
-        base = service.base_model.name
-        print_json_line({"base_url": url, "base_model": base, "first_key": service.first_key})
+        print_json_line({"base_url": url, "base_models": names, "first_key": service.first_key})
         return
-    print_text(("Serving ", "green"), (clean(service.base_model.name), "bold"), f" on {clean(url)}")
+    print_text(("Serving ", "green"), (clean(", ".join(names)), "bold"), f" on {clean(url)}")
     if service.first_key:
         print_text("A key for the first tenant, shown this once:")
         typer.echo(f"\n  export COLA_BASE_URL={url}\n  export COLA_API_KEY={service.first_key}\n")

@@ -13,6 +13,7 @@ def print_report(report: TraceReport) -> None:
             "base busy": f"{report.base_busy:.1%} from the first to the last of {report.base_steps:,} base "
             f"steps ({report.seconds:.1f} s)",
             "besides": others,
+            "replicas": _replicas(report),
             "tokens": f"{report.tokens:,}, and {report.padding:.1%} of what was computed is padding",
             "devices busy": ", ".join(f"{name} {share:.1%}" for name, share in report.device_busy.items()),
             "exports": _exports(report.exports),
@@ -20,6 +21,12 @@ def print_report(report: TraceReport) -> None:
     )
     rows = [(f"{gap.begin:.3f}", f"{1e3 * gap.seconds:.1f}", gap.cause) for gap in report.longest_gaps]
     print_table((">AT S", ">GAP MS", "CAUSE"), rows, empty="No gaps between base steps.")
+
+
+def _replicas(report: TraceReport) -> str:
+    """Of several, how busy each was; what else is said is of the one with the most base steps."""
+    shares = [f"{name} {share:.1%}" for name, share in sorted(report.base_models.items())]
+    return ", ".join(shares) if len(shares) > 1 else ""
 
 
 def _exports(exports: Exports) -> str:

@@ -50,6 +50,7 @@ class Job:
     repeated_steps: int  # made again since a device or the service was lost
     deadline_at: str  # "" without one
     deadline_missed_at: str  # "" unless it passed before the end
+    replica: str  # of its base model, that computes its rows; "" while none does
     stale: bool  # what the coordinator last knew: the job store cannot be read now
 
     @property
@@ -182,6 +183,22 @@ class Generation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Replica:
+    """One process that computes a base model's base steps; what it did counts from the service's start."""
+
+    replica: str
+    state: str  # "ready" or "lost"
+    jobs: int
+    base_busy_seconds: float
+    base_steps: int
+    tokens: int
+    bank_hits: int  # adapters of base steps whose weights were on its device; all 0 without a byte limit
+    bank_misses: int
+    bank_evicted_bytes: int
+    bank_resident_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BaseModel:
     name: str
     architecture: str
@@ -190,6 +207,7 @@ class BaseModel:
     parameters: int
     sites: tuple[str, ...]
     details: Mapping[str, str]
+    replicas: tuple[Replica, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,13 +313,18 @@ def service_from(message: jobs_pb2.ServiceDescription) -> Service:
     return Service(
         version=message.version,
         tenant=message.tenant,
-        base_models=tuple(value_from(BaseModel, model) for model in message.base_models),
+        base_models=tuple(map(_base_model_from, message.base_models)),
         devices=tuple(value_from(Device, device) for device in message.devices),
         base_busy_seconds=message.base_busy_seconds,
         uptime_seconds=message.uptime_seconds,
         base_steps=message.base_steps,
         degraded=message.degraded,
     )
+
+
+def _base_model_from(message: jobs_pb2.BaseModelInfo) -> BaseModel:
+    replicas = tuple(value_from(Replica, replica) for replica in message.replicas)
+    return dataclasses.replace(value_from(BaseModel, message), replicas=replicas)
 
 
 def _field(message: Message, name: str) -> Any:

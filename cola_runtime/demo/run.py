@@ -112,7 +112,7 @@ def _settings(output: Path) -> ServiceSettings:
     data_dir = output / "service"
     shutil.rmtree(data_dir, ignore_errors=True)
     return service_settings(
-        data_dir=data_dir, listen="127.0.0.1:0", base_model={"threads": min(2, os.cpu_count() or 1)}
+        data_dir=data_dir, listen="127.0.0.1:0", base_models=[{"threads": min(2, os.cpu_count() or 1)}]
     )
 
 

@@ -108,7 +108,7 @@ def _settings(run: TracedRun, folder: Path) -> ServiceSettings:
     return service_settings(
         data_dir=folder / "service",
         listen="127.0.0.1:0",
-        base_model={"name": run.base_model, "dtype": run.dtype, "threads": run.threads},
+        base_models=[{"name": run.base_model, "dtype": run.dtype, "threads": run.threads}],
         devices={"count": 2},
         scheduler={"token_budget": run.token_budget},
     )

@@ -10,8 +10,9 @@ from contextlib import suppress
 
 import torch
 
+from cola_runtime.device.backoff import Backoff
 from cola_runtime.device.config import DeviceConfig
-from cola_runtime.device.control_session import Backoff, ControlSession
+from cola_runtime.device.control_session import ControlSession
 from cola_runtime.device.enrolment import Dial, Enrolment
 from cola_runtime.device.trial import optimizer_speed
 from cola_runtime.device.worker import DeviceWorker

@@ -9,7 +9,7 @@ from cola_runtime.transport.certificates import Identity
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceConfig:
-    """One device. It dials the coordinator, which names the base model's gradient endpoint."""
+    """One device. It dials the coordinator, whose leases name a base model's gradient endpoint."""
 
     device_id: str  # 1 to 63 letters, digits, '.', '_' or '-'
     coordinator_endpoint: str  # host:port

@@ -1,14 +1,9 @@
-"""What a device does while one control stream lives: leases, heartbeats, checkpoints, gradient stream.
-
-A lost gradient stream keeps the leases: after reconnecting the device sends each adapter's current weights,
-and a step whose taps were lost must be computed again.
-"""
+"""What a device does while one control stream lives: leases, heartbeats, checkpoints, gradient streams."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,10 +15,10 @@ import psutil
 from cola_runtime import crash_points
 from cola_runtime.device.answers import Answer, Checkpoint, Norms, Refused
 from cola_runtime.device.config import DeviceConfig
-from cola_runtime.device.enrolment import Dial
 from cola_runtime.device.gradient_link import GradientLink
+from cola_runtime.device.gradient_links import GradientLinks
 from cola_runtime.device.worker import DeviceWorker
-from cola_runtime.errors import ColaError, ProtocolError, Unauthenticated, Unavailable
+from cola_runtime.errors import ProtocolError, Unavailable
 from cola_runtime.proto import control_pb2
 from cola_runtime.transport import control
 from cola_runtime.transport.concurrency import until_first_ends
@@ -42,21 +37,6 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-class Backoff:
-    """Pauses between attempts: they double up to a limit, and start over after a success."""
-
-    def __init__(self, config: DeviceConfig) -> None:
-        self._first, self._last = config.first_retry_seconds, config.last_retry_seconds
-        self._next = self._first
-
-    def reset(self) -> None:
-        self._next = self._first
-
-    async def wait(self) -> None:
-        seconds, self._next = self._next, min(2 * self._next, self._last)
-        await asyncio.sleep(seconds * random.uniform(0.5, 1.0))  # noqa: S311 - spreads devices, guards nothing
-
-
 class ControlSession:
     """Serves the leases of one control stream. Every adapter's work goes through the one worker thread."""
 
@@ -71,12 +51,17 @@ class ControlSession:
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         self._config = config
-        self._credentials = credentials
         self._stream = stream
         self._welcome = welcome
         self._worker = worker
         self._thread = thread
-        self._link: GradientLink | None = None
+        self._links = GradientLinks(
+            config,
+            ticket=welcome.gradient_ticket,
+            credentials=credentials,
+            current=lambda job_ids: self._in_thread(lambda: worker.current(job_ids)),
+            on_messages=self._on_messages,
+        )
         self._blobs: dict[tuple[str, int], bytes] = {}  # checkpoints that wait for their grant
         self._checkpoints: asyncio.Queue[Checkpoint] = asyncio.Queue(maxsize=2)
         self._draining = False
@@ -85,7 +70,7 @@ class ControlSession:
     async def run(self) -> None:
         """Until the control stream ends. Raises what ended it."""
         await until_first_ends(
-            self._read_control(), self._send_heartbeats(), self._serve_gradients(), self._send_checkpoints()
+            self._read_control(), self._send_heartbeats(), self._links.run(), self._send_checkpoints()
         )
 
     async def drain(self) -> None:
@@ -115,6 +100,7 @@ class ControlSession:
             await self._grant(message.lease_grant)
         elif kind == "lease_end":
             lease = control.lease_from_proto(message.lease_end.lease)
+            self._links.end(lease)
             await self._in_thread(lambda: self._worker.end(lease))
             self._released.set()
         elif kind == "checkpoint_request":
@@ -143,10 +129,13 @@ class ControlSession:
         answer = await self._in_thread(lambda: self._worker.grant(grant, blob))
         if isinstance(answer, Refused):
             await self._fail(answer)
-        elif self._link is not None:
+            return
+        self._links.open(lease, grant.gradient_endpoint)
+        link = self._links.of(lease)
+        if link is not None:
             # A link lost just now is not the control stream's concern: the next one sends all weights.
             with suppress(Unavailable):
-                await self._link.send_update(answer)
+                await link.send_update(answer)
 
     async def _fail(self, refused: Refused) -> None:
         failed = control_pb2.LeaseFailed(
@@ -165,33 +154,7 @@ class ControlSession:
             await self._stream.send_control(control_pb2.DeviceControl(heartbeat=beat))
             await asyncio.sleep(self._welcome.heartbeat_seconds)
 
-    async def _serve_gradients(self) -> None:
-        pause = Backoff(self._config)
-        while True:
-            try:
-                await self._attach_gradients(pause)
-            except Unauthenticated:  # the ticket is too old: the coordinator gives another, if it still may
-                raise
-            except ColaError as error:
-                logger.warning("lost the base model: %s", error, extra={"event": "device.gradients_lost"})
-            await pause.wait()
-
-    async def _attach_gradients(self, pause: Backoff) -> None:
-        dial = Dial(endpoint=self._welcome.gradient_endpoint, credentials=self._credentials)
-        link = await GradientLink.attach(dial, self._config, ticket=self._welcome.gradient_ticket)
-        self._link = link
-        pause.reset()
-        try:
-            for update in await self._in_thread(self._worker.current):
-                await link.send_update(update)
-            await link.serve(self._on_messages)
-        finally:
-            self._link = None
-            await link.close()
-
-    async def _on_messages(self, messages: list[bytes]) -> None:
-        link = self._link
-        assert link is not None
+    async def _on_messages(self, link: GradientLink, messages: list[bytes]) -> None:
         consumed = await self._in_thread(lambda: self._worker.consume(link.decode(messages)))
         if consumed.credit_bytes:
             await link.send_credit(consumed.credit_bytes)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,14 +84,15 @@ class DeviceWorker:
         self._held.clear()
         self._count_resident()
 
-    def current(self) -> list[Update]:
-        """Every adapter's weights as they are, for a base model that may have missed the last update.
+    def current(self, job_ids: Collection[str]) -> list[Update]:
+        """These jobs' weights as they are, for a base model that may have missed the last update.
 
         Forgets the taps of steps under way: they came over a stream that is gone.
         """
-        for held in self._held.values():
+        ours = [held for job_id, held in self._held.items() if job_id in job_ids]
+        for held in ours:
             _discard(held, refused=False)
-        return [_update(held.lease, held.session) for held in self._held.values()]
+        return [_update(held.lease, held.session) for held in ours]
 
     def checkpoint(self, lease: Lease) -> Checkpoint | Refused:
         held = self._of(lease)

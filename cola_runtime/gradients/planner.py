@@ -76,6 +76,10 @@ class Workload:
     source_tokens: float = 0.0  # N at an encoder-decoder's `source_groups`; `tokens` are its targets'
     source_groups: frozenset[int] = frozenset()
 
+    @property
+    def step_tokens(self) -> float:
+        return self.microbatches * (self.tokens + self.source_tokens)
+
     def at(self, group: int) -> Workload:
         """What the sites of one input group see of it."""
         return replace(self, tokens=self.source_tokens) if group in self.source_groups else self

@@ -50,6 +50,7 @@ class TrainingPlan:
     max_staleness: int
     shards: int = 1
     taps: TapPlan = _UNPLANNED  # `job_taps` plans them for the job's data
+    step_tokens: float = 0.0  # of a step, on the average; likewise of the job's data
     loss_scaling: LossScaling = UNSCALED
     merged: bool = False
     collaboration: CollaborationSpec | None = None

@@ -29,7 +29,9 @@ _MEASURED = ("loss", "learning_rate", "gradient_norm", "base_seconds", "device_s
 _SAME_STEP = ("epoch", "loss", "tokens", "label_tokens", "device_id")
 
 
-def open_lease(connection: Connection, job_id: str, device_ids: Sequence[str], *, at: str) -> Lease:
+def open_lease(
+    connection: Connection, job_id: str, device_ids: Sequence[str], *, replica: str, at: str
+) -> Lease:
     """Give the devices the job, with the next epoch; an earlier lease ends. Conflict `JOB_NOT_ACTIVE`."""
     job = read_job(connection, job_id)
     if job.state not in ACTIVE_STATES:
@@ -44,6 +46,9 @@ def open_lease(connection: Connection, job_id: str, device_ids: Sequence[str], *
     train = "devices {} train" if further else "device {} trains"
     message = f"{train.format(lease.devices)} the job from version {job.version}"
     data: dict[str, Any] = {"epoch": lease.epoch, "device_id": lease.devices, "version": job.version}
+    if replica:
+        message += f", beside base model replica {replica}"
+        data["replica"] = replica
     if further:
         data["device_ids"] = list(device_ids)
     append_event(connection, job_id, at=at, kind="lease.granted", message=message, data=data)

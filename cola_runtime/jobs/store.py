@@ -142,9 +142,9 @@ class JobStore:
         """Of every tenant, by name."""
         return await self._database.run(usage.read_usage)
 
-    async def loads(self) -> list[TenantLoad]:
-        """Of the tenants that have jobs queued or running."""
-        return await self._database.run(usage.read_loads)
+    async def loads(self, base_model: str) -> list[TenantLoad]:
+        """Of the tenants that have jobs of this base model queued or running."""
+        return await self._database.run(lambda c: usage.read_loads(c, base_model))
 
     # Jobs
 
@@ -223,13 +223,17 @@ class JobStore:
 
     # Leases, steps, evaluations, checkpoints
 
-    async def grant_lease(self, job_id: str, *device_ids: str) -> Lease:
+    async def grant_lease(self, job_id: str, *device_ids: str, replica: str = "") -> Lease:
         """A lease with the next epoch, of one device a shard; whoever holds an earlier one is fenced.
+
+        The job's trail says which `replica` of its base model computes its rows.
 
         Raises Conflict `JOB_NOT_ACTIVE`.
         """
         return await self._write(
-            "lease", job_id, lambda c: progress.open_lease(c, job_id, device_ids, at=self._at())
+            "lease",
+            job_id,
+            lambda c: progress.open_lease(c, job_id, device_ids, replica=replica, at=self._at()),
         )
 
     async def rewind(self, lease: Lease, version: int) -> JobRecord:

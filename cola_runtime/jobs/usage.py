@@ -21,13 +21,13 @@ def read_usage(connection: Connection, *, tenant_id: str | None = None) -> list[
     return [Usage(**row) for row in connection.execute(query).mappings()]
 
 
-def read_loads(connection: Connection) -> list[TenantLoad]:
-    """Of the tenants that have jobs queued or running."""
+def read_loads(connection: Connection, base_model: str) -> list[TenantLoad]:
+    """Of the tenants that have jobs of this base model queued or running."""
     weight = func.coalesce(_terms.c.weight, TenantTerms().weight)
     query = (
         select(_jobs.c.tenant_id, func.count().label("jobs"), weight.label("weight"))
         .select_from(_jobs.outerjoin(_terms, _terms.c.tenant_id == _jobs.c.tenant_id))
-        .where(_jobs.c.state.in_((JobState.QUEUED, JobState.RUNNING)))
+        .where(_jobs.c.base_model == base_model, _jobs.c.state.in_((JobState.QUEUED, JobState.RUNNING)))
         .group_by(_jobs.c.tenant_id, weight)
     )
     return [TenantLoad(**row) for row in connection.execute(query).mappings()]

@@ -107,14 +107,12 @@ class DeviceHello(_message.Message):
     def __init__(self, device_id: _Optional[str] = ..., join_token: _Optional[str] = ..., protocol_version: _Optional[int] = ..., threads: _Optional[int] = ..., pid: _Optional[int] = ..., numbers_per_second: _Optional[float] = ...) -> None: ...
 
 class DeviceWelcome(_message.Message):
-    __slots__ = ("gradient_endpoint", "heartbeat_seconds", "gradient_ticket")
-    GRADIENT_ENDPOINT_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("heartbeat_seconds", "gradient_ticket")
     HEARTBEAT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_TICKET_FIELD_NUMBER: _ClassVar[int]
-    gradient_endpoint: str
     heartbeat_seconds: float
     gradient_ticket: str
-    def __init__(self, gradient_endpoint: _Optional[str] = ..., heartbeat_seconds: _Optional[float] = ..., gradient_ticket: _Optional[str] = ...) -> None: ...
+    def __init__(self, heartbeat_seconds: _Optional[float] = ..., gradient_ticket: _Optional[str] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ("busy_seconds", "resident_bytes", "free_bytes")
@@ -127,7 +125,7 @@ class Heartbeat(_message.Message):
     def __init__(self, busy_seconds: _Optional[float] = ..., resident_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ...) -> None: ...
 
 class LeaseGrant(_message.Message):
-    __slots__ = ("lease", "adapter", "optimizer", "schedule", "checkpoint_bytes", "checkpoint_every", "max_staleness", "shards")
+    __slots__ = ("lease", "adapter", "optimizer", "schedule", "checkpoint_bytes", "checkpoint_every", "max_staleness", "shards", "gradient_endpoint")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
@@ -136,6 +134,7 @@ class LeaseGrant(_message.Message):
     CHECKPOINT_EVERY_FIELD_NUMBER: _ClassVar[int]
     MAX_STALENESS_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_ENDPOINT_FIELD_NUMBER: _ClassVar[int]
     lease: LeaseRef
     adapter: AdapterDefinition
     optimizer: OptimizerDefinition
@@ -144,7 +143,8 @@ class LeaseGrant(_message.Message):
     checkpoint_every: int
     max_staleness: int
     shards: int
-    def __init__(self, lease: _Optional[_Union[LeaseRef, _Mapping]] = ..., adapter: _Optional[_Union[AdapterDefinition, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerDefinition, _Mapping]] = ..., schedule: _Optional[_Union[ScheduleDefinition, _Mapping]] = ..., checkpoint_bytes: _Optional[int] = ..., checkpoint_every: _Optional[int] = ..., max_staleness: _Optional[int] = ..., shards: _Optional[int] = ...) -> None: ...
+    gradient_endpoint: str
+    def __init__(self, lease: _Optional[_Union[LeaseRef, _Mapping]] = ..., adapter: _Optional[_Union[AdapterDefinition, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerDefinition, _Mapping]] = ..., schedule: _Optional[_Union[ScheduleDefinition, _Mapping]] = ..., checkpoint_bytes: _Optional[int] = ..., checkpoint_every: _Optional[int] = ..., max_staleness: _Optional[int] = ..., shards: _Optional[int] = ..., gradient_endpoint: _Optional[str] = ...) -> None: ...
 
 class LeaseEnd(_message.Message):
     __slots__ = ("lease",)

@@ -87,7 +87,7 @@ class JobRef(_message.Message):
     def __init__(self, job_id: _Optional[str] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("job_id", "name", "state", "base_model", "version", "total_steps", "device_id", "waiting_reason", "created_at", "finished_at", "failure_reason", "failure_message", "evaluation_loss_before", "evaluation_loss_after", "last_loss", "tokens", "label_tokens", "bytes_up", "bytes_down", "spec_json", "tenant", "encoding", "base_seconds", "device_seconds", "evaluation_tokens", "repeated_steps", "deadline_at", "deadline_missed_at", "stale")
+    __slots__ = ("job_id", "name", "state", "base_model", "version", "total_steps", "device_id", "waiting_reason", "created_at", "finished_at", "failure_reason", "failure_message", "evaluation_loss_before", "evaluation_loss_after", "last_loss", "tokens", "label_tokens", "bytes_up", "bytes_down", "spec_json", "tenant", "encoding", "base_seconds", "device_seconds", "evaluation_tokens", "repeated_steps", "deadline_at", "deadline_missed_at", "replica", "stale")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -116,6 +116,7 @@ class Job(_message.Message):
     REPEATED_STEPS_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_AT_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MISSED_AT_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
     STALE_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     name: str
@@ -145,8 +146,9 @@ class Job(_message.Message):
     repeated_steps: int
     deadline_at: str
     deadline_missed_at: str
+    replica: str
     stale: bool
-    def __init__(self, job_id: _Optional[str] = ..., name: _Optional[str] = ..., state: _Optional[str] = ..., base_model: _Optional[str] = ..., version: _Optional[int] = ..., total_steps: _Optional[int] = ..., device_id: _Optional[str] = ..., waiting_reason: _Optional[str] = ..., created_at: _Optional[str] = ..., finished_at: _Optional[str] = ..., failure_reason: _Optional[str] = ..., failure_message: _Optional[str] = ..., evaluation_loss_before: _Optional[float] = ..., evaluation_loss_after: _Optional[float] = ..., last_loss: _Optional[float] = ..., tokens: _Optional[int] = ..., label_tokens: _Optional[int] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., spec_json: _Optional[str] = ..., tenant: _Optional[str] = ..., encoding: _Optional[str] = ..., base_seconds: _Optional[float] = ..., device_seconds: _Optional[float] = ..., evaluation_tokens: _Optional[int] = ..., repeated_steps: _Optional[int] = ..., deadline_at: _Optional[str] = ..., deadline_missed_at: _Optional[str] = ..., stale: _Optional[bool] = ...) -> None: ...
+    def __init__(self, job_id: _Optional[str] = ..., name: _Optional[str] = ..., state: _Optional[str] = ..., base_model: _Optional[str] = ..., version: _Optional[int] = ..., total_steps: _Optional[int] = ..., device_id: _Optional[str] = ..., waiting_reason: _Optional[str] = ..., created_at: _Optional[str] = ..., finished_at: _Optional[str] = ..., failure_reason: _Optional[str] = ..., failure_message: _Optional[str] = ..., evaluation_loss_before: _Optional[float] = ..., evaluation_loss_after: _Optional[float] = ..., last_loss: _Optional[float] = ..., tokens: _Optional[int] = ..., label_tokens: _Optional[int] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., spec_json: _Optional[str] = ..., tenant: _Optional[str] = ..., encoding: _Optional[str] = ..., base_seconds: _Optional[float] = ..., device_seconds: _Optional[float] = ..., evaluation_tokens: _Optional[int] = ..., repeated_steps: _Optional[int] = ..., deadline_at: _Optional[str] = ..., deadline_missed_at: _Optional[str] = ..., replica: _Optional[str] = ..., stale: _Optional[bool] = ...) -> None: ...
 
 class ListJobsRequest(_message.Message):
     __slots__ = ("limit", "after")
@@ -348,7 +350,7 @@ class DescribeServiceRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class BaseModelInfo(_message.Message):
-    __slots__ = ("name", "architecture", "context_length", "dtype", "parameters", "sites", "details")
+    __slots__ = ("name", "architecture", "context_length", "dtype", "parameters", "sites", "details", "replicas")
     class DetailsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -363,6 +365,7 @@ class BaseModelInfo(_message.Message):
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     SITES_FIELD_NUMBER: _ClassVar[int]
     DETAILS_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
     name: str
     architecture: str
     context_length: int
@@ -370,7 +373,32 @@ class BaseModelInfo(_message.Message):
     parameters: int
     sites: _containers.RepeatedScalarFieldContainer[str]
     details: _containers.ScalarMap[str, str]
-    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., context_length: _Optional[int] = ..., dtype: _Optional[str] = ..., parameters: _Optional[int] = ..., sites: _Optional[_Iterable[str]] = ..., details: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    replicas: _containers.RepeatedCompositeFieldContainer[ReplicaInfo]
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., context_length: _Optional[int] = ..., dtype: _Optional[str] = ..., parameters: _Optional[int] = ..., sites: _Optional[_Iterable[str]] = ..., details: _Optional[_Mapping[str, str]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaInfo, _Mapping]]] = ...) -> None: ...
+
+class ReplicaInfo(_message.Message):
+    __slots__ = ("replica", "state", "jobs", "base_busy_seconds", "base_steps", "tokens", "bank_hits", "bank_misses", "bank_evicted_bytes", "bank_resident_bytes")
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    JOBS_FIELD_NUMBER: _ClassVar[int]
+    BASE_BUSY_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    BASE_STEPS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BANK_HITS_FIELD_NUMBER: _ClassVar[int]
+    BANK_MISSES_FIELD_NUMBER: _ClassVar[int]
+    BANK_EVICTED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BANK_RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    replica: str
+    state: str
+    jobs: int
+    base_busy_seconds: float
+    base_steps: int
+    tokens: int
+    bank_hits: int
+    bank_misses: int
+    bank_evicted_bytes: int
+    bank_resident_bytes: int
+    def __init__(self, replica: _Optional[str] = ..., state: _Optional[str] = ..., jobs: _Optional[int] = ..., base_busy_seconds: _Optional[float] = ..., base_steps: _Optional[int] = ..., tokens: _Optional[int] = ..., bank_hits: _Optional[int] = ..., bank_misses: _Optional[int] = ..., bank_evicted_bytes: _Optional[int] = ..., bank_resident_bytes: _Optional[int] = ...) -> None: ...
 
 class DeviceInfo(_message.Message):
     __slots__ = ("device_id", "state", "jobs", "busy_seconds", "trust_class", "pid")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -67,6 +67,7 @@ class BaseModelActor:
             tiled_weights=settings.tiled_weights,
             quantization=settings.quantization,
             accelerator=settings.accelerator,
+            bank_bytes=settings.bank_bytes,
         )
         self._service = BaseModelService(model, name=settings.name, join_token=join_token)
         self._bind, self._advertise = settings.bind, settings.advertise
@@ -189,17 +190,12 @@ def _quiet_transformers() -> None:
 
 
 def base_model_handle(
-    settings: ServiceSettings,
-    join_token: str,
-    identity: Identity | None,
-    *,
-    accelerator: Literal["cpu", "cuda"],
+    settings: ServiceSettings, chosen: BaseModelSettings, join_token: str, identity: Identity | None
 ) -> Any:
-    """Place the base model actor on a node that offers the resource `cola_base_model`, and a GPU on cuda."""
-    base_model = settings.base_model.model_copy(update={"accelerator": accelerator})
+    """Place a replica of `chosen` on a node that offers the resource `cola_base_model`, and a GPU on cuda."""
     options = {
         "num_cpus": 0,
-        "num_gpus": 1 if accelerator == "cuda" else 0,
+        "num_gpus": 1 if chosen.accelerator == "cuda" else 0,
         "resources": {"cola_base_model": 1},
         "max_restarts": -1,
         "max_concurrency": 64,
@@ -208,7 +204,7 @@ def base_model_handle(
     return (
         ray.remote(BaseModelActor)
         .options(**options)
-        .remote(base_model, settings.cache_dir.resolve(), join_token, settings.adapter_modules, identity)
+        .remote(chosen, settings.cache_dir.resolve(), join_token, settings.adapter_modules, identity)
     )
 
 

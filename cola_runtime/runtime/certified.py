@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from cola_runtime.config import DEFAULT_DEVICE_PORT, ServiceSettings
+from cola_runtime.config import DEFAULT_DEVICE_PORT, BaseModelSettings, ServiceSettings
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.scheduler.device_pool import DevicePool
 from cola_runtime.server.grpc_server import serve_jobs
@@ -57,14 +57,15 @@ def check_listeners(settings: ServiceSettings) -> None:
     """Raises InvalidInput `PLAINTEXT_REFUSED` for an address off loopback without TLS."""
     if settings.tls.certificate is None:
         check_plaintext(settings.listen, where="listen")
-        check_plaintext(settings.base_model.bind, where="base_model.bind")
+        for number, base_model in enumerate(settings.base_models):
+            check_plaintext(base_model.bind, where=f"base_models.{number}.bind")
 
 
-def base_model_identity(settings: ServiceSettings) -> Identity | None:
-    """What the base model shows to devices; None where there is no TLS."""
+def base_model_identity(settings: ServiceSettings, chosen: BaseModelSettings) -> Identity | None:
+    """What one of its base models shows to devices; None where there is no TLS."""
     if settings.tls.certificate is None:
         return None
-    hosts = _hosts(settings.base_model.bind, settings.base_model.advertise)
+    hosts = _hosts(chosen.bind, chosen.advertise)
     return _authority(settings).server(hosts)
 
 

@@ -13,12 +13,13 @@ import ray
 from pydantic import SecretStr
 from ray.exceptions import RayError
 
-from cola_runtime.config import JoinSettings, ServiceSettings
+from cola_runtime.config import BaseModelSettings, JoinSettings, ServiceSettings
 from cola_runtime.errors import ColaError, InvalidInput, Unavailable
 from cola_runtime.runtime.actors import RemoteBaseModel, base_model_handle, device_handle
-from cola_runtime.runtime.certified import Identify
+from cola_runtime.runtime.certified import Identify, base_model_identity
 from cola_runtime.runtime.head_watch import require_head
-from cola_runtime.transport.certificates import Identity
+from cola_runtime.scheduler.ports import BaseModelPort
+from cola_runtime.types import BaseModelDescription
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +32,7 @@ class Cluster:
 
     def __init__(self, settings: ServiceSettings) -> None:
         self._settings = settings
-        self._base_model: Any = None
-        self._accelerator: Literal["cpu", "cuda"] = "cpu"
+        self._base_models: list[Any] = []
 
     def __enter__(self) -> Cluster:
         if self._settings.ray_address:
@@ -42,13 +42,17 @@ class Cluster:
             ray.init(
                 address="local",
                 num_cpus=0,  # actors are placed by the resources below; Ray keeps no idle workers for CPUs
-                resources={"cola_base_model": 1, "cola_device": max(1, self._settings.devices.count)},
+                resources={
+                    "cola_base_model": sum(chosen.replicas for chosen in self._settings.base_models),
+                    "cola_device": max(1, self._settings.devices.count),
+                },
                 include_dashboard=False,
                 configure_logging=False,
                 object_store_memory=256 << 20,
             )
         try:
-            self._accelerator = chosen_accelerator(self._settings, ray.cluster_resources())
+            for chosen in self._settings.base_models:
+                chosen_accelerator(chosen, ray.cluster_resources())
         except ColaError:
             ray.shutdown()
             raise
@@ -57,26 +61,46 @@ class Cluster:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._base_model is not None:
-            ray.kill(self._base_model)
+        for handle in self._base_models:
+            ray.kill(handle)
         ray.shutdown()
 
-    async def start_base_model(self, join_token: str, *, identity: Identity | None) -> RemoteBaseModel:
-        """Place the base model actor and wait until it answers. Raises Unavailable with what lacks."""
-        self._base_model = base_model_handle(
-            self._settings, join_token, identity, accelerator=self._accelerator
+    async def start_base_models(self, join_token: str) -> list[BaseModelPort]:
+        """Place every replica of every base model and wait until all answer: the replicas in order.
+
+        Those behind the first of a base model take its choice of an attention implementation, so that a job
+        which moves among them keeps its numbers. Raises Unavailable with what lacks.
+        """
+        first = await asyncio.gather(
+            *(self._start_replica(chosen, 0, join_token) for chosen in self._settings.base_models)
         )
-        base = RemoteBaseModel(self._base_model)
+        started: list[BaseModelPort] = []
+        for chosen, (base, description) in zip(self._settings.base_models, first, strict=True):
+            found = description.details["attention"]  # by a trial, or one of our own
+            alike = chosen.model_copy(update={"attention": found} if found in ("eager", "sdpa") else {})
+            others = (self._start_replica(alike, number, join_token) for number in range(1, chosen.replicas))
+            started += [base, *(each for each, _ in await asyncio.gather(*others))]
+        return started
+
+    async def _start_replica(
+        self, chosen: BaseModelSettings, number: int, join_token: str
+    ) -> tuple[BaseModelPort, BaseModelDescription]:
+        accelerator = chosen_accelerator(chosen, ray.cluster_resources())
+        of_replica = chosen.of_replica(number).model_copy(update={"accelerator": accelerator})
+        identity = base_model_identity(self._settings, of_replica)
+        handle = base_model_handle(self._settings, of_replica, join_token, identity)
+        self._base_models.append(handle)
+        base = RemoteBaseModel(handle)
         try:
             async with asyncio.timeout(BASE_MODEL_START_SECONDS):
-                await base.describe()
+                return base, await base.describe()
         except TimeoutError as error:
             raise Unavailable(
                 "BASE_MODEL_NOT_PLACED",
-                f"the base model actor did not start within {BASE_MODEL_START_SECONDS:g} s",
+                f"replica {number} of base model {chosen.name} did not start within "
+                f"{BASE_MODEL_START_SECONDS:g} s",
                 remedy="A node must offer the Ray resource cola_base_model; see `ray status`.",
             ) from error
-        return base
 
     @asynccontextmanager
     async def running_devices(
@@ -107,18 +131,20 @@ class Cluster:
                 ray.kill(handle)
 
 
-def chosen_accelerator(settings: ServiceSettings, resources: Mapping[str, float]) -> Literal["cpu", "cuda"]:
+def chosen_accelerator(
+    base_model: BaseModelSettings, resources: Mapping[str, float]
+) -> Literal["cpu", "cuda"]:
     """Where the base model goes in a cluster with these resources.
 
     Raises InvalidInput `ACCELERATOR_MISSING` where cuda is asked for and no node offers one: Ray would wait.
     """
-    asked, offered = settings.base_model.accelerator, resources.get("GPU", 0) >= 1
+    asked, offered = base_model.accelerator, resources.get("GPU", 0) >= 1
     if asked == "cuda" and not offered:
         raise InvalidInput(
             "ACCELERATOR_MISSING",
-            "no node of the Ray cluster offers a GPU",
-            where="base_model.accelerator",
-            remedy="Set base_model.accelerator to cpu, or add a node with a GPU; see `ray status`.",
+            f"no node of the Ray cluster offers a GPU to base model {base_model.name}",
+            where="base_models.accelerator",
+            remedy="Set the base model's accelerator to cpu, or add a node with a GPU; see `ray status`.",
         )
     return "cuda" if offered and asked != "cpu" else "cpu"
 

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import secrets
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -19,13 +19,12 @@ from typing import NoReturn
 
 from cola_runtime import crash_points
 from cola_runtime.adapters.module_registry import import_adapter_modules
-from cola_runtime.config import ServiceSettings, crash_setting
+from cola_runtime.config import SchedulerSettings, ServiceSettings, crash_setting
 from cola_runtime.errors import ColaError, Conflict
-from cola_runtime.gradients.planner import Costs
 from cola_runtime.jobs.hold import taken_over
 from cola_runtime.jobs.plan import wire_costs
 from cola_runtime.jobs.store import JobStore
-from cola_runtime.runtime.certified import Identify, base_model_identity, check_listeners, open_doors
+from cola_runtime.runtime.certified import Identify, check_listeners, open_doors
 from cola_runtime.runtime.cluster import Cluster
 from cola_runtime.runtime.head_watch import head_address, head_lost
 from cola_runtime.scheduler.device_gate import DeviceGate
@@ -33,8 +32,9 @@ from cola_runtime.scheduler.device_pool import DevicePool
 from cola_runtime.scheduler.leases import LeaseBook
 from cola_runtime.scheduler.loop import SchedulerLoop
 from cola_runtime.scheduler.ports import BaseModelPort
+from cola_runtime.scheduler.replicas import Replica, ReplicaSet, lost_replica_reporter, replica_name
 from cola_runtime.scheduler.retention import collect_orphans
-from cola_runtime.scheduler.runner import JobRunner, lost_base_reporter
+from cola_runtime.scheduler.runner import JobRunner, ServedBaseModel
 from cola_runtime.server.service import FineTuningService
 from cola_runtime.storage.objects import ObjectStorage
 from cola_runtime.trace.spans import SpanRecorder
@@ -58,10 +58,15 @@ class RunningService:
     device_endpoint: str  # host:port of devices; without TLS the same
     join_token: str  # of devices on this machine, where there is no TLS
     first_key: str | None  # of the first tenant, only when it was just created
-    base_model: BaseModelDescription
+    base_models: tuple[BaseModelDescription, ...]
     store: JobStore
     drain: Callable[[], Awaitable[None]]
     """Stop every job at its next step boundary, with a checkpoint, so that none is computed again."""
+
+    @property
+    def base_model(self) -> BaseModelDescription:
+        """The one that is meant where none is named."""
+        return self.base_models[0]
 
 
 def serve(
@@ -123,24 +128,26 @@ async def running_service(settings: ServiceSettings) -> AsyncIterator[RunningSer
     check_listeners(settings)  # likewise
     with Cluster(settings) as cluster:
         join_token = _join_token(settings.data_dir)
-        base = await cluster.start_base_model(join_token, identity=base_model_identity(settings))
+        bases = await cluster.start_base_models(join_token)
 
         def devices_at(endpoint: str, identify: Identify) -> AbstractAsyncContextManager[None]:
             return cluster.running_devices(endpoint, join_token=join_token, identify=identify)
 
-        async with running_coordinator(settings, base, join_token, devices_at=devices_at) as service:
+        async with running_coordinator(settings, bases, join_token, devices_at=devices_at) as service:
             yield service
 
 
 @asynccontextmanager
 async def running_coordinator(
     settings: ServiceSettings,
-    base: BaseModelPort,
+    bases: Sequence[BaseModelPort],
     join_token: str,
     *,
     devices_at: Callable[[str, Identify], AbstractAsyncContextManager[None]],
 ) -> AsyncIterator[RunningService]:
     """Everything of the coordinator process except Ray: also the composition that fast tests use.
+
+    `bases` are the replicas of all base models; which base model one is of, it says itself.
 
     `devices_at(endpoint, identify)` runs the devices that dial it, for as long as it lasts. Jobs start when
     they are there (or late: then without them), so that the first job does not find one device and fill it.
@@ -152,15 +159,15 @@ async def running_coordinator(
     try:
         await _check_objects(store, settings.data_dir)
         await collect_orphans(store, storage)  # before anybody can store what is not recorded yet
-        description = await base.describe()
-        costs = wire_costs(settings.planner, description, token_budget=settings.scheduler.token_budget)
-        runner, pool = _wire(settings, base, description, store, storage, join_token, costs)
+        book, spans = LeaseBook(), SpanRecorder()
+        base_models = await _base_models(settings, bases, book, spans)
+        runner, pool = _wire(settings, base_models, store, storage, join_token, book, spans)
         service = FineTuningService(
             store=store,
             storage=storage,
             runner=runner,
-            base_models={description.name: description},
-            costs=costs,
+            base_models={name: each.description for name, each in base_models.items()},
+            costs={name: each.costs for name, each in base_models.items()},
         )
         doors = await open_doors(settings, service, pool)
         try:
@@ -174,7 +181,7 @@ async def running_coordinator(
                         device_endpoint=doors.device_endpoint,
                         join_token=join_token,
                         first_key=await _first_key(store),
-                        base_model=description,
+                        base_models=tuple(each.description for each in base_models.values()),
                         store=store,
                         drain=partial(runner.drain, timeout_seconds=DRAIN_SECONDS),
                     )
@@ -186,39 +193,63 @@ async def running_coordinator(
         await store.close()
 
 
+async def _base_models(
+    settings: ServiceSettings, bases: Sequence[BaseModelPort], book: LeaseBook, spans: SpanRecorder
+) -> dict[str, ServedBaseModel]:
+    """The base models by name, in the order of the settings."""
+    replicas: dict[str, list[Replica]] = {chosen.name: [] for chosen in settings.base_models}
+    for base in bases:
+        description = await base.describe()
+        of_model = replicas[description.name]
+        name = replica_name(description.name, len(of_model))
+        loop = SchedulerLoop(
+            base,
+            _scheduling(settings, description.name),
+            on_base_lost=lost_replica_reporter(book, name),
+            flat=description.flat,
+            bank_bytes=description.bank_bytes,
+            spans=spans,
+        )
+        of_model.append(Replica(name=name, base=base, loop=loop, description=description))
+    return {
+        name: ServedBaseModel(
+            replicas=ReplicaSet(of_model, book=book, rebalance_seconds=settings.scheduler.rebalance_seconds),
+            costs=wire_costs(
+                settings.planner,
+                of_model[0].description,
+                token_budget=_scheduling(settings, name).token_budget,
+            ),
+        )
+        for name, of_model in replicas.items()
+    }
+
+
+def _scheduling(settings: ServiceSettings, base_model: str) -> SchedulerSettings:
+    [own] = [chosen.token_budget for chosen in settings.base_models if chosen.name == base_model]
+    return settings.scheduler.model_copy(update={"token_budget": own or settings.scheduler.token_budget})
+
+
 def _wire(
     settings: ServiceSettings,
-    base: BaseModelPort,
-    description: BaseModelDescription,
+    base_models: Mapping[str, ServedBaseModel],
     store: JobStore,
     storage: ObjectStorage,
     join_token: str,
-    costs: Costs,
+    book: LeaseBook,
+    spans: SpanRecorder,
 ) -> tuple[JobRunner, DevicePool]:
-    book, spans = LeaseBook(), SpanRecorder()
-    loop = SchedulerLoop(
-        base,
-        settings.scheduler,
-        on_base_lost=lost_base_reporter(book),
-        flat=description.flat,
-        spans=spans,
-    )
     pool = DevicePool(
         settings.devices,
         gate=DeviceGate(store.devices, join_token=join_token),
         audit=store.audit,
-        gradient_endpoint=description.gradient_endpoint,
         book=book,
     )
     runner = JobRunner(
-        base=base,
-        description=description,
-        loop=loop,
+        base_models=base_models,
         pool=pool,
         book=book,
         store=store,
         storage=storage,
-        costs=costs,
         spans=spans,
         retention=settings.retention,
     )

@@ -70,19 +70,17 @@ class DevicePool:
         *,
         gate: DeviceGate,
         audit: AuditTrail,
-        gradient_endpoint: str,
         book: LeaseBook,
     ) -> None:
         self._settings = settings
         self._gate, self._audit = gate, audit
-        self._gradient_endpoint = gradient_endpoint
         self._book = book
         self._devices: dict[str, ConnectedDevice] = {}
         self._orders = itertools.count()
         self._demands: dict[str, Demand] = {}  # of jobs that were placed
         self._moved = time.monotonic()  # when a job was last asked to move
         self._joined = asyncio.Condition()
-        self._withheld = False
+        self.placing = asyncio.Lock()  # one job at a time, so that each sees the load of those before it
         self.closing = False  # devices that leave from now on are not lost
         self._storing: set[asyncio.Task[None]] = set()
         self.on_checkpoint: CheckpointSink | None = None
@@ -162,8 +160,13 @@ class DevicePool:
         draining = all(device.draining for device in self._devices.values())
         return found or ("all devices are draining" if draining else "")
 
-    async def grant(self, lease: Lease, plan: TrainingPlan, *, checkpoint: bytes | None) -> None:
-        """Tell the device to train the plan's adapter, or its shard, from its seed or from a checkpoint."""
+    async def grant(
+        self, lease: Lease, plan: TrainingPlan, *, checkpoint: bytes | None, gradient_endpoint: str
+    ) -> None:
+        """Tell the device to train the plan's adapter, or its shard, from its seed or from a checkpoint.
+
+        Its taps come from `gradient_endpoint`.
+        """
         device = self._device(lease)
         message = lease_grant(
             lease,
@@ -172,6 +175,7 @@ class DevicePool:
             schedule=plan.schedule,
             checkpoint_bytes=len(checkpoint or b""),
             checkpoint_every=plan.checkpoint_every,
+            gradient_endpoint=gradient_endpoint,
             max_staleness=plan.max_staleness,
             shards=plan.shards,
         )
@@ -201,18 +205,6 @@ class DevicePool:
         self._recording = on
         devices = {name: device.stream.send_control for name, device in self._devices.items()}
         return await self._spans.ask(devices, on=on)
-
-    def withhold(self) -> None:
-        """There is no base model: nobody gets a device until `move`."""
-        self._withheld = True
-
-    async def move(self, gradient_endpoint: str) -> None:
-        """The base model answers at a new endpoint: every device dials in again and learns it."""
-        self._gradient_endpoint = gradient_endpoint
-        self._withheld = False
-        for device in list(self._devices.values()):
-            self._forget(device, "the base model restarted")
-            await device.stream.close()
 
     async def watch_forever(self) -> None:
         """Lose every device that has been silent for the lease timeout, or whose certificate has ended."""
@@ -262,8 +254,6 @@ class DevicePool:
 
     def _offers(self, job_id: str) -> list[Offer]:
         """Of the devices that take new leases and have not refused this job for good."""
-        if self._withheld:
-            return []
         return [
             device.offer([lease.job_id for lease in self._book.on_device(device_id)], self._demands)
             for device_id, device in self._devices.items()
@@ -289,7 +279,6 @@ class DevicePool:
 
     async def _welcome(self, device: ConnectedDevice) -> None:
         welcome = control_pb2.DeviceWelcome(
-            gradient_endpoint=self._gradient_endpoint,
             heartbeat_seconds=self._settings.heartbeat_seconds,
             gradient_ticket=self._gate.ticket(device.hello.device_id),
         )

@@ -65,7 +65,7 @@ class _Stopped(Exception):
 
 
 class _Moved(Exception):
-    """The adapter is in a checkpoint, for another device to go on from."""
+    """The adapter is in a checkpoint, for another device or replica to go on from."""
 
 
 @dataclass(slots=True)
@@ -290,7 +290,7 @@ class JobDriver:
         why = self._primitives.move_asked(adapter)
         if why:
             if adapter.version > 0:
-                self._phase.enter("checkpoint", "making a checkpoint before it moves to another device")
+                self._phase.enter("checkpoint", "making a checkpoint before it moves")
                 await self._primitives.checkpoint(adapter)
             raise _Moved(why)
 

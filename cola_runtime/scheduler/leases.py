@@ -22,6 +22,7 @@ class LeaseLost(Exception):
 @dataclass(slots=True)
 class _OpenLease:
     lease: Lease
+    replica: str  # of the base model, that computes the adapter's rows
     applied: dict[int, StepApplied] = field(default_factory=dict)  # by version, what nobody has asked for yet
     recorded_version: int = -1
     checkpoint_version: int = -1
@@ -36,8 +37,8 @@ class LeaseBook:
     def __init__(self) -> None:
         self._open: dict[str, _OpenLease] = {}
 
-    def open(self, lease: Lease) -> None:
-        self._open[lease.job_id] = _OpenLease(lease)
+    def open(self, lease: Lease, *, replica: str) -> None:
+        self._open[lease.job_id] = _OpenLease(lease, replica)
 
     def close(self, lease: Lease) -> None:
         entry = self._entry(lease)
@@ -87,18 +88,19 @@ class LeaseBook:
         for lease in self.on_device(device_id):
             self.lose(lease, reason=reason, message=message)
 
-    def lose_link(self, device_id: str, *, reason: str, message: str) -> None:
-        """The device's stream to the base model ended: leases are lost of which that has heard already.
+    def lose_link(self, device_id: str, *, replica: str, reason: str, message: str) -> None:
+        """The device's stream to a replica ended: leases are lost of which that has heard already.
 
         One that is being opened is not: the device sends its weights over whichever stream it has next. So a
         late word of the stream of a device that died costs nothing when it is back by then.
         """
         for lease in self.on_device(device_id):
-            if self._open[lease.job_id].applied:
+            entry = self._open[lease.job_id]
+            if entry.replica == replica and entry.applied:
                 self.lose(lease, reason=reason, message=message)
 
-    def lose_all(self, *, reason: str, message: str) -> None:
-        for entry in list(self._open.values()):
+    def lose_replica(self, replica: str, *, reason: str, message: str) -> None:
+        for entry in [entry for entry in self._open.values() if entry.replica == replica]:
             self.lose(entry.lease, reason=reason, message=message)
 
     def ask_move(self, lease: Lease, why: str) -> None:

@@ -1,6 +1,6 @@
 """Keeps base steps in flight: takes what waits, lets the policy choose, runs it, hands the losses back.
 
-One loop per base model. Two base steps are in flight, so that the base model starts the next one the
+One loop per base model replica. Two base steps are in flight, so that the base model starts the next one the
 moment it ends the last; the second is sent when the first is about to end, a filled one a little earlier: a
 step sent early is a step packed badly, and whoever comes back meanwhile waits for it.
 """
@@ -23,7 +23,7 @@ from cola_runtime.scheduler.tickets import Computed, Flight, Ticket
 from cola_runtime.scheduler.waiting import Due, Share, Standing, Waiting, padded_tokens
 from cola_runtime.trace.report import QUEUED
 from cola_runtime.trace.spans import SpanRecorder
-from cola_runtime.types import BaseStep, BaseStepResult, Priority, Row, Segment
+from cola_runtime.types import BankUse, BaseStep, BaseStepResult, Priority, Row, Segment
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ FILLED_ENOUGH = 0.5  # share of the token budget at which a base step counts as 
 FILLED_AHEAD = 0.25  # share of the running one's time by which a filled step is sent ahead
 SEND_AHEAD_SECONDS = 0.02  # a part-filled step is sent this long before the running one should end
 LEAST_HOLD_SECONDS = 0.001  # less is not worth a timer
+MOST_AHEAD = 4.0  # token budgets that other replicas' work may put a tenant behind here
 
 
 class SchedulerLoop:
@@ -43,9 +44,15 @@ class SchedulerLoop:
         *,
         on_base_lost: Callable[[Exception], None],
         flat: bool = False,
+        bank_bytes: int | None = None,
         spans: SpanRecorder | None = None,
     ) -> None:
-        """`flat`: the base model lays rows end to end instead of padding them to one another."""
+        """`flat`: the base model lays rows end to end instead of padding them to one another. `bank_bytes`:
+        of adapters' weights that it can have on its device at a time.
+        """
+        self._bank_bytes = bank_bytes
+        self._adapter_bytes: dict[str, int] = {}  # by job
+        self.bank = BankUse()
         self._spans = spans or SpanRecorder()
         self._base = base
         self._flat = flat
@@ -59,6 +66,7 @@ class SchedulerLoop:
         self._tasks: set[asyncio.Task[None]] = set()
         self._parked: set[str] = set()
         self._wake = asyncio.Event()
+        self._peers: tuple[SchedulerLoop, ...] = ()
         self._ticket_numbers = itertools.count(1)
         self._step_numbers = itertools.count(1)
         self._seconds_per_token = 0.0
@@ -73,6 +81,17 @@ class SchedulerLoop:
     def parts(self, rows: Sequence[Row]) -> list[tuple[Row, ...]]:
         """Cut what is above a base step's token budget."""
         return split_rows(rows, token_budget=self.token_budget, flat=self._flat)
+
+    def share_counters(self, peers: Sequence[SchedulerLoop]) -> None:
+        """What is computed for a tenant here counts in these loops too, which are of other replicas."""
+        self._peers = tuple(peers)
+
+    def note_adapter(self, job_id: str, limited_bytes: int) -> None:
+        """What the job's adapter takes of `bank_bytes`, until `forget_adapter`."""
+        self._adapter_bytes[job_id] = limited_bytes
+
+    def forget_adapter(self, job_id: str) -> None:
+        self._adapter_bytes.pop(job_id, None)
 
     def set_share(self, tenant_id: str, share: Share) -> None:
         """From the tenant's next tokens on."""
@@ -120,6 +139,13 @@ class SchedulerLoop:
     def charge(self, tenant_id: str, tokens: int) -> None:
         """Count what the base model computed for a tenant outside of base steps."""
         self._queue.charge(tenant_id, tokens, now=_now())
+        self._tell_peers(tenant_id, tokens)
+        self._wake.set()
+
+    def charge_elsewhere(self, tenant_id: str, tokens: int) -> None:
+        """Count what another replica of the base model computed for a tenant."""
+        most_ahead = MOST_AHEAD * self.token_budget
+        self._queue.charge(tenant_id, tokens, now=_now(), most_ahead=most_ahead)
         self._wake.set()
 
     def park(self, device_id: str, *, parked: bool) -> None:
@@ -158,7 +184,7 @@ class SchedulerLoop:
     def _send_when_due(self) -> float | None:
         """Send what should be sent now; return after how many seconds to look again (None: when woken)."""
         while len(self._flights) < self._settings.base_steps_in_flight:
-            chosen = self._queue.choose(token_budget=self.token_budget, now=_now())
+            chosen = self._within_bank(self._queue.choose(token_budget=self.token_budget, now=_now()))
             if not chosen:
                 ready_at = self._queue.next_ready()
                 return None if ready_at is None else max(0.0, ready_at - _now())
@@ -167,6 +193,20 @@ class SchedulerLoop:
                 return wait_seconds
             self._send(chosen)
         return None
+
+    def _within_bank(self, chosen: Sequence[Waiting]) -> Sequence[Waiting]:
+        """Those whose adapters are on the base model's device together. The first always goes."""
+        if self._bank_bytes is None:
+            return chosen
+        room, jobs = self._bank_bytes, set[str]()
+        kept: list[Waiting] = []
+        for waiting in chosen:
+            needed = 0 if waiting.job_id in jobs else self._adapter_bytes.get(waiting.job_id, 0)
+            if needed <= room or not kept:
+                room -= needed
+                jobs.add(waiting.job_id)
+                kept.append(waiting)
+        return kept
 
     def _hold_seconds(self, tokens: int) -> float:
         """How long a step should wait, while another one runs, for company and for who is owed more."""
@@ -184,6 +224,7 @@ class SchedulerLoop:
         tickets = [self._tickets[waiting.ticket] for waiting in chosen]
         for ticket in tickets:
             ticket.sent = True
+            self._tell_peers(ticket.waiting.tenant_id, ticket.waiting.tokens)
             self._record_queued(ticket, number)
         self._flights[number] = Flight(tickets=tickets, padded_tokens=padded_tokens(chosen), started=now)
         step = BaseStep(
@@ -214,6 +255,7 @@ class SchedulerLoop:
         self.busy_seconds += result.seconds
         self.steps_done += 1
         self.tokens_done += result.real_tokens
+        self.bank = result.bank
         self._seconds_per_token = result.seconds / max(1, result.computed_tokens)
         tokens = [
             0 if loss.reason else ticket.waiting.tokens  # a refused segment was not computed
@@ -238,6 +280,10 @@ class SchedulerLoop:
             job_id, tokens = ticket.waiting.job_id, ticket.waiting.tokens
             lane, now = f"queue of {job_id}", time.monotonic()
             self._spans.add(lane, QUEUED, begin=ticket.asked, end=now, base_step=number, tokens=tokens)
+
+    def _tell_peers(self, tenant_id: str, tokens: int) -> None:
+        for peer in self._peers:
+            peer.charge_elsewhere(tenant_id, tokens)
 
     def _queue_up(self, ticket: Ticket) -> None:
         if not self._parked.intersection(ticket.device_ids):

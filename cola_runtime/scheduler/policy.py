@@ -113,13 +113,19 @@ class FairQueue:
             self._drop(tenant, waiting, now)
             self._enter(tenant, now)
 
-    def charge(self, tenant_id: str, tokens: int, *, now: float) -> None:
-        """Count what was computed for a tenant beside the queue; its jobs' order stays as it is."""
+    def charge(self, tenant_id: str, tokens: int, *, now: float, most_ahead: float = math.inf) -> None:
+        """Count what was computed for a tenant beside the queue; its jobs' order stays as it is.
+
+        It does not lift the tenant's counter further than `most_ahead` above the tenant's served last: what
+        was computed where nobody else wanted it is not held against it for long.
+        """
         tenant = self._tenants.setdefault(tenant_id, _Tenant(tenant_id))
         self._leave(tenant)
         if not tenant.waits:
             tenant.counter = max(tenant.counter, self._floor)  # else its return would forget these tokens
+        before = tenant.counter
         self._count(tenant, tokens, now)
+        tenant.counter = min(tenant.counter, max(before, self._floor + most_ahead))
         self._enter(tenant, now)
 
     def choose(self, *, token_budget: int, now: float) -> tuple[Waiting, ...]:

@@ -17,16 +17,16 @@ from cola_runtime import crash_points
 from cola_runtime.adapter_spec import LeaseTerms
 from cola_runtime.data.held_out import HeldOutPrompts
 from cola_runtime.errors import ColaError, NotFound
+from cola_runtime.jobs.bank_size import limited_bytes
 from cola_runtime.jobs.plan import TrainingPlan
 from cola_runtime.jobs.records import CheckpointRecord, JobRecord
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.scheduler.checkpoints import CheckpointShelf
 from cola_runtime.scheduler.device_pool import DevicePool
 from cola_runtime.scheduler.leases import LeaseBook, LeaseLost
-from cola_runtime.scheduler.loop import SchedulerLoop
 from cola_runtime.scheduler.packing import first_prompts
 from cola_runtime.scheduler.placement import Demand
-from cola_runtime.scheduler.ports import BaseModelPort
+from cola_runtime.scheduler.replicas import Replica, ReplicaSet
 from cola_runtime.scheduler.tickets import Computed
 from cola_runtime.scheduler.waiting import Due
 from cola_runtime.types import Gang, Lease, Row, Segment, StepApplied, TapPlan
@@ -45,6 +45,7 @@ class LeasedAdapter:
     """An adapter that a device holds and whose `version` is current in the bank."""
 
     lease: Lease
+    replica: Replica  # that computes its rows
     tenant_id: str
     plan: TrainingPlan
     taps: TapPlan
@@ -80,21 +81,19 @@ class StepOutcome:
 
 
 class AdapterPrimitives:
-    """The one path through scheduler, base model and devices."""
+    """The one path through scheduler, base model and devices; of one base model."""
 
     def __init__(
         self,
         *,
-        base: BaseModelPort,
-        loop: SchedulerLoop,
+        replicas: ReplicaSet,
         pool: DevicePool,
         book: LeaseBook,
         store: JobStore,
         checkpoints: CheckpointShelf,
     ) -> None:
-        self._base, self._loop, self._pool, self._book = base, loop, pool, book
+        self._replicas, self._pool, self._book = replicas, pool, book
         self._store, self._checkpoints = store, checkpoints
-        self._placing = asyncio.Lock()
 
     async def open(self, record: JobRecord, plan: TrainingPlan) -> LeasedAdapter:
         """Lease the adapter to a device (one per shard), from the newest usable checkpoint or from its seed.
@@ -106,10 +105,11 @@ class AdapterPrimitives:
         usable = max(
             (c for c in checkpoints if c.version <= record.version), key=lambda c: c.version, default=None
         )
-        lease = await self._take_lease(record.job_id, plan)
+        lease, replica = await self._take_lease(record.job_id, plan)
         membership = plan.membership(record.job_id)
         adapter = LeasedAdapter(
             lease=lease,
+            replica=replica,
             tenant_id=record.tenant_id,
             plan=plan,
             taps=plan.taps,
@@ -123,9 +123,10 @@ class AdapterPrimitives:
             if usable is not None:
                 self._book.checkpointed(lease, usable.version)
             terms = LeaseTerms(spec=plan.adapter, membership=membership, max_staleness=plan.max_staleness)
-            await self._base.lease(lease, terms)
+            replica.loop.note_adapter(record.job_id, limited_bytes(plan, replica.description))
+            await replica.base.lease(lease, terms)
             crash_points.reach("lease.base_told")
-            await self._grant(lease, plan, usable)
+            await self._grant(adapter, usable)
             crash_points.reach("lease.device_told")
             await self._book.wait_version(lease, adapter.version, timeout_seconds=OPEN_TIMEOUT_SECONDS)
         except BaseException:
@@ -133,27 +134,31 @@ class AdapterPrimitives:
             raise
         return adapter
 
-    async def _take_lease(self, job_id: str, plan: TrainingPlan) -> Lease:
+    async def _take_lease(self, job_id: str, plan: TrainingPlan) -> tuple[Lease, Replica]:
         """One at a time, so that each sees the load that the ones before it have put on the devices."""
         demand = Demand.of(plan)
         while True:
             # not while placing: others may have a device already
+            await self._replicas.wait_ready()
             await self._pool.wait_able(job_id, demand, plan.shards)
-            async with self._placing:
+            async with self._pool.placing:
                 device_ids = self._pool.pick(job_id, demand, plan.shards)
-                if device_ids:
-                    lease = await self._store.grant_lease(job_id, *device_ids)
-                    self._book.open(lease)
-                    return lease
+                replica = self._replicas.place(job_id, plan) if device_ids else None
+                if replica is not None:
+                    lease = await self._store.grant_lease(job_id, *device_ids, replica=replica.name)
+                    self._book.open(lease, replica=replica.name)
+                    return lease, replica
 
-    async def _grant(self, lease: Lease, plan: TrainingPlan, usable: CheckpointRecord | None) -> None:
+    async def _grant(self, adapter: LeasedAdapter, usable: CheckpointRecord | None) -> None:
         """To each shard's device, one after the other: one of the checkpoints at a time is in memory."""
+        lease, plan = adapter.lease, adapter.plan
+        endpoint = adapter.replica.description.gradient_endpoint
         self._checkpoints.expect(lease, plan.adapter)
         for number, (part, of_shard) in enumerate(zip(lease.parts, plan.of_shards(), strict=True)):
             blob = None
             if usable is not None:
                 blob = await asyncio.to_thread(self._checkpoints.read_shard, usable, plan, number)
-            await self._pool.grant(part, of_shard, checkpoint=blob)
+            await self._pool.grant(part, of_shard, checkpoint=blob, gradient_endpoint=endpoint)
 
     async def forward(self, adapter: LeasedAdapter, rows: Sequence[Row]) -> Loss:
         """Losses of rows under the adapter's current version; nothing is trained."""
@@ -165,7 +170,7 @@ class AdapterPrimitives:
                 loss_denominator=1.0,
                 gang=adapter.gang,
             )
-            for part in self._loop.parts(rows)
+            for part in adapter.replica.loop.parts(rows)
         ]
         computed = await self._compute(adapter, segments, train=False)
         return _total(computed)
@@ -178,21 +183,22 @@ class AdapterPrimitives:
         count against the tenant's share of base steps.
         """
         answers: list[list[int]] = []
+        loop = adapter.replica.loop
         while len(answers) < len(asked.prompts):
             part = first_prompts(
                 asked.prompts[len(answers) :],
                 new_tokens=asked.max_new_tokens,
-                token_budget=self._loop.token_budget,
+                token_budget=loop.token_budget,
             )
             answers += await self._answer_part(adapter, part, asked)
-            self._loop.charge(adapter.tenant_id, len(part) * (max(map(len, part)) + asked.max_new_tokens))
+            loop.charge(adapter.tenant_id, len(part) * (max(map(len, part)) + asked.max_new_tokens))
         return answers
 
     async def _answer_part(
         self, adapter: LeasedAdapter, part: Sequence[Sequence[int]], asked: HeldOutPrompts
     ) -> list[list[int]]:
         self._book.check(adapter.lease)
-        generating = self._base.generate(
+        generating = adapter.replica.base.generate(
             adapter.lease.job_id,
             part,
             checkpoint=None,
@@ -208,7 +214,8 @@ class AdapterPrimitives:
 
     def base_seconds(self, microbatches: Sequence[Sequence[Row]]) -> float:
         """What these rows should take in base steps."""
-        return self._loop.base_seconds(sum(row.length for microbatch in microbatches for row in microbatch))
+        tokens = sum(row.length for microbatch in microbatches for row in microbatch)
+        return self._replicas.base_seconds(tokens)
 
     async def take(
         self,
@@ -219,7 +226,7 @@ class AdapterPrimitives:
         staleness: int = 0,
     ) -> TakenStep:
         """Compute a step's rows at `version`; their taps train the version that is `staleness` steps on."""
-        parts = [part for microbatch in microbatches for part in self._loop.parts(microbatch)]
+        parts = [part for microbatch in microbatches for part in adapter.replica.loop.parts(microbatch)]
         denominator = sum(row.loss_weight for part in parts for row in part)
         segments = [
             Segment(
@@ -250,7 +257,7 @@ class AdapterPrimitives:
         return StepOutcome(loss=taken.loss, applied=applied)
 
     def move_asked(self, adapter: LeasedAdapter) -> str:
-        """Why the adapter should go to another device at this step boundary, or ""."""
+        """Why the adapter should go to another device or replica at this step boundary, or ""."""
         return self._book.move_asked(adapter.lease)
 
     def recorded(self, adapter: LeasedAdapter) -> None:
@@ -277,9 +284,10 @@ class AdapterPrimitives:
         """Give the lease back. The bank keeps the weights for generation until they are evicted."""
         self._book.close(adapter.lease)
         self._checkpoints.forget(adapter.lease)
+        adapter.replica.loop.forget_adapter(adapter.lease.job_id)
         for ending in (
             *(self._pool.end(part) for part in adapter.lease.parts),
-            self._base.end_lease(adapter.lease.job_id, adapter.lease.epoch),
+            adapter.replica.base.end_lease(adapter.lease.job_id, adapter.lease.epoch),
         ):
             try:
                 await ending
@@ -292,7 +300,7 @@ class AdapterPrimitives:
         self._book.check(adapter.lease)
         together = asyncio.gather(
             *(
-                self._loop.compute(
+                adapter.replica.loop.compute(
                     segment,
                     tenant_id=adapter.tenant_id,
                     train=train,

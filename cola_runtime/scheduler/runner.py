@@ -1,11 +1,11 @@
-"""All running jobs: starts their drivers, hears what base model and devices report, answers questions."""
+"""All running jobs, of all base models: starts their drivers, steers them, answers questions."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pydantic import ValidationError
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from cola_runtime.config import RetentionSettings
 from cola_runtime.errors import ColaError, Conflict, InvalidInput
 from cola_runtime.gradients.planner import Costs
-from cola_runtime.jobs.plan import as_recorded, job_taps, training_plan
+from cola_runtime.jobs.plan import as_recorded, job_taps, job_workload, training_plan
 from cola_runtime.jobs.records import JobRecord, TenantTerms
 from cola_runtime.jobs.state import ACTIVE_STATES, TERMINAL_STATES, TRANSITIONS, JobState, Trigger
 from cola_runtime.jobs.store import JobStore
@@ -23,71 +23,71 @@ from cola_runtime.scheduler.device_pool import DevicePool, DeviceStatus
 from cola_runtime.scheduler.driver import AT_COORDINATORS_END, AT_REQUEST, INTERNAL_MESSAGE, JobDriver, Stop
 from cola_runtime.scheduler.job_data import load_job_data
 from cola_runtime.scheduler.leases import LeaseBook
-from cola_runtime.scheduler.loop import SchedulerLoop
 from cola_runtime.scheduler.patience import until_available
 from cola_runtime.scheduler.ports import BaseModelPort
 from cola_runtime.scheduler.primitives import AdapterPrimitives
+from cola_runtime.scheduler.replicas import Replica, ReplicaSet, ReplicaStatus
 from cola_runtime.scheduler.slots import JobSlots
 from cola_runtime.scheduler.trace_desk import TraceDesk
 from cola_runtime.scheduler.waiting import Share
 from cola_runtime.spec import JobSpec
 from cola_runtime.storage.objects import ObjectStorage
 from cola_runtime.trace.spans import SpanRecorder
-from cola_runtime.types import (
-    BaseEvent,
-    BaseModelDescription,
-    DeviceLinkChanged,
-    StepApplied,
-    StepRefused,
-)
+from cola_runtime.types import BaseModelDescription
 
 logger = logging.getLogger(__name__)
 
-BASE_RETRY_SECONDS = 0.5
 STOP_TIMEOUT_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceStatistics:
     uptime_seconds: float
-    base_busy_seconds: float
+    base_busy_seconds: float  # of all replicas together
     base_steps: int
-    tokens: int  # that they computed, without padding
+    replicas: tuple[ReplicaStatus, ...] = ()  # of all base models
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedBaseModel:
+    """One base model: its replicas, and what the encodings of its jobs' taps are planned by."""
+
+    replicas: ReplicaSet
+    costs: Costs
 
     @property
-    def seconds_per_token(self) -> float | None:
-        """Of the base steps so far; None before the first."""
-        return self.base_busy_seconds / self.tokens if self.tokens else None
+    def description(self) -> BaseModelDescription:
+        return self.replicas.description
 
 
 class JobRunner:
-    """Owns one base model's scheduler loop, device pool and job drivers."""
+    """Owns the base models' scheduler loops, the device pool and the job drivers."""
 
     def __init__(
         self,
         *,
-        base: BaseModelPort,
-        description: BaseModelDescription,
-        loop: SchedulerLoop,
+        base_models: Mapping[str, ServedBaseModel],
         pool: DevicePool,
         book: LeaseBook,
         store: JobStore,
         storage: ObjectStorage,
-        costs: Costs,
         spans: SpanRecorder,
         retention: RetentionSettings,
     ) -> None:
-        self._costs = costs
+        self._base_models = dict(base_models)
         self.spans = spans
-        self.trace = TraceDesk(spans, base=base, pool=pool)
-        self._base, self._description, self._loop, self._pool = base, description, loop, pool
+        self.trace = TraceDesk(spans, bases=self._replicas, pool=pool)
+        self._pool = pool
         self._book, self._store, self._storage = book, store, storage
         self.checkpoints = CheckpointShelf(
             book=book, store=store, storage=storage, spans=spans, retention=retention
         )
-        self._primitives = AdapterPrimitives(
-            base=base, loop=loop, pool=pool, book=book, store=store, checkpoints=self.checkpoints
-        )
+        self._primitives = {
+            name: AdapterPrimitives(
+                replicas=served.replicas, pool=pool, book=book, store=store, checkpoints=self.checkpoints
+            )
+            for name, served in self._base_models.items()
+        }
         self._slots = JobSlots()
         self._drivers: dict[str, JobDriver] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -99,9 +99,11 @@ class JobRunner:
     async def open(self) -> None:
         """Start the loops and take up every job that had not ended when the last coordinator stopped."""
         self._background = [
-            asyncio.create_task(self._loop.run_forever(), name="scheduler"),
             asyncio.create_task(self._pool.watch_forever(), name="device-watch"),
-            asyncio.create_task(self._hear_base_forever(), name="base-events"),
+            *(
+                asyncio.create_task(served.replicas.run_forever(), name=f"replicas of {name}")
+                for name, served in self._base_models.items()
+            ),
         ]
         for record in await self._store.jobs(states=[JobState.RUNNING], limit=100_000):
             await self._store.transition(record.job_id, Trigger.REQUEUE, message="the coordinator restarted")
@@ -133,6 +135,8 @@ class JobRunner:
         if self._draining or job_id in self._tasks or record.state in TERMINAL_STATES:
             return
         self._deadlines.watch(record)
+        if record.base_model not in self._base_models:
+            return  # an earlier service had it: the job stays queued until one has it again
         self._tasks[job_id] = asyncio.create_task(self._drive(record), name=job_id)
 
     async def cancel(self, job_id: str) -> None:
@@ -159,7 +163,8 @@ class JobRunner:
     def set_terms(self, tenant_id: str, terms: TenantTerms) -> None:
         """What the tenant is entitled to from now on."""
         share = Share(weight=terms.weight, tokens_per_minute=terms.tokens_per_minute)
-        self._loop.set_share(tenant_id, share)
+        for served in self._base_models.values():
+            served.replicas.set_share(tenant_id, share)
         self._slots.set_limit(tenant_id, terms.concurrent_jobs)
 
     def waiting_reason(self, job: JobRecord) -> str:
@@ -168,10 +173,19 @@ class JobRunner:
         """
         if not self._background:
             return "the service is starting: jobs go on when its devices are there"
+        if job.base_model not in self._base_models:
+            return f"base model {job.base_model} is not served now; the job goes on when it is again"
         waits = self._slots.waiting_reason(job.tenant_id, job.job_id)
-        if waits is None and self._loop.computes(job.job_id):
+        replica = self._replica(job)
+        if waits is None and replica is not None and replica.loop.computes(job.job_id):
             return ""
-        return waits or self._loop.waiting_reason(job.job_id) or self._doing(job)
+        queued = None if replica is None else replica.loop.waiting_reason(job.job_id)
+        return waits or queued or self._doing(job)
+
+    def replica(self, job: JobRecord) -> str:
+        """Which replica of its base model computes the job's rows; "" if none does now."""
+        replica = self._replica(job)
+        return "" if replica is None else replica.name
 
     def _doing(self, job: JobRecord) -> str:
         driver, lease = self._drivers.get(job.job_id), self._book.current(job.job_id)
@@ -181,6 +195,8 @@ class JobRunner:
             return driver.phase
         if lease is not None:
             return f"{lease.devices} builds or restores its adapter"
+        if not self._base_models[job.base_model].replicas.ready:
+            return f"no replica of base model {job.base_model} answers; the job goes on when one does"
         return ": ".join(filter(None, (driver.phase, self._pool.unable(job.job_id))))
 
     async def generate(
@@ -188,6 +204,7 @@ class JobRunner:
         job_id: str | None,
         prompt_ids: Sequence[int],
         *,
+        base_model: str,
         max_new_tokens: int,
         temperature: float,
         seed: int,
@@ -197,7 +214,8 @@ class JobRunner:
         version, checkpoint = 0, None
         if job_id is not None:
             version, checkpoint = await self._adapter_to_ask(await self._store.job(job_id))
-        [tokens] = await self._base.generate(
+        replica = self._base_models[base_model].replicas.to_ask(job_id)
+        [tokens] = await replica.base.generate(
             job_id,
             [list(prompt_ids)],
             checkpoint=checkpoint,
@@ -212,12 +230,26 @@ class JobRunner:
         return self._pool.statuses()
 
     def statistics(self) -> ServiceStatistics:
+        statuses = [status for served in self._base_models.values() for status in served.replicas.statuses()]
         return ServiceStatistics(
             uptime_seconds=time.monotonic() - self._started,
-            base_busy_seconds=self._loop.busy_seconds,
-            base_steps=self._loop.steps_done,
-            tokens=self._loop.tokens_done,
+            base_busy_seconds=sum(status.base_busy_seconds for status in statuses),
+            base_steps=sum(status.base_steps for status in statuses),
+            replicas=tuple(statuses),
         )
+
+    def seconds_per_token(self, base_model: str) -> float | None:
+        """Of the base model's base steps so far; None before the first."""
+        return self._base_models[base_model].replicas.seconds_per_token
+
+    def _replicas(self) -> dict[str, BaseModelPort]:
+        """All that answer, of all base models."""
+        every = [replica for served in self._base_models.values() for replica in served.replicas.all]
+        return {replica.name: replica.base for replica in every if replica.ready}
+
+    def _replica(self, job: JobRecord) -> Replica | None:
+        served = self._base_models.get(job.base_model)
+        return None if served is None else served.replicas.of(job.job_id)
 
     async def _drive(self, record: JobRecord) -> None:
         try:
@@ -235,21 +267,24 @@ class JobRunner:
             )
             await self._fail(record.job_id, "INTERNAL", INTERNAL_MESSAGE)
         finally:
+            self._base_models[record.base_model].replicas.leave(record.job_id)
             self._drivers.pop(record.job_id, None)
             self._tasks.pop(record.job_id, None)
 
     async def _driver(self, record: JobRecord) -> JobDriver:
-        spec = _stored_spec(record)
-        plan = training_plan(spec, self._description, total_steps=record.total_steps)
+        spec, served = _stored_spec(record), self._base_models[record.base_model]
+        description = served.replicas.description
+        plan = training_plan(spec, description, total_steps=record.total_steps)
         self.set_terms(record.tenant_id, await self._store.terms(record.tenant_id))
-        data = await load_job_data(record, spec, self._description, self._storage)
+        data = await load_job_data(record, spec, description, self._storage)
         asked = as_recorded(spec, record.encoding)
-        taps, _ = job_taps(asked, self._description, plan.adapter, data.size, self._costs)
+        taps, _ = job_taps(asked, description, plan.adapter, data.size, served.costs)
+        workload = job_workload(asked, description, data.size, served.costs)
         return JobDriver(
             record,
-            plan=replace(plan, taps=taps),
+            plan=replace(plan, taps=taps, step_tokens=workload.step_tokens),
             data=data,
-            primitives=self._primitives,
+            primitives=self._primitives[record.base_model],
             store=self._store,
             slots=self._slots,
             spans=self.spans,
@@ -288,49 +323,6 @@ class JobRunner:
             )
         return checkpoint.version, await asyncio.to_thread(read_checkpoint, self._storage, checkpoint)
 
-    async def _hear_base_forever(self) -> None:
-        after = 0
-        while True:
-            try:
-                after, events = await self._base.next_events(after)
-            except Exception as error:
-                logger.warning("base model events: %s", error, extra={"event": "base.events_lost"})
-                await self._recover_base()
-                after = 0
-                continue
-            for event in events:
-                self._hear(event)
-
-    def _hear(self, event: BaseEvent) -> None:
-        if isinstance(event, StepApplied):
-            self._book.applied(event)
-        elif isinstance(event, StepRefused):
-            self._book.lose(event.lease, reason=event.reason, message=event.message)
-        elif isinstance(event, DeviceLinkChanged):
-            self._loop.park(event.device_id, parked=event.parked and event.connected)
-            if not event.connected:
-                self._book.lose_link(
-                    event.device_id,
-                    reason="DEVICE_LINK_LOST",
-                    message=f"{event.device_id} left the base model",
-                )
-
-    async def _recover_base(self) -> None:
-        """The base model actor died: nothing of it is needed, every lease is taken anew once it is back.
-
-        It is back when it describes itself, which starts its gradient server; till then nobody gets a device.
-        """
-        self._pool.withhold()
-        self._book.lose_all(reason="BASE_MODEL_LOST", message="the base model stopped")
-        while True:
-            await asyncio.sleep(BASE_RETRY_SECONDS)
-            try:
-                self._description = await self._base.describe()
-                break
-            except Exception as error:
-                logger.warning("base model not back yet: %s", error, extra={"event": "base.waiting"})
-        await self._pool.move(self._description.gradient_endpoint)
-
 
 def _stored_spec(record: JobRecord) -> JobSpec:
     """Raises InvalidInput `STORED_SPEC_INVALID` for what another version accepted and this one does not."""
@@ -344,12 +336,3 @@ def _stored_spec(record: JobRecord) -> JobSpec:
             where="job",
             remedy="Correct the spec and submit it again; the job's checkpoints are kept.",
         ) from error
-
-
-def lost_base_reporter(book: LeaseBook) -> Callable[[Exception], None]:
-    """For the scheduler loop: a base step that failed for lack of a base model loses every lease."""
-
-    def report(error: Exception) -> None:
-        book.lose_all(reason="BASE_MODEL_LOST", message=str(error))
-
-    return report

@@ -8,9 +8,11 @@ says how much that is (`otherData.clock_errors_ms`).
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
+from collections.abc import Callable, Mapping
 
-from cola_runtime.errors import Conflict
+from cola_runtime.errors import Conflict, Unavailable
 from cola_runtime.scheduler.device_pool import DevicePool
 from cola_runtime.scheduler.device_spans import Answered
 from cola_runtime.scheduler.ports import BaseModelPort
@@ -24,14 +26,19 @@ from cola_runtime.trace.chrome import (
 )
 from cola_runtime.trace.spans import ClockExchange, SpanRecorder, best_exchange
 
+logger = logging.getLogger(__name__)
+
 EXCHANGES = 3  # of clocks, when recording starts
 
 
 class TraceDesk:
     """Starts and stops recording. One recording at a time, whoever asks."""
 
-    def __init__(self, spans: SpanRecorder, *, base: BaseModelPort, pool: DevicePool) -> None:
-        self._spans, self._base, self._pool = spans, base, pool
+    def __init__(
+        self, spans: SpanRecorder, *, bases: Callable[[], Mapping[str, BaseModelPort]], pool: DevicePool
+    ) -> None:
+        """`bases`: the base models' replicas that answer now, by name."""
+        self._spans, self._bases, self._pool = spans, bases, pool
         self._exchanges: dict[str, list[ClockExchange]] = {}
         self._began: float | None = None
         self._switching = asyncio.Lock()
@@ -69,10 +76,16 @@ class TraceDesk:
             return await asyncio.to_thread(trace_bytes, trace)
 
     async def _switch(self, on: bool) -> dict[str, Answered]:
-        asked = time.monotonic()
-        recorded = await self._base.record_spans(on)
-        clock = ClockExchange(asked=asked, answered=time.monotonic(), theirs=recorded.now)
-        answers = {BASE_MODEL: (clock, recorded)}
+        answers = {}
+        for replica, base in self._bases().items():
+            asked = time.monotonic()
+            try:
+                recorded = await base.record_spans(on)
+            except Unavailable as error:
+                logger.warning("no spans of %s: %s", replica, error, extra={"event": "trace.replica_lost"})
+                continue
+            clock = ClockExchange(asked=asked, answered=time.monotonic(), theirs=recorded.now)
+            answers[f"{BASE_MODEL} {replica}"] = (clock, recorded)
         answers |= await self._pool.record_spans(on)
         for name, (exchange, _) in answers.items():
             self._exchanges.setdefault(name, []).append(exchange)
@@ -80,5 +93,5 @@ class TraceDesk:
 
     def _traced(self, name: str, answer: Answered) -> TracedProcess:
         clock = best_exchange(self._exchanges[name])
-        role = BASE_MODEL if name == BASE_MODEL else DEVICE
+        role = BASE_MODEL if name.startswith(f"{BASE_MODEL} ") else DEVICE
         return TracedProcess(name=name, role=role, recorded=answer[1], offset=clock.offset, error=clock.error)

@@ -15,11 +15,11 @@ from cola_runtime.data.metrics import metrics_of
 from cola_runtime.data.report import DatasetReport, dataset_report
 from cola_runtime.data.tokenize import TokenizedDataset, Tokenizer, longest_row
 from cola_runtime.errors import InvalidInput
-from cola_runtime.gradients.planner import Costs
+from cola_runtime.jobs.bank_size import limited_bytes
 from cola_runtime.jobs.plan import DataSize, TrainingPlan, job_taps, training_plan
 from cola_runtime.server.base_models import BaseModels
 from cola_runtime.spec import JobSpec, parse_job_spec
-from cola_runtime.types import Row, TapPlan
+from cola_runtime.types import BaseModelDescription, Row, TapPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,9 +50,8 @@ class CheckedJob:
 class Admission:
     """Checks submissions against the base models that are served."""
 
-    def __init__(self, base_models: BaseModels, costs: Costs) -> None:
+    def __init__(self, base_models: BaseModels) -> None:
         self._base_models = base_models
-        self._costs = costs
 
     async def check(self, submission: Submission) -> CheckedJob:
         """Raises InvalidInput for what is wrong with the spec or any line of the data; creates nothing."""
@@ -61,11 +60,14 @@ class Admission:
         most_tokens = longest_row(spec, context_length=base.context_length)
         plan = training_plan(spec, base, total_steps=spec.steps or 1)
         await asyncio.to_thread(weight_shapes, plan.adapter)  # registered modules can be made for its sites
+        _check_bank(plan, base)
         _check_evaluation(spec, held_out=submission.evaluation is not None)
         tokenizer = await self._base_models.tokenizer(spec.base_model)
         limits = _Limits(most_tokens, base.context_length)
         report, rows, held_out = await asyncio.to_thread(_check_data, submission, spec, tokenizer, limits)
-        taps, reason = job_taps(spec, base, plan.adapter, DataSize.of(rows), self._costs)
+        taps, reason = job_taps(
+            spec, base, plan.adapter, DataSize.of(rows), self._base_models.costs(base.name)
+        )
         return CheckedJob(
             spec=spec,
             report=report,
@@ -74,6 +76,19 @@ class Admission:
             plan=plan,
             rows=rows,
             held_out=held_out,
+        )
+
+
+def _check_bank(plan: TrainingPlan, base: BaseModelDescription) -> None:
+    needed = limited_bytes(plan, base)
+    if base.bank_bytes is not None and needed > base.bank_bytes:
+        raise InvalidInput(
+            "BANK_TOO_SMALL",
+            f"the adapter takes {needed:,} bytes beside base model {base.name}",
+            where="job.adapter",
+            limit=base.bank_bytes,
+            actual=needed,
+            remedy="Use a smaller rank, fewer target modules or mode merged; nothing was created.",
         )
 
 

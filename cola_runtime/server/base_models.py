@@ -8,14 +8,17 @@ from collections.abc import Mapping
 
 from cola_runtime.data.tokenize import Tokenizer
 from cola_runtime.errors import InvalidInput
+from cola_runtime.gradients.planner import Costs
 from cola_runtime.types import BaseModelDescription
 
 
 class BaseModels:
     """Looks base models up."""
 
-    def __init__(self, descriptions: Mapping[str, BaseModelDescription]) -> None:
+    def __init__(self, descriptions: Mapping[str, BaseModelDescription], costs: Mapping[str, Costs]) -> None:
+        """`costs`: what the encodings of jobs' taps are planned by, where it is known."""
         self._by_name = dict(descriptions)
+        self._costs = dict(costs)
 
     @property
     def descriptions(self) -> tuple[BaseModelDescription, ...]:
@@ -25,6 +28,9 @@ class BaseModels:
     def default(self) -> str:
         """The one that is meant when none is named."""
         return next(iter(self._by_name), "")
+
+    def costs(self, name: str) -> Costs:
+        return self._costs.get(name, Costs())
 
     def find(self, name: str) -> BaseModelDescription:
         """Raises InvalidInput `BASE_MODEL_UNKNOWN`, which lists the names that are served."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
@@ -17,6 +18,7 @@ from cola_runtime.jobs.records import (
     Usage,
 )
 from cola_runtime.proto import jobs_pb2
+from cola_runtime.scheduler.replicas import ReplicaStatus
 from cola_runtime.server.estimates import JobEstimate
 from cola_runtime.server.service import Overview
 from cola_runtime.types import BaseModelDescription
@@ -24,8 +26,8 @@ from cola_runtime.types import BaseModelDescription
 Answer = TypeVar("Answer", bound=Message)
 
 
-def job_message(job: JobRecord, waiting_reason: str) -> jobs_pb2.Job:
-    return _message(jobs_pb2.Job, job, tenant=job.tenant_name, waiting_reason=waiting_reason)
+def job_message(job: JobRecord, waiting_reason: str, replica: str) -> jobs_pb2.Job:
+    return _message(jobs_pb2.Job, job, tenant=job.tenant_name, waiting_reason=waiting_reason, replica=replica)
 
 
 def event_message(event: EventRecord) -> jobs_pb2.Event:
@@ -63,13 +65,15 @@ def description_message(overview: Overview, version: str) -> jobs_pb2.ServiceDes
         version=version,
         tenant=overview.tenant.name,
         degraded=overview.degraded,
-        base_models=map(_base_model, overview.base_models),
+        base_models=[_base_model(model, overview.statistics.replicas) for model in overview.base_models],
         devices=[_message(jobs_pb2.DeviceInfo, device) for device in overview.devices],
     )
 
 
-def _base_model(model: BaseModelDescription) -> jobs_pb2.BaseModelInfo:
-    return _message(jobs_pb2.BaseModelInfo, model, sites=[site.name for site in model.sites])
+def _base_model(model: BaseModelDescription, replicas: Sequence[ReplicaStatus]) -> jobs_pb2.BaseModelInfo:
+    own = [_message(jobs_pb2.ReplicaInfo, each) for each in replicas if each.base_model == model.name]
+    sites = [site.name for site in model.sites]
+    return _message(jobs_pb2.BaseModelInfo, model, sites=sites, replicas=own)
 
 
 def _message(kind: type[Answer], record: object, **others: Any) -> Answer:

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from cola_runtime.adapter_spec import AdapterKind, HeadKind, LinearizedLoraKind
-from cola_runtime.adapters.shapes import site_weight_shapes, weight_shapes
+from cola_runtime.adapters.shapes import weight_shapes
 from cola_runtime.data.cursor import walked_steps
 from cola_runtime.gradients.planner import ITEM_BYTES, Costs
 from cola_runtime.gradients.wire_size import tap_bytes
+from cola_runtime.jobs.bank_size import bank_bytes
 from cola_runtime.jobs.plan import DataSize, TrainingPlan, job_workload
 from cola_runtime.jobs.records import TenantLoad, TenantTerms
 from cola_runtime.scheduler.packing import split_rows
@@ -41,10 +41,11 @@ class Situation:
 
     costs: Costs
     terms: TenantTerms  # of who asks
-    loads: Sequence[TenantLoad]  # of the tenants with active jobs
+    loads: Sequence[TenantLoad]  # of the tenants with active jobs of the same base model
     tenant_id: str
     seconds_per_token: float | None  # of base steps so far, padding included; None: there were none
     device_id: str  # of some device: names are part of what travels
+    replicas: int = 1  # of the base model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +62,7 @@ class JobEstimate:
     bank_bytes: int  # beside the base model, while it trains
     base_seconds: float
     seconds: float  # from now to its end
-    share: float  # of the base model, as long as those stay who are there now
+    share: float  # of one replica of the base model, as long as those stay who are there now
     meets_deadline: bool | None  # None: the job has none
     assumptions: tuple[str, ...]
 
@@ -160,21 +161,6 @@ def _bytes_down(plan: TrainingPlan, steps: int, device_id: str) -> int:
     return total
 
 
-def bank_bytes(plan: TrainingPlan, base: BaseModelDescription) -> int:
-    """In the base model's dtype, a head in the adapter's; twice while one version before is kept."""
-    return (1 + plan.max_staleness) * sum(
-        ITEM_BYTES[plan.adapter.dtype if isinstance(part.kind, HeadKind) else base.dtype]
-        * _banked_factors(part.kind)
-        * sum(prod(shape) for site in part.sites for shape in site_weight_shapes(part.kind, site).values())
-        for part in plan.adapter.parts
-    )
-
-
-def _banked_factors(kind: AdapterKind) -> int:
-    """Times the trained weights: beside linearized LoRA's deltas the bank holds the point around which."""
-    return 2 if isinstance(kind, LinearizedLoraKind) and kind.initial_b != "zero" else 1
-
-
 def _evaluations(spec: EvaluationSpec, steps: int, *, held_out: bool) -> int:
     """Before the first step, every so many, after the last; as many as there are without an early stop."""
     if not held_out:
@@ -187,10 +173,14 @@ def _from_flops(base: BaseModelDescription, costs: Costs) -> float:
 
 
 def _share(situation: Situation) -> float:
-    """The tenant's, by weight among those with active jobs; of that one part, with its own active jobs."""
+    """The tenant's, by weight among those with active jobs; of that one part, with its own active jobs.
+
+    Of all replicas, and at most one of them: a job's rows are computed by one.
+    """
     others = sum(load.weight for load in situation.loads if load.tenant_id != situation.tenant_id)
     own_jobs = sum(load.jobs for load in situation.loads if load.tenant_id == situation.tenant_id)
-    return situation.terms.weight / (situation.terms.weight + others) / (1 + own_jobs)
+    of_all = situation.terms.weight / (situation.terms.weight + others) / (1 + own_jobs)
+    return min(1.0, max(1, situation.replicas) * of_all)
 
 
 def _capped_seconds(counted: _Counted, situation: Situation) -> float:
@@ -205,6 +195,8 @@ def _assumptions(checked: CheckedJob, situation: Situation, walked: int) -> Iter
         yield f"a token takes {1e3 * situation.seconds_per_token:.3g} ms, as those of the base steps so far"
     jobs = sum(load.jobs for load in situation.loads)
     yield f"the {jobs} active jobs of {len(situation.loads)} tenants go on meanwhile, and no others come"
+    if situation.replicas > 1:
+        yield f"the {situation.replicas} replicas of its base model are evenly loaded"
     yield "no device or service is lost, and no step is repeated"
     if situation.terms.concurrent_jobs is not None:
         yield f"it need not wait for its tenant's cap of {situation.terms.concurrent_jobs} concurrent jobs"

@@ -229,7 +229,7 @@ class JobsMethods:
             yield content[start : start + chunk_bytes]
 
     def _job(self, job: JobRecord) -> jobs_pb2.Job:
-        return convert.job_message(job, self._service.waiting_reason(job))
+        return convert.job_message(job, self._service.waiting_reason(job), self._service.replica(job))
 
 
 def _prompt(request: jobs_pb2.GenerateRequest) -> Any:

@@ -73,16 +73,15 @@ class FineTuningService:
         runner: JobRunner,
         base_models: Mapping[str, BaseModelDescription],
         limits: Limits | None = None,
-        costs: Costs | None = None,
+        costs: Mapping[str, Costs] | None = None,
     ) -> None:
         self.store = store
         self.recall = Recall(store)
         self.limits = limits or Limits()
         self._storage = storage
         self._runner = runner
-        self._base_models = BaseModels(base_models)
-        self._costs = costs or Costs()
-        self._admission = Admission(self._base_models, self._costs)
+        self._base_models = BaseModels(base_models, costs or {})
+        self._admission = Admission(self._base_models)
         self._prompts = Prompts(self._base_models, self.limits)
         self._creations: set[asyncio.Task[JobRecord]] = set()
 
@@ -94,16 +93,17 @@ class FineTuningService:
         """What the job would take, after the checks of `submit`; nothing is created."""
         checked = await self._admission.check(submission)
         await self._check_quota(tenant, "", steps=checked.report.steps)
-        devices = self._runner.devices()
+        devices, name = self._runner.devices(), checked.spec.base_model
         situation = Situation(
-            costs=self._costs,
+            costs=self._base_models.costs(name),
             terms=await self.store.terms(tenant.tenant_id),
-            loads=await self.store.loads(),
+            loads=await self.store.loads(name),
             tenant_id=tenant.tenant_id,
-            seconds_per_token=self._runner.statistics().seconds_per_token,
+            seconds_per_token=self._runner.seconds_per_token(name),
+            replicas=sum(each.base_model == name for each in self._runner.statistics().replicas),
             device_id=devices[0].device_id if devices else "device-0",
         )
-        base = self._base_models.find(checked.spec.base_model)
+        base = self._base_models.find(name)
         return await asyncio.to_thread(estimate_job, checked, base, situation)
 
     async def submit(self, tenant: Tenant, submission: Submission) -> JobRecord:
@@ -137,6 +137,10 @@ class FineTuningService:
         if job.state is JobState.PAUSED:
             return "paused; it goes on when it is resumed"
         return self._runner.waiting_reason(job)
+
+    def replica(self, job: JobRecord) -> str:
+        """Which replica of its base model computes the job's rows; "" if none does now."""
+        return self._runner.replica(job)
 
     async def cancel(self, tenant: Tenant, ref: str) -> JobRecord:
         """An ended job stays as it is."""
@@ -244,6 +248,7 @@ class FineTuningService:
         tokens, version = await self._runner.generate(
             job.job_id if job else None,
             encoded.token_ids,
+            base_model=name,
             max_new_tokens=encoded.max_new_tokens,
             temperature=temperature,
             seed=seed,

@@ -69,8 +69,10 @@ def service_for(
     return ServiceSettings(
         data_dir=folder,
         listen="127.0.0.1:0",
-        base_model=BaseModelSettings.model_validate(
-            {"name": name, "path": model, "dtype": dtype, "attention": attention, "threads": threads}
+        base_models=(
+            BaseModelSettings.model_validate(
+                {"name": name, "path": model, "dtype": dtype, "attention": attention, "threads": threads}
+            ),
         ),
         devices=DeviceSettings(count=2),
         scheduler=SchedulerSettings(token_budget=token_budget),

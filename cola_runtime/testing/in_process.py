@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from cola_runtime.adapters.module_registry import import_adapter_modules
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.base_model.service import BaseModelService
-from cola_runtime.config import ServiceSettings
+from cola_runtime.config import BaseModelSettings, ServiceSettings
 from cola_runtime.device.agent import DeviceAgent
 from cola_runtime.device.config import DeviceConfig
 from cola_runtime.runtime.certified import Identify, base_model_identity, no_identity
@@ -72,9 +72,21 @@ async def no_devices(_coordinator: str, _identify: Identify) -> AsyncIterator[No
 
 
 @asynccontextmanager
-async def running_base_model(settings: ServiceSettings) -> AsyncIterator[BaseModelService]:
-    """The settings' base model (its `path` must be set), serving devices on a free port."""
-    chosen = settings.base_model
+async def running_base_models(settings: ServiceSettings) -> AsyncIterator[list[BaseModelService]]:
+    """Every replica of all base models of the settings."""
+    async with contextlib.AsyncExitStack() as stack:
+        yield [
+            await stack.enter_async_context(running_replica(settings, chosen.of_replica(number)))
+            for chosen in settings.base_models
+            for number in range(chosen.replicas)
+        ]
+
+
+@asynccontextmanager
+async def running_replica(
+    settings: ServiceSettings, chosen: BaseModelSettings
+) -> AsyncIterator[BaseModelService]:
+    """One base model (its `path` must be set), serving devices on a free port."""
     assert chosen.path is not None, "an in-process service looks no alias up"
     model = TappedModel.load(
         chosen.path,
@@ -85,9 +97,10 @@ async def running_base_model(settings: ServiceSettings) -> AsyncIterator[BaseMod
         tiled_weights=chosen.tiled_weights,
         quantization=chosen.quantization,
         accelerator=chosen.accelerator,
+        bank_bytes=chosen.bank_bytes,
     )
     service = BaseModelService(model, name=chosen.name, join_token=JOIN_TOKEN)
-    identity = base_model_identity(settings)
+    identity = base_model_identity(settings, chosen)
     await service.start(chosen.bind, credentials=device_port_credentials(identity) if identity else None)
     try:
         yield service
@@ -103,7 +116,7 @@ async def running_in_process(
     import_adapter_modules(settings.adapter_modules)
     devices = InProcessDevices(settings.devices.count)
     async with (
-        running_base_model(settings) as base,
-        running_coordinator(settings, base, JOIN_TOKEN, devices_at=devices.running) as service,
+        running_base_models(settings) as bases,
+        running_coordinator(settings, bases, JOIN_TOKEN, devices_at=devices.running) as service,
     ):
         yield service, devices

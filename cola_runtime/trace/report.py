@@ -71,6 +71,7 @@ class TraceReport:
     device_busy: Mapping[str, float]
     longest_gaps: Sequence[Gap]
     exports: Exports
+    base_models: Mapping[str, float]  # each replica's busy share meanwhile; all else is of the busiest
 
 
 @dataclass(slots=True)
@@ -110,6 +111,7 @@ def read_trace(trace: Mapping[str, Any]) -> TraceReport:
         },
         longest_gaps=_longest_gaps(gaps_between(steps), base, processes),
         exports=_exports(steps, base, [i for process in processes for i in process.named(EXPORT)]),
+        base_models={each.name: _share(each.named(BASE_STEP), window) for each in bases},
     )
 
 

@@ -30,12 +30,13 @@ def lease_grant(
     schedule: LearningRateSchedule,
     checkpoint_bytes: int,
     checkpoint_every: int,
+    gradient_endpoint: str,
     max_staleness: int = 0,
     shards: int = 1,
 ) -> control_pb2.DeviceControl:
     """The LeaseGrant that follows the checkpoint's BLOB frames, if there are any.
 
-    With `shards` above 1, `spec` is one of so many.
+    `gradient_endpoint` is the base model replica's. With `shards` above 1, `spec` is one of so many.
     """
     grant = control_pb2.LeaseGrant(
         lease=lease_to_proto(lease),
@@ -48,6 +49,7 @@ def lease_grant(
         checkpoint_every=checkpoint_every,
         max_staleness=max_staleness,
         shards=shards,
+        gradient_endpoint=gradient_endpoint,
     )
     return control_pb2.DeviceControl(lease_grant=grant)
 

@@ -194,7 +194,7 @@ def test_a_float16_base_merges_nothing_and_t5_is_not_served_in_it(tiny_folder: T
     assert caught.value.reason == "MERGED_DTYPE"
     with pytest.raises(InvalidInput) as caught:
         TappedModel.load(save_encoder_decoder("t5", tmp_path, dtype="float32"), dtype="float16")
-    assert (caught.value.reason, caught.value.where) == ("BASE_MODEL_UNSUPPORTED", "base_model.dtype")
+    assert (caught.value.reason, caught.value.where) == ("BASE_MODEL_UNSUPPORTED", "base_models.dtype")
 
 
 def test_forward_only_steps_have_no_scale(tiny_folder: TinyFolder) -> None:

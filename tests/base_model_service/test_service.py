@@ -27,7 +27,6 @@ from cola_runtime.testing.tiny_models import save_tiny_model
 from cola_runtime.types import (
     BaseEvent,
     BaseStep,
-    DeviceLinkChanged,
     Encoding,
     Gang,
     LearningRateSchedule,
@@ -141,8 +140,7 @@ async def bench(model_path: Path) -> AsyncIterator[Bench]:
     ]
     tasks = [asyncio.create_task(agent.run()) for agent in agents]
     bench = Bench(service, coordinator, (training_of(model, 2), training_of(model, 5)))
-    for number in range(2):
-        await bench.until(DeviceLinkChanged, device_id=f"d{number}", connected=True)
+    await coordinator.until(lambda: len(coordinator.streams) == len(agents))
     yield bench
     for agent in agents:
         agent.stop()
@@ -309,6 +307,7 @@ async def test_generation_uses_the_compute_thread_and_the_bare_model(bench: Benc
 
 
 async def test_events_are_numbered_and_a_lost_place_is_told(bench: Bench) -> None:
+    await bench.grant(0)
     last, events = await bench.service.next_events(0)
     assert last == len(events) >= 2
     with pytest.raises(Conflict) as caught:

@@ -325,3 +325,14 @@ def test_an_estimate_creates_nothing(cola: Cola, served: Served, job_file: Path)
     assert "10 ms, as those of the base steps so far" in told.out
     assert cola("jobs", "estimate", "-f", job_file, "--json").json["steps"] == 5
     assert served.nothing_exists()
+
+
+def test_base_models_are_listed_with_their_replicas(cola: Cola, client: Client, spec: JobSpec) -> None:
+    listed = cola("base-models")
+    assert (listed.code, listed.err) == (0, "")
+    for part in (BASE_MODEL, f"{BASE_MODEL}/0", "ready", "50%", "3,000", "25%"):
+        assert part in listed.out
+    [model] = cola("base-models", "--json").json
+    assert model["replicas"][0]["bank_evicted_bytes"] == 64
+    handle = client.submit(spec, training=ROWS)
+    assert handle.job.replica == ""

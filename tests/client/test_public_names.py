@@ -45,6 +45,7 @@ def test_the_public_names_are_exactly_those_intended() -> None:
         "Key",
         "NewKey",
         "RegisteredDevice",
+        "Replica",
         "Service",
         "Step",
         "Usage",

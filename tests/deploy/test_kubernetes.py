@@ -112,8 +112,8 @@ def test_coordinators_environment_holds_only_settings_that_exist(monkeypatch: py
     for name in (name for name in values if name.startswith("COLA_")):
         node: Any = settings
         for part in name.removeprefix("COLA_").lower().split("__"):
-            assert part in type(node).model_fields, f"{name} is no setting"
-            node = getattr(node, part)
+            assert part.isdigit() or part in type(node).model_fields, f"{name} is no setting"
+            node = node[int(part)] if part.isdigit() else getattr(node, part)
         assert str(node) == values[name]
     assert settings.ray_address == f"{manifest('RayCluster')['metadata']['name']}-head-svc:6379"
 
@@ -145,7 +145,7 @@ def test_gradient_port_leads_to_the_base_models_pods() -> None:
     cluster = manifest("RayCluster")
     (group,) = [g for g in ray_groups() if g.get("groupName") == service["selector"]["ray.io/group"]]
     (container,) = group["template"]["spec"]["containers"]
-    port = int(environment(coordinator_container())["COLA_BASE_MODEL__BIND"].rpartition(":")[2])
+    port = int(environment(coordinator_container())["COLA_BASE_MODELS__0__BIND"].rpartition(":")[2])
     assert service["selector"]["ray.io/cluster"] == cluster["metadata"]["name"]
     assert [p["containerPort"] for p in container["ports"]] == [port]
     assert [p["port"] for p in service["ports"]] == [port]

@@ -59,6 +59,7 @@ class FakeCoordinator:
         every: int = 0,
         shards: int = 1,
         max_staleness: int = 0,
+        gradient_endpoint: str = "",
     ) -> None:
         await self.until(lambda: lease.device_id in self.streams)
         stream = self.streams[lease.device_id]
@@ -74,6 +75,7 @@ class FakeCoordinator:
                 schedule=training.schedule,
                 checkpoint_bytes=len(checkpoint),
                 checkpoint_every=every,
+                gradient_endpoint=gradient_endpoint or self.gradient_endpoint,
                 shards=shards,
                 max_staleness=max_staleness,
             )
@@ -88,7 +90,6 @@ class FakeCoordinator:
 
         hello = await receive_hello(stream, check=check, limits=FrameLimits())
         welcome = control_pb2.DeviceWelcome(
-            gradient_endpoint=self.gradient_endpoint,
             heartbeat_seconds=0.05,
             gradient_ticket=gradient_ticket(TOKEN, hello.device_id),
         )

@@ -90,9 +90,7 @@ class Fabric:
         agent = DeviceAgent(config)
         task = asyncio.create_task(agent.run())
         self._devices.append((agent, task))
-        await self.until(
-            lambda: DeviceLinkChanged(device_id=name, connected=True, parked=False) in self.events
-        )
+        await self.coordinator.until(lambda: name in self.coordinator.streams)
         return task
 
     async def until(self, condition: Callable[[], bool]) -> None:
@@ -288,7 +286,7 @@ async def test_a_killed_device_process_is_noticed_and_another_one_takes_over(fab
     )
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", program, fabric.endpoint, TOKEN)
     try:
-        await fabric.until(lambda: bool(fabric.events))
+        await fabric.coordinator.until(lambda: "d1" in fabric.coordinator.streams)
         await fabric.grant(lease_of(epoch=1), training)
         await fabric.step(lease_of(epoch=1), 0, training)
         await fabric.send(lease_of(epoch=1), 1, gradients(training, 9), last=False)
@@ -415,7 +413,7 @@ async def test_a_lost_coordinator_is_joined_again_and_leases_are_gone(fabric: Fa
     fabric.coordinator.heartbeats.clear()
     await fabric.coordinator.start(fabric.endpoint)
     await fabric.coordinator.until(lambda: fabric.coordinator.joins == 2)
-    await fabric.until(lambda: sum(isinstance(e, DeviceLinkChanged) for e in fabric.events) == 3)
+    await fabric.until(lambda: sum(isinstance(e, DeviceLinkChanged) for e in fabric.events) == 2)
     await fabric.coordinator.until(lambda: bool(fabric.coordinator.heartbeats))
     assert fabric.coordinator.heartbeats[-1].resident_bytes == 0
     await fabric.grant(lease_of(epoch=2), training)
@@ -442,8 +440,33 @@ async def test_a_lost_base_model_is_joined_again_and_gets_the_current_weights(fa
     assert_same(update.weights, reference(training, 2))
 
 
+async def test_a_device_serves_two_replicas_and_moves_a_lease_from_one_to_the_other(fabric: Fabric) -> None:
+    training, other = definition(), Fabric()
+    endpoint = await other.server.start("127.0.0.1:0")
+    try:
+        await fabric.device()
+        await fabric.grant(lease_of(0), training)
+        await fabric.step(lease_of(0), 0, training)
+        other.server.lease(lease_of(1), LeaseTerms(spec=training.spec))
+        await fabric.coordinator.grant(lease_of(1), training, gradient_endpoint=endpoint)
+        await other.update(lease_of(1), 0)
+        assert_same((await other.step(lease_of(1), 0, training)).weights, reference(training, 1))
+
+        moved = lease_of(0, epoch=2)
+        checkpoint = AdapterSession.create(training).checkpoint()
+        other.server.lease(moved, LeaseTerms(spec=training.spec))
+        await fabric.coordinator.grant(moved, training, checkpoint=checkpoint, gradient_endpoint=endpoint)
+        assert_same((await other.update(moved, 0)).weights, initial_weights(training.spec))
+        await fabric.server.stop()
+        assert_same((await other.step(moved, 0, training)).weights, reference(training, 1))
+        assert {update.lease.epoch for update in fabric.updates} == {1}
+    finally:
+        await other.server.stop()
+
+
 async def test_a_second_stream_of_one_device_replaces_the_first(fabric: Fabric) -> None:
     await fabric.device("d1")
+    await fabric.grant(lease_of(), definition())
     stream = await _impostor(fabric, "d1")
     await fabric.until(lambda: sum(isinstance(e, DeviceLinkChanged) for e in fabric.events) >= 3)
     assert [e.connected for e in fabric.events[:3] if isinstance(e, DeviceLinkChanged)] == [True, False, True]

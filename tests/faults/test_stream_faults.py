@@ -21,7 +21,7 @@ from cola_runtime.scheduler.ports import BaseModelPort
 from cola_runtime.testing.chaos import LASTING, Chaos, FaultKind, StreamFault, Way
 from cola_runtime.testing.chaos_proxy import byte_proxy, frame_proxy
 from cola_runtime.testing.exactness import service_for, tenant_client
-from cola_runtime.testing.in_process import JOIN_TOKEN, InProcessDevices, running_base_model
+from cola_runtime.testing.in_process import JOIN_TOKEN, InProcessDevices, running_replica
 from cola_runtime.types import BaseModelDescription
 from tests.faults.judging import MODEL, WAIT_SECONDS, Accept, Faultless, fault_job, judge
 
@@ -89,7 +89,7 @@ async def harmed_service(
     """A service in this process with one device, whose stream of the case goes through its proxy."""
     devices, proxy = InProcessDevices(settings.devices.count), PROXIES[case.proxy]
     async with AsyncExitStack() as stack:
-        base = await stack.enter_async_context(running_base_model(settings))
+        base = await stack.enter_async_context(running_replica(settings, settings.base_models[0]))
         port = cast(BaseModelPort, base)
         if case.link == "base model":
             endpoint = (await base.describe()).gradient_endpoint
@@ -105,7 +105,7 @@ async def harmed_service(
                 yield
 
         yield await stack.enter_async_context(
-            running_coordinator(settings, port, JOIN_TOKEN, devices_at=devices_at)
+            running_coordinator(settings, [port], JOIN_TOKEN, devices_at=devices_at)
         )
 
 

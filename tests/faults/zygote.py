@@ -21,7 +21,7 @@ from cola_runtime.config import ServiceSettings
 from cola_runtime.device.agent import DeviceAgent
 from cola_runtime.device.config import DeviceConfig
 from cola_runtime.runtime.coordinator import running_coordinator
-from cola_runtime.testing.in_process import JOIN_TOKEN, no_devices, running_base_model
+from cola_runtime.testing.in_process import JOIN_TOKEN, no_devices, running_base_models
 
 TENANT = "alice"
 
@@ -29,8 +29,8 @@ TENANT = "alice"
 async def coordinate(settings: ServiceSettings, ready: Path) -> None:
     stop = _until_terminated()
     async with (
-        running_base_model(settings) as base,
-        running_coordinator(settings, base, JOIN_TOKEN, devices_at=no_devices) as service,
+        running_base_models(settings) as bases,
+        running_coordinator(settings, bases, JOIN_TOKEN, devices_at=no_devices) as service,
     ):
         if service.first_key is not None:
             await service.store.create_tenant(TENANT)

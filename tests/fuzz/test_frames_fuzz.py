@@ -210,7 +210,6 @@ async def test_no_hostile_stream_crashes_hangs_or_leaks(
         DeviceSettings(),
         gate=DeviceGate(store.devices, join_token="secret"),
         audit=store.audit,
-        gradient_endpoint="127.0.0.1:1",
         book=LeaseBook(),
     )
     server, endpoint = await serve_streams("127.0.0.1:0", {DEVICES: pool.on_stream})

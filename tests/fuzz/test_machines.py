@@ -50,7 +50,7 @@ class LeaseMachine(RuleBasedStateMachine):
     def take(self, job: str, device: str) -> Lease:
         self.epochs[job] += 1
         lease = Lease(job_id=job, epoch=self.epochs[job], device_id=device)
-        self.book.open(lease)
+        self.book.open(lease, replica="tiny/0")
         self.open[job] = (lease, None, set())
         return lease
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cola_runtime.config import BaseModelSettings, ServiceSettings
+from cola_runtime.config import BaseModelSettings
 from cola_runtime.errors import InvalidInput
 from cola_runtime.runtime.cluster import chosen_accelerator
 
@@ -12,8 +12,8 @@ WITH_GPU = {"CPU": 4.0, "GPU": 1.0}
 WITHOUT = {"CPU": 4.0}
 
 
-def settings(accelerator: str) -> ServiceSettings:
-    return ServiceSettings(base_model=BaseModelSettings.model_validate({"accelerator": accelerator}))
+def settings(accelerator: str) -> BaseModelSettings:
+    return BaseModelSettings.model_validate({"accelerator": accelerator})
 
 
 @pytest.mark.parametrize(
@@ -35,4 +35,4 @@ def test_cuda_is_refused_where_no_node_offers_a_gpu() -> None:
     with pytest.raises(InvalidInput) as caught:
         chosen_accelerator(settings("cuda"), WITHOUT)
     assert caught.value.reason == "ACCELERATOR_MISSING"
-    assert caught.value.where == "base_model.accelerator"
+    assert caught.value.where == "base_models.accelerator"

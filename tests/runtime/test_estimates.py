@@ -12,8 +12,8 @@ from cola_runtime.adapters.adapter import initial_weights
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.client.values import Job, JobEstimate
 from cola_runtime.errors import InvalidInput, QuotaExceeded
+from cola_runtime.jobs.bank_size import bank_bytes
 from cola_runtime.jobs.plan import training_plan
-from cola_runtime.server.estimates import bank_bytes
 from cola_runtime.spec import JobSpec
 from cola_runtime.testing.exactness import MixedJob, four_tenants, service_for, tenant_client
 from cola_runtime.testing.in_process import running_in_process

@@ -20,7 +20,7 @@ from cola_runtime.config import ServiceSettings
 from cola_runtime.runtime.coordinator import RunningService, running_coordinator
 from cola_runtime.scheduler.ports import BaseModelPort
 from cola_runtime.testing.exactness import MixedJob, four_tenants, recipe_for, service_for, tenant_client
-from cola_runtime.testing.in_process import JOIN_TOKEN, InProcessDevices, running_base_model
+from cola_runtime.testing.in_process import JOIN_TOKEN, InProcessDevices, running_replica
 from cola_runtime.testing.tiny_models import save_tiny_model
 from cola_runtime.types import BaseStep, BaseStepResult, Lease
 
@@ -52,15 +52,16 @@ async def beside(
     neighbour: float, job: MixedJob, settings: ServiceSettings
 ) -> AsyncIterator[tuple[RunningService, WithNeighbour]]:
     """The service, whose base model holds a neighbour with this number all over its adapter."""
-    assert settings.base_model.path is not None
-    async with running_base_model(settings) as base:
-        recipe = recipe_for(job, await base.describe(), settings.base_model.path)
+    [chosen] = settings.base_models
+    assert chosen.path is not None
+    async with running_replica(settings, chosen) as base:
+        recipe = recipe_for(job, await base.describe(), chosen.path)
         weights = {key: torch.full_like(w, neighbour) for key, w in recipe.initial_weights.items()}
         base._model.install(NEIGHBOUR, recipe.spec, 0, weights)
         both = WithNeighbour(base)
         devices = InProcessDevices(settings.devices.count)
         async with running_coordinator(
-            settings, cast(BaseModelPort, both), JOIN_TOKEN, devices_at=devices.running
+            settings, [cast(BaseModelPort, both)], JOIN_TOKEN, devices_at=devices.running
         ) as service:
             yield service, both
 

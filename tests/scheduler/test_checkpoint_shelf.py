@@ -47,7 +47,7 @@ class Shelf:
 
     async def lease_anew(self, job_id: str) -> None:
         self.lease = await self.store.grant_lease(job_id, "d1", "d2")
-        self.book.open(self.lease)
+        self.book.open(self.lease, replica="tiny/0")
         self.book.recorded(self.lease, 0)
         self.shelf.expect(self.lease, PLAN.adapter)
 

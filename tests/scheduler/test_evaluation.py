@@ -57,7 +57,7 @@ def evaluations(at: Recorded, *, held_out: bool = True, **settings: object) -> E
 
 def adapter(version: int, plan: TrainingPlan | None = None) -> LeasedAdapter:
     taps = TapPlan(Encoding.ADAPTER_GRADIENT)
-    return LeasedAdapter(lease=LEASE, tenant_id="t", plan=plan, taps=taps, version=version)  # type: ignore[arg-type]
+    return LeasedAdapter(lease=LEASE, replica=None, tenant_id="t", plan=plan, taps=taps, version=version)  # type: ignore[arg-type]
 
 
 async def walk(at: Recorded, found: Evaluations, *, start: int = 0) -> EarlyStop | None:

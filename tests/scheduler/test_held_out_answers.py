@@ -15,6 +15,7 @@ from cola_runtime.errors import NotFound
 from cola_runtime.scheduler.leases import LeaseBook, LeaseLost
 from cola_runtime.scheduler.loop import SchedulerLoop
 from cola_runtime.scheduler.primitives import AdapterPrimitives, LeasedAdapter
+from cola_runtime.scheduler.replicas import Replica
 from cola_runtime.types import Encoding, Lease, TapPlan
 
 LEASE = Lease(job_id="job-1", epoch=1, device_id="d0")
@@ -39,13 +40,17 @@ class Base:
         return [[len(prompt)] for prompt in prompts]
 
 
-def primitives(base: Base) -> tuple[AdapterPrimitives, LeaseBook, SchedulerLoop]:
+def replica_of(base: Base) -> Replica:
     settings = SchedulerSettings(token_budget=16)
     loop = SchedulerLoop(base, settings, on_base_lost=lambda error: None)  # type: ignore[arg-type]
+    return Replica(name="tiny/0", base=base, loop=loop, description=None)  # type: ignore[arg-type]
+
+
+def primitives() -> tuple[AdapterPrimitives, LeaseBook]:
     book = LeaseBook()
-    book.open(LEASE)
-    others: dict[str, Any] = {"pool": None, "store": None, "checkpoints": None}
-    return AdapterPrimitives(base=base, loop=loop, book=book, **others), book, loop  # type: ignore[arg-type]
+    book.open(LEASE, replica="tiny/0")
+    others: dict[str, Any] = {"replicas": None, "pool": None, "store": None, "checkpoints": None}
+    return AdapterPrimitives(book=book, **others), book
 
 
 def asked() -> HeldOutPrompts:
@@ -54,30 +59,31 @@ def asked() -> HeldOutPrompts:
     )
 
 
-def adapter() -> LeasedAdapter:
+def adapter(replica: Replica) -> LeasedAdapter:
     taps = TapPlan(Encoding.ADAPTER_GRADIENT)
-    return LeasedAdapter(lease=LEASE, tenant_id="t", plan=None, taps=taps, version=0)  # type: ignore[arg-type]
+    return LeasedAdapter(lease=LEASE, replica=replica, tenant_id="t", plan=None, taps=taps, version=0)  # type: ignore[arg-type]
 
 
 async def test_prompts_go_in_parts_whose_tokens_are_the_tenants() -> None:
     base = Base()
-    answering, _, loop = primitives(base)
-    assert await answering.answer(adapter(), asked()) == [[1], [2], [5]]
+    answering, _ = primitives()
+    replica = replica_of(base)
+    assert await answering.answer(adapter(replica), asked()) == [[1], [2], [5]]
     assert base.calls == [PROMPTS[:2], PROMPTS[2:]]
-    assert loop._queue.counter("t") == 2 * (2 + 4) + 1 * (5 + 4)
+    assert replica.loop._queue.counter("t") == 2 * (2 + 4) + 1 * (5 + 4)
 
 
 async def test_an_adapter_that_is_gone_loses_the_lease_not_the_job() -> None:
-    answering, _, _ = primitives(Base(gone=1))
+    answering, _ = primitives()
     with pytest.raises(LeaseLost) as caught:
-        await answering.answer(adapter(), asked())
+        await answering.answer(adapter(replica_of(Base(gone=1))), asked())
     assert caught.value.reason == "ADAPTER_UNKNOWN"
 
 
 async def test_a_lost_lease_ends_the_wait_for_answers() -> None:
     base = Base()
-    answering, book, _ = primitives(base)
-    waiting = asyncio.create_task(answering.answer(adapter(), asked()))
+    answering, book = primitives()
+    waiting = asyncio.create_task(answering.answer(adapter(replica_of(base)), asked()))
     await asyncio.sleep(0)
     book.lose(LEASE, reason="DEVICE_LINK_LOST", message="gone")
     with pytest.raises(LeaseLost):

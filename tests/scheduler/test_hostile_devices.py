@@ -80,7 +80,6 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
         DeviceSettings(),
         gate=DeviceGate(store.devices, join_token="secret"),
         audit=store.audit,
-        gradient_endpoint="127.0.0.1:1",
         book=book,
     )
     server, endpoint = await serve_streams("127.0.0.1:0", {DEVICES: pool.on_stream})
@@ -90,7 +89,7 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     bench = Bench(book, stream)
     pool.on_checkpoint = bench.keep
     for lease in (OWN, ANOTHERS):
-        book.open(lease)
+        book.open(lease, replica="tiny/0")
     yield bench
     await stream.close()
     await server.stop(0)

@@ -266,3 +266,28 @@ async def test_a_refused_segment_has_no_share_of_its_base_steps_seconds() -> Non
         await base.next_step()
         base.finish(seconds=3.0, refused="b")
         assert [(await task).base_seconds for task in tasks] == pytest.approx([3.0, 0.0])
+
+
+async def test_a_base_step_holds_only_adapters_that_the_bank_has_room_for() -> None:
+    base = SteppedBase()
+    loop = SchedulerLoop(
+        base,  # type: ignore[arg-type]
+        SchedulerSettings(token_budget=100, base_steps_in_flight=1),
+        on_base_lost=lambda error: None,
+        bank_bytes=100,
+    )
+    for job, size in (("a", 60), ("b", 60), ("c", 40)):
+        loop.note_adapter(job, size)
+    running = asyncio.create_task(loop.run_forever())
+    try:
+        tasks = [submit(loop, job) for job in ("a", "b", "c", "a")]
+        composed = []
+        for _ in range(3):
+            step = await base.next_step()
+            composed.append([s.lease.job_id for s in step.segments])
+            base.finish()
+        await asyncio.gather(*tasks)
+        assert composed == [["a", "c"], ["b"], ["a"]]
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)

@@ -158,7 +158,7 @@ async def test_a_wait_on_a_lease_ends_with_it_or_in_time() -> None:
     book = LeaseBook()
     with pytest.raises(LeaseLost) as ended:
         book.check(LEASE)
-    book.open(LEASE)
+    book.open(LEASE, replica="tiny/0")
     with pytest.raises(LeaseLost) as late:
         await book.wait_version(LEASE, 1, timeout_seconds=0.01)
     assert (ended.value.reason, late.value.reason) == ("LEASE_ENDED", "LEASE_TIMEOUT")

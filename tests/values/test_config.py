@@ -13,7 +13,8 @@ from cola_runtime.errors import InvalidInput
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (
-        "COLA_BASE_MODEL__DTYPE",
+        "COLA_BASE_MODELS__0__DTYPE",
+        "COLA_BASE_MODELS__1__DTYPE",
         "COLA_LISTEN",
         "COLA_API_KEY",
         "RAY_ADDRESS",
@@ -32,16 +33,49 @@ def test_flag_beats_environment_beats_file_beats_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = settings_file(
-        tmp_path, "base_model: {dtype: bfloat16, threads: 3}\ndevices: {count: 5}\nlisten: 127.0.0.1:1\n"
+        tmp_path, "base_models: [{dtype: bfloat16, threads: 3}]\ndevices: {count: 5}\nlisten: 127.0.0.1:1\n"
     )
-    monkeypatch.setenv("COLA_BASE_MODEL__DTYPE", "float64")
+    monkeypatch.setenv("COLA_BASE_MODELS__0__DTYPE", "float64")
     monkeypatch.setenv("COLA_LISTEN", "127.0.0.1:2")
     settings = service_settings(file, listen="127.0.0.1:3", devices={"count": None})
     assert settings.listen == "127.0.0.1:3"
-    assert settings.base_model.dtype == "float64"
-    assert settings.base_model.threads == 3
+    assert settings.base_models[0].dtype == "float64"
+    assert settings.base_models[0].threads == 3
     assert settings.devices.count == 5
     assert settings.scheduler.base_steps_in_flight == 2
+
+
+def test_several_base_models_are_a_list_of_which_flags_and_numbers_in_the_environment_name_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = settings_file(
+        tmp_path,
+        "base_models:\n- {name: one, replicas: 2, bind: '0.0.0.0:8440'}\n- {name: two, token_budget: 4096}\n",
+    )
+    monkeypatch.setenv("COLA_BASE_MODELS__1__DTYPE", "float64")
+    settings = service_settings(file, base_models=[{"threads": 3, "name": None}])
+    one, two = settings.base_models
+    assert (one.name, one.threads, one.replicas, one.dtype) == ("one", 3, 2, "float32")
+    assert (two.name, two.threads, two.token_budget, two.dtype) == ("two", 1, 4096, "float64")
+    assert [one.of_replica(number).bind for number in range(2)] == ["0.0.0.0:8440", "0.0.0.0:8441"]
+    assert two.of_replica(1).bind == "127.0.0.1:0"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base_models: []", "base_models"),
+        ("base_models: [{name: a}, {name: a}]", "two base models are named a"),
+        ("base_models: [{name: a, bind: 'h:10', replicas: 3}, {name: b, bind: 'h:12'}]", "listen on port 12"),
+        ("base_models: [{bind: everywhere}]", r"base_models\.0\.bind"),
+        ("base_models: [{replicas: 0}]", r"base_models\.0\.replicas"),
+    ],
+)
+def test_base_models_that_cannot_be_served_together_are_refused(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        service_settings(settings_file(tmp_path, text))
 
 
 def test_an_unknown_key_is_named_with_its_path_and_file(tmp_path: Path) -> None:
@@ -53,8 +87,8 @@ def test_an_unknown_key_is_named_with_its_path_and_file(tmp_path: Path) -> None:
 
 
 def test_a_value_out_of_range_is_named_with_its_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLA_BASE_MODEL__DTYPE", "float8")
-    with pytest.raises(InvalidInput, match=r"base_model\.dtype"):
+    monkeypatch.setenv("COLA_BASE_MODELS__0__DTYPE", "float8")
+    with pytest.raises(InvalidInput, match=r"base_models\.0\.dtype"):
         service_settings()
 
 
