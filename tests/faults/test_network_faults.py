@@ -103,7 +103,7 @@ def settings(laid: Cable, model: Path, tmp_path: Path) -> ServiceSettings:
     return plain.model_copy(
         update={
             "listen": f"{laid.host}:0",
-            "base_model": plain.base_model.model_copy(update={"bind": f"{laid.host}:0"}),
+            "base_models": (plain.base_models[0].model_copy(update={"bind": f"{laid.host}:0"}),),
             "devices": devices,
             "tls": TlsSettings(certificate=tmp_path / "server.pem", key=tmp_path / "server.key"),
         }
