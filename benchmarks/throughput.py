@@ -8,9 +8,10 @@ one row a step. All sides train the same rows and end with saved adapters; loadi
                    adapter downloaded
   peft_sequential  the best that peft does for one tenant after another: each to its end (nothing is
                    switched), or in turns with `set_adapter`
-  peft_processes   a peft process per tenant, all at once, with the memory of all of them
+  peft_processes   a peft process per tenant, all at once
 Every side has both cores and takes its best: peft's threads and attention are tried on one tenant, the
-runtime's base model runs with one thread and with two. Peft's sequential rate does not depend on the number
+runtime's base model runs with one thread, with two, and as two replicas of one thread each. Memory (PSS of all
+processes of a side) is looked at when the last adapter is saved: a look costs CPU that both sides need. Peft's sequential rate does not depend on the number
 of tenants: it is measured before and after the runtime (--quick: before), and the better one counts. Row
 lengths vary by a quarter around their mean.
 --quick: 16 tenants in bfloat16, a few steps.
@@ -37,7 +38,7 @@ from cola_runtime.config import BaseModelSettings, DeviceSettings, SchedulerSett
 from cola_runtime.data.formats import parse_dataset
 from cola_runtime.data.tokenize import Tokenizer
 from cola_runtime.demo.datasets import chat_messages_by_sender
-from cola_runtime.demo.memory import MemoryWatch
+from cola_runtime.demo.memory import memory_bytes
 from cola_runtime.runtime.coordinator import running_service
 from cola_runtime.spec import JobSpec
 from cola_runtime.testing.exactness import tenant_client
@@ -58,7 +59,6 @@ RANK, ALPHA, LEARNING_RATE = 8, 16.0, 1e-3
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 JOB_TIMEOUT_SECONDS = 3600.0
 SPREAD = 0.25  # of a row's length around the mean
-WATCH_SECONDS = 10.0  # between two looks at the memory, which cost CPU that both sides need
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +70,11 @@ class Case:
     peft_tenants: int  # whose training gives peft's rate
     processes: tuple[int, ...]
     twice: bool = True  # peft's rate, before and behind the runtime's
-    threads: tuple[int, ...] = (1, 2)  # of the runtime's base model
+    shapes: tuple[tuple[int, int], ...] = (
+        (1, 1),
+        (1, 2),
+        (2, 1),
+    )  # the base model's replicas, threads of each
 
     @property
     def name(self) -> str:
@@ -97,7 +101,7 @@ QUICK_CASES = (
         peft_tenants=2,
         processes=(),
         twice=False,
-        threads=(1,),
+        shapes=((1, 1),),
     ),
 )
 
@@ -107,7 +111,7 @@ class Served:
     """What the runtime took for one number of tenants."""
 
     trained: Trained
-    base_busy: float  # share of the seconds that the base model was in base steps
+    base_busy: float  # seconds of base steps, of all replicas, over seconds
     base_steps: int
 
 
@@ -141,13 +145,13 @@ def run_case(path: Path, case: Case, *, seed: int) -> dict[str, Any]:
     setting = fastest(setting, rows[0][: 3 if case.twice else 2], trials=2 if case.twice else 1)
     few = rows[: case.peft_tenants]
     before = sequential(setting, few)
-    runtime = {
-        threads: asyncio.run(serve_all(path, case, datasets, threads=threads)) for threads in case.threads
-    }
+    runtime = {shape: asyncio.run(serve_all(path, case, datasets, shape=shape)) for shape in case.shapes}
     after = sequential(setting, few) if case.twice else before
     rates = {name: max(before[name], after[name]) for name in before}
     processes = {count: process_each(setting, rows[:count]) for count in case.processes}
-    best = {count: max((runtime[t][count] for t in case.threads), key=_rate) for count in case.tenants}
+    best = {
+        count: max((of_shape[count] for of_shape in runtime.values()), key=_rate) for count in case.tenants
+    }
     return {
         "mean_row_tokens": float(np.mean([row.length for of_tenant in rows for row in of_tenant])),
         "steps": case.steps,
@@ -161,16 +165,16 @@ def run_case(path: Path, case: Case, *, seed: int) -> dict[str, Any]:
         },
         "base_busy": {str(count): served.base_busy for count, served in best.items()},
         "runtime": {
-            f"{count}_tenants_{threads}_threads": _shown(served)
-            for threads, of_threads in runtime.items()
-            for count, served in of_threads.items()
+            f"{count}_tenants_{replicas}_replicas_{threads}_threads": _shown(served)
+            for (replicas, threads), of_shape in runtime.items()
+            for count, served in of_shape.items()
         },
         "peft_sequential_tokens_per_second": rates,
         "peft_sequential_before_and_after": {name: [before[name], after[name]] for name in rates},
         "peft_threads": setting.threads,
         "peft_attention": setting.attention,
         "peft_processes": {
-            str(count): {"tokens_per_second": t.tokens_per_second, "peak_gib": t.peak_bytes / 2**30}
+            str(count): {"tokens_per_second": t.tokens_per_second, "gib": t.memory_bytes / 2**30}
             for count, t in processes.items()
         },
     }
@@ -184,15 +188,24 @@ def sequential(setting: PeftSetting, tenants: Sequence[Sequence[Row]]) -> dict[s
     }
 
 
-async def serve_all(path: Path, case: Case, datasets: Sequence[bytes], *, threads: int) -> dict[int, Served]:
-    """Every number of tenants on one service, after a short job that warms it up."""
-    with tempfile.TemporaryDirectory() as folder, MemoryWatch(sample_seconds=WATCH_SECONDS) as memory:
+async def serve_all(
+    path: Path, case: Case, datasets: Sequence[bytes], *, shape: tuple[int, int]
+) -> dict[int, Served]:
+    """Every number of tenants on one service, after short jobs that warm it up."""
+    replicas, threads = shape
+    with tempfile.TemporaryDirectory() as folder:
         settings = ServiceSettings(
             data_dir=Path(folder) / "service",
             listen="127.0.0.1:0",
             base_models=(
                 BaseModelSettings.model_validate(
-                    {"name": SMOLLM2, "path": path, "dtype": case.dtype, "threads": threads}
+                    {
+                        "name": SMOLLM2,
+                        "path": path,
+                        "dtype": case.dtype,
+                        "threads": threads,
+                        "replicas": replicas,
+                    }
                 ),
             ),
             devices=DeviceSettings(count=2),
@@ -203,14 +216,13 @@ async def serve_all(path: Path, case: Case, datasets: Sequence[bytes], *, thread
                 await stack.enter_async_context(await tenant_client(service, f"tenant-{number}"))
                 for number in range(max(case.tenants))
             ]
-            await train(clients[:1], datasets, steps=2, folder=Path(folder) / "warm", memory=memory)
+            await train(clients[:replicas], datasets, steps=2, folder=Path(folder) / "warm")
             return {
                 count: await train(
                     clients[:count],
                     datasets,
                     steps=case.steps,
                     folder=Path(folder) / f"adapters-{count}",
-                    memory=memory,
                 )
                 for count in case.tenants
             }
@@ -222,7 +234,6 @@ async def train(
     *,
     steps: int,
     folder: Path,
-    memory: MemoryWatch,
 ) -> Served:
     """One job of each client, all at once, from the first submit to the last adapter on disk."""
     before = await clients[0].describe()
@@ -236,7 +247,7 @@ async def train(
     seconds = time.perf_counter() - started
     after = await clients[0].describe()
     return Served(
-        trained=Trained(tokens=sum(jobs), seconds=seconds, peak_bytes=memory.peak_bytes),
+        trained=Trained(tokens=sum(jobs), seconds=seconds, memory_bytes=memory_bytes()),
         base_busy=(after.base_busy_seconds - before.base_busy_seconds) / seconds,
         base_steps=after.base_steps - before.base_steps,
     )
@@ -303,7 +314,7 @@ def _shown(served: Served) -> dict[str, float]:
         "seconds": served.trained.seconds,
         "base_busy": served.base_busy,
         "base_steps": served.base_steps,
-        "peak_gib": served.trained.peak_bytes / 2**30,
+        "gib": served.trained.memory_bytes / 2**30,
     }
 
 

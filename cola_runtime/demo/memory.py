@@ -1,9 +1,8 @@
-"""Peak memory of a process and everything that it started."""
+"""Memory of a process and everything that it started."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
 from types import TracebackType
 
 import psutil
@@ -17,9 +16,8 @@ class MemoryWatch:
     Shared pages are divided among those that map them (PSS), so that the sum is what the machine gives up.
     """
 
-    def __init__(self, *, sample_seconds: float = SAMPLE_SECONDS) -> None:
+    def __init__(self) -> None:
         self.peak_bytes = 0
-        self._sample_seconds = sample_seconds
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="memory-watch", daemon=True)
 
@@ -34,14 +32,14 @@ class MemoryWatch:
         self._thread.join()
 
     def _watch(self) -> None:
-        me = psutil.Process()
-        while not self._stop.wait(self._sample_seconds):
-            self.peak_bytes = max(self.peak_bytes, _total_bytes([me, *me.children(recursive=True)]))
+        while not self._stop.wait(SAMPLE_SECONDS):
+            self.peak_bytes = max(self.peak_bytes, memory_bytes())
 
 
-def _total_bytes(processes: Iterable[psutil.Process]) -> int:
-    total = 0
-    for process in processes:
+def memory_bytes() -> int:
+    """Proportional set size of this process and everything below it, now."""
+    me, total = psutil.Process(), 0
+    for process in (me, *me.children(recursive=True)):
         try:
             total += process.memory_full_info().pss
         except (psutil.NoSuchProcess, psutil.AccessDenied):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from cola_runtime.demo.memory import MemoryWatch
+from cola_runtime.demo.memory import memory_bytes
 from cola_runtime.types import Row
 
 START_SECONDS = 600.0
@@ -45,7 +45,7 @@ class Trained:
 
     tokens: int
     seconds: float
-    peak_bytes: int = 0  # proportional set size of the processes that trained; 0 where it was not asked for
+    memory_bytes: int = 0  # proportional set size of the processes at the end; 0 where not asked for
 
     @property
     def tokens_per_second(self) -> float:
@@ -107,11 +107,10 @@ def process_each(setting: PeftSetting, tenants: Tenants) -> Trained:
     context = multiprocessing.get_context("spawn")
     threads = max(1, multiprocessing.cpu_count() // len(tenants))
     barrier = context.Barrier(len(tenants))
-    with MemoryWatch() as memory, context.Pool(len(tenants), _set_barrier, (barrier,)) as pool:
+    with context.Pool(len(tenants), _set_barrier, (barrier,)) as pool:
         work = [(replace(setting, threads=threads), rows) for rows in tenants]
-        spans = pool.starmap(_train_at_barrier, work, chunksize=1)
-        seconds = max(end for _, end in spans) - min(begin for begin, _ in spans)
-    return Trained(tokens=_tokens(tenants), seconds=seconds, peak_bytes=memory.peak_bytes)
+        begun, ended, kept = zip(*pool.starmap(_train_at_barrier, work, chunksize=1), strict=True)
+    return Trained(tokens=_tokens(tenants), seconds=max(ended) - min(begun), memory_bytes=sum(kept))
 
 
 _barrier: Any = None
@@ -122,15 +121,20 @@ def _set_barrier(barrier: Any) -> None:
     _barrier = barrier
 
 
-def _train_at_barrier(setting: PeftSetting, rows: Sequence[Row]) -> tuple[float, float]:
-    """Begin and end of the training, by the machine's monotonic clock."""
+def _train_at_barrier(setting: PeftSetting, rows: Sequence[Row]) -> tuple[float, float, int]:
+    """Begin and end of the training, by the machine's monotonic clock, and this process's memory then.
+
+    A look at the page tables costs CPU that others need, so nobody looks before the end.
+    """
     torch.set_num_threads(setting.threads)
     base = _base_model(setting)
     with TemporaryDirectory() as folder:
         _barrier.wait(START_SECONDS)
         begin = time.monotonic()
         _train_one(base, setting, rows, Path(folder) / "adapter")
-        return begin, time.monotonic()
+        end = time.monotonic()
+        _barrier.wait(START_SECONDS)
+        return begin, end, memory_bytes()
 
 
 def _train_one(base: Any, setting: PeftSetting, rows: Sequence[Row], folder: Path) -> None:
