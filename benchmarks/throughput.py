@@ -10,9 +10,10 @@ one row a step. All sides train the same rows and end with saved adapters; loadi
                    switched), or in turns with `set_adapter`
   peft_processes   a peft process per tenant, all at once
 Every side has both cores and takes its best: peft's threads and attention are tried on one tenant, the
-runtime's base model runs with one thread, with two, and as two replicas of one thread each. Memory (PSS of all
-processes of a side) is looked at when the last adapter is saved: a look costs CPU that both sides need. Peft's sequential rate does not depend on the number
-of tenants: it is measured before and after the runtime (--quick: before), and the better one counts. Row
+runtime's base model runs with one thread, with two, and as two replicas of one thread each. Memory (PSS of
+all processes of a side) is looked at when the last adapter is saved: a look costs CPU that both sides need.
+Peft's sequential rate does not depend on the number of tenants: it is measured before and after the runtime
+(--quick: before), and the better one counts. Row
 lengths vary by a quarter around their mean.
 --quick: 16 tenants in bfloat16, a few steps.
 """
