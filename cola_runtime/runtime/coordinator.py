@@ -84,9 +84,9 @@ async def _serve(
     leave: Callable[[ColaError], NoReturn],
 ) -> None:
     stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    _stop_on_signals(stop)
     async with running_service(settings) as service:
+        _stop_on_signals(stop)  # again: Ray put a handler of its own there, which ends the process at once
         on_ready(service)
         lost = asyncio.create_task(head_lost(head_address()), name="head-watch")
         stopped = asyncio.create_task(stop.wait())
@@ -99,6 +99,11 @@ async def _serve(
             leave(lost.result())
         lost.cancel()
         await service.drain()
+
+
+def _stop_on_signals(stop: asyncio.Event) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
 
 
 @asynccontextmanager

@@ -48,6 +48,12 @@ def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Faultl
     )
 
 
+@pytest.fixture
+def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of processes started here: a driver with an address shows no token unless it is told to."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+
+
 class RayNode:
     """`ray start --block` and what it started, to be killed as a machine would die."""
 
@@ -168,6 +174,7 @@ async def test_a_service_whose_own_head_dies_leaves_with_a_reason_and_goes_on_wh
     accept(outcome)
 
 
+@pytest.mark.usefixtures("no_token")
 async def test_a_service_on_a_cluster_survives_its_head(
     model: Path, tmp_path: Path, undisturbed: Faultless, accept: Accept
 ) -> None:
@@ -199,6 +206,7 @@ async def test_a_service_on_a_cluster_survives_its_head(
     accept(outcome)
 
 
+@pytest.mark.usefixtures("no_token")
 async def test_the_base_models_node_dies_and_another_takes_its_place(
     model: Path, tmp_path: Path, undisturbed: Faultless, accept: Accept
 ) -> None:
@@ -221,6 +229,7 @@ async def test_the_base_models_node_dies_and_another_takes_its_place(
     accept(outcome)
 
 
+@pytest.mark.usefixtures("no_token")
 async def test_two_base_models_at_once_change_no_step_when_a_raylet_only_hangs(
     model: Path, tmp_path: Path, undisturbed: Faultless, accept: Accept
 ) -> None:
