@@ -92,11 +92,12 @@ async def _serve(
         stopped = asyncio.create_task(stop.wait())
         await asyncio.wait((lost, stopped), return_when=asyncio.FIRST_COMPLETED)
         if lost.done():
-            logger.error("%s; the service ends", lost.result(), extra={"event": "ray.lost"})
+            error = lost.result()
+            logger.error("%s: %s; the service ends", error.reason, error, extra={"event": "ray.lost"})
             with suppress(TimeoutError):
                 async with asyncio.timeout(DRAIN_WITHOUT_HEAD_SECONDS):
                     await service.drain()
-            leave(lost.result())
+            leave(error)
         lost.cancel()
         await service.drain()
 
