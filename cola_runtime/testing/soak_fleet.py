@@ -176,6 +176,14 @@ class SoakFleet:
             self._kept[role].killed = True
         return _signal(pid, signal.SIGKILL)
 
+    async def terminate(self, role: str) -> int:
+        """SIGTERM; the exit code. It is started again like one that was killed."""
+        kept = self._kept[role]
+        assert kept.process is not None
+        kept.killed, ending = True, kept.process
+        ending.terminate()
+        return await ending.wait()
+
     async def hang(self, role: str) -> bool:
         """Stop a process for longer than its lease."""
         pid = self.pids().get(role)

@@ -174,6 +174,19 @@ async def test_a_service_whose_own_head_dies_leaves_with_a_reason_and_goes_on_wh
     accept(outcome)
 
 
+async def test_a_service_that_is_told_to_stop_lets_its_job_reach_a_checkpoint_first(
+    model: Path, tmp_path: Path
+) -> None:
+    fleet = SoakFleet(tmp_path / "service", model, devices=1)
+    async with training(fleet, JOB, at=20) as (client, handle):
+        assert await fleet.terminate("coordinator") == 0
+        handle = await finish(client, handle.job_id)
+        assert (await handle.refresh()).repeated_steps == 0
+        told = [event.message async for event in handle.events(follow=False) if event.kind == "job.queued"]
+    assert any("since the coordinator stops" in message for message in told)
+    assert fleet.problems == []
+
+
 @pytest.mark.usefixtures("no_token")
 async def test_a_service_on_a_cluster_survives_its_head(
     model: Path, tmp_path: Path, undisturbed: Faultless, accept: Accept
