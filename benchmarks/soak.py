@@ -52,8 +52,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="cola-soak-") as folder:
         report = asyncio.run(Soak(plan, Path(folder)).run())
     print_kills(report)
-    kept = {name: value for name, value in report.items() if name not in ("seed",)}
-    emit(record("soak", kept, seed=arguments.seed, started=started), arguments.json)
+    emit(record("soak", report, seed=arguments.seed, started=started), arguments.json)
     for violation in report["violations"]:
         print(f"VIOLATION {violation}")
     print(f"seed {arguments.seed}: {len(report['violations'])} violations")

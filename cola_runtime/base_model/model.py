@@ -121,6 +121,13 @@ class TappedModel:
         return self._loaded.sites
 
     @property
+    def tried_attention(self) -> str | None:
+        """The implementation that `auto` chose by its trial, or would have; None where there is no trial."""
+        loaded = self._loaded
+        untried = loaded.by_hand or loaded.model.config.is_encoder_decoder
+        return None if untried else loaded.attention
+
+    @property
     def sites(self) -> tuple[Site, ...]:
         """Every Linear and Conv1D: what `all-linear` names."""
         return tuple(site for site in self.catalogue if site.kind in WHOLE_ROWS)

@@ -51,6 +51,7 @@ class BaseModelActor:
         set_thread_environment(settings.threads)
         crash_points.arm(crash_setting())
         keep_freed_memory()
+        from cola_runtime.base_model.kept_choice import KeptAttention
         from cola_runtime.base_model.model import TappedModel
         from cola_runtime.base_model.pretrained import resolve_base_model
         from cola_runtime.base_model.service import BaseModelService
@@ -58,10 +59,11 @@ class BaseModelActor:
         _quiet_transformers()
         import_adapter_modules(adapter_modules)
         path = settings.path or resolve_base_model(settings.name, cache_dir)
+        kept = KeptAttention(cache_dir, path, dtype=settings.dtype, accelerator=settings.accelerator)
         model = TappedModel.load(
             path,
             dtype=settings.dtype,
-            attention=settings.attention,
+            attention=kept.instead_of(settings.attention),
             threads=settings.threads,
             activation_checkpointing=settings.activation_checkpointing,
             tiled_weights=settings.tiled_weights,
@@ -69,6 +71,8 @@ class BaseModelActor:
             accelerator=settings.accelerator,
             bank_bytes=settings.bank_bytes,
         )
+        if settings.attention == "auto":
+            kept.keep(model.tried_attention)
         self._service = BaseModelService(model, name=settings.name, join_token=join_token)
         self._bind, self._advertise = settings.bind, settings.advertise
         self._endpoint: str | None = None

@@ -90,24 +90,26 @@ async def _serve(
     leave: Callable[[ColaError], NoReturn],
 ) -> None:
     stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    _stop_on_signals(stop)
     async with running_service(settings) as service:
+        _stop_on_signals(stop)  # again: Ray put a handler of its own there, which ends the process at once
         on_ready(service)
         lost = asyncio.create_task(head_lost(head_address()), name="head-watch")
         stopped = asyncio.create_task(until_stopped(stop, service.store))
         await asyncio.wait((lost, stopped), return_when=asyncio.FIRST_COMPLETED)
         if lost.done():
-            logger.error("%s; the service ends", lost.result(), extra={"event": "ray.lost"})
+            error = lost.result()
+            logger.error("%s: %s; the service ends", error.reason, error, extra={"event": "ray.lost"})
             with suppress(TimeoutError):
                 async with asyncio.timeout(DRAIN_WITHOUT_HEAD_SECONDS):
                     await service.drain()
-            leave(lost.result())
+            leave(error)
         lost.cancel()
         stopped.result()
         await service.drain()
 
 
+<<<<<<< HEAD
 async def until_stopped(stop: asyncio.Event, store: JobStore) -> None:
     """Wait until this coordinator is told to stop.
 
@@ -119,6 +121,11 @@ async def until_stopped(stop: asyncio.Event, store: JobStore) -> None:
         end.cancel()
     if ends[0] not in done:
         raise taken_over()
+=======
+def _stop_on_signals(stop: asyncio.Event) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+>>>>>>> soak
 
 
 @asynccontextmanager

@@ -57,6 +57,8 @@ class SoakPlan:
     quiet_seconds: float = 0.0  # behind them, with jobs and without kills: memory shows itself there
     kills: tuple[Kill, ...] = ()  # exactly these, one a round; () draws them until the time is over
     tenants: int = 3
+    active_each: int = 3  # jobs that a tenant has at once
+    kinds: int | None = None  # of jobs, the first so many; None: all there are
     devices: int = 3
     steps: int = 120
     round_seconds: float = ROUND_SECONDS
@@ -95,10 +97,10 @@ class Soak:
     async def run(self) -> dict[str, Any]:
         """Serve, strike, check; everything that was started has ended when this returns."""
         plan, model = self.plan, save_tiny_model("gpt2", self.folder / "model")
-        jobs = soak_jobs(steps=plan.steps, seed=plan.seed)
+        jobs = soak_jobs(steps=plan.steps, seed=plan.seed)[: plan.kinds]
         expected = await train_expected(model, self.folder / "alone", jobs)
         async with self.fleet_of(self.folder / "service", model, plan.devices) as fleet:
-            tenants = Tenants(fleet, jobs, expected, plan.seed)
+            tenants = Tenants(fleet, jobs, expected, plan.seed, plan.active_each)
             await tenants.open([f"tenant-{index}" for index in range(plan.tenants)])
             try:
                 await self._soak(fleet, tenants)
@@ -118,7 +120,8 @@ class Soak:
         tasks = [*driving, *background, striking]
         try:
             while not striking.done():
-                await asyncio.wait([each for each in tasks if not each.done()], return_when="FIRST_COMPLETED")
+                left = [task for task in tasks if not task.done()]
+                await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
                 broken = [task for task in tasks if task.done() and task.exception() is not None]
                 if broken:
                     await broken[0]

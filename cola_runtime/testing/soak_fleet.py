@@ -118,7 +118,11 @@ class SoakFleet:
         settings.write_text(yaml.safe_dump(self._settings(reached)))
         cola = [sys.executable, "-m", "cola_runtime.cli.main"]
         self._keep(COORDINATOR, [*cola, "serve", "--json", "--file", str(settings)])
-        self.announced_key = await self._announced()
+        try:
+            self.announced_key = await self._announced()
+        except BaseException:
+            await self.__aexit__()
+            raise
         for name in self.device_names:
             self._keep(name, [*cola, "device", "--coordinator", to_coordinator, "--id", name])
         return self
@@ -172,6 +176,14 @@ class SoakFleet:
             self._kept[role].killed = True
         return _signal(pid, signal.SIGKILL)
 
+    async def terminate(self, role: str) -> int:
+        """SIGTERM; the exit code. It is started again like one that was killed."""
+        kept = self._kept[role]
+        assert kept.process is not None
+        kept.killed, ending = True, kept.process
+        ending.terminate()
+        return await ending.wait()
+
     async def hang(self, role: str) -> bool:
         """Stop a process for longer than its lease."""
         pid = self.pids().get(role)
@@ -197,7 +209,11 @@ class SoakFleet:
             "data_dir": str(self.data_dir),
             "listen": self.endpoint,
             "ray_address": self.ray_address,
+<<<<<<< HEAD
             "base_models": [{"name": MODEL, "path": str(self.model), **reached}],
+=======
+            "base_model": {"name": MODEL, "path": str(self.model), "attention": "sdpa", **reached},
+>>>>>>> soak
             "devices": {"count": 0, "heartbeat_seconds": 0.5, "lease_timeout_seconds": LEASE_SECONDS},
             "scheduler": {"token_budget": TOKEN_BUDGET},
             "retention": {"keep_last": 3},
@@ -229,15 +245,13 @@ class SoakFleet:
             await asyncio.sleep(RESTART_PAUSE_SECONDS)
 
     async def _start(self, kept: Kept, out: IO[bytes], log: IO[bytes]) -> asyncio.subprocess.Process:
-        changes = {"OMP_NUM_THREADS": "1", "COLA_LOG": "WARNING"}
         token = self.data_dir / "join-token"
-        if token.exists():
-            changes["COLA_JOIN_TOKEN"] = token.read_text().strip()
+        joining = token.read_text().strip() if token.exists() else ""
         return await asyncio.create_subprocess_exec(
             *kept.command,
             stdout=out,
             stderr=log,
-            env=child_environment(**changes),
+            env=child_environment(OMP_NUM_THREADS="1", COLA_LOG="WARNING", COLA_JOIN_TOKEN=joining),
             start_new_session=True,  # Ray's clean-up is of its own process group
         )
 

@@ -54,7 +54,7 @@ class Tenants:
     jobs: Sequence[SoakJob]
     expected: Mapping[str, Expected]
     seed: int
-    active_each: int = 3
+    active_each: int
     ledgers: dict[str, JobLedger] = field(default_factory=dict)
     found: Found = field(default_factory=Found)
     driving: bool = True

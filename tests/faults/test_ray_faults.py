@@ -48,6 +48,12 @@ def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Faultl
     )
 
 
+@pytest.fixture
+def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of processes started here: a driver with an address shows no token unless it is told to."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+
+
 class RayNode:
     """`ray start --block` and what it started, to be killed as a machine would die."""
 
@@ -168,6 +174,20 @@ async def test_a_service_whose_own_head_dies_leaves_with_a_reason_and_goes_on_wh
     accept(outcome)
 
 
+async def test_a_service_that_is_told_to_stop_lets_its_job_reach_a_checkpoint_first(
+    model: Path, tmp_path: Path
+) -> None:
+    fleet = SoakFleet(tmp_path / "service", model, devices=1)
+    async with training(fleet, JOB, at=20) as (client, handle):
+        assert await fleet.terminate("coordinator") == 0
+        handle = await finish(client, handle.job_id)
+        assert (await handle.refresh()).repeated_steps == 0
+        told = [event.message async for event in handle.events(follow=False) if event.kind == "job.queued"]
+    assert any("since the coordinator stops" in message for message in told)
+    assert fleet.problems == []
+
+
+@pytest.mark.usefixtures("no_token")
 async def test_a_service_on_a_cluster_survives_its_head(
     model: Path, tmp_path: Path, undisturbed: Faultless, accept: Accept
 ) -> None:
@@ -199,6 +219,7 @@ async def test_a_service_on_a_cluster_survives_its_head(
     accept(outcome)
 
 
+@pytest.mark.usefixtures("no_token")
 async def test_the_base_models_node_dies_and_another_takes_its_place(
     model: Path, tmp_path: Path, undisturbed: Faultless, accept: Accept
 ) -> None:
@@ -221,6 +242,7 @@ async def test_the_base_models_node_dies_and_another_takes_its_place(
     accept(outcome)
 
 
+@pytest.mark.usefixtures("no_token")
 async def test_two_base_models_at_once_change_no_step_when_a_raylet_only_hangs(
     model: Path, tmp_path: Path, undisturbed: Faultless, accept: Accept
 ) -> None:

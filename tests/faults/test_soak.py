@@ -89,7 +89,8 @@ async def test_jobs_of_several_tenants_outlive_a_device_and_the_coordinator(
     zygote: Zygote, tmp_path: Path
 ) -> None:
     kills = (Kill.DEVICE, Kill.COORDINATOR)
-    plan = SoakPlan(seed=3, seconds=0, kills=kills, tenants=2, devices=2, steps=16, round_seconds=0)
+    of_jobs = {"tenants": 2, "active_each": 2, "kinds": 2, "steps": 20}
+    plan = SoakPlan(seed=3, seconds=0, kills=kills, devices=2, round_seconds=0, **of_jobs)
     assert_kept(await Soak(plan, tmp_path, fleet_of=partial(forked, zygote)).run(), kills=len(kills))
 
 
