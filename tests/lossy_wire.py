@@ -42,7 +42,11 @@ class LossyWire:
         self._serving.add(asyncio.create_task(self._serve(reader, writer)))
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        from_server, to_server = await asyncio.open_connection("127.0.0.1", self._server_port)
+        try:
+            from_server, to_server = await asyncio.open_connection("127.0.0.1", self._server_port)
+        except ConnectionError:  # the server is down
+            writer.close()
+            return
         ways = {
             asyncio.create_task(self._requests(reader, to_server)),
             asyncio.create_task(self._answers(from_server, writer)),

@@ -21,8 +21,10 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from sqlalchemy import Connection
 
 from cola_runtime.errors import Conflict, ProtocolError, Unauthenticated
+from cola_runtime.jobs import schema
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.scheduler.leases import LeaseBook, LeaseLost
 from cola_runtime.transport.frames import DType, TensorAddress, WireTensor, tensor_frames
@@ -181,11 +183,14 @@ class ReaderMachine(RuleBasedStateMachine):
 class JoinMachine(RuleBasedStateMachine):
     """A token makes one device unless it is reusable; an id belongs to one key; who is revoked stays out."""
 
+    url = "sqlite://"
+
     def __init__(self) -> None:
         super().__init__()
         self.now = datetime(2026, 1, 2, tzinfo=UTC)
         self.loop = asyncio.new_event_loop()
-        self.store = self._run(JobStore.open("sqlite://", now=lambda: self.now))
+        self.store = self._run(JobStore.open(self.url, now=lambda: self.now))
+        self._run(self.store._database.run(self._forget_other_examples))
         self.devices: dict[str, dict[str, Any]] = {}
 
     def _run(self, coroutine: Any) -> Any:
@@ -193,6 +198,11 @@ class JoinMachine(RuleBasedStateMachine):
             return await coroutine
 
         return self.loop.run_until_complete(go())
+
+    @staticmethod
+    def _forget_other_examples(connection: Connection) -> None:
+        for table in (schema.join_tokens, schema.devices):
+            connection.execute(table.delete())
 
     tokens = Bundle("tokens")
     spent = Bundle("spent")
@@ -260,10 +270,23 @@ class JoinMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("machine", "examples"), [(LeaseMachine, 15), (ReaderMachine, 40), (JoinMachine, 6)])
+def test_devices_join_alike_on_either_database(url: str, request: pytest.FixtureRequest) -> None:
+    class Machine(JoinMachine):
+        pass
+
+    Machine.url = url
+    run_machine(Machine, 3, request)
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("machine", "examples"), [(LeaseMachine, 15), (ReaderMachine, 40)])
 def test_it_does_what_its_model_does(
     machine: type[RuleBasedStateMachine], examples: int, request: pytest.FixtureRequest
 ) -> None:
+    run_machine(machine, examples, request)
+
+
+def run_machine(machine: type[RuleBasedStateMachine], examples: int, request: pytest.FixtureRequest) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(

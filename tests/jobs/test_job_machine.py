@@ -118,11 +118,12 @@ def test_the_store_does_what_the_model_does(url: str) -> None:
     class Machine(JobMachine):
         pass
 
-    Machine.url = url if url.startswith("postgresql") else JobMachine.url
+    served = url.startswith("postgresql")
+    Machine.url = url if served else JobMachine.url
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=15,
+            max_examples=8 if served else 15,
             stateful_step_count=25,
             deadline=None,
             derandomize=True,
