@@ -13,8 +13,7 @@ Every side has both cores and takes its best: peft's threads and attention are t
 runtime's base model runs with one thread, with two, and as two replicas of one thread each. Memory (PSS of
 all processes of a side) is looked at when the last adapter is saved: a look costs CPU that both sides need.
 Peft's sequential rate does not depend on the number of tenants: it is measured before and after the runtime
-(--quick: before), and the better one counts. Row
-lengths vary by a quarter around their mean.
+(--quick: before), and the better one counts. Row lengths vary by a quarter around their mean.
 --quick: 16 tenants in bfloat16, a few steps.
 """
 
