@@ -109,7 +109,6 @@ async def _serve(
         await service.drain()
 
 
-<<<<<<< HEAD
 async def until_stopped(stop: asyncio.Event, store: JobStore) -> None:
     """Wait until this coordinator is told to stop.
 
@@ -121,11 +120,11 @@ async def until_stopped(stop: asyncio.Event, store: JobStore) -> None:
         end.cancel()
     if ends[0] not in done:
         raise taken_over()
-=======
+
+
 def _stop_on_signals(stop: asyncio.Event) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
->>>>>>> soak
 
 
 @asynccontextmanager

@@ -209,11 +209,7 @@ class SoakFleet:
             "data_dir": str(self.data_dir),
             "listen": self.endpoint,
             "ray_address": self.ray_address,
-<<<<<<< HEAD
-            "base_models": [{"name": MODEL, "path": str(self.model), **reached}],
-=======
-            "base_model": {"name": MODEL, "path": str(self.model), "attention": "sdpa", **reached},
->>>>>>> soak
+            "base_models": [{"name": MODEL, "path": str(self.model), "attention": "sdpa", **reached}],
             "devices": {"count": 0, "heartbeat_seconds": 0.5, "lease_timeout_seconds": LEASE_SECONDS},
             "scheduler": {"token_budget": TOKEN_BUDGET},
             "retention": {"keep_last": 3},
