@@ -131,6 +131,7 @@ TICKET_WRONG | Unauthenticated | A device's ticket for the base model is not its
 ADAPTER_NOT_READY | Conflict | The job has no checkpoint yet. | Wait for its first one: `cola jobs logs --follow`.
 CHECKPOINT_AHEAD | Conflict | A checkpoint is of a step that is not recorded. | Nothing to do: the job makes it again.
 CHECKPOINT_EXISTS | Conflict | There is another checkpoint of this version. | Nothing to do: the first one stays.
+CHECKPOINT_UNCHAINED | Conflict | A checkpoint's weights are not those that the job's update chain has at its version. | Nothing to do: the job goes on from the last checkpoint that fits; look at the device, or at who writes the object storage.
 CHECKPOINT_MISMATCH | Conflict | A checkpoint is of another adapter, optimizer or schedule. | Tell the operator.
 DEMO_CHECK_FAILED | JobFailed | The demo ran and did not show what it should. | Read what the message names; `cola doctor`.
 DEMO_TIMEOUT | JobFailed | The demo's jobs did not end in time. | Try again on an idle machine.
@@ -208,6 +209,10 @@ TENSOR_OUT_OF_ORDER | ProtocolError | A tensor's chunk is missing, doubled or ou
 TENSOR_TOO_LARGE | ProtocolError | A tensor is larger than this stream may send. | Make the job's adapter or batch smaller.
 TENSOR_STALLED | ProtocolError | A tensor's chunks stopped coming. | Nothing to do: the stream is dialled again.
 TOO_MANY_OPEN_TENSORS | ProtocolError | More tensors are incomplete than may be. | Install the same release on both sides.
+UPDATE_CHAIN_BROKEN | Conflict | An update does not follow from those that came before it. | Nothing to do: the job leases again; look at the device.
+UPDATE_NOT_RECORDED | Conflict | A lease began with other weights than those that were recorded. | Nothing to do: the job leases again; look at the device.
+UPDATE_REPLACED | Conflict | A version came a second time with other weights. | Nothing to do: the job leases again; look at the device.
+UPDATE_ROLLED_BACK | Conflict | An update led back to the weights of an earlier version. | Nothing to do: the job leases again; look at the device.
 UPDATE_INCOMPLETE | ProtocolError | An update ended before all its weights had come. | Nothing to do: the job leases again.
 UPDATE_INVALID | ProtocolError | An update's weights are not the adapter's. | Nothing to do: the job leases again.
 ## Why a lease ended; of an event or a job, never of a call

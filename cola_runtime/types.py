@@ -435,6 +435,7 @@ class StepApplied:
     device_seconds: float = 0.0  # of all its devices together
     bytes_up: int = 0  # base model -> device for this step, frame headers included
     bytes_down: int = 0  # device -> base model
+    links: tuple[str, ...] = ()  # of the version in the update chain, by shard, hex
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -218,7 +218,9 @@ class BaseModelService:
         crash_points.reach("base_model.update_complete")
         try:
             async with self._preparing:
-                prepared = await self._prepared(update)
+                prepared, links = await asyncio.gather(
+                    self._prepared(update), asyncio.to_thread(update.follow_chains)
+                )
             if not self._server.honours(update.lease):
                 return  # ended since: behind the eviction, an install would stay in the bank for good
             await self._lane.run(lambda: install(prepared), urgent=True)
@@ -230,7 +232,7 @@ class BaseModelService:
             self._events.append(StepRefused(lease=update.lease, reason="INSTALL_FAILED", message=message))
         else:
             crash_points.reach("base_model.installed")
-            self._events.append(_applied(update))
+            self._events.append(_applied(update, links))
 
     async def _prepared(self, update: Update) -> PreparedAdapter | None:
         """Beside the step under way. A gang's member is merged on the compute thread, from what it sent."""
@@ -239,7 +241,7 @@ class BaseModelService:
         return await asyncio.to_thread(self._model.prepare, update.terms.spec, update.weights)
 
 
-def _applied(update: Update) -> StepApplied:
+def _applied(update: Update, links: tuple[str, ...]) -> StepApplied:
     return StepApplied(
         lease=update.lease,
         version=update.version,
@@ -248,4 +250,5 @@ def _applied(update: Update) -> StepApplied:
         device_seconds=update.device_seconds,
         bytes_up=update.bytes_up,
         bytes_down=update.bytes_down,
+        links=links,
     )

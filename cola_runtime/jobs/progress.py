@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
+from itertools import zip_longest
 from typing import Any
 
 from sqlalchemy import Connection, func, select
@@ -20,13 +21,14 @@ from cola_runtime.jobs.records import CheckpointRecord, JobRecord, StepRecord
 from cola_runtime.jobs.state import ACTIVE_STATES, JobState
 from cola_runtime.jobs.trail import append_event
 from cola_runtime.types import Lease
+from cola_runtime.update_chain import START, RecordedLink
 
 _steps = schema.steps
 _leases = schema.leases
 _checkpoints = schema.checkpoints
 
 _MEASURED = ("loss", "learning_rate", "gradient_norm", "base_seconds", "device_seconds")
-_SAME_STEP = ("epoch", "loss", "tokens", "label_tokens", "device_id")
+_SAME_STEP = ("epoch", "loss", "tokens", "label_tokens", "device_id", "chain")
 
 
 def open_lease(connection: Connection, job_id: str, device_ids: Sequence[str], *, at: str) -> Lease:
@@ -123,6 +125,28 @@ def read_steps(connection: Connection, job_id: str, *, after: int, limit: int) -
     """Steps above `after`, in order."""
     query = select(_steps).where(_steps.c.job_id == job_id, _steps.c.step > after).order_by(_steps.c.step)
     return [StepRecord(**row) for row in connection.execute(query.limit(limit)).mappings()]
+
+
+def read_links(connection: Connection, job_id: str, version: int) -> tuple[RecordedLink, ...]:
+    """Of the version in the update chain, by shard; none of version 0 and of older releases' steps."""
+    query = select(_steps.c.step, _steps.c.epoch, _steps.c.chain).where(
+        _steps.c.job_id == job_id, _steps.c.step.in_((version - 1, version))
+    )
+    found = {row.step: row for row in connection.execute(query)}
+    if version not in found:
+        return ()
+    digests = found[version].chain.split()
+    before = found[version - 1].chain.split() if version - 1 in found else []
+    return tuple(
+        RecordedLink(
+            job_id=job_id,
+            epoch=found[version].epoch,
+            version=version,
+            previous=bytes.fromhex(previous) or START,
+            digest=bytes.fromhex(digest),
+        )
+        for digest, previous in zip_longest(digests, before[: len(digests)], fillvalue="")
+    )
 
 
 def read_checkpoints(connection: Connection, job_id: str) -> list[CheckpointRecord]:

@@ -166,6 +166,7 @@ class StepRecord:
     base_seconds: float = 0.0  # this job's share, by computed tokens
     device_seconds: float = 0.0
     applied_at: str = ""  # the store stamps it when empty
+    chain: str = ""  # the version's links in the update chain, hex, one a shard (update_chain.py)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

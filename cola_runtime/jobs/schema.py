@@ -175,6 +175,8 @@ steps = Table(
     Column("base_seconds", Float, nullable=False),
     Column("device_seconds", Float, nullable=False),
     Column("applied_at", String(32), nullable=False),
+    # Links of the update chain, hex, one a shard; "" of steps that an older release recorded.
+    Column("chain", Text, nullable=False, server_default=""),
     # Version 0 is the adapter before its first step.
     CheckConstraint("step > 0", name="step_positive"),
     # Spent work is never negative, so totals only grow.

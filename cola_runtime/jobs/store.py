@@ -35,6 +35,7 @@ from cola_runtime.jobs.records import (
 from cola_runtime.jobs.registry import DeviceRegistry
 from cola_runtime.jobs.state import JobState, Trigger
 from cola_runtime.types import Lease
+from cola_runtime.update_chain import RecordedLink
 
 ALL_SCOPES = "*"
 
@@ -257,6 +258,10 @@ class JobStore:
 
     async def steps(self, job_id: str, *, after: int = 0, limit: int = 1000) -> list[StepRecord]:
         return await self._database.run(lambda c: progress.read_steps(c, job_id, after=after, limit=limit))
+
+    async def links(self, job_id: str, version: int) -> tuple[RecordedLink, ...]:
+        """Of the version in the update chain, by shard; none of version 0."""
+        return await self._database.run(lambda c: progress.read_links(c, job_id, version))
 
     async def evaluations(
         self, job_id: str, *, after: int = -1, limit: int | None = None

@@ -162,7 +162,9 @@ class DevicePool:
         draining = all(device.draining for device in self._devices.values())
         return found or ("all devices are draining" if draining else "")
 
-    async def grant(self, lease: Lease, plan: TrainingPlan, *, checkpoint: bytes | None) -> None:
+    async def grant(
+        self, lease: Lease, plan: TrainingPlan, *, checkpoint: bytes | None, chain: bytes = b""
+    ) -> None:
         """Tell the device to train the plan's adapter, or its shard, from its seed or from a checkpoint."""
         device = self._device(lease)
         message = lease_grant(
@@ -174,6 +176,7 @@ class DevicePool:
             checkpoint_every=plan.checkpoint_every,
             max_staleness=plan.max_staleness,
             shards=plan.shards,
+            chain=chain,
         )
         async with device.sending:
             if checkpoint is not None:

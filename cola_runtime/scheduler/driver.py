@@ -389,4 +389,5 @@ def _step_record(adapter: LeasedAdapter, rows: list[Row], outcome: StepOutcome) 
         bytes_down=outcome.applied.bytes_down,
         base_seconds=outcome.loss.base_seconds,
         device_seconds=outcome.applied.device_seconds,
+        chain=" ".join(outcome.applied.links),
     )

@@ -30,6 +30,7 @@ from cola_runtime.scheduler.ports import BaseModelPort
 from cola_runtime.scheduler.tickets import Computed
 from cola_runtime.scheduler.waiting import Due
 from cola_runtime.types import Gang, Lease, Row, Segment, StepApplied, TapPlan
+from cola_runtime.update_chain import RecordedLink
 
 logger = logging.getLogger(__name__)
 
@@ -99,13 +100,9 @@ class AdapterPrimitives:
     async def open(self, record: JobRecord, plan: TrainingPlan) -> LeasedAdapter:
         """Lease the adapter to a device (one per shard), from the newest usable checkpoint or from its seed.
 
-        A checkpoint above the recorded version is not used: its last steps never became part of the
-        record. Steps above the checkpoint leave the record and are computed again.
+        Steps above the checkpoint leave the record and are computed again.
         """
-        checkpoints = await self._store.checkpoints(record.job_id)
-        usable = max(
-            (c for c in checkpoints if c.version <= record.version), key=lambda c: c.version, default=None
-        )
+        usable, links = await self._checkpoints.newest_good(record, plan) or (None, ())
         lease = await self._take_lease(record.job_id, plan)
         membership = plan.membership(record.job_id)
         adapter = LeasedAdapter(
@@ -122,10 +119,12 @@ class AdapterPrimitives:
             self.recorded(adapter)
             if usable is not None:
                 self._book.checkpointed(lease, usable.version)
-            terms = LeaseTerms(spec=plan.adapter, membership=membership, max_staleness=plan.max_staleness)
+            terms = LeaseTerms(
+                spec=plan.adapter, membership=membership, max_staleness=plan.max_staleness, origins=links
+            )
             await self._base.lease(lease, terms)
             crash_points.reach("lease.base_told")
-            await self._grant(lease, plan, usable)
+            await self._grant(lease, plan, usable, links)
             crash_points.reach("lease.device_told")
             await self._book.wait_version(lease, adapter.version, timeout_seconds=OPEN_TIMEOUT_SECONDS)
         except BaseException:
@@ -146,14 +145,21 @@ class AdapterPrimitives:
                     self._book.open(lease)
                     return lease
 
-    async def _grant(self, lease: Lease, plan: TrainingPlan, usable: CheckpointRecord | None) -> None:
+    async def _grant(
+        self,
+        lease: Lease,
+        plan: TrainingPlan,
+        usable: CheckpointRecord | None,
+        links: Sequence[RecordedLink],
+    ) -> None:
         """To each shard's device, one after the other: one of the checkpoints at a time is in memory."""
         self._checkpoints.expect(lease, plan.adapter)
         for number, (part, of_shard) in enumerate(zip(lease.parts, plan.of_shards(), strict=True)):
             blob = None
             if usable is not None:
                 blob = await asyncio.to_thread(self._checkpoints.read_shard, usable, plan, number)
-            await self._pool.grant(part, of_shard, checkpoint=blob)
+            chain = links[number].digest if links else b""
+            await self._pool.grant(part, of_shard, checkpoint=blob, chain=chain)
 
     async def forward(self, adapter: LeasedAdapter, rows: Sequence[Row]) -> Loss:
         """Losses of rows under the adapter's current version; nothing is trained."""

@@ -32,10 +32,11 @@ def lease_grant(
     checkpoint_every: int,
     max_staleness: int = 0,
     shards: int = 1,
+    chain: bytes = b"",
 ) -> control_pb2.DeviceControl:
     """The LeaseGrant that follows the checkpoint's BLOB frames, if there are any.
 
-    With `shards` above 1, `spec` is one of so many.
+    With `shards` above 1, `spec` is one of so many. `chain` is the checkpoint's recorded link.
     """
     grant = control_pb2.LeaseGrant(
         lease=lease_to_proto(lease),
@@ -48,6 +49,7 @@ def lease_grant(
         checkpoint_every=checkpoint_every,
         max_staleness=max_staleness,
         shards=shards,
+        chain=chain,
     )
     return control_pb2.DeviceControl(lease_grant=grant)
 
