@@ -71,8 +71,8 @@ class ReceivedChain:
             self._job_id, epoch=self._epoch, version=version, previous=self._head, content=content
         )
 
-    def _refused(self, reason: str, message: str, **values: object) -> Conflict:
-        return Conflict(reason, message, where=self._job_id, **values)
+    def _refused(self, reason: str, message: str, *, limit: str = "", actual: str = "") -> Conflict:
+        return Conflict(reason, message, where=self._job_id, limit=limit or None, actual=actual or None)
 
 
 def chains_of(

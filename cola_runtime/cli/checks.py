@@ -221,6 +221,10 @@ def check_key(client: ClientSettings) -> Check:
         )
     models = ", ".join(model.name for model in answer.base_models)
     finding = f"tenant {answer.tenant}; base models: {models}; devices: {len(answer.devices)}"
+    if answer.quarantined_devices:
+        names = ", ".join(answer.quarantined_devices)
+        remedy = "`cola devices list` says why; `cola devices reinstate` lets one in again."
+        return Check(name="key", status="note", finding=f"{finding}; in quarantine: {names}", remedy=remedy)
     if not answer.devices:
         return Check(name="key", status="note", finding=finding, remedy="`cola device` adds a device.")
     return Check(name="key", status="ok", finding=finding)

@@ -136,6 +136,7 @@ class Checkpoint:
     sha256: str
     created_at: str
     best: bool  # of the best evaluation's version
+    pinned: bool  # kept for good
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,6 +213,7 @@ class Service:
     base_busy_seconds: float
     uptime_seconds: float
     base_steps: int
+    quarantined_devices: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,6 +226,7 @@ class Key:
     created_at: str
     last_used_at: str
     revoked_at: str
+    expires_at: str  # "": it does not end by itself
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,6 +238,7 @@ class NewKey:
     tokens_per_minute: int | None  # its caps; None: none
     concurrent_jobs: int | None
     total_steps: int | None
+    pinned_bytes: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,13 +252,16 @@ class JoinToken:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegisteredDevice:
-    """A device that holds a certificate of the service."""
+    """A device that holds a certificate of the service, or is in quarantine."""
 
     device_id: str
     trust_class: str
-    joined_at: str
+    joined_at: str  # "": it has no certificate, as where there is no TLS
     expires_at: str  # of its certificate
     revoked_at: str  # "": valid
+    quarantined_at: str  # "": it is not
+    quarantine_reason: str
+    quarantine_message: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -298,6 +305,7 @@ def service_from(message: jobs_pb2.ServiceDescription) -> Service:
         base_busy_seconds=message.base_busy_seconds,
         uptime_seconds=message.uptime_seconds,
         base_steps=message.base_steps,
+        quarantined_devices=tuple(message.quarantined_devices),
     )
 
 

@@ -102,9 +102,11 @@ def rewind_job(connection: Connection, lease: Lease, version: int, *, at: str) -
 def insert_checkpoint(connection: Connection, checkpoint: CheckpointRecord, *, at: str) -> None:
     """Make a stored checkpoint visible; the same again changes nothing.
 
-    Raises Fenced, Conflict `CHECKPOINT_AHEAD` (its last step is not recorded) or `CHECKPOINT_EXISTS`.
+    Raises Fenced (also: by a device that was put out meanwhile), Conflict `CHECKPOINT_AHEAD` (its last step
+    is not recorded) or `CHECKPOINT_EXISTS`.
     """
     job = current_job(connection, checkpoint.job_id, checkpoint.epoch)
+    _check_holders(connection, job)
     if checkpoint.version > job.version:
         raise Conflict(
             "CHECKPOINT_AHEAD", "record its steps first", limit=job.version, actual=checkpoint.version
@@ -186,6 +188,14 @@ def current_job(connection: Connection, job_id: str, epoch: int) -> JobRecord:
     if job.device_id is None:
         raise Fenced("FENCED", f"{job_id} is {job.state}: lease {epoch} has ended", actual=f"epoch {epoch}")
     return job
+
+
+def _check_holders(connection: Connection, job: JobRecord) -> None:
+    names = (job.device_id or "").split(", ")
+    quarantines = schema.quarantines
+    query = select(quarantines.c.device_id).where(quarantines.c.device_id.in_(names))
+    if connection.execute(query).first() is not None:
+        raise Fenced("FENCED", f"a device of lease {job.epoch} is in quarantine", actual=f"epoch {job.epoch}")
 
 
 def _check_finite(step: StepRecord) -> None:

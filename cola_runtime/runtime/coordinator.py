@@ -179,8 +179,8 @@ def _wire(
         costs=costs,
         spans=spans,
         retention=settings.retention,
+        spot_checks=settings.spot_checks,
     )
-    pool.on_checkpoint = runner.checkpoints.store
     return runner, pool
 
 

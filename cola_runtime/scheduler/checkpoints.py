@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -61,6 +61,15 @@ class _Gathering:
     stored: dict[int, dict[int, StoredShard]] = field(default_factory=dict)
 
 
+def _ignore(_record: CheckpointRecord) -> None:
+    """Who hears of checkpoints where nobody does."""
+
+
+def _nothing(_job_id: str) -> Collection[int]:
+    """What must stay where nobody needs any."""
+    return ()
+
+
 class CheckpointShelf:
     """Takes what the devices hand on, under current leases. Belongs to the coordinator's event loop."""
 
@@ -77,6 +86,8 @@ class CheckpointShelf:
         self._retention = retention
         self._book, self._store, self._storage = book, store, storage
         self._gatherings: dict[str, _Gathering] = {}
+        self.on_recorded: Callable[[CheckpointRecord], None] = _ignore
+        self.needed: Callable[[str], Collection[int]] = _nothing  # versions of a job that must stay for now
 
     def expect(self, lease: Lease, adapter: AdapterSpec) -> None:
         """Checkpoints of `adapter` will come, a part from each of the lease's devices."""
@@ -212,8 +223,19 @@ class CheckpointShelf:
             sha256=whole.sha256,
         )
         await until_available(lambda: self._store.record_checkpoint(record))
+        self.on_recorded(record)  # first: whoever wakes by the next line may ask what is to be checked
         self._book.checkpointed(lease, version)
-        await retire(lease.job_id, store=self._store, storage=self._storage, settings=self._retention)
+        await self.retire(lease.job_id)
+
+    async def retire(self, job_id: str) -> None:
+        """Delete what of the job's checkpoints need not be kept."""
+        await retire(
+            job_id,
+            store=self._store,
+            storage=self._storage,
+            settings=self._retention,
+            keep=self.needed(job_id),
+        )
 
     async def _put(self, key: str, content: bytes) -> None:
         await until_available(lambda: asyncio.to_thread(self._storage.put, key, content))
@@ -235,7 +257,7 @@ def check_chained(content: bytes, link: RecordedLink) -> None:
     Raises Conflict `CHECKPOINT_UNCHAINED`, InvalidInput `CHECKPOINT_INVALID`.
     """
     _, version, weights = checkpoint_weights(content)
-    digest = content_digest(memoryview(np.ascontiguousarray(each)).cast("B") for each in weights.values())
+    digest = content_digest(np.ascontiguousarray(each).data.cast("B") for each in weights.values())
     if version != link.version or not link.holds(digest):
         raise Conflict(
             "CHECKPOINT_UNCHAINED",

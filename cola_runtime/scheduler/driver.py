@@ -211,6 +211,8 @@ class JobDriver:
             await self._primitives.wait_checkpoint(adapter)  # the device makes one of the last step unasked
         else:
             await self._primitives.checkpoint(adapter)
+        self._phase.enter("spot checks", "waiting until its last steps are checked")
+        await self._primitives.settle(adapter)
 
     def _finished(self, adapter: LeasedAdapter) -> bool:
         last = adapter.version == self._plan.schedule.total_steps

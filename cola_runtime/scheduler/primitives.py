@@ -27,6 +27,7 @@ from cola_runtime.scheduler.loop import SchedulerLoop
 from cola_runtime.scheduler.packing import first_prompts
 from cola_runtime.scheduler.placement import Demand
 from cola_runtime.scheduler.ports import BaseModelPort
+from cola_runtime.scheduler.spot_checks import SpotChecks
 from cola_runtime.scheduler.tickets import Computed
 from cola_runtime.scheduler.waiting import Due
 from cola_runtime.types import Gang, Lease, Row, Segment, StepApplied, TapPlan
@@ -92,9 +93,10 @@ class AdapterPrimitives:
         book: LeaseBook,
         store: JobStore,
         checkpoints: CheckpointShelf,
+        checks: SpotChecks,
     ) -> None:
         self._base, self._loop, self._pool, self._book = base, loop, pool, book
-        self._store, self._checkpoints = store, checkpoints
+        self._store, self._checkpoints, self._checks = store, checkpoints, checks
         self._placing = asyncio.Lock()
 
     async def open(self, record: JobRecord, plan: TrainingPlan) -> LeasedAdapter:
@@ -227,6 +229,7 @@ class AdapterPrimitives:
         """Compute a step's rows at `version`; their taps train the version that is `staleness` steps on."""
         parts = [part for microbatch in microbatches for part in self._loop.parts(microbatch)]
         denominator = sum(row.loss_weight for part in parts for row in part)
+        retained = self._checks.retains(adapter.lease, adapter.plan, version + staleness)
         segments = [
             Segment(
                 lease=adapter.lease,
@@ -239,6 +242,7 @@ class AdapterPrimitives:
                 staleness=staleness,
                 gang=adapter.gang,
                 loss_scaling=adapter.plan.loss_scaling,
+                retained=retained,
             )
             for i, part in enumerate(parts)
         ]
@@ -279,6 +283,11 @@ class AdapterPrimitives:
             adapter.lease, adapter.version, timeout_seconds=CHECKPOINT_TIMEOUT_SECONDS
         )
 
+    async def settle(self, adapter: LeasedAdapter) -> None:
+        """Return when no spot check of the job is under way. Raises LeaseLost if one put its device out."""
+        await self._checks.settle(adapter.lease.job_id)
+        self._book.check(adapter.lease)
+
     async def close(self, adapter: LeasedAdapter) -> None:
         """Give the lease back. The bank keeps the weights for generation until they are evicted."""
         self._book.close(adapter.lease)
@@ -291,6 +300,7 @@ class AdapterPrimitives:
                 await ending
             except (ColaError, OSError) as error:
                 logger.info("lease end not delivered: %s", error, extra={"event": "lease.end_undelivered"})
+        await self._checks.closed(adapter.lease)
 
     async def _compute(
         self, adapter: LeasedAdapter, segments: list[Segment], *, train: bool

@@ -7,10 +7,11 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from pydantic import ValidationError
 
-from cola_runtime.config import RetentionSettings
+from cola_runtime.config import RetentionSettings, SpotCheckSettings
 from cola_runtime.errors import ColaError, Conflict, InvalidInput
 from cola_runtime.gradients.planner import Costs
 from cola_runtime.jobs.plan import as_recorded, job_taps, training_plan
@@ -27,7 +28,9 @@ from cola_runtime.scheduler.loop import SchedulerLoop
 from cola_runtime.scheduler.patience import until_available
 from cola_runtime.scheduler.ports import BaseModelPort
 from cola_runtime.scheduler.primitives import AdapterPrimitives
+from cola_runtime.scheduler.quarantine import QuarantineDesk
 from cola_runtime.scheduler.slots import JobSlots
+from cola_runtime.scheduler.spot_checks import SpotChecks
 from cola_runtime.scheduler.trace_desk import TraceDesk
 from cola_runtime.scheduler.waiting import Share
 from cola_runtime.spec import JobSpec
@@ -37,6 +40,7 @@ from cola_runtime.types import (
     BaseEvent,
     BaseModelDescription,
     DeviceLinkChanged,
+    Lease,
     StepApplied,
     StepRefused,
 )
@@ -76,6 +80,7 @@ class JobRunner:
         costs: Costs,
         spans: SpanRecorder,
         retention: RetentionSettings,
+        spot_checks: SpotCheckSettings,
     ) -> None:
         self._costs = costs
         self.spans = spans
@@ -85,8 +90,27 @@ class JobRunner:
         self.checkpoints = CheckpointShelf(
             book=book, store=store, storage=storage, spans=spans, retention=retention
         )
+        self.quarantine = QuarantineDesk(pool=pool, book=book, store=store)
+        self._checks = SpotChecks(
+            spot_checks,
+            base=base,
+            pool=pool,
+            book=book,
+            store=store,
+            desk=self.quarantine,
+            read=partial(read_checkpoint, storage),
+        )
+        self.checkpoints.on_recorded, self.checkpoints.needed = self._checks.recorded, self._checks.needed
+        pool.on_checkpoint, pool.on_dismissed = self._take_checkpoint, base.dismiss_device
+        pool.on_fault = self.quarantine.strike
         self._primitives = AdapterPrimitives(
-            base=base, loop=loop, pool=pool, book=book, store=store, checkpoints=self.checkpoints
+            base=base,
+            loop=loop,
+            pool=pool,
+            book=book,
+            store=store,
+            checkpoints=self.checkpoints,
+            checks=self._checks,
         )
         self._slots = JobSlots()
         self._drivers: dict[str, JobDriver] = {}
@@ -114,6 +138,7 @@ class JobRunner:
         """Stop driving: jobs stay as they are recorded and go on at the next `open`."""
         self._pool.closing = True
         self._deadlines.close()
+        self._checks.close()
         tasks = [*self._tasks.values(), *self._background]
         for task in tasks:
             task.cancel()
@@ -155,6 +180,10 @@ class JobRunner:
         if record.state is JobState.PAUSED:
             await self._store.transition(job_id, Trigger.RESUME, message="resumed at its tenant's request")
         await self.start(job_id)
+
+    async def retire(self, job_id: str) -> None:
+        """Delete what of the job's checkpoints need not be kept."""
+        await self.checkpoints.retire(job_id)
 
     def set_terms(self, tenant_id: str, terms: TenantTerms) -> None:
         """What the tenant is entitled to from now on."""
@@ -288,6 +317,10 @@ class JobRunner:
             )
         return checkpoint.version, await asyncio.to_thread(read_checkpoint, self._storage, checkpoint)
 
+    async def _take_checkpoint(self, lease: Lease, version: int, content: bytes, sha256: str) -> None:
+        if not self._checks.arrived(lease, content):
+            await self.checkpoints.store(lease, version, content, sha256)
+
     async def _hear_base_forever(self) -> None:
         after = 0
         while True:
@@ -306,9 +339,12 @@ class JobRunner:
             self._book.applied(event)
         elif isinstance(event, StepRefused):
             self._book.lose(event.lease, reason=event.reason, message=event.message)
+            if not event.lease.further_device_ids:  # of several devices nobody knows which it was
+                self.quarantine.strike(event.lease.device_id, event.reason)
         elif isinstance(event, DeviceLinkChanged):
             self._loop.park(event.device_id, parked=event.parked and event.connected)
             if not event.connected:
+                self.quarantine.strike(event.device_id, event.fault)
                 self._book.lose_link(
                     event.device_id,
                     reason="DEVICE_LINK_LOST",

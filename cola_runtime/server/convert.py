@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
@@ -56,7 +57,9 @@ def key_message(key: ApiKey) -> jobs_pb2.Key:
     return _message(jobs_pb2.Key, key, tenant=key.tenant_name, scopes=sorted(key.scopes))
 
 
-def description_message(overview: Overview, version: str) -> jobs_pb2.ServiceDescription:
+def description_message(
+    overview: Overview, version: str, quarantined: Iterable[str]
+) -> jobs_pb2.ServiceDescription:
     return _message(
         jobs_pb2.ServiceDescription,
         overview.statistics,
@@ -64,6 +67,7 @@ def description_message(overview: Overview, version: str) -> jobs_pb2.ServiceDes
         tenant=overview.tenant.name,
         base_models=map(_base_model, overview.base_models),
         devices=[_message(jobs_pb2.DeviceInfo, device) for device in overview.devices],
+        quarantined_devices=quarantined,
     )
 
 

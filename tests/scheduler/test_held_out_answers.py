@@ -44,7 +44,7 @@ def primitives(base: Base) -> tuple[AdapterPrimitives, LeaseBook, SchedulerLoop]
     loop = SchedulerLoop(base, settings, on_base_lost=lambda error: None)  # type: ignore[arg-type]
     book = LeaseBook()
     book.open(LEASE)
-    others: dict[str, Any] = {"pool": None, "store": None, "checkpoints": None}
+    others: dict[str, Any] = {"pool": None, "store": None, "checkpoints": None, "checks": None}
     return AdapterPrimitives(base=base, loop=loop, book=book, **others), book, loop  # type: ignore[arg-type]
 
 
