@@ -37,13 +37,15 @@ class ReceivedChain:
             self._begin(version, content)
         elif version == self._version:
             if content != self._content:
-                raise self._refused("UPDATE_REPLACED", f"version {version} came again with other weights")
+                message = f"version {version} came again with other weights"
+                raise Conflict("UPDATE_REPLACED", message, where=self._job_id)
         else:
             self._extend(version, content)
         if stated != self._head:
-            raise self._refused(
+            raise Conflict(
                 "UPDATE_CHAIN_BROKEN",
                 f"version {version} does not follow from the versions that came before it",
+                where=self._job_id,
                 limit=self._head.hex(),
                 actual=stated.hex(),
             )
@@ -53,26 +55,23 @@ class ReceivedChain:
     def _begin(self, version: int, content: bytes) -> None:
         origin = self._origin
         if origin is not None and (origin.version != version or not origin.holds(content)):
-            raise self._refused(
+            raise Conflict(
                 "UPDATE_NOT_RECORDED",
                 f"the lease begins with version {version}, whose weights are not those of the record",
+                where=self._job_id,
                 limit=f"version {origin.version}",
             )
 
     def _extend(self, version: int, content: bytes) -> None:
         """A step may leave the weights as they are (a learning rate of 0), not lead back to older ones."""
         if content != self._content and content in self._earlier:
-            raise self._refused(
-                "UPDATE_ROLLED_BACK", f"version {version} has the weights of an earlier version"
-            )
+            message = f"version {version} has the weights of an earlier version"
+            raise Conflict("UPDATE_ROLLED_BACK", message, where=self._job_id)
         if content != self._content:
             self._earlier.append(self._content)
         self._head = next_link(
             self._job_id, epoch=self._epoch, version=version, previous=self._head, content=content
         )
-
-    def _refused(self, reason: str, message: str, *, limit: str = "", actual: str = "") -> Conflict:
-        return Conflict(reason, message, where=self._job_id, limit=limit or None, actual=actual or None)
 
 
 def chains_of(

@@ -104,7 +104,6 @@ class AdapterPrimitives:
 
         Steps above the checkpoint leave the record and are computed again.
         """
-        usable, links = await self._checkpoints.newest_good(record, plan) or (None, ())
         lease = await self._take_lease(record.job_id, plan)
         membership = plan.membership(record.job_id)
         adapter = LeasedAdapter(
@@ -113,9 +112,12 @@ class AdapterPrimitives:
             plan=plan,
             taps=plan.taps,
             gang=membership.gang if membership else None,
-            version=usable.version if usable else 0,
+            version=0,
         )
         try:
+            # Now, not before it had a device: meanwhile a checkpoint may have been taken back.
+            usable, links = await self._checkpoints.newest_good(record, plan) or (None, ())
+            adapter.version = usable.version if usable else 0
             if adapter.version < record.version:
                 await self._store.rewind(lease, adapter.version)
             self.recorded(adapter)

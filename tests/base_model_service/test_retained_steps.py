@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from cola_runtime.base_model.gradient_server import GradientServer
 from cola_runtime.base_model.retained import RetainedSteps
+from cola_runtime.errors import NotFound
 from cola_runtime.proto import control_pb2
 from cola_runtime.transport.frames import TensorAddress
 from cola_runtime.transport.tensors import Parcel, parcels
@@ -68,3 +71,10 @@ def test_what_came_back_for_steps_that_were_not_drawn_is_not_kept() -> None:
     kept = RetainedSteps()
     kept.received(LEASE, 1, WEIGHTS_P)
     assert kept.weights(LEASE, 1) is None
+
+
+def test_a_replay_of_what_is_not_kept_is_refused() -> None:
+    server = GradientServer(join_token="", on_update=lambda update: None, on_event=lambda event: None)
+    with pytest.raises(NotFound) as refused:
+        server.replay(LEASE, Replay(lease=LEASE, first=0, last=1))
+    assert refused.value.reason == "STEPS_NOT_RETAINED"
