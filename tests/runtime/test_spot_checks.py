@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from moved_jobs import move_once
 
+from cola_runtime.base_model.gradient_server import GradientServer
 from cola_runtime.base_model.retained import RetainedSteps
 from cola_runtime.client.asynchronous import AsyncClient
 from cola_runtime.client.job_handle import AsyncJobHandle
@@ -82,9 +84,15 @@ class Yard:
 
 
 @asynccontextmanager
-async def yard(folder: Path, model: Path, *, share: float = 1.0, trusted: int = 1) -> AsyncIterator[Yard]:
-    settings: ServiceSettings = service_for(folder, model=model, name="tiny", dtype="float32").model_copy(
+async def yard(
+    folder: Path, model: Path, *, share: float = 1.0, trusted: int = 1, replicas: int = 1
+) -> AsyncIterator[Yard]:
+    settings: ServiceSettings = service_for(folder, model=model, name="tiny", dtype="float32")
+    [chosen] = settings.base_models
+    settings = settings.model_copy(
         update={
+            "base_models": (chosen.model_copy(update={"replicas": replicas}),),
+            "scheduler": settings.scheduler.model_copy(update={"rebalance_seconds": 0.02}),
             "devices": DeviceSettings(count=trusted, heartbeat_seconds=0.1),
             "spot_checks": SpotCheckSettings(community=share),
         }
@@ -207,6 +215,52 @@ async def test_a_device_that_leaves_before_the_intervals_end_is_checked_all_the_
         await at.community("attic")
         await handle.wait(WAIT_SECONDS)
         assert await last_checkpoint(handle) == honest
+
+
+async def test_steps_are_checked_at_the_replica_that_made_them_when_the_job_has_moved(
+    honest: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the chain goes on from one replica to the other."""
+    move_once(monkeypatch, at=3)
+    async with yard(tmp_path, model, replicas=2) as at:
+        await at.community("garage")
+        handle = await at.submit()
+        await handle.wait(WAIT_SECONDS)
+        assert await last_checkpoint(handle) == honest
+        events = [event async for event in handle.events(follow=False)]
+        leases = [(e.data["replica"], e.data["version"]) for e in events if e.kind == "lease.granted"]
+        assert leases == [("tiny/0", 0), ("tiny/1", 3)]
+        assert not {"lease.lost", "spot_check.undecided"} & {event.kind for event in events}
+        passed = [event for event in events if event.kind == "spot_check.passed"]
+        intervals = sorted((each.data["first"], each.data["last"]) for each in passed)
+        assert intervals == [(0, 2), (2, 3), (3, 4), (4, 6)]
+        assert all("all bits" in each.message for each in passed)
+
+
+async def test_who_is_put_out_has_no_stream_left_at_any_replica_and_the_job_goes_on_at_the_other(
+    honest: str, model: Path, tmp_path: Path, liar: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers: set[GradientServer] = set()
+    dismiss = GradientServer.dismiss
+
+    def noted(server: GradientServer, device_id: str) -> None:
+        dismiss(server, device_id)
+        servers.add(server)
+
+    monkeypatch.setattr(GradientServer, "dismiss", noted)
+    move_once(monkeypatch, at=1)
+    async with yard(tmp_path, model, replicas=2) as at:
+        agent = await at.community("garage")
+        liar.update(worker=agent._worker, how=spoil_weights)
+        handle = await at.submit()
+        await at.until(lambda names: "garage" not in names)
+        assert len(servers) == 2
+        await at.community("attic")
+        await handle.wait(WAIT_SECONDS)
+        assert not [server for server in servers if "garage" in server._links]
+        assert await last_checkpoint(handle) == honest
+        failed = [event async for event in handle.events(follow=False) if event.kind == "spot_check.failed"]
+        assert [event.data["device_id"] for event in failed] == ["garage"]
 
 
 async def test_without_a_share_nothing_is_retained_or_checked(
