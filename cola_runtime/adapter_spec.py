@@ -22,7 +22,8 @@ from pydantic import (
 )
 
 from cola_runtime.errors import InvalidInput
-from cola_runtime.types import Membership, Site, SiteKind
+from cola_runtime.types import Membership, Replay, Site, SiteKind
+from cola_runtime.update_chain import RecordedLink
 
 MAX_RANK = 256
 MAX_HIDDEN = 8192
@@ -208,6 +209,8 @@ class LeaseTerms:
     spec: AdapterSpec
     membership: Membership | None = None  # its gang, if it is merged into the base weights
     max_staleness: int = 0  # 1: the version before the current one can be asked for, too
+    origins: tuple[RecordedLink, ...] = ()  # by shard: what the lease begins with; none: with the seed
+    replay: Replay | None = None  # what is sent under it, and compared; then nothing reaches the bank
 
 
 def lora_spec(

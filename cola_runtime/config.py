@@ -165,6 +165,13 @@ class PlannerSettings(_Settings):
     """Float32 matrix products of one device; the default is about one CPU core's."""
 
 
+class SpotCheckSettings(_Settings):
+    """Share of a device's steps that a trusted device makes again, by trust class (docs/security.md)."""
+
+    community: Annotated[float, Field(ge=0, le=1)] = 0.02
+    trusted: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
 class RetentionSettings(_Settings):
     """Which of a job's checkpoints are kept, beside the best evaluation's and the newest: None keeps all."""
 
@@ -187,6 +194,7 @@ class ServiceSettings(_Settings):
     scheduler: SchedulerSettings = SchedulerSettings()
     planner: PlannerSettings = PlannerSettings()
     retention: RetentionSettings = RetentionSettings()
+    spot_checks: SpotCheckSettings = SpotCheckSettings()
     tls: TlsSettings = TlsSettings()
     ray_address: str | None = None
     """An existing cluster; None starts one on this machine."""

@@ -78,6 +78,7 @@ ROW_TOO_LONG | InvalidInput | A row has more tokens than a row may have. | Short
 ROW_WITHOUT_LABELS | InvalidInput | A row has no token to learn from. | Give it a completion.
 SCHEDULE_UNKNOWN | InvalidInput | The learning-rate schedule is unknown to this device. | Install the same release on the device.
 SCOPES_INVALID | InvalidInput | A key needs scopes without spaces. | Give at least one scope.
+KEY_LIFE | InvalidInput | A key's end was asked for too far ahead. | Ask for a shorter time, or for none.
 SCOPE_UNKNOWN | InvalidInput | There is no such scope. | Use jobs:read, jobs:write or admin.
 SEQUENCE_TOO_LONG | InvalidInput | A row is longer than the base model's context. | Shorten it.
 SETTING_FILE | InvalidInput | The settings file cannot be read. | Correct it: a YAML mapping.
@@ -121,10 +122,13 @@ JOB_UNKNOWN | NotFound | There is no such job among the tenant's. | `cola jobs l
 JOIN_TOKEN_WRONG | Unauthenticated | The join token is unknown, used or expired. | Ask the operator for one: `cola devices token`.
 KEY_MISSING | Unauthenticated | The call carries no API key. | Set COLA_API_KEY.
 KEY_UNKNOWN | NotFound, Unauthenticated | The API key, or the key that was named, is unknown or revoked. | Ask the operator for a key; `cola keys list` names those there are.
+DEVICE_NOT_QUARANTINED | NotFound | The device that was named is not in quarantine. | `cola devices list` shows those that are.
 OBJECT_UNKNOWN | NotFound | An object is not in the object storage. | Tell the operator: its record says that it is.
 QUOTA_JOBS | QuotaExceeded | The tenant has as many active jobs as it may have. | Wait for one to end, or cancel one.
+QUOTA_PINNED | QuotaExceeded | The tenant's pinned checkpoints would be larger than they may be together. | Unpin another one, or ask the operator for more.
 QUOTA_STEPS | QuotaExceeded | The tenant's jobs would take more steps than it may take. | Ask for fewer steps, or the operator for more.
 SCOPE_MISSING | PermissionDenied | The API key lacks the scope that the call needs. | Use a key that has it.
+STEPS_NOT_RETAINED | NotFound | A spot check cannot be made, since the base model has not kept all of the steps. | Nothing to do: another interval is drawn.
 STORE_MISSING | NotFound | There is no job store in this folder. | `cola serve` makes one.
 TAPS_TOO_LARGE | QuotaExceeded | A step's taps are larger than a device takes at a time. | Use fewer rows per step, or another encoding.
 TENANT_UNKNOWN | NotFound | There is no such tenant. | `cola keys create` makes tenants.
@@ -133,6 +137,7 @@ TICKET_WRONG | Unauthenticated | A device's ticket for the base model is not its
 ADAPTER_NOT_READY | Conflict | The job has no checkpoint yet. | Wait for its first one: `cola jobs logs --follow`.
 CHECKPOINT_AHEAD | Conflict | A checkpoint is of a step that is not recorded. | Nothing to do: the job makes it again.
 CHECKPOINT_EXISTS | Conflict | There is another checkpoint of this version. | Nothing to do: the first one stays.
+CHECKPOINT_UNCHAINED | Conflict | A checkpoint's weights are not those that the job's update chain has at its version. | Nothing to do: the job goes on from the last checkpoint that fits; look at the device, or at who writes the object storage.
 CHECKPOINT_MISMATCH | Conflict | A checkpoint is of another adapter, optimizer or schedule. | Tell the operator.
 DEMO_CHECK_FAILED | JobFailed | The demo ran and did not show what it should. | Read what the message names; `cola doctor`.
 DEMO_TIMEOUT | JobFailed | The demo's jobs did not end in time. | Try again on an idle machine.
@@ -147,6 +152,7 @@ NON_FINITE_GRADIENT | Conflict | A gradient is NaN or infinite; the step was not
 PATH_EXISTS | Conflict | A folder exists and is not empty. | Give another path.
 REFERENCE_AMBIGUOUS | Conflict | A name or the start of an id fits several jobs. | Give the full job id.
 REWIND_AHEAD | Conflict | A job cannot be taken back to a version that it has not reached. | Tell the operator.
+SDK_TOO_OLD | Conflict | The client is of a release that this service does not serve any more. | Upgrade it: pip install --upgrade cola_runtime.
 STEP_OUT_OF_ORDER | Conflict | A step is not the one after the last one recorded. | Nothing to do: the job leases again.
 STEP_REUSED | Conflict | A step that is recorded came again with other numbers. | Nothing to do: the first one stays.
 TENANT_EXISTS | Conflict | There is a tenant of this name already. | Choose another name.
@@ -183,6 +189,7 @@ STREAM_LOST | Unavailable | The stream was lost. | Nothing to do: it is dialled 
 STREAM_SILENT | Unavailable | The peer sent nothing for too long. | Check the peer.
 STREAM_STALLED | Unavailable | The peer stood still, or was slower than it may be. | Try again over a faster link.
 TLS_FLOOR | Unavailable | The process would answer TLS 1.2. | Start it with `cola serve`.
+TLS_REFUSED | Unavailable | The client does not accept the service's certificate, or the service speaks no TLS. | Check the host, the certificate's end and COLA_CA.
 UPLOADS_BUSY | Unavailable | As many uploads run as may run at once. | Try again in a moment.
 ## What came over a stream
 CHECKPOINT_CORRUPT | ProtocolError | A checkpoint's digest is not that of its bytes. | Nothing to do: the device is put out and joins again.
@@ -215,6 +222,10 @@ TENSOR_OUT_OF_ORDER | ProtocolError | A tensor's chunk is missing, doubled or ou
 TENSOR_TOO_LARGE | ProtocolError | A tensor is larger than this stream may send. | Make the job's adapter or batch smaller.
 TENSOR_STALLED | ProtocolError | A tensor's chunks stopped coming. | Nothing to do: the stream is dialled again.
 TOO_MANY_OPEN_TENSORS | ProtocolError | More tensors are incomplete than may be. | Install the same release on both sides.
+UPDATE_CHAIN_BROKEN | Conflict | An update does not follow from those that came before it. | Nothing to do: the job leases again; look at the device.
+UPDATE_NOT_RECORDED | Conflict | A lease began with other weights than those that were recorded. | Nothing to do: the job leases again; look at the device.
+UPDATE_REPLACED | Conflict | A version came a second time with other weights. | Nothing to do: the job leases again; look at the device.
+UPDATE_ROLLED_BACK | Conflict | An update led back to the weights of an earlier version. | Nothing to do: the job leases again; look at the device.
 UPDATE_INCOMPLETE | ProtocolError | An update ended before all its weights had come. | Nothing to do: the job leases again.
 UPDATE_INVALID | ProtocolError | An update's weights are not the adapter's. | Nothing to do: the job leases again.
 ## Why a lease ended; of an event or a job, never of a call
@@ -228,8 +239,10 @@ GANG_MISMATCH | - | A segment's merged group is not the one in the bank. | Nothi
 GANG_MIXED | - | A base step would have had two merged groups. | Tell the operator.
 INSTALL_FAILED | - | A version could not be put into the bank. | See the base model's log.
 JOB_FAILED | - | The job failed. | Read its events: `cola jobs logs`.
+DEVICE_QUARANTINED | Unauthenticated | A device was found to be wrong and is let in no more; what it made and nobody checked is made again. | Look at the device; `cola devices reinstate` lets it in again.
 LEASE_ENDED | - | The lease was given back. | Nothing to do: the job leases again.
 LEASE_TIMEOUT | - | A device or the base model did not answer in time. | Nothing to do: the job leases again.
+SPOT_CHECK_FAILED | - | Steps of a device, made again on another one, came out otherwise. | Look at the device; `cola devices list` says since when it is in quarantine.
 LEASE_UNKNOWN | - | The device does not hold this lease. | Nothing to do: the job leases again.
 LOSS_DIVERGED | - | The job's loss has exploded. | Lower the learning rate or set max_grad_norm; the last checkpoint is kept.
 LOSS_NOT_FINITE | - | The job's loss is NaN or infinite. | Lower the learning rate or set max_grad_norm; the last checkpoint is kept.

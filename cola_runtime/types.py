@@ -288,6 +288,15 @@ class Lease:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """Steps of another lease that a trusted device makes again, to see whether they were made right."""
+
+    lease: Lease
+    first: int  # the version that the first of them left
+    last: int  # the version that the last of them led to
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Gang:
     """Adapters that are merged into the base weights together: W = W0 + sum_k p_k delta_k.
 
@@ -383,6 +392,7 @@ class Segment:
     first_row: int = 0  # position of the first row within the step, 0-based; dropout's masks go by it
     staleness: int = 0  # steps that the device has applied since `version` when it applies these taps
     loss_scaling: LossScaling = UNSCALED
+    retained: bool = False  # the base model keeps what it sends, for a spot check
 
     @property
     def trained_version(self) -> int:
@@ -447,6 +457,8 @@ class StepApplied:
     device_seconds: float = 0.0  # of all its devices together
     bytes_up: int = 0  # base model -> device for this step, frame headers included
     bytes_down: int = 0  # device -> base model
+    links: tuple[str, ...] = ()  # of the version in the update chain, by shard, hex
+    deviation: float = 0.0  # of a Replay: the greatest so far, relative to the weights' norm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -456,6 +468,7 @@ class DeviceLinkChanged:
     device_id: str
     connected: bool
     parked: bool
+    fault: str = ""  # the reason, if what the device sent ended it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -98,6 +98,7 @@ class FakeRunner:
     def __init__(self, store: JobStore) -> None:
         self._store = store
         self.started: list[str] = []
+        self.retired: list[str] = []
         self.generated: list[dict[str, Any]] = []
         self.terms: dict[str, TenantTerms] = {}
         self.spans = SpanRecorder()
@@ -115,6 +116,9 @@ class FakeRunner:
 
     async def resume(self, job_id: str) -> None:
         await self._store.transition(job_id, Trigger.RESUME)
+
+    async def retire(self, job_id: str) -> None:
+        self.retired.append(job_id)
 
     def set_terms(self, tenant_id: str, terms: TenantTerms) -> None:
         self.terms[tenant_id] = terms

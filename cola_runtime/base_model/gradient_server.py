@@ -7,15 +7,17 @@ only `send_tap` may be called from the compute thread.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from cola_runtime.adapter_spec import LeaseTerms
 from cola_runtime.base_model.device_link import DeviceLink
+from cola_runtime.base_model.retained import RetainedSteps
 from cola_runtime.base_model.sent_taps import SentTaps
 from cola_runtime.base_model.updates import LeasedAdapter, LeaseTable, Update
-from cola_runtime.errors import ColaError, ProtocolError, Unavailable
+from cola_runtime.errors import ColaError, NotFound, ProtocolError, Unavailable
 from cola_runtime.gradients.compression import Compressed
 from cola_runtime.proto import control_pb2
 from cola_runtime.trace.spans import SpanRecorder
@@ -31,6 +33,7 @@ from cola_runtime.types import (
     BaseEvent,
     DeviceLinkChanged,
     Lease,
+    Replay,
     Segment,
     StepRefused,
     TensorKey,
@@ -61,6 +64,8 @@ class GradientServer:
         self._on_event = on_event
         self._leases = LeaseTable()
         self._links: dict[str, DeviceLink] = {}
+        self.retained = RetainedSteps()
+        self._dismissed: dict[str, float] = {}  # when; a device of which the coordinator thinks better later
         self._loop: asyncio.AbstractEventLoop | None = None
         self._server: grpc.aio.Server | None = None
 
@@ -87,6 +92,31 @@ class GradientServer:
     def honours(self, lease: Lease) -> bool:
         """Exactly this lease is open."""
         return self._leases.find(lease) is not None
+
+    def dismiss(self, device_id: str) -> None:
+        """End the device's stream at once. A ticket from before this moment opens no other."""
+        self._dismissed[device_id] = time.time()
+        link = self._links.get(device_id)
+        if link is not None:
+            link.replace()
+
+    def replay(self, lease: Lease, replay: Replay) -> None:
+        """Send what was sent for the steps of another lease, as if they were this one's.
+
+        Raises NotFound `STEPS_NOT_RETAINED`.
+        """
+        steps, link = self.retained.steps(replay), self._links.get(lease.device_id)
+        if steps is None or link is None:
+            raise NotFound("STEPS_NOT_RETAINED", f"steps {replay.first} to {replay.last} are not all kept")
+        for sent in steps:
+            if isinstance(sent, control_pb2.MicrobatchEnd):
+                end = control_pb2.MicrobatchEnd()
+                end.CopyFrom(sent)
+                end.lease.CopyFrom(control.lease_to_proto(lease))
+                link.put_control(control_pb2.GradientControl(microbatch_end=end))
+            else:
+                address, parcel = sent
+                link.put_parcel(address._replace(job_id=lease.job_id, epoch=lease.epoch), parcel)
 
     def send_tap(self, segment: Segment, tensors: Mapping[TensorKey, Compressed]) -> Counter[int]:
         """Queue taps for their sites' devices; returns site -> tensors. From any thread, never blocks.
@@ -119,6 +149,8 @@ class GradientServer:
                 apply=segment.last_microbatch,
                 staleness=segment.staleness,
             )
+            if segment.retained and self.honours(segment.lease):
+                self.retained.sent_end(segment, end)
             message = control_pb2.GradientControl(microbatch_end=end)
             self._put_control(part, message, trained_version=segment.trained_version)
 
@@ -137,7 +169,11 @@ class GradientServer:
             link = self._links.get(device_id)
             if link is None:
                 continue
-            sent = sum(link.put_parcel(address, parcel) for parcel in parcels(of_device))
+            sent = 0
+            for parcel in parcels(of_device):
+                sent += link.put_parcel(address, parcel)
+                if segment.retained and self.honours(segment.lease):
+                    self.retained.sent_parcel(segment, address, parcel)
             self._count_up(segment.lease, segment.trained_version, sent)
 
     def _device_of(self, segment: Segment, site: int) -> str:
@@ -162,19 +198,24 @@ class GradientServer:
 
     async def _serve_device(self, stream: FrameStream[Any]) -> None:
         async def check(hello: control_pb2.GradientHello) -> None:
-            check_ticket(self._join_token, hello, stream.certificate)
+            since = self._dismissed.get(hello.device_id, 0.0)
+            check_ticket(self._join_token, hello, stream.certificate, since=since)
 
         hello = await receive_hello(stream, check=check, limits=FrameLimits())
         link = self._new_link(stream, hello)
         await self._replace(link)
         await stream.send_control(control_pb2.GradientControl(welcome=control_pb2.GradientWelcome()))
         self._emit_link(link, connected=True)
+        fault = ""
         try:
             await until_first_ends(self._read(link), link.send_forever(), link.wait_replaced())
+        except ProtocolError as error:
+            fault = error.reason
+            raise
         finally:
             if self._links.get(link.device_id) is link:
                 del self._links[link.device_id]
-            self._emit_link(link, connected=False)
+            self._emit_link(link, connected=False, fault=fault)
             link.gone.set()
 
     def _new_link(self, stream: FrameStream[Any], hello: control_pb2.GradientHello) -> DeviceLink:
@@ -201,9 +242,14 @@ class GradientServer:
                 raise Unavailable("DEVICE_ID_BUSY", f"{link.device_id} is still attached") from error
         self._links[link.device_id] = link
 
-    def _emit_link(self, link: DeviceLink, *, connected: bool) -> None:
+    def _emit_link(self, link: DeviceLink, *, connected: bool, fault: str = "") -> None:
         self._on_event(
-            DeviceLinkChanged(device_id=link.device_id, connected=connected, parked=connected and link.parked)
+            DeviceLinkChanged(
+                device_id=link.device_id,
+                connected=connected,
+                parked=connected and link.parked,
+                fault=fault,
+            )
         )
 
     async def _read(self, link: DeviceLink) -> None:

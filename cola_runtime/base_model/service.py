@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from cola_runtime import crash_points
 from cola_runtime.adapter_spec import LeaseTerms
@@ -21,7 +23,7 @@ from cola_runtime.base_model.gathered_taps import GatheredTaps
 from cola_runtime.base_model.gradient_server import GradientServer
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.base_model.updates import Update
-from cola_runtime.errors import ColaError
+from cola_runtime.errors import ColaError, NotFound
 from cola_runtime.gradients.compression import TapCompressor
 from cola_runtime.gradients.taps import Tap
 from cola_runtime.trace.report import BASE_STEP
@@ -63,6 +65,7 @@ class BaseModelService:
             spans=self._spans,
         )
         self._endpoint = ""
+        self._deviations: dict[str, float] = {}  # of replays under way, by their lease's job
         self._installing: set[asyncio.Task[None]] = set()
 
     async def start(self, bind: str, *, credentials: grpc.ServerCredentials | None = None) -> str:
@@ -88,7 +91,16 @@ class BaseModelService:
     async def end_lease(self, job_id: str, epoch: int) -> None:
         """Forget the lease and its adapter, unless a newer lease holds the job."""
         if self._server.end_lease(job_id, epoch):
+            self._deviations.pop(job_id, None)
             await self._lane.run(lambda: self._forget(job_id), urgent=True)
+
+    async def forget_steps(self, job_id: str, epoch: int, *, before: int) -> None:
+        """What was retained for steps of the lease that lead to versions up to `before` may go."""
+        self._server.retained.forget(job_id, epoch, before=before)
+
+    async def dismiss_device(self, device_id: str) -> None:
+        """End the device's gradient stream; tickets that it was given before open none."""
+        self._server.dismiss(device_id)
 
     async def run(self, step: BaseStep) -> BaseStepResult:
         """Compute one mixed batch; taps leave while it runs, each microbatch's end behind them.
@@ -205,7 +217,8 @@ class BaseModelService:
 
     def _install_soon(self, update: Update) -> None:
         """Queue the install between two base steps; the bank never changes under a running one."""
-        task = asyncio.create_task(self._install(update))
+        take = self._install if update.terms.replay is None else self._compare
+        task = asyncio.create_task(take(update))
         self._installing.add(task)
         task.add_done_callback(self._installing.discard)
 
@@ -225,7 +238,9 @@ class BaseModelService:
         crash_points.reach("base_model.update_complete")
         try:
             async with self._preparing:
-                prepared = await self._prepared(update)
+                prepared, links = await asyncio.gather(
+                    self._prepared(update), asyncio.to_thread(update.follow_chains)
+                )
             if not self._server.honours(update.lease):
                 return  # ended since: behind the eviction, an install would stay in the bank for good
             await self._lane.run(lambda: install(prepared), urgent=True)
@@ -237,7 +252,31 @@ class BaseModelService:
             self._events.append(StepRefused(lease=update.lease, reason="INSTALL_FAILED", message=message))
         else:
             crash_points.reach("base_model.installed")
-            self._events.append(_applied(update))
+            if len(update.shards) == 1:
+                self._server.retained.received(update.lease, update.version, update.shards[0].weights_P)
+            self._events.append(_applied(update, links))
+
+    async def _compare(self, update: Update) -> None:
+        """A replayed step beside the one that it repeats. The replay begins when its start has arrived."""
+        replay, lease = update.terms.replay, update.lease
+        assert replay is not None  # `_install_soon` has looked
+        try:
+            async with self._preparing:
+                if update.version == replay.first:
+                    self._deviations[lease.job_id] = 0.0
+                    self._server.replay(lease, replay)
+                else:
+                    [shard] = update.shards
+                    sent_P = self._server.retained.weights(replay.lease, update.version)
+                    if sent_P is None:
+                        raise NotFound("STEPS_NOT_RETAINED", f"version {update.version} is not kept")
+                    found = await asyncio.to_thread(relative_distance, shard.weights_P, sent_P)
+                    self._deviations[lease.job_id] = max(self._deviations[lease.job_id], found)
+        except ColaError as error:
+            self._events.append(StepRefused(lease=lease, reason=error.reason, message=str(error)))
+        else:
+            deviation = self._deviations[lease.job_id]
+            self._events.append(StepApplied(lease=lease, version=update.version, deviation=deviation))
 
     async def _prepared(self, update: Update) -> PreparedAdapter | None:
         """Beside the step under way. A gang's member is merged on the compute thread, from what it sent."""
@@ -246,7 +285,15 @@ class BaseModelService:
         return await asyncio.to_thread(self._model.prepare, update.terms.spec, update.weights)
 
 
-def _applied(update: Update) -> StepApplied:
+def relative_distance(made_P: Tensor, sent_P: Tensor) -> float:
+    """|made - sent| / |sent|, in the Euclidean norm; 0 only for equal bits."""
+    if torch.equal(made_P, sent_P):
+        return 0.0
+    difference, norm = torch.linalg.vector_norm(made_P - sent_P), torch.linalg.vector_norm(sent_P)
+    return max(float(difference / norm.clamp_min(torch.finfo(norm.dtype).tiny)), sys.float_info.min)
+
+
+def _applied(update: Update, links: tuple[str, ...]) -> StepApplied:
     return StepApplied(
         lease=update.lease,
         version=update.version,
@@ -255,4 +302,5 @@ def _applied(update: Update) -> StepApplied:
         device_seconds=update.device_seconds,
         bytes_up=update.bytes_up,
         bytes_down=update.bytes_down,
+        links=links,
     )

@@ -67,11 +67,11 @@ class ShardInbox:
         self.version, self.end, self._complete_P = end.version, end, pending.weights_P
         return pending.wire_bytes
 
-    def hand_over(self) -> dict[TensorKey, Tensor]:
-        """The weights of the last complete version, which are nobody else's from now on."""
+    def hand_over(self) -> tuple[Tensor, dict[TensorKey, Tensor]]:
+        """The weights [P] of the last complete version, and their views; nobody else's from now on."""
         assert self._complete_P is not None, "asked for only where `end` is there"
-        weights, self._complete_P, self.end = self._layout.views(self._complete_P), None, None
-        return weights
+        weights_P, self._complete_P, self.end = self._complete_P, None, None
+        return weights_P, self._layout.views(weights_P)
 
     def take_norms(self, message: control_pb2.ShardNorms) -> None:
         """Raises ProtocolError `NORMS_INVALID` for another version, or another number of them."""

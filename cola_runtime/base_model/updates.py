@@ -11,12 +11,22 @@ from cola_runtime.adapter_spec import LeaseTerms
 from cola_runtime.adapters.adapter import torch_dtype
 from cola_runtime.adapters.shapes import weight_shapes
 from cola_runtime.adapters.shards import shard_specs
+from cola_runtime.base_model.received_chain import ReceivedChain, chains_of
 from cola_runtime.base_model.shard_inbox import ShardInbox
 from cola_runtime.errors import Fenced
 from cola_runtime.gradients.norms import global_norm
 from cola_runtime.proto import control_pb2
 from cola_runtime.transport.reader import ReceivedTensor
 from cola_runtime.types import Lease, TensorKey
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SentShard:
+    """One device's part of an update, and where it belongs."""
+
+    weights_P: Tensor
+    stated: bytes  # its link, as the device says
+    chain: ReceivedChain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +42,17 @@ class Update:
     device_seconds: float
     bytes_up: int
     bytes_down: int
+    shards: tuple[SentShard, ...]
+
+    def follow_chains(self) -> tuple[str, ...]:
+        """The links of this version by shard, hex. Update by update in their order, beside the event loop.
+
+        Raises Conflict as `ReceivedChain.follow`.
+        """
+        return tuple(
+            shard.chain.follow(self.version, shard.weights_P, stated=shard.stated).hex()
+            for shard in self.shards
+        )
 
 
 class LeasedAdapter:
@@ -44,6 +65,8 @@ class LeasedAdapter:
         self._inboxes = {
             device_id: ShardInbox(spec) for device_id, spec in zip(lease.device_ids, shards, strict=True)
         }
+        chains = chains_of(lease.job_id, lease.epoch, terms.origins, shards=len(shards))
+        self._chains = dict(zip(lease.device_ids, chains, strict=True))
         self._device_of = {
             site.index: device_id
             for device_id, spec in zip(lease.device_ids, shards, strict=True)
@@ -89,16 +112,23 @@ class LeasedAdapter:
         ends = [inbox.end for inbox in inboxes if inbox.end is not None and inbox.version == end.version]
         if len(ends) < len(self._inboxes):
             return None
+        handed_over = [inbox.hand_over() for inbox in inboxes]
         update = Update(
             lease=self.lease,
             terms=self.terms,
             version=end.version,
-            weights={key: weight for inbox in inboxes for key, weight in inbox.hand_over().items()},
+            weights={key: weight for _, weights in handed_over for key, weight in weights.items()},
             learning_rate=end.learning_rate,
             gradient_norm=end.gradient_norm,
             device_seconds=sum(of_shard.device_seconds for of_shard in ends),
             bytes_up=self._bytes_up.pop(end.version - 1, 0),
             bytes_down=self._bytes_down.pop(end.version - 1, 0),
+            shards=tuple(
+                SentShard(weights_P=weights_P, stated=of_shard.chain, chain=chain)
+                for (weights_P, _), of_shard, chain in zip(
+                    handed_over, ends, self._chains.values(), strict=True
+                )
+            ),
         )
         self._forget_before(end.version)
         return update

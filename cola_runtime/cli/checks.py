@@ -258,6 +258,10 @@ def check_key(client: ClientSettings) -> Check:
         return Check(
             name="key", status="note", finding=finding, remedy="Ray starts them again: `ray status`."
         )
+    if answer.quarantined_devices:
+        names = ", ".join(answer.quarantined_devices)
+        remedy = "`cola devices list` says why; `cola devices reinstate` lets one in again."
+        return Check(name="key", status="note", finding=f"{finding}; in quarantine: {names}", remedy=remedy)
     if not answer.devices:
         return Check(name="key", status="note", finding=finding, remedy="`cola device` adds a device.")
     return Check(name="key", status="ok", finding=finding)

@@ -36,7 +36,7 @@ def token(
 
 @app.command("list")
 def list_devices(url: UrlOption = None, as_json: JsonFlag = False) -> None:
-    """Every device that holds a certificate of the service, connected or not."""
+    """Every device that holds a certificate of the service or is in quarantine, connected or not."""
     from cola_runtime.cli.connect import connected
     from cola_runtime.cli.output import age, clean, print_json, print_table
 
@@ -46,10 +46,18 @@ def list_devices(url: UrlOption = None, as_json: JsonFlag = False) -> None:
         print_json(found)
         return
     rows = [
-        (clean(each.device_id), each.trust_class, age(each.joined_at), each.expires_at, age(each.revoked_at))
+        (
+            clean(each.device_id),
+            each.trust_class,
+            age(each.joined_at),
+            each.expires_at,
+            age(each.revoked_at),
+            f"{each.quarantine_reason}, {age(each.quarantined_at)}" if each.quarantined_at else "-",
+        )
         for each in found
     ]
-    print_table(("DEVICE", "TRUST", ">JOINED", "CERTIFICATE UNTIL", ">REVOKED"), rows, empty="No devices.")
+    columns = ("DEVICE", "TRUST", ">JOINED", "CERTIFICATE UNTIL", ">REVOKED", "QUARANTINE")
+    print_table(columns, rows, empty="No devices.")
 
 
 @app.command()
@@ -68,3 +76,21 @@ def revoke(
         print_json(revoked)
     else:
         print_text(("Revoked ", "green"), clean(revoked.device_id))
+
+
+@app.command()
+def reinstate(
+    device_id: Annotated[str, typer.Argument(metavar="DEVICE", help="As `cola devices list` names it.")],
+    url: UrlOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Take a device out of quarantine; what it had made stays forgotten."""
+    from cola_runtime.cli.connect import connected
+    from cola_runtime.cli.output import clean, print_json, print_text
+
+    with connected(url) as client:
+        reinstated = client.reinstate_device(device_id)
+    if as_json:
+        print_json(reinstated)
+    else:
+        print_text(("Reinstated ", "green"), clean(reinstated.device_id))

@@ -234,11 +234,14 @@ def print_checkpoints(checkpoints: Sequence[Checkpoint]) -> None:
             byte_size(each.bytes),
             each.sha256[:16],
             _best_mark(each.best),
+            "pinned" if each.pinned else "",
             age(each.created_at),
         )
         for each in checkpoints
     ]
-    print_table((">VERSION", ">SIZE", "SHA-256", "BEST", ">MADE"), rows, empty="No checkpoints yet.")
+    print_table(
+        (">VERSION", ">SIZE", "SHA-256", "BEST", "PINNED", ">MADE"), rows, empty="No checkpoints yet."
+    )
 
 
 def sparkline(values: Sequence[float], *, width: int = 40) -> str:

@@ -12,7 +12,7 @@ from cola_runtime.cli.options import FollowFlag, JobArgument, JsonFlag, UrlOptio
 from cola_runtime.cli.run import INTERRUPTED, FileOption, KeyOption, finish, print_submitted, submit_file
 
 if TYPE_CHECKING:
-    from cola_runtime.client.sdk import Event, Job, JobHandle
+    from cola_runtime.client.sdk import Checkpoint, Event, Job, JobHandle
 
 app = typer.Typer(no_args_is_help=True, help="Submit, watch and steer jobs.")
 
@@ -197,6 +197,35 @@ def checkpoints(job: JobArgument, url: UrlOption = None, as_json: JsonFlag = Fal
     from cola_runtime.cli.job_views import print_checkpoints
 
     _ask(job, lambda handle: handle.checkpoints(), print_checkpoints, url=url, as_json=as_json)
+
+
+@app.command()
+def pin(
+    job: JobArgument,
+    version: Annotated[int | None, typer.Option(min=0, help="The newest without it.")] = None,
+    url: UrlOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Keep a checkpoint for good, whatever the service's retention says."""
+    _ask(job, lambda handle: handle.pin(version), _print_pin, url=url, as_json=as_json)
+
+
+@app.command()
+def unpin(
+    job: JobArgument,
+    version: Annotated[int, typer.Option(min=0, help="As `cola jobs checkpoints` lists it.")],
+    url: UrlOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Let a checkpoint go as the service's retention says."""
+    _ask(job, lambda handle: handle.unpin(version), _print_pin, url=url, as_json=as_json)
+
+
+def _print_pin(checkpoint: Checkpoint) -> None:
+    from cola_runtime.cli.output import byte_size, print_text
+
+    done = "Pinned" if checkpoint.pinned else "Unpinned"
+    print_text((f"{done} ", "green"), f"version {checkpoint.version}, {byte_size(checkpoint.bytes)}")
 
 
 def _ask(

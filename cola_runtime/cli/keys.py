@@ -45,6 +45,15 @@ StepsOption = Annotated[
 ]
 
 
+PinnedOption = Annotated[
+    int | None, typer.Option("--pinned-bytes", help="Cap on the bytes of its pinned checkpoints; 0: none.")
+]
+ExpiryOption = Annotated[
+    str, typer.Option("--expires-in", metavar="TIME", help="As 90s, 45m, 12h or 30d; never without it.")
+]
+SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
 @app.command()
 def create(
     tenant: Annotated[str, typer.Argument(help="Whose key; created if there is no such tenant.")],
@@ -53,6 +62,8 @@ def create(
     tokens_per_minute: TokensOption = None,
     concurrent_jobs: ConcurrentOption = None,
     total_steps: StepsOption = None,
+    pinned_bytes: PinnedOption = None,
+    expires_in: ExpiryOption = "",
     data_dir: DataDirOption = None,
     url: UrlOption = None,
     as_json: JsonFlag = False,
@@ -68,8 +79,9 @@ def create(
         "tokens_per_minute": tokens_per_minute,
         "concurrent_jobs": concurrent_jobs,
         "total_steps": total_steps,
+        "pinned_bytes": pinned_bytes,
     }
-    created = _create(tenant, scope or [], terms, data_dir, url)
+    created = _create(tenant, scope or [], terms, _seconds(expires_in), data_dir=data_dir, url=url)
     if as_json:
         now = {name: getattr(getattr(created, "terms", created), name) for name in terms}
         print_json({"key": created.key, "tenant": created.tenant, "scopes": list(created.scopes), **now})
@@ -95,10 +107,12 @@ def list_keys(data_dir: DataDirOption = None, url: UrlOption = None, as_json: Js
             age(key["created_at"]),
             age(key["last_used_at"]),
             age(key["revoked_at"]),
+            key["expires_at"],
         )
         for key in found
     ]
-    print_table(("KEY", "TENANT", "SCOPES", ">CREATED", ">LAST USED", ">REVOKED"), rows, empty="No keys.")
+    columns = ("KEY", "TENANT", "SCOPES", ">CREATED", ">LAST USED", ">REVOKED", "UNTIL")
+    print_table(columns, rows, empty="No keys.")
 
 
 @app.command()
@@ -118,8 +132,23 @@ def revoke(
         print_text(("Revoked ", "green"), f"{clean(revoked['key_id'])} of {clean(revoked['tenant'])}")
 
 
+def _seconds(text: str) -> int:
+    number, unit = text[:-1], text[-1:]
+    if not text:
+        return 0
+    if not number.isascii() or not number.isdigit() or int(number) == 0 or unit not in SECONDS:
+        raise typer.BadParameter(f"{text!r} is no time: give 90s, 45m, 12h or 30d", param_hint="--expires-in")
+    return int(number) * SECONDS[unit]
+
+
 def _create(
-    tenant: str, scopes: list[str], terms: dict[str, Any], data_dir: Path | None, url: str | None
+    tenant: str,
+    scopes: list[str],
+    terms: dict[str, Any],
+    expires_in_seconds: int,
+    *,
+    data_dir: Path | None,
+    url: str | None,
 ) -> Any:
     if data_dir is not None:
         from cola_runtime.jobs.audit import OPERATOR
@@ -129,12 +158,19 @@ def _create(
         changes = TermChanges(**terms)
         return _in_store(
             data_dir,
-            lambda store: keys.create_key(store, tenant, scopes, changes=changes, audited_as=OPERATOR),
+            lambda store: keys.create_key(
+                store,
+                tenant,
+                scopes,
+                changes=changes,
+                expires_in_seconds=expires_in_seconds,
+                audited_as=OPERATOR,
+            ),
         )
     from cola_runtime.cli.connect import connected
 
     with connected(url) as client:
-        return client.create_key(tenant, scopes=scopes, **terms)
+        return client.create_key(tenant, scopes=scopes, expires_in_seconds=expires_in_seconds, **terms)
 
 
 def _list(data_dir: Path | None, url: str | None) -> Any:
@@ -167,6 +203,7 @@ def _public(key: Any) -> dict[str, Any]:
         "created_at": key.created_at,
         "last_used_at": key.last_used_at or "",
         "revoked_at": key.revoked_at or "",
+        "expires_at": key.expires_at or "",
     }
 
 

@@ -138,10 +138,13 @@ class AsyncClient:
         tokens_per_minute: int | None = None,
         concurrent_jobs: int | None = None,
         total_steps: int | None = None,
+        pinned_bytes: int | None = None,
+        expires_in_seconds: int = 0,
     ) -> NewKey:
         """A new API key; the tenant is created if need be. Needs the scope `admin`.
 
-        Weight and caps are the tenant's: None leaves one as it is, a cap of 0 takes it away.
+        Weight and caps are the tenant's: None leaves one as it is, a cap of 0 takes it away. With 0 seconds
+        the key does not end by itself.
         """
         request = jobs_pb2.CreateKeyRequest(
             tenant=tenant,
@@ -150,6 +153,8 @@ class AsyncClient:
             tokens_per_minute=tokens_per_minute,
             concurrent_jobs=concurrent_jobs,
             total_steps=total_steps,
+            pinned_bytes=pinned_bytes,
+            expires_in_seconds=expires_in_seconds,
         )
         return value_from(NewKey, await self._connection.call("CreateKey", request, retry=False))
 
@@ -204,6 +209,11 @@ class AsyncClient:
         """It is let in no more; its jobs go on elsewhere. Needs the scope `admin`."""
         request = operators_pb2.RevokeDeviceRequest(device_id=device_id)
         return value_from(RegisteredDevice, await self._connection.call("RevokeDevice", request))
+
+    async def reinstate_device(self, device_id: str) -> RegisteredDevice:
+        """Take a device out of quarantine. Needs the scope `admin`."""
+        request = operators_pb2.ReinstateDeviceRequest(device_id=device_id)
+        return value_from(RegisteredDevice, await self._connection.call("ReinstateDevice", request))
 
     async def audit(self, *, after: int = 0, limit: int = 100) -> list[AuditEntry]:
         """Oldest first: entries above `after`, or with 0 the newest ones. Needs the scope `admin`."""

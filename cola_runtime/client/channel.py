@@ -9,10 +9,13 @@ from urllib.parse import urlsplit
 import grpc
 import grpc.aio
 
+import cola_runtime
 from cola_runtime.config import DEFAULT_GRPC_PORT, ClientSettings, is_loopback
 from cola_runtime.errors import ColaError, InvalidInput, Unavailable
+from cola_runtime.transport.status import SDK_METADATA
 
 MAX_MESSAGE_BYTES = 16 << 20
+_TLS_SIGNS = ("handshake", "certificate", "hostname verification")  # in gRPC's words for a refused one
 KEEPALIVE_MILLISECONDS = 30_000  # the service allows one each 10 s
 
 
@@ -74,8 +77,9 @@ def _roots(ca: Path | None) -> grpc.ChannelCredentials:
 
 def call_metadata(settings: ClientSettings) -> tuple[tuple[str, str], ...]:
     key = settings.api_key.get_secret_value().strip()
+    sdk = ((SDK_METADATA, cola_runtime.__version__),)
     if not key:
-        return ()
+        return sdk
     if not key.isascii() or not key.isprintable():
         raise InvalidInput(
             "KEY_INVALID",
@@ -83,13 +87,21 @@ def call_metadata(settings: ClientSettings) -> tuple[tuple[str, str], ...]:
             where="COLA_API_KEY",
             remedy="Set COLA_API_KEY to a key as `cola keys create` printed it.",
         )
-    return (("authorization", f"Bearer {key}"),)
+    return (*sdk, ("authorization", f"Bearer {key}"))
 
 
 def explained(error: ColaError, target: str) -> ColaError:
     """The same error; if nothing answered at all, one that says where and what to do."""
     if error.reason not in ("UNAVAILABLE", "CANCELLED"):  # of gRPC itself, not of a service
         return error
+    if any(sign in error.message.lower() for sign in _TLS_SIGNS):
+        return Unavailable(
+            "TLS_REFUSED",
+            f"no encrypted connection to {target}: its certificate is not accepted, or it speaks no TLS",
+            where="COLA_BASE_URL",
+            remedy="See that the host is the certificate's, that it has not expired, and that COLA_CA is its "
+            "authority. Nothing was sent, and nothing is sent without TLS instead.",
+        )
     return Unavailable(
         "SERVICE_UNREACHABLE",
         f"no service answers at {target}",

@@ -50,8 +50,9 @@ class Connection:
                 return await self._attempt(rpc, request, timeout_seconds)
             except grpc.aio.AioRpcError as failure:
                 error = error_from_rpc(failure)
-                if delay_seconds is None or not _worth_retrying(error):
-                    raise explained(error, self._target) from failure
+                told = explained(error, self._target)
+                if delay_seconds is None or not _worth_retrying(told):
+                    raise told from failure
             await asyncio.sleep(delay_seconds * random.uniform(0.5, 1.0))  # noqa: S311 (spreads retries)
         raise AssertionError("the last attempt returns or raises")
 
@@ -83,4 +84,4 @@ class Connection:
 
 
 def _worth_retrying(error: ColaError) -> bool:
-    return error.retryable and error.reason != "DEADLINE_EXCEEDED"
+    return error.retryable and error.reason not in ("DEADLINE_EXCEEDED", "TLS_REFUSED")

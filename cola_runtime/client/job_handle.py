@@ -125,6 +125,16 @@ class AsyncJobHandle:
         answer = await self._connection.call("ListCheckpoints", jobs_pb2.JobRef(job_id=self.job_id))
         return [value_from(Checkpoint, checkpoint) for checkpoint in answer.checkpoints]
 
+    async def pin(self, version: int | None = None) -> Checkpoint:
+        """Keep the newest checkpoint, or `version`'s, for good, whatever the service's retention says."""
+        request = jobs_pb2.PinCheckpointRequest(job_id=self.job_id, version=version)
+        return value_from(Checkpoint, await self._connection.call("PinCheckpoint", request))
+
+    async def unpin(self, version: int) -> Checkpoint:
+        """Let a checkpoint go as the service's retention says."""
+        request = jobs_pb2.UnpinCheckpointRequest(job_id=self.job_id, version=version)
+        return value_from(Checkpoint, await self._connection.call("UnpinCheckpoint", request))
+
     async def download_adapter(
         self, path: str | Path, *, version: int | Literal["best"] | None = None, overwrite: bool = False
     ) -> Path:

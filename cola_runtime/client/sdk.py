@@ -97,6 +97,8 @@ class JobHandle:
     pause = synchronous(AsyncJobHandle.pause)
     resume = synchronous(AsyncJobHandle.resume)
     checkpoints = synchronous(AsyncJobHandle.checkpoints)
+    pin = synchronous(AsyncJobHandle.pin)
+    unpin = synchronous(AsyncJobHandle.unpin)
     download_adapter = synchronous(AsyncJobHandle.download_adapter)
     generate = synchronous(AsyncJobHandle.generate)
 
@@ -154,4 +156,5 @@ class Client:
     create_join_token = synchronous(AsyncClient.create_join_token)
     registered_devices = synchronous(AsyncClient.registered_devices)
     revoke_device = synchronous(AsyncClient.revoke_device)
+    reinstate_device = synchronous(AsyncClient.reinstate_device)
     audit = synchronous(AsyncClient.audit)

@@ -138,6 +138,7 @@ class Checkpoint:
     sha256: str
     created_at: str
     best: bool  # of the best evaluation's version
+    pinned: bool  # kept for good
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,6 +233,7 @@ class Service:
     uptime_seconds: float
     base_steps: int
     degraded: str  # why answers may be stale and writes are refused; "": all is well
+    quarantined_devices: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,6 +246,7 @@ class Key:
     created_at: str
     last_used_at: str
     revoked_at: str
+    expires_at: str  # "": it does not end by itself
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,6 +258,7 @@ class NewKey:
     tokens_per_minute: int | None  # its caps; None: none
     concurrent_jobs: int | None
     total_steps: int | None
+    pinned_bytes: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,13 +272,16 @@ class JoinToken:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegisteredDevice:
-    """A device that holds a certificate of the service."""
+    """A device that holds a certificate of the service, or is in quarantine."""
 
     device_id: str
     trust_class: str
-    joined_at: str
+    joined_at: str  # "": it has no certificate, as where there is no TLS
     expires_at: str  # of its certificate
     revoked_at: str  # "": valid
+    quarantined_at: str  # "": it is not
+    quarantine_reason: str
+    quarantine_message: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -319,6 +326,7 @@ def service_from(message: jobs_pb2.ServiceDescription) -> Service:
         uptime_seconds=message.uptime_seconds,
         base_steps=message.base_steps,
         degraded=message.degraded,
+        quarantined_devices=tuple(message.quarantined_devices),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from cola_runtime.transport.frames import Frame
@@ -15,6 +16,7 @@ class Update:
     lease: Lease
     version: int
     frames: tuple[Frame, ...]
+    link: Future[bytes]  # in the adapter's update chain
     learning_rate: float = 0.0
     gradient_norm: float = 0.0
     seconds: float = 0.0

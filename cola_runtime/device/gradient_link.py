@@ -102,20 +102,22 @@ class GradientLink:
         async with self._sending:
             await self._stream.send_frames(update.frames)
             crash_points.reach("device.update_begun")
-            await self._stream.send_control(control_pb2.GradientControl(update_end=_update_end(update)))
+            end = _update_end(update, await asyncio.wrap_future(update.link))
+            await self._stream.send_control(control_pb2.GradientControl(update_end=end))
         crash_points.reach("device.update_sent")
 
     async def close(self) -> None:
         await self._stream.close()
 
 
-def _update_end(update: Update) -> control_pb2.UpdateEnd:
+def _update_end(update: Update, link: bytes) -> control_pb2.UpdateEnd:
     return control_pb2.UpdateEnd(
         lease=control.lease_to_proto(update.lease),
         version=update.version,
         learning_rate=update.learning_rate,
         gradient_norm=update.gradient_norm,
         device_seconds=update.seconds,
+        chain=link,
     )
 
 

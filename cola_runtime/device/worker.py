@@ -8,19 +8,21 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from cola_runtime import crash_points
 from cola_runtime.adapters.checkpoint_format import TrainingDefinition
 from cola_runtime.device.answers import Answer, Checkpoint, Consumed, Norms, Refused, Update
+from cola_runtime.device.sent_chain import SentChain
 from cola_runtime.device.session import AdapterSession, Applied
 from cola_runtime.errors import ColaError, Conflict, Fenced, ProtocolError
 from cola_runtime.proto import control_pb2
 from cola_runtime.trace.report import WORKER
 from cola_runtime.trace.spans import SpanRecorder
 from cola_runtime.transport import control
-from cola_runtime.transport.frames import DType, TensorAddress, tensor_frames
+from cola_runtime.transport.frames import HEADER_BYTES, DType, TensorAddress, tensor_frames
 from cola_runtime.transport.packs import ReceivedPack
 from cola_runtime.transport.reader import ReceivedTensor
 from cola_runtime.transport.stream import Item
@@ -38,6 +40,7 @@ class _Held:
     session: AdapterSession
     checkpoint_every: int
     sharded: bool  # steps at a GlobalNorm only
+    chain: SentChain
     announced: int | None = None  # a shard's version whose step waits for it
     behind: list[GradientItem] = field(default_factory=list)  # what arrived meanwhile, of the step ahead
     tensors: int = 0  # of the microbatch under way
@@ -51,6 +54,7 @@ class DeviceWorker:
 
     def __init__(self) -> None:
         self._held: dict[str, _Held] = {}
+        self._hashing = ThreadPoolExecutor(1, "update-chain")  # beside the sending of what it hashes
         self.spans = SpanRecorder()  # switched and read from the event loop
         self.busy_seconds = 0.0
         self.resident_bytes = 0  # of all sessions; may be read from another thread
@@ -68,10 +72,12 @@ class DeviceWorker:
             session = _session(grant, checkpoint)
         except ColaError as error:
             return Refused(lease=lease, reason=error.reason, message=str(error))
-        self._held[lease.job_id] = _Held(lease, session, grant.checkpoint_every, grant.shards > 1)
+        chain = SentChain(lease, self._hashing, link=grant.chain)
+        held = _Held(lease, session, grant.checkpoint_every, grant.shards > 1, chain)
+        self._held[lease.job_id] = held
         self._count_resident()
         crash_points.reach("device.granted")
-        return _update(lease, session)
+        return _update(held)
 
     def end(self, lease: Lease) -> None:
         """Forget the adapter, unless a newer lease holds it."""
@@ -92,7 +98,7 @@ class DeviceWorker:
         ours = [held for job_id, held in self._held.items() if job_id in job_ids]
         for held in ours:
             _discard(held, refused=False)
-        return [_update(held.lease, held.session) for held in ours]
+        return [_update(held) for held in ours]
 
     def checkpoint(self, lease: Lease) -> Checkpoint | Refused:
         held = self._of(lease)
@@ -222,7 +228,7 @@ class DeviceWorker:
         total = held.session.definition.schedule.total_steps
         every = held.checkpoint_every
         due = applied.version == total or (every > 0 and applied.version % every == 0)
-        return _update(held.lease, held.session, applied=applied, seconds=seconds, checkpoint_due=due)
+        return _update(held, applied=applied, seconds=seconds, checkpoint_due=due)
 
     def _of(self, lease: Lease) -> _Held | None:
         return self._of_epoch(lease.job_id, lease.epoch)
@@ -271,19 +277,19 @@ def _session(grant: control_pb2.LeaseGrant, checkpoint: bytes | None) -> Adapter
 
 
 def _update(
-    lease: Lease,
-    session: AdapterSession,
-    *,
-    applied: Applied | None = None,
-    seconds: float = 0.0,
-    checkpoint_due: bool = False,
+    held: _Held, *, applied: Applied | None = None, seconds: float = 0.0, checkpoint_due: bool = False
 ) -> Update:
+    lease, session = held.lease, held.session
     address = TensorAddress(lease.job_id, lease.epoch, session.version, TensorKind.WEIGHTS)
     frames = tensor_frames(address, to_wire(session.weights_vector))
+    copied = [b"".join(frame) for frame in frames]  # later steps do not change it
+    if applied is not None:
+        held.chain.extend(session.version, [memoryview(frame)[HEADER_BYTES:] for frame in copied])
     return Update(
         lease=lease,
         version=session.version,
-        frames=tuple((b"".join(frame),) for frame in frames),  # a copy: later steps do not change it
+        frames=tuple((frame,) for frame in copied),
+        link=held.chain.link,
         learning_rate=applied.learning_rate if applied else 0.0,
         gradient_norm=applied.gradient_norm if applied else 0.0,
         seconds=seconds,

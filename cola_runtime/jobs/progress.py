@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
+from itertools import zip_longest
 from typing import Any
 
 from sqlalchemy import Connection, func, select
@@ -20,13 +21,14 @@ from cola_runtime.jobs.records import CheckpointRecord, JobRecord, StepRecord
 from cola_runtime.jobs.state import ACTIVE_STATES, JobState
 from cola_runtime.jobs.trail import append_event
 from cola_runtime.types import Lease
+from cola_runtime.update_chain import START, RecordedLink
 
 _steps = schema.steps
 _leases = schema.leases
 _checkpoints = schema.checkpoints
 
 _MEASURED = ("loss", "learning_rate", "gradient_norm", "base_seconds", "device_seconds")
-_SAME_STEP = ("epoch", "loss", "tokens", "label_tokens", "device_id")
+_SAME_STEP = ("epoch", "loss", "tokens", "label_tokens", "device_id", "chain")
 
 
 def open_lease(
@@ -105,9 +107,11 @@ def rewind_job(connection: Connection, lease: Lease, version: int, *, at: str) -
 def insert_checkpoint(connection: Connection, checkpoint: CheckpointRecord, *, at: str) -> None:
     """Make a stored checkpoint visible; the same again changes nothing.
 
-    Raises Fenced, Conflict `CHECKPOINT_AHEAD` (its last step is not recorded) or `CHECKPOINT_EXISTS`.
+    Raises Fenced (also: by a device that was put out meanwhile), Conflict `CHECKPOINT_AHEAD` (its last step
+    is not recorded) or `CHECKPOINT_EXISTS`.
     """
     job = current_job(connection, checkpoint.job_id, checkpoint.epoch)
+    _check_holders(connection, job)
     if checkpoint.version > job.version:
         raise Conflict(
             "CHECKPOINT_AHEAD", "record its steps first", limit=job.version, actual=checkpoint.version
@@ -129,6 +133,28 @@ def read_steps(connection: Connection, job_id: str, *, after: int, limit: int) -
     query = select(_steps).where(_steps.c.job_id == job_id, _steps.c.step > min(after, schema.MOST_STEP))
     query = query.order_by(_steps.c.step)
     return [StepRecord(**row) for row in connection.execute(query.limit(limit)).mappings()]
+
+
+def read_links(connection: Connection, job_id: str, version: int) -> tuple[RecordedLink, ...]:
+    """Of the version in the update chain, by shard; none of version 0 and of older releases' steps."""
+    query = select(_steps.c.step, _steps.c.epoch, _steps.c.chain).where(
+        _steps.c.job_id == job_id, _steps.c.step.in_((version - 1, version))
+    )
+    found = {row.step: row for row in connection.execute(query)}
+    if version not in found:
+        return ()
+    digests = found[version].chain.split()
+    before = found[version - 1].chain.split() if version - 1 in found else []
+    return tuple(
+        RecordedLink(
+            job_id=job_id,
+            epoch=found[version].epoch,
+            version=version,
+            previous=bytes.fromhex(previous) or START,
+            digest=bytes.fromhex(digest),
+        )
+        for digest, previous in zip_longest(digests, before[: len(digests)], fillvalue="")
+    )
 
 
 def read_checkpoints(connection: Connection, job_id: str) -> list[CheckpointRecord]:
@@ -168,6 +194,14 @@ def current_job(connection: Connection, job_id: str, epoch: int) -> JobRecord:
     if job.device_id is None:
         raise Fenced("FENCED", f"{job_id} is {job.state}: lease {epoch} has ended", actual=f"epoch {epoch}")
     return job
+
+
+def _check_holders(connection: Connection, job: JobRecord) -> None:
+    names = (job.device_id or "").split(", ")
+    quarantines = schema.quarantines
+    query = select(quarantines.c.device_id).where(quarantines.c.device_id.in_(names))
+    if connection.execute(query).first() is not None:
+        raise Fenced("FENCED", f"a device of lease {job.epoch} is in quarantine", actual=f"epoch {job.epoch}")
 
 
 def _check_finite(step: StepRecord) -> None:

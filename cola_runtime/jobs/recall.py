@@ -1,8 +1,8 @@
 """What the coordinator last knew of jobs and keys: reads are answered from it while the database is away.
 
 Only what the job store itself said is remembered, and no more than so much. A job is marked as stale; a key
-opens for a short time after it was last verified, and nothing once it was revoked here. Writes, and reads of
-anything else, go to the store and fail with it.
+opens for a short time after it was last verified, and nothing once it was revoked here or has expired.
+Writes, and reads of anything else, go to the store and fail with it.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Memory:
         self._now = now
         self._jobs = _Newest[JobRecord](MOST_JOBS)
         self._keys = _Newest[tuple[ApiKey, float]](MOST_KEYS)
+        self.quarantined: tuple[str, ...] = ()  # devices
 
     def note_jobs(self, jobs: Iterable[JobRecord]) -> None:
         for job in jobs:
@@ -98,12 +99,22 @@ class Recall:
         """As the store's; of a key that was verified a short time ago also without the database."""
 
         def recalled(outage: Unavailable) -> ApiKey:
-            found = self._store.memory.key(key)
+            found = self._store.remembered_key(key)
             if found is None:
                 raise outage
             return found
 
         return await self._read(lambda: self._store.authenticate(key), recalled)
+
+    async def quarantined_devices(self) -> tuple[str, ...]:
+        """Names; without the database, those that it had when it was last asked."""
+
+        async def ask() -> tuple[str, ...]:
+            found = tuple(each.device_id for each in await self._store.devices.quarantines())
+            self._store.memory.quarantined = found
+            return found
+
+        return await self._read(ask, lambda _: self._store.memory.quarantined)
 
     async def find_job(self, tenant_id: str, ref: str) -> JobRecord:
         """As the store's. A job that nobody remembers is no unknown one: Unavailable."""

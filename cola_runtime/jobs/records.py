@@ -27,6 +27,7 @@ class TenantTerms:
     tokens_per_minute: int | None = None  # computed for it
     concurrent_jobs: int | None = None  # that train at once; further ones wait
     total_steps: int | None = None  # of all its jobs, ever; a job beyond is refused
+    pinned_bytes: int | None = None  # of its pinned checkpoints
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +38,7 @@ class TermChanges:
     tokens_per_minute: int | None = None
     concurrent_jobs: int | None = None
     total_steps: int | None = None
+    pinned_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +52,7 @@ class ApiKey:
     created_at: str
     last_used_at: str | None  # exact to a minute
     revoked_at: str | None  # from then on the key opens nothing
+    expires_at: str | None = None  # likewise; None: it does not end by itself
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +170,7 @@ class StepRecord:
     base_seconds: float = 0.0  # this job's share, by computed tokens
     device_seconds: float = 0.0
     applied_at: str = ""  # the store stamps it when empty
+    chain: str = ""  # the version's links in the update chain, hex, one a shard (update_chain.py)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,3 +217,9 @@ class CheckpointRecord:
     bytes: int  # of a sharded adapter, those of all shards
     sha256: str  # of the object, hex; of a sharded adapter that is the index of its shards' objects
     created_at: str = ""  # the store stamps it when empty
+    checked_at: str | None = None  # when a spot check found that it follows from the one before
+    pinned_at: str | None = None  # since when it is kept for good, at its tenant's request
+
+    @property
+    def pinned(self) -> bool:
+        return self.pinned_at is not None

@@ -7,9 +7,10 @@ from datetime import datetime, timedelta
 from sqlalchemy import Connection
 
 from cola_runtime import clock, ids
-from cola_runtime.jobs import device_rows
+from cola_runtime.jobs import device_rows, quarantine_rows
 from cola_runtime.jobs.database import Database
 from cola_runtime.jobs.device_rows import DeviceRecord, TokenRecord
+from cola_runtime.jobs.quarantine_rows import Quarantine
 from cola_runtime.types import TrustClass
 
 
@@ -34,13 +35,12 @@ class DeviceRegistry:
         )
         return await self._database.run(lambda c: device_rows.insert_token(c, record)), record
 
-    async def trust_by_token(self, token: str, device_id: str) -> TrustClass:
+    async def trust_by_token(self, token: str, device_id: str) -> TokenRecord:
         """Of a device without certificate, which shows its token each time. Raises Unauthenticated."""
         at = clock.rfc3339(self._now())
-        record = await self._database.run(
+        return await self._database.run(
             lambda c: device_rows.use_token(c, token, device_id, at=at, again=True)
         )
-        return record.trust_class
 
     async def join(self, token: str, device_id: str, key_sha256: str, *, until: datetime) -> DeviceRecord:
         """Register the device, using up the token. Raises Unauthenticated, Conflict `DEVICE_ID_TAKEN`."""
@@ -96,6 +96,31 @@ class DeviceRegistry:
         """Raises NotFound `DEVICE_NOT_REGISTERED`."""
         at = clock.rfc3339(self._now())
         return await self._database.run(lambda c: device_rows.mark_device_revoked(c, device_id, at=at))
+
+    async def quarantine(self, device_id: str, reason: str, message: str) -> tuple[bool, list[str]]:
+        """The device is let in no more: whether that is new, and the jobs from which checkpoints have gone.
+
+        See `quarantine_rows.distrust_device`.
+        """
+        at = clock.rfc3339(self._now())
+        new = Quarantine(device_id=device_id, reason=reason, message=message, quarantined_at=at)
+
+        def put_out(connection: Connection) -> tuple[bool, list[str]]:
+            first = quarantine_rows.insert_quarantine(connection, new)
+            return first, quarantine_rows.distrust_device(connection, device_id, at=at)
+
+        return await self._database.run(put_out)
+
+    async def quarantines(self) -> list[Quarantine]:
+        return await self._database.run(quarantine_rows.read_quarantines)
+
+    async def reinstate(self, device_id: str) -> Quarantine:
+        """It is let in again. Raises NotFound `DEVICE_NOT_QUARANTINED`."""
+        return await self._database.run(lambda c: quarantine_rows.end_quarantine(c, device_id))
+
+    async def check_not_quarantined(self, device_id: str) -> None:
+        """Raises Unauthenticated `DEVICE_QUARANTINED`."""
+        await self._database.run(lambda c: quarantine_rows.check_not_quarantined(c, device_id))
 
     async def devices(self) -> list[DeviceRecord]:
         return await self._database.run(device_rows.read_devices)

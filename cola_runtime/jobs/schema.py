@@ -62,6 +62,7 @@ tenant_terms = Table(
     Column("tokens_per_minute", BigInteger),
     Column("concurrent_jobs", Cap),
     Column("total_steps", BigInteger),
+    Column("pinned_bytes", BigInteger),
     # A tenant without weight would never be served.
     CheckConstraint("weight > 0", name="weight_positive"),
     # No cap is NULL; a cap of nothing would be a tenant that may not do anything.
@@ -81,6 +82,7 @@ api_keys = Table(
     Column("created_at", String(32), nullable=False),
     Column("last_used_at", String(32)),
     Column("revoked_at", String(32)),
+    Column("expires_at", String(32)),
     CheckConstraint("length(key_sha256) = 64", name="key_is_digest"),
 )
 
@@ -180,6 +182,8 @@ steps = Table(
     Column("base_seconds", Float, nullable=False),
     Column("device_seconds", Float, nullable=False),
     Column("applied_at", String(32), nullable=False),
+    # Links of the update chain, hex, one a shard; "" of steps that an older release recorded.
+    Column("chain", Text, nullable=False, server_default=""),
     # Version 0 is the adapter before its first step.
     CheckConstraint("step > 0", name="step_positive"),
     # Spent work is never negative, so totals only grow.
@@ -239,6 +243,10 @@ checkpoints = Table(
     Column("bytes", BigInteger, nullable=False),
     Column("sha256", String(64), nullable=False),
     Column("created_at", String(32), nullable=False),
+    # When a spot check found that it follows from the one before; NULL: nobody looked.
+    Column("checked_at", String(32)),
+    # Since when its tenant has it kept for good; NULL: it goes as retention says.
+    Column("pinned_at", String(32)),
     CheckConstraint("version >= 0", name="version_not_negative"),
     CheckConstraint("bytes > 0", name="not_empty"),
     CheckConstraint("length(sha256) = 64", name="sha256_length"),
@@ -273,6 +281,16 @@ devices = Table(
     Column("expires_at", String(32), nullable=False),
     Column("revoked_at", String(32)),
     CheckConstraint("length(key_sha256) = 64", name="key_is_digest"),
+)
+
+quarantines = Table(
+    "quarantines",
+    metadata,
+    # Beside `devices`: without TLS a device that is put out has no row there.
+    Column("device_id", String(63), primary_key=True),
+    Column("reason", String(100), nullable=False),
+    Column("message", Text, nullable=False),
+    Column("quarantined_at", String(32), nullable=False),
 )
 
 audit = Table(

@@ -9,13 +9,24 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection
 
 from cola_runtime import clock, crash_points
 from cola_runtime.errors import Unavailable
-from cola_runtime.jobs import evaluations, job_rows, progress, tenancy, terms, trail, usage
+from cola_runtime.jobs import (
+    evaluations,
+    job_rows,
+    pins,
+    progress,
+    quarantine_rows,
+    tenancy,
+    terms,
+    trail,
+    usage,
+)
 from cola_runtime.jobs.audit import AuditTrail
 from cola_runtime.jobs.database import Database
 from cola_runtime.jobs.hold import store_id as read_store_id
@@ -37,6 +48,7 @@ from cola_runtime.jobs.records import (
 from cola_runtime.jobs.registry import DeviceRegistry
 from cola_runtime.jobs.state import JobState, Trigger
 from cola_runtime.types import Lease
+from cola_runtime.update_chain import RecordedLink
 
 ALL_SCOPES = "*"
 
@@ -89,11 +101,16 @@ class JobStore:
     async def tenants(self) -> list[Tenant]:
         return await self._database.run(tenancy.read_tenants)
 
-    async def create_key(self, tenant_name: str, *, scopes: Iterable[str] = (ALL_SCOPES,)) -> str:
+    async def create_key(
+        self, tenant_name: str, *, scopes: Iterable[str] = (ALL_SCOPES,), expires_in: timedelta | None = None
+    ) -> str:
         """A new key for the tenant, in the clear for the only time."""
-        wanted = frozenset(scopes)
+        wanted, now = frozenset(scopes), self._now()
+        ends = None if expires_in is None else clock.rfc3339(now + expires_in)
         return await self._database.run(
-            lambda c: tenancy.insert_key(c, tenant_name, scopes=wanted, at=self._at())
+            lambda c: tenancy.insert_key(
+                c, tenant_name, scopes=wanted, expires_at=ends, at=clock.rfc3339(now)
+            )
         )
 
     async def keys(self) -> list[ApiKey]:
@@ -104,9 +121,15 @@ class JobStore:
         await self._database.run(lambda c: tenancy.mark_key_revoked(c, key_id, at=self._at()))
         self.memory.forget_key(key_id)  # who asked in between found it valid still
 
+    def remembered_key(self, key: str) -> ApiKey | None:
+        """What `authenticate` said of the key a short time ago, unless it has expired meanwhile."""
+        found = self.memory.key(key)
+        return None if found is None or tenancy.has_expired(found, self._at()) else found
+
     async def authenticate(self, key: str) -> ApiKey | None:
-        """The key's tenant and scopes; None for an unknown or revoked key."""
-        found, at = await self._database.run(lambda c: tenancy.find_key(c, key)), self._at()
+        """The key's tenant and scopes; None for an unknown, revoked or expired key."""
+        at = self._at()
+        found = await self._database.run(lambda c: tenancy.find_key(c, key, at=at))
         self.memory.note_key(key, found)
         if found is not None and tenancy.is_stale(found.last_used_at, at):
             with contextlib.suppress(Unavailable):  # a full disk must keep nobody from reading
@@ -117,7 +140,7 @@ class JobStore:
         """As `authenticate`, for who needs no scopes."""
 
         def find(connection: Connection) -> Tenant | None:
-            found = tenancy.find_key(connection, key)
+            found = tenancy.find_key(connection, key, at=self._at())
             return None if found is None else tenancy.read_tenant(connection, found.tenant_id)
 
         return await self._database.run(find)
@@ -268,6 +291,25 @@ class JobStore:
             lambda c: progress.insert_checkpoint(c, checkpoint, at=self._at()),
         )
 
+    async def pin_checkpoint(self, job_id: str, version: int | None) -> CheckpointRecord:
+        """It is kept for good; None is the newest. A second time changes nothing.
+
+        Raises NotFound `CHECKPOINT_UNKNOWN`, Conflict `ADAPTER_NOT_READY`, QuotaExceeded `QUOTA_PINNED`.
+        """
+        return await self._write(
+            "event", job_id, lambda c: pins.pin_checkpoint(c, job_id, version, at=self._at())
+        )
+
+    async def unpin_checkpoint(self, job_id: str, version: int) -> CheckpointRecord:
+        """It goes as retention says. Raises NotFound `CHECKPOINT_UNKNOWN`, Conflict `ADAPTER_NOT_READY`."""
+        return await self._write(
+            "event", job_id, lambda c: pins.unpin_checkpoint(c, job_id, version, at=self._at())
+        )
+
+    async def mark_checked(self, job_id: str, version: int) -> None:
+        """A spot check found that the checkpoint follows from the one before."""
+        await self._database.run(lambda c: quarantine_rows.mark_checked(c, job_id, version, at=self._at()))
+
     async def retire_checkpoints(self, job_id: str, versions: Collection[int]) -> None:
         """They leave the record; their objects are to be deleted after that."""
         await self._write(
@@ -282,6 +324,10 @@ class JobStore:
 
     async def steps(self, job_id: str, *, after: int = 0, limit: int = 1000) -> list[StepRecord]:
         return await self._database.run(lambda c: progress.read_steps(c, job_id, after=after, limit=limit))
+
+    async def links(self, job_id: str, version: int) -> tuple[RecordedLink, ...]:
+        """Of the version in the update chain, by shard; none of version 0."""
+        return await self._database.run(lambda c: progress.read_links(c, job_id, version))
 
     async def evaluations(
         self, job_id: str, *, after: int = -1, limit: int | None = None

@@ -24,6 +24,7 @@ _key_columns = (
     _keys.c.created_at,
     _keys.c.last_used_at,
     _keys.c.revoked_at,
+    _keys.c.expires_at,
 )
 
 
@@ -45,7 +46,9 @@ def read_tenants(connection: Connection) -> list[Tenant]:
     return [Tenant(**row) for row in rows.mappings()]
 
 
-def insert_key(connection: Connection, tenant_name: str, *, scopes: frozenset[str], at: str) -> str:
+def insert_key(
+    connection: Connection, tenant_name: str, *, scopes: frozenset[str], expires_at: str | None, at: str
+) -> str:
     """Return the new key, which is stored nowhere. Raises NotFound `TENANT_UNKNOWN`."""
     tenant = _tenant_by_name(connection, tenant_name)
     if tenant is None:
@@ -60,6 +63,7 @@ def insert_key(connection: Connection, tenant_name: str, *, scopes: frozenset[st
             key_sha256=ids.api_key_digest(key),
             scopes=" ".join(sorted(scopes)),
             created_at=at,
+            expires_at=expires_at,
         )
     )
     return key
@@ -81,8 +85,8 @@ def mark_key_revoked(connection: Connection, key_id: str, *, at: str) -> None:
     )
 
 
-def find_key(connection: Connection, key: str) -> ApiKey | None:
-    """Who the key is, None if unknown or revoked. The use is noted by `note_use`.
+def find_key(connection: Connection, key: str, *, at: str) -> ApiKey | None:
+    """Who the key is, None if unknown, revoked or expired. The use is noted by `note_use`.
 
     Looked up by the digest of 256 random bits, so that the time of a comparison tells nothing of the key.
     """
@@ -98,7 +102,12 @@ def find_key(connection: Connection, key: str) -> ApiKey | None:
     )
     if row is None or not hmac.compare_digest(row["key_sha256"], digest):
         return None
-    return _api_key(row)
+    found = _api_key(row)
+    return None if has_expired(found, at) else found
+
+
+def has_expired(key: ApiKey, at: str) -> bool:
+    return key.expires_at is not None and key.expires_at <= at
 
 
 def note_use(connection: Connection, key: ApiKey, *, at: str) -> None:

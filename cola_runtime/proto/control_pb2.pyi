@@ -125,7 +125,7 @@ class Heartbeat(_message.Message):
     def __init__(self, busy_seconds: _Optional[float] = ..., resident_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ...) -> None: ...
 
 class LeaseGrant(_message.Message):
-    __slots__ = ("lease", "adapter", "optimizer", "schedule", "checkpoint_bytes", "checkpoint_every", "max_staleness", "shards", "gradient_endpoint")
+    __slots__ = ("lease", "adapter", "optimizer", "schedule", "checkpoint_bytes", "checkpoint_every", "max_staleness", "shards", "chain", "gradient_endpoint")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
@@ -134,6 +134,7 @@ class LeaseGrant(_message.Message):
     CHECKPOINT_EVERY_FIELD_NUMBER: _ClassVar[int]
     MAX_STALENESS_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
+    CHAIN_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_ENDPOINT_FIELD_NUMBER: _ClassVar[int]
     lease: LeaseRef
     adapter: AdapterDefinition
@@ -143,8 +144,9 @@ class LeaseGrant(_message.Message):
     checkpoint_every: int
     max_staleness: int
     shards: int
+    chain: bytes
     gradient_endpoint: str
-    def __init__(self, lease: _Optional[_Union[LeaseRef, _Mapping]] = ..., adapter: _Optional[_Union[AdapterDefinition, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerDefinition, _Mapping]] = ..., schedule: _Optional[_Union[ScheduleDefinition, _Mapping]] = ..., checkpoint_bytes: _Optional[int] = ..., checkpoint_every: _Optional[int] = ..., max_staleness: _Optional[int] = ..., shards: _Optional[int] = ..., gradient_endpoint: _Optional[str] = ...) -> None: ...
+    def __init__(self, lease: _Optional[_Union[LeaseRef, _Mapping]] = ..., adapter: _Optional[_Union[AdapterDefinition, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerDefinition, _Mapping]] = ..., schedule: _Optional[_Union[ScheduleDefinition, _Mapping]] = ..., checkpoint_bytes: _Optional[int] = ..., checkpoint_every: _Optional[int] = ..., max_staleness: _Optional[int] = ..., shards: _Optional[int] = ..., chain: _Optional[bytes] = ..., gradient_endpoint: _Optional[str] = ...) -> None: ...
 
 class LeaseEnd(_message.Message):
     __slots__ = ("lease",)
@@ -277,18 +279,20 @@ class MicrobatchEnd(_message.Message):
     def __init__(self, lease: _Optional[_Union[LeaseRef, _Mapping]] = ..., version: _Optional[int] = ..., microbatch: _Optional[int] = ..., tensors: _Optional[int] = ..., apply: _Optional[bool] = ..., staleness: _Optional[int] = ...) -> None: ...
 
 class UpdateEnd(_message.Message):
-    __slots__ = ("lease", "version", "learning_rate", "gradient_norm", "device_seconds")
+    __slots__ = ("lease", "version", "learning_rate", "gradient_norm", "device_seconds", "chain")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_NORM_FIELD_NUMBER: _ClassVar[int]
     DEVICE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    CHAIN_FIELD_NUMBER: _ClassVar[int]
     lease: LeaseRef
     version: int
     learning_rate: float
     gradient_norm: float
     device_seconds: float
-    def __init__(self, lease: _Optional[_Union[LeaseRef, _Mapping]] = ..., version: _Optional[int] = ..., learning_rate: _Optional[float] = ..., gradient_norm: _Optional[float] = ..., device_seconds: _Optional[float] = ...) -> None: ...
+    chain: bytes
+    def __init__(self, lease: _Optional[_Union[LeaseRef, _Mapping]] = ..., version: _Optional[int] = ..., learning_rate: _Optional[float] = ..., gradient_norm: _Optional[float] = ..., device_seconds: _Optional[float] = ..., chain: _Optional[bytes] = ...) -> None: ...
 
 class ShardNorms(_message.Message):
     __slots__ = ("lease", "version", "norms")

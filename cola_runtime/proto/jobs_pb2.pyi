@@ -278,18 +278,36 @@ class ListEvaluationsResponse(_message.Message):
     def __init__(self, evaluations: _Optional[_Iterable[_Union[Evaluation, _Mapping]]] = ...) -> None: ...
 
 class Checkpoint(_message.Message):
-    __slots__ = ("version", "bytes", "sha256", "created_at", "best")
+    __slots__ = ("version", "bytes", "sha256", "created_at", "best", "pinned")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     SHA256_FIELD_NUMBER: _ClassVar[int]
     CREATED_AT_FIELD_NUMBER: _ClassVar[int]
     BEST_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
     version: int
     bytes: int
     sha256: str
     created_at: str
     best: bool
-    def __init__(self, version: _Optional[int] = ..., bytes: _Optional[int] = ..., sha256: _Optional[str] = ..., created_at: _Optional[str] = ..., best: _Optional[bool] = ...) -> None: ...
+    pinned: bool
+    def __init__(self, version: _Optional[int] = ..., bytes: _Optional[int] = ..., sha256: _Optional[str] = ..., created_at: _Optional[str] = ..., best: _Optional[bool] = ..., pinned: _Optional[bool] = ...) -> None: ...
+
+class PinCheckpointRequest(_message.Message):
+    __slots__ = ("job_id", "version")
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    version: int
+    def __init__(self, job_id: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...
+
+class UnpinCheckpointRequest(_message.Message):
+    __slots__ = ("job_id", "version")
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    version: int
+    def __init__(self, job_id: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...
 
 class ListCheckpointsResponse(_message.Message):
     __slots__ = ("checkpoints",)
@@ -417,7 +435,7 @@ class DeviceInfo(_message.Message):
     def __init__(self, device_id: _Optional[str] = ..., state: _Optional[str] = ..., jobs: _Optional[int] = ..., busy_seconds: _Optional[float] = ..., trust_class: _Optional[str] = ..., pid: _Optional[int] = ...) -> None: ...
 
 class ServiceDescription(_message.Message):
-    __slots__ = ("version", "tenant", "base_models", "devices", "base_busy_seconds", "uptime_seconds", "base_steps", "degraded")
+    __slots__ = ("version", "tenant", "base_models", "devices", "base_busy_seconds", "uptime_seconds", "base_steps", "quarantined_devices", "degraded")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     BASE_MODELS_FIELD_NUMBER: _ClassVar[int]
@@ -425,6 +443,7 @@ class ServiceDescription(_message.Message):
     BASE_BUSY_SECONDS_FIELD_NUMBER: _ClassVar[int]
     UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
     BASE_STEPS_FIELD_NUMBER: _ClassVar[int]
+    QUARANTINED_DEVICES_FIELD_NUMBER: _ClassVar[int]
     DEGRADED_FIELD_NUMBER: _ClassVar[int]
     version: str
     tenant: str
@@ -433,8 +452,9 @@ class ServiceDescription(_message.Message):
     base_busy_seconds: float
     uptime_seconds: float
     base_steps: int
+    quarantined_devices: _containers.RepeatedScalarFieldContainer[str]
     degraded: str
-    def __init__(self, version: _Optional[str] = ..., tenant: _Optional[str] = ..., base_models: _Optional[_Iterable[_Union[BaseModelInfo, _Mapping]]] = ..., devices: _Optional[_Iterable[_Union[DeviceInfo, _Mapping]]] = ..., base_busy_seconds: _Optional[float] = ..., uptime_seconds: _Optional[float] = ..., base_steps: _Optional[int] = ..., degraded: _Optional[str] = ...) -> None: ...
+    def __init__(self, version: _Optional[str] = ..., tenant: _Optional[str] = ..., base_models: _Optional[_Iterable[_Union[BaseModelInfo, _Mapping]]] = ..., devices: _Optional[_Iterable[_Union[DeviceInfo, _Mapping]]] = ..., base_busy_seconds: _Optional[float] = ..., uptime_seconds: _Optional[float] = ..., base_steps: _Optional[int] = ..., quarantined_devices: _Optional[_Iterable[str]] = ..., degraded: _Optional[str] = ...) -> None: ...
 
 class GetUsageRequest(_message.Message):
     __slots__ = ()
@@ -489,39 +509,45 @@ class StopTraceRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class CreateKeyRequest(_message.Message):
-    __slots__ = ("tenant", "scopes", "weight", "tokens_per_minute", "concurrent_jobs", "total_steps")
+    __slots__ = ("tenant", "scopes", "weight", "tokens_per_minute", "concurrent_jobs", "total_steps", "pinned_bytes", "expires_in_seconds")
     TENANT_FIELD_NUMBER: _ClassVar[int]
     SCOPES_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     TOKENS_PER_MINUTE_FIELD_NUMBER: _ClassVar[int]
     CONCURRENT_JOBS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_STEPS_FIELD_NUMBER: _ClassVar[int]
+    PINNED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_IN_SECONDS_FIELD_NUMBER: _ClassVar[int]
     tenant: str
     scopes: _containers.RepeatedScalarFieldContainer[str]
     weight: float
     tokens_per_minute: int
     concurrent_jobs: int
     total_steps: int
-    def __init__(self, tenant: _Optional[str] = ..., scopes: _Optional[_Iterable[str]] = ..., weight: _Optional[float] = ..., tokens_per_minute: _Optional[int] = ..., concurrent_jobs: _Optional[int] = ..., total_steps: _Optional[int] = ...) -> None: ...
+    pinned_bytes: int
+    expires_in_seconds: int
+    def __init__(self, tenant: _Optional[str] = ..., scopes: _Optional[_Iterable[str]] = ..., weight: _Optional[float] = ..., tokens_per_minute: _Optional[int] = ..., concurrent_jobs: _Optional[int] = ..., total_steps: _Optional[int] = ..., pinned_bytes: _Optional[int] = ..., expires_in_seconds: _Optional[int] = ...) -> None: ...
 
 class Key(_message.Message):
-    __slots__ = ("key_id", "tenant", "scopes", "created_at", "last_used_at", "revoked_at")
+    __slots__ = ("key_id", "tenant", "scopes", "created_at", "last_used_at", "revoked_at", "expires_at")
     KEY_ID_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     SCOPES_FIELD_NUMBER: _ClassVar[int]
     CREATED_AT_FIELD_NUMBER: _ClassVar[int]
     LAST_USED_AT_FIELD_NUMBER: _ClassVar[int]
     REVOKED_AT_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
     key_id: str
     tenant: str
     scopes: _containers.RepeatedScalarFieldContainer[str]
     created_at: str
     last_used_at: str
     revoked_at: str
-    def __init__(self, key_id: _Optional[str] = ..., tenant: _Optional[str] = ..., scopes: _Optional[_Iterable[str]] = ..., created_at: _Optional[str] = ..., last_used_at: _Optional[str] = ..., revoked_at: _Optional[str] = ...) -> None: ...
+    expires_at: str
+    def __init__(self, key_id: _Optional[str] = ..., tenant: _Optional[str] = ..., scopes: _Optional[_Iterable[str]] = ..., created_at: _Optional[str] = ..., last_used_at: _Optional[str] = ..., revoked_at: _Optional[str] = ..., expires_at: _Optional[str] = ...) -> None: ...
 
 class NewKey(_message.Message):
-    __slots__ = ("key", "tenant", "scopes", "weight", "tokens_per_minute", "concurrent_jobs", "total_steps")
+    __slots__ = ("key", "tenant", "scopes", "weight", "tokens_per_minute", "concurrent_jobs", "total_steps", "pinned_bytes")
     KEY_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     SCOPES_FIELD_NUMBER: _ClassVar[int]
@@ -529,6 +555,7 @@ class NewKey(_message.Message):
     TOKENS_PER_MINUTE_FIELD_NUMBER: _ClassVar[int]
     CONCURRENT_JOBS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_STEPS_FIELD_NUMBER: _ClassVar[int]
+    PINNED_BYTES_FIELD_NUMBER: _ClassVar[int]
     key: str
     tenant: str
     scopes: _containers.RepeatedScalarFieldContainer[str]
@@ -536,7 +563,8 @@ class NewKey(_message.Message):
     tokens_per_minute: int
     concurrent_jobs: int
     total_steps: int
-    def __init__(self, key: _Optional[str] = ..., tenant: _Optional[str] = ..., scopes: _Optional[_Iterable[str]] = ..., weight: _Optional[float] = ..., tokens_per_minute: _Optional[int] = ..., concurrent_jobs: _Optional[int] = ..., total_steps: _Optional[int] = ...) -> None: ...
+    pinned_bytes: int
+    def __init__(self, key: _Optional[str] = ..., tenant: _Optional[str] = ..., scopes: _Optional[_Iterable[str]] = ..., weight: _Optional[float] = ..., tokens_per_minute: _Optional[int] = ..., concurrent_jobs: _Optional[int] = ..., total_steps: _Optional[int] = ..., pinned_bytes: _Optional[int] = ...) -> None: ...
 
 class ListKeysRequest(_message.Message):
     __slots__ = ()

@@ -94,6 +94,16 @@ class JobsStub:
                 request_serializer=cola__runtime_dot_proto_dot_jobs__pb2.JobRef.SerializeToString,
                 response_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.ListCheckpointsResponse.FromString,
                 _registered_method=True)
+        self.PinCheckpoint = channel.unary_unary(
+                '/cola.v1.Jobs/PinCheckpoint',
+                request_serializer=cola__runtime_dot_proto_dot_jobs__pb2.PinCheckpointRequest.SerializeToString,
+                response_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.Checkpoint.FromString,
+                _registered_method=True)
+        self.UnpinCheckpoint = channel.unary_unary(
+                '/cola.v1.Jobs/UnpinCheckpoint',
+                request_serializer=cola__runtime_dot_proto_dot_jobs__pb2.UnpinCheckpointRequest.SerializeToString,
+                response_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.Checkpoint.FromString,
+                _registered_method=True)
         self.ExportAdapter = channel.unary_stream(
                 '/cola.v1.Jobs/ExportAdapter',
                 request_serializer=cola__runtime_dot_proto_dot_jobs__pb2.ExportAdapterRequest.SerializeToString,
@@ -224,6 +234,20 @@ class JobsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PinCheckpoint(self, request, context):
+        """it is kept for good
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnpinCheckpoint(self, request, context):
+        """it goes as retention says
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ExportAdapter(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -350,6 +374,16 @@ def add_JobsServicer_to_server(servicer, server):
                     servicer.ListCheckpoints,
                     request_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.JobRef.FromString,
                     response_serializer=cola__runtime_dot_proto_dot_jobs__pb2.ListCheckpointsResponse.SerializeToString,
+            ),
+            'PinCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinCheckpoint,
+                    request_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.PinCheckpointRequest.FromString,
+                    response_serializer=cola__runtime_dot_proto_dot_jobs__pb2.Checkpoint.SerializeToString,
+            ),
+            'UnpinCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnpinCheckpoint,
+                    request_deserializer=cola__runtime_dot_proto_dot_jobs__pb2.UnpinCheckpointRequest.FromString,
+                    response_serializer=cola__runtime_dot_proto_dot_jobs__pb2.Checkpoint.SerializeToString,
             ),
             'ExportAdapter': grpc.unary_stream_rpc_method_handler(
                     servicer.ExportAdapter,
@@ -726,6 +760,60 @@ class Jobs:
             '/cola.v1.Jobs/ListCheckpoints',
             cola__runtime_dot_proto_dot_jobs__pb2.JobRef.SerializeToString,
             cola__runtime_dot_proto_dot_jobs__pb2.ListCheckpointsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PinCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cola.v1.Jobs/PinCheckpoint',
+            cola__runtime_dot_proto_dot_jobs__pb2.PinCheckpointRequest.SerializeToString,
+            cola__runtime_dot_proto_dot_jobs__pb2.Checkpoint.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnpinCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cola.v1.Jobs/UnpinCheckpoint',
+            cola__runtime_dot_proto_dot_jobs__pb2.UnpinCheckpointRequest.SerializeToString,
+            cola__runtime_dot_proto_dot_jobs__pb2.Checkpoint.FromString,
             options,
             channel_credentials,
             insecure,

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"cola_runtime/proto/operators.proto\x12\x07\x63ola.v1\"V\n\x16\x43reateJoinTokenRequest\x12\x13\n\x0btrust_class\x18\x01 \x01(\t\x12\x10\n\x08reusable\x18\x02 \x01(\x08\x12\x15\n\rvalid_seconds\x18\x03 \x01(\r\"g\n\tJoinToken\x12\r\n\x05token\x18\x01 \x01(\t\x12\x10\n\x08token_id\x18\x02 \x01(\t\x12\x13\n\x0btrust_class\x18\x03 \x01(\t\x12\x10\n\x08reusable\x18\x04 \x01(\x08\x12\x12\n\nexpires_at\x18\x05 \x01(\t\"\x14\n\x12ListDevicesRequest\"u\n\x10RegisteredDevice\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\x13\n\x0btrust_class\x18\x02 \x01(\t\x12\x11\n\tjoined_at\x18\x03 \x01(\t\x12\x12\n\nexpires_at\x18\x04 \x01(\t\x12\x12\n\nrevoked_at\x18\x05 \x01(\t\"A\n\x13ListDevicesResponse\x12*\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x19.cola.v1.RegisteredDevice\"(\n\x13RevokeDeviceRequest\x12\x11\n\tdevice_id\x18\x01 \x01(\t\"0\n\x10ListAuditRequest\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\x04\x12\r\n\x05limit\x18\x02 \x01(\r\"{\n\nAuditEntry\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x12\n\ncreated_at\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x04 \x01(\t\x12\x0e\n\x06tenant\x18\x05 \x01(\t\x12\x0f\n\x07subject\x18\x06 \x01(\t\x12\x0f\n\x07message\x18\x07 \x01(\t\"9\n\x11ListAuditResponse\x12$\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x13.cola.v1.AuditEntry\"W\n\x11JoinDeviceRequest\x12\x12\n\njoin_token\x18\x01 \x01(\t\x12\x11\n\tdevice_id\x18\x02 \x01(\t\x12\x1b\n\x13\x63\x65rtificate_request\x18\x03 \x01(\x0c\"~\n\x12JoinDeviceResponse\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\x11\n\tauthority\x18\x02 \x01(\x0c\x12\x17\n\x0f\x64\x65vice_endpoint\x18\x03 \x01(\t\x12\x13\n\x0btrust_class\x18\x04 \x01(\t\x12\x12\n\nexpires_at\x18\x05 \x01(\t2\xaa\x02\n\tOperators\x12\x46\n\x0f\x43reateJoinToken\x12\x1f.cola.v1.CreateJoinTokenRequest\x1a\x12.cola.v1.JoinToken\x12H\n\x0bListDevices\x12\x1b.cola.v1.ListDevicesRequest\x1a\x1c.cola.v1.ListDevicesResponse\x12G\n\x0cRevokeDevice\x12\x1c.cola.v1.RevokeDeviceRequest\x1a\x19.cola.v1.RegisteredDevice\x12\x42\n\tListAudit\x12\x19.cola.v1.ListAuditRequest\x1a\x1a.cola.v1.ListAuditResponse2R\n\tEnrolment\x12\x45\n\nJoinDevice\x12\x1a.cola.v1.JoinDeviceRequest\x1a\x1b.cola.v1.JoinDeviceResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"cola_runtime/proto/operators.proto\x12\x07\x63ola.v1\"V\n\x16\x43reateJoinTokenRequest\x12\x13\n\x0btrust_class\x18\x01 \x01(\t\x12\x10\n\x08reusable\x18\x02 \x01(\x08\x12\x15\n\rvalid_seconds\x18\x03 \x01(\r\"g\n\tJoinToken\x12\r\n\x05token\x18\x01 \x01(\t\x12\x10\n\x08token_id\x18\x02 \x01(\t\x12\x13\n\x0btrust_class\x18\x03 \x01(\t\x12\x10\n\x08reusable\x18\x04 \x01(\x08\x12\x12\n\nexpires_at\x18\x05 \x01(\t\"\x14\n\x12ListDevicesRequest\"\xc4\x01\n\x10RegisteredDevice\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\x13\n\x0btrust_class\x18\x02 \x01(\t\x12\x11\n\tjoined_at\x18\x03 \x01(\t\x12\x12\n\nexpires_at\x18\x04 \x01(\t\x12\x12\n\nrevoked_at\x18\x05 \x01(\t\x12\x16\n\x0equarantined_at\x18\x06 \x01(\t\x12\x19\n\x11quarantine_reason\x18\x07 \x01(\t\x12\x1a\n\x12quarantine_message\x18\x08 \x01(\t\"A\n\x13ListDevicesResponse\x12*\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x19.cola.v1.RegisteredDevice\"(\n\x13RevokeDeviceRequest\x12\x11\n\tdevice_id\x18\x01 \x01(\t\"+\n\x16ReinstateDeviceRequest\x12\x11\n\tdevice_id\x18\x01 \x01(\t\"0\n\x10ListAuditRequest\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\x04\x12\r\n\x05limit\x18\x02 \x01(\r\"{\n\nAuditEntry\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x12\n\ncreated_at\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x04 \x01(\t\x12\x0e\n\x06tenant\x18\x05 \x01(\t\x12\x0f\n\x07subject\x18\x06 \x01(\t\x12\x0f\n\x07message\x18\x07 \x01(\t\"9\n\x11ListAuditResponse\x12$\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x13.cola.v1.AuditEntry\"W\n\x11JoinDeviceRequest\x12\x12\n\njoin_token\x18\x01 \x01(\t\x12\x11\n\tdevice_id\x18\x02 \x01(\t\x12\x1b\n\x13\x63\x65rtificate_request\x18\x03 \x01(\x0c\"~\n\x12JoinDeviceResponse\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\x11\n\tauthority\x18\x02 \x01(\x0c\x12\x17\n\x0f\x64\x65vice_endpoint\x18\x03 \x01(\t\x12\x13\n\x0btrust_class\x18\x04 \x01(\t\x12\x12\n\nexpires_at\x18\x05 \x01(\t2\xf9\x02\n\tOperators\x12\x46\n\x0f\x43reateJoinToken\x12\x1f.cola.v1.CreateJoinTokenRequest\x1a\x12.cola.v1.JoinToken\x12H\n\x0bListDevices\x12\x1b.cola.v1.ListDevicesRequest\x1a\x1c.cola.v1.ListDevicesResponse\x12G\n\x0cRevokeDevice\x12\x1c.cola.v1.RevokeDeviceRequest\x1a\x19.cola.v1.RegisteredDevice\x12M\n\x0fReinstateDevice\x12\x1f.cola.v1.ReinstateDeviceRequest\x1a\x19.cola.v1.RegisteredDevice\x12\x42\n\tListAudit\x12\x19.cola.v1.ListAuditRequest\x1a\x1a.cola.v1.ListAuditResponse2R\n\tEnrolment\x12\x45\n\nJoinDevice\x12\x1a.cola.v1.JoinDeviceRequest\x1a\x1b.cola.v1.JoinDeviceResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,24 +37,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_JOINTOKEN']._serialized_end=238
   _globals['_LISTDEVICESREQUEST']._serialized_start=240
   _globals['_LISTDEVICESREQUEST']._serialized_end=260
-  _globals['_REGISTEREDDEVICE']._serialized_start=262
-  _globals['_REGISTEREDDEVICE']._serialized_end=379
-  _globals['_LISTDEVICESRESPONSE']._serialized_start=381
-  _globals['_LISTDEVICESRESPONSE']._serialized_end=446
-  _globals['_REVOKEDEVICEREQUEST']._serialized_start=448
-  _globals['_REVOKEDEVICEREQUEST']._serialized_end=488
-  _globals['_LISTAUDITREQUEST']._serialized_start=490
-  _globals['_LISTAUDITREQUEST']._serialized_end=538
-  _globals['_AUDITENTRY']._serialized_start=540
-  _globals['_AUDITENTRY']._serialized_end=663
-  _globals['_LISTAUDITRESPONSE']._serialized_start=665
-  _globals['_LISTAUDITRESPONSE']._serialized_end=722
-  _globals['_JOINDEVICEREQUEST']._serialized_start=724
-  _globals['_JOINDEVICEREQUEST']._serialized_end=811
-  _globals['_JOINDEVICERESPONSE']._serialized_start=813
-  _globals['_JOINDEVICERESPONSE']._serialized_end=939
-  _globals['_OPERATORS']._serialized_start=942
-  _globals['_OPERATORS']._serialized_end=1240
-  _globals['_ENROLMENT']._serialized_start=1242
-  _globals['_ENROLMENT']._serialized_end=1324
+  _globals['_REGISTEREDDEVICE']._serialized_start=263
+  _globals['_REGISTEREDDEVICE']._serialized_end=459
+  _globals['_LISTDEVICESRESPONSE']._serialized_start=461
+  _globals['_LISTDEVICESRESPONSE']._serialized_end=526
+  _globals['_REVOKEDEVICEREQUEST']._serialized_start=528
+  _globals['_REVOKEDEVICEREQUEST']._serialized_end=568
+  _globals['_REINSTATEDEVICEREQUEST']._serialized_start=570
+  _globals['_REINSTATEDEVICEREQUEST']._serialized_end=613
+  _globals['_LISTAUDITREQUEST']._serialized_start=615
+  _globals['_LISTAUDITREQUEST']._serialized_end=663
+  _globals['_AUDITENTRY']._serialized_start=665
+  _globals['_AUDITENTRY']._serialized_end=788
+  _globals['_LISTAUDITRESPONSE']._serialized_start=790
+  _globals['_LISTAUDITRESPONSE']._serialized_end=847
+  _globals['_JOINDEVICEREQUEST']._serialized_start=849
+  _globals['_JOINDEVICEREQUEST']._serialized_end=936
+  _globals['_JOINDEVICERESPONSE']._serialized_start=938
+  _globals['_JOINDEVICERESPONSE']._serialized_end=1064
+  _globals['_OPERATORS']._serialized_start=1067
+  _globals['_OPERATORS']._serialized_end=1444
+  _globals['_ENROLMENT']._serialized_start=1446
+  _globals['_ENROLMENT']._serialized_end=1528
 # @@protoc_insertion_point(module_scope)

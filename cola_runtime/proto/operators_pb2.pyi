@@ -35,18 +35,24 @@ class ListDevicesRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class RegisteredDevice(_message.Message):
-    __slots__ = ("device_id", "trust_class", "joined_at", "expires_at", "revoked_at")
+    __slots__ = ("device_id", "trust_class", "joined_at", "expires_at", "revoked_at", "quarantined_at", "quarantine_reason", "quarantine_message")
     DEVICE_ID_FIELD_NUMBER: _ClassVar[int]
     TRUST_CLASS_FIELD_NUMBER: _ClassVar[int]
     JOINED_AT_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
     REVOKED_AT_FIELD_NUMBER: _ClassVar[int]
+    QUARANTINED_AT_FIELD_NUMBER: _ClassVar[int]
+    QUARANTINE_REASON_FIELD_NUMBER: _ClassVar[int]
+    QUARANTINE_MESSAGE_FIELD_NUMBER: _ClassVar[int]
     device_id: str
     trust_class: str
     joined_at: str
     expires_at: str
     revoked_at: str
-    def __init__(self, device_id: _Optional[str] = ..., trust_class: _Optional[str] = ..., joined_at: _Optional[str] = ..., expires_at: _Optional[str] = ..., revoked_at: _Optional[str] = ...) -> None: ...
+    quarantined_at: str
+    quarantine_reason: str
+    quarantine_message: str
+    def __init__(self, device_id: _Optional[str] = ..., trust_class: _Optional[str] = ..., joined_at: _Optional[str] = ..., expires_at: _Optional[str] = ..., revoked_at: _Optional[str] = ..., quarantined_at: _Optional[str] = ..., quarantine_reason: _Optional[str] = ..., quarantine_message: _Optional[str] = ...) -> None: ...
 
 class ListDevicesResponse(_message.Message):
     __slots__ = ("devices",)
@@ -55,6 +61,12 @@ class ListDevicesResponse(_message.Message):
     def __init__(self, devices: _Optional[_Iterable[_Union[RegisteredDevice, _Mapping]]] = ...) -> None: ...
 
 class RevokeDeviceRequest(_message.Message):
+    __slots__ = ("device_id",)
+    DEVICE_ID_FIELD_NUMBER: _ClassVar[int]
+    device_id: str
+    def __init__(self, device_id: _Optional[str] = ...) -> None: ...
+
+class ReinstateDeviceRequest(_message.Message):
     __slots__ = ("device_id",)
     DEVICE_ID_FIELD_NUMBER: _ClassVar[int]
     device_id: str

@@ -49,6 +49,11 @@ class OperatorsStub:
                 request_serializer=cola__runtime_dot_proto_dot_operators__pb2.RevokeDeviceRequest.SerializeToString,
                 response_deserializer=cola__runtime_dot_proto_dot_operators__pb2.RegisteredDevice.FromString,
                 _registered_method=True)
+        self.ReinstateDevice = channel.unary_unary(
+                '/cola.v1.Operators/ReinstateDevice',
+                request_serializer=cola__runtime_dot_proto_dot_operators__pb2.ReinstateDeviceRequest.SerializeToString,
+                response_deserializer=cola__runtime_dot_proto_dot_operators__pb2.RegisteredDevice.FromString,
+                _registered_method=True)
         self.ListAudit = channel.unary_unary(
                 '/cola.v1.Operators/ListAudit',
                 request_serializer=cola__runtime_dot_proto_dot_operators__pb2.ListAuditRequest.SerializeToString,
@@ -77,6 +82,13 @@ class OperatorsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReinstateDevice(self, request, context):
+        """out of quarantine
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListAudit(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -99,6 +111,11 @@ def add_OperatorsServicer_to_server(servicer, server):
             'RevokeDevice': grpc.unary_unary_rpc_method_handler(
                     servicer.RevokeDevice,
                     request_deserializer=cola__runtime_dot_proto_dot_operators__pb2.RevokeDeviceRequest.FromString,
+                    response_serializer=cola__runtime_dot_proto_dot_operators__pb2.RegisteredDevice.SerializeToString,
+            ),
+            'ReinstateDevice': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReinstateDevice,
+                    request_deserializer=cola__runtime_dot_proto_dot_operators__pb2.ReinstateDeviceRequest.FromString,
                     response_serializer=cola__runtime_dot_proto_dot_operators__pb2.RegisteredDevice.SerializeToString,
             ),
             'ListAudit': grpc.unary_unary_rpc_method_handler(
@@ -187,6 +204,33 @@ class Operators:
             target,
             '/cola.v1.Operators/RevokeDevice',
             cola__runtime_dot_proto_dot_operators__pb2.RevokeDeviceRequest.SerializeToString,
+            cola__runtime_dot_proto_dot_operators__pb2.RegisteredDevice.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReinstateDevice(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cola.v1.Operators/ReinstateDevice',
+            cola__runtime_dot_proto_dot_operators__pb2.ReinstateDeviceRequest.SerializeToString,
             cola__runtime_dot_proto_dot_operators__pb2.RegisteredDevice.FromString,
             options,
             channel_credentials,

@@ -93,6 +93,12 @@ class BaseModelActor:
     async def end_lease(self, job_id: str, epoch: int) -> None:
         await self._service.end_lease(job_id, epoch)
 
+    async def forget_steps(self, job_id: str, epoch: int, *, before: int) -> None:
+        await self._service.forget_steps(job_id, epoch, before=before)
+
+    async def dismiss_device(self, device_id: str) -> None:
+        await self._service.dismiss_device(device_id)
+
     async def run(self, step: BaseStep) -> BaseStepResult:
         return await self._service.run(step)
 
@@ -146,6 +152,12 @@ class RemoteBaseModel:
 
     async def end_lease(self, job_id: str, epoch: int) -> None:
         await _answer(self._handle.end_lease.remote(job_id, epoch))
+
+    async def forget_steps(self, job_id: str, epoch: int, *, before: int) -> None:
+        await _answer(self._handle.forget_steps.remote(job_id, epoch, before=before))
+
+    async def dismiss_device(self, device_id: str) -> None:
+        await _answer(self._handle.dismiss_device.remote(device_id))
 
     async def run(self, step: BaseStep) -> BaseStepResult:
         return await _answer(self._handle.run.remote(step))

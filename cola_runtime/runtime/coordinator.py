@@ -258,8 +258,8 @@ def _wire(
         storage=storage,
         spans=spans,
         retention=settings.retention,
+        spot_checks=settings.spot_checks,
     )
-    pool.on_checkpoint = runner.checkpoints.store
     return runner, pool
 
 

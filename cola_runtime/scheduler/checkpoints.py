@@ -9,15 +9,19 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
 from cola_runtime.adapter_spec import AdapterSpec, Frozen
+from cola_runtime.adapters.checkpoint_format import checkpoint_weights
 from cola_runtime.adapters.joined_checkpoint import join_checkpoints
 from cola_runtime.config import RetentionSettings
-from cola_runtime.errors import Conflict, Unavailable
+from cola_runtime.errors import ColaError, Conflict, Unavailable
 from cola_runtime.jobs.plan import TrainingPlan
-from cola_runtime.jobs.records import CheckpointRecord
+from cola_runtime.jobs.records import CheckpointRecord, JobRecord
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.scheduler.leases import LeaseBook, LeaseLost
 from cola_runtime.scheduler.patience import until_available
@@ -25,8 +29,10 @@ from cola_runtime.scheduler.retention import INDEX_SUFFIX, OBJECT_SUFFIX, retire
 from cola_runtime.storage.objects import ObjectStorage
 from cola_runtime.trace.spans import SpanRecorder
 from cola_runtime.types import Lease
+from cola_runtime.update_chain import RecordedLink, content_digest
 
 RECORD_TIMEOUT_SECONDS = 900.0  # its step may wait for a job store that is away; a lost lease ends it at once
+_UNUSABLE = ("CHECKPOINT_DAMAGED", "CHECKPOINT_INVALID", "CHECKPOINT_UNCHAINED", "OBJECT_UNKNOWN")
 KEEP_ALL = RetentionSettings()
 
 
@@ -55,6 +61,15 @@ class _Gathering:
     stored: dict[int, dict[int, StoredShard]] = field(default_factory=dict)
 
 
+def _ignore(_record: CheckpointRecord) -> None:
+    """Who hears of checkpoints where nobody does."""
+
+
+def _nothing(_job_id: str) -> Collection[int]:
+    """What must stay where nobody needs any."""
+    return ()
+
+
 class CheckpointShelf:
     """Takes what the devices hand on, under current leases. Belongs to the coordinator's event loop."""
 
@@ -71,6 +86,8 @@ class CheckpointShelf:
         self._retention = retention
         self._book, self._store, self._storage = book, store, storage
         self._gatherings: dict[str, _Gathering] = {}
+        self.on_recorded: Callable[[CheckpointRecord], None] = _ignore
+        self.needed: Callable[[str], Collection[int]] = _nothing  # versions of a job that must stay for now
 
     def expect(self, lease: Lease, adapter: AdapterSpec) -> None:
         """Checkpoints of `adapter` will come, a part from each of the lease's devices."""
@@ -90,6 +107,7 @@ class CheckpointShelf:
         gathering = self._gatherings.get(part.job_id)
         if gathering is None or not gathering.lease.covers(part):
             raise LeaseLost(part, "LEASE_ENDED", "the lease is no longer open")
+        await self._check_arrived(gathering, part, version, content)
         begin = time.monotonic()
         await self._store_part(gathering, part, version, content, sha256)
         self._spans.add(
@@ -101,6 +119,55 @@ class CheckpointShelf:
             version=version,
             bytes=len(content),
         )
+
+    async def newest_good(
+        self, record: JobRecord, plan: TrainingPlan
+    ) -> tuple[CheckpointRecord, tuple[RecordedLink, ...]] | None:
+        """The newest checkpoint to go on from, and its links; None: from the seed.
+
+        One above the recorded version is left out, since its last steps never became part of the record. One
+        that is damaged, or not of the job's update chain, leaves the record: event `checkpoint.refused`.
+        """
+        found = await self._store.checkpoints(record.job_id)
+        for checkpoint in reversed([each for each in found if each.version <= record.version]):
+            links = await self._store.links(record.job_id, checkpoint.version)
+            try:
+                await asyncio.to_thread(self._check_stored, checkpoint, plan, links)
+            except ColaError as error:
+                if error.reason not in _UNUSABLE:
+                    raise
+                await self._refuse(checkpoint, error)
+            else:
+                return checkpoint, links
+        return None
+
+    async def _refuse(self, checkpoint: CheckpointRecord, error: ColaError) -> None:
+        message = f"the checkpoint of version {checkpoint.version} is not used: {error}"
+        data = {"version": checkpoint.version, "reason": error.reason}
+        await self._store.add_event(
+            checkpoint.job_id, "checkpoint.refused", message, data=data, level="warning"
+        )
+        await self._store.retire_checkpoints(checkpoint.job_id, [checkpoint.version])
+
+    def _check_stored(
+        self, record: CheckpointRecord, plan: TrainingPlan, links: Sequence[RecordedLink]
+    ) -> None:
+        for number in range(plan.shards):
+            content = self.read_shard(record, plan, number)
+            if links:
+                check_chained(content, links[number])
+
+    async def _check_arrived(self, gathering: _Gathering, part: Lease, version: int, content: bytes) -> None:
+        """Raises Conflict `CHECKPOINT_UNCHAINED`; the lease is lost: the job goes on from the last one."""
+        links = await until_available(lambda: self._store.links(part.job_id, version))
+        if not links:
+            return
+        number = gathering.lease.device_ids.index(part.device_id)
+        try:
+            await asyncio.to_thread(check_chained, content, links[number])
+        except ColaError as error:
+            self._book.lose(part, reason=error.reason, message=error.message)
+            raise
 
     async def _store_part(
         self, gathering: _Gathering, part: Lease, version: int, content: bytes, sha256: str
@@ -156,8 +223,19 @@ class CheckpointShelf:
             sha256=whole.sha256,
         )
         await until_available(lambda: self._store.record_checkpoint(record))
+        self.on_recorded(record)  # first: whoever wakes by the next line may ask what is to be checked
         self._book.checkpointed(lease, version)
-        await retire(lease.job_id, store=self._store, storage=self._storage, settings=self._retention)
+        await self.retire(lease.job_id)
+
+    async def retire(self, job_id: str) -> None:
+        """Delete what of the job's checkpoints need not be kept."""
+        await retire(
+            job_id,
+            store=self._store,
+            storage=self._storage,
+            settings=self._retention,
+            keep=self.needed(job_id),
+        )
 
     async def _put(self, key: str, content: bytes) -> None:
         await until_available(lambda: asyncio.to_thread(self._storage.put, key, content))
@@ -171,6 +249,21 @@ def read_checkpoint(storage: ObjectStorage, record: CheckpointRecord) -> bytes:
         return content
     shards = [_read_shard(storage, record, index, number) for number in range(len(index.shards))]
     return join_checkpoints(index.adapter, shards)
+
+
+def check_chained(content: bytes, link: RecordedLink) -> None:
+    """The checkpoint holds the very weights that the job's update chain has at this version.
+
+    Raises Conflict `CHECKPOINT_UNCHAINED`, InvalidInput `CHECKPOINT_INVALID`.
+    """
+    _, version, weights = checkpoint_weights(content)
+    digest = content_digest(np.ascontiguousarray(each).data.cast("B") for each in weights.values())
+    if version != link.version or not link.holds(digest):
+        raise Conflict(
+            "CHECKPOINT_UNCHAINED",
+            f"a checkpoint of version {version} does not hold the weights that were recorded",
+            limit=f"version {link.version}, link {link.digest.hex()[:16]}",
+        )
 
 
 def _index(record: CheckpointRecord, content: bytes) -> ShardIndex | None:

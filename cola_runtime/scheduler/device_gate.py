@@ -17,7 +17,7 @@ from cola_runtime.types import TrustClass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Admission:
     trust: TrustClass
-    until: datetime | None = None  # end of the certificate that the device has shown; None: it has none
+    until: datetime | None = None  # end of the certificate, or of the token, that it has shown
 
 
 class DeviceGate:
@@ -30,12 +30,19 @@ class DeviceGate:
     async def admit(self, hello: Any, certificate: bytes | None) -> Admission:
         """What the device may do, and until when.
 
-        Raises Unauthenticated: `DEVICE_ID_MISMATCH`, `DEVICE_UNKNOWN`, `DEVICE_REVOKED`, `JOIN_TOKEN_WRONG`.
+        Raises Unauthenticated: `DEVICE_ID_MISMATCH`, `DEVICE_UNKNOWN`, `DEVICE_REVOKED`, `JOIN_TOKEN_WRONG`,
+        `DEVICE_QUARANTINED`.
         """
+        admission = await self._identify(hello, certificate)
+        await self._registry.check_not_quarantined(hello.device_id)
+        return admission
+
+    async def _identify(self, hello: Any, certificate: bytes | None) -> Admission:
         if certificate is None:
             if hmac.compare_digest(hello.join_token.encode(), self._join_token.encode()):
                 return Admission(trust=TrustClass.TRUSTED)
-            return Admission(trust=await self._registry.trust_by_token(hello.join_token, hello.device_id))
+            token = await self._registry.trust_by_token(hello.join_token, hello.device_id)
+            return Admission(trust=token.trust_class, until=datetime.fromisoformat(token.expires_at))
         shown = read_certificate(certificate)
         if shown.name != hello.device_id:
             raise Unauthenticated(

@@ -36,7 +36,7 @@ from cola_runtime.transport.frames import DType, TensorAddress, WireTensor
 from cola_runtime.transport.handshake import receive_hello
 from cola_runtime.transport.reader import FrameLimits, ReceivedTensor
 from cola_runtime.transport.stream import FrameStream, ReceivedControl
-from cola_runtime.types import Lease, TensorKind
+from cola_runtime.types import Lease, TensorKind, TrustClass
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,10 @@ class DeviceStatus:
     busy_seconds: float
     trust_class: str
     pid: int
+
+
+def _ignore(_device_id: str, _reason: str) -> None:
+    """Who hears of faults where nobody does."""
 
 
 class DevicePool:
@@ -84,6 +88,8 @@ class DevicePool:
         self.closing = False  # devices that leave from now on are not lost
         self._storing: set[asyncio.Task[None]] = set()
         self.on_checkpoint: CheckpointSink | None = None
+        self.on_dismissed: Callable[[str], Awaitable[None]] | None = None  # its other streams end, too
+        self.on_fault: Callable[[str, str], None] = _ignore  # (device, reason of reasons.py)
         self._spans = DeviceSpans()
         self._recording = False
 
@@ -96,10 +102,14 @@ class DevicePool:
         await self._admit(device)
         try:
             await self._welcome(device)
+            await self._gate.admit(hello, stream.certificate)  # it may have been put out in between
             if self._recording:
                 record = control_pb2.RecordSpans(on=True)
                 await device.stream.send_control(control_pb2.DeviceControl(record_spans=record))
             await self._listen(device)
+        except ProtocolError as error:
+            self.on_fault(hello.device_id, error.reason)
+            raise
         finally:
             self._forget(device, "its control stream ended")
 
@@ -144,6 +154,28 @@ class DevicePool:
         """The able devices that would be through first (`placement.place`); none if there are too few."""
         return place(job_id, demand, self._offers(job_id), count)
 
+    def trust(self, device_id: str) -> TrustClass | None:
+        """None: it is not connected."""
+        device = self._devices.get(device_id)
+        return None if device is None else device.admission.trust
+
+    def trusted_beside(self, device_id: str) -> str | None:
+        """The trusted device with the fewest leases, other than this one; None: there is none."""
+        able = [
+            name
+            for name, device in self._devices.items()
+            if name != device_id and device.admission.trust is TrustClass.TRUSTED and not device.draining
+        ]
+        return min(able, key=lambda name: (len(self._book.on_device(name)), name), default=None)
+
+    async def wait_trusted_beside(self, device_id: str) -> str:
+        """As `trusted_beside`, as soon as there is one."""
+        async with self._joined:
+            await self._joined.wait_for(lambda: self.trusted_beside(device_id) is not None)
+            found = self.trusted_beside(device_id)
+        assert found is not None, "nothing ran in between"
+        return found
+
     def draining(self, device_id: str) -> bool:
         device = self._devices.get(device_id)
         return device is not None and device.draining
@@ -161,11 +193,17 @@ class DevicePool:
         return found or ("all devices are draining" if draining else "")
 
     async def grant(
-        self, lease: Lease, plan: TrainingPlan, *, checkpoint: bytes | None, gradient_endpoint: str
+        self,
+        lease: Lease,
+        plan: TrainingPlan,
+        *,
+        checkpoint: bytes | None,
+        gradient_endpoint: str,
+        chain: bytes = b"",
     ) -> None:
         """Tell the device to train the plan's adapter, or its shard, from its seed or from a checkpoint.
 
-        Its taps come from `gradient_endpoint`.
+        Its taps come from `gradient_endpoint`. `chain` is the checkpoint's recorded link.
         """
         device = self._device(lease)
         message = lease_grant(
@@ -178,6 +216,7 @@ class DevicePool:
             gradient_endpoint=gradient_endpoint,
             max_staleness=plan.max_staleness,
             shards=plan.shards,
+            chain=chain,
         )
         async with device.sending:
             if checkpoint is not None:
@@ -216,14 +255,18 @@ class DevicePool:
                 await device.stream.close()
             now = datetime.now(UTC)
             for device in [d for d in self._devices.values() if (d.admission.until or now) < now]:
-                await self.dismiss(device.hello.device_id, "its certificate has expired")
+                proof = "join token" if device.stream.certificate is None else "certificate"
+                await self.dismiss(device.hello.device_id, f"its {proof} has expired")
             self._rebalance()
 
     async def dismiss(self, device_id: str, why: str) -> None:
-        """End the device's stream, if it is there; whether it may come back is the gate's to say."""
+        """End the device's streams, if it is there; whether it may come back is the gate's to say."""
         device = self._devices.get(device_id)
         if device is not None:
             self._forget(device, why)
+        if self.on_dismissed is not None:
+            await self.on_dismissed(device_id)
+        if device is not None:
             await device.stream.close()
 
     def _rebalance(self) -> None:
@@ -370,6 +413,7 @@ class DevicePool:
             await self.on_checkpoint(lease, version, content, digest)
         except (ColaError, LeaseLost) as error:
             logger.warning("checkpoint not kept: %s", error, extra={"event": "checkpoint.not_kept"})
+            self.on_fault(lease.device_id, error.reason)
 
     def _forget(self, device: ConnectedDevice, why: str) -> None:
         device_id = device.hello.device_id

@@ -211,6 +211,8 @@ class JobDriver:
             await self._primitives.wait_checkpoint(adapter)  # the device makes one of the last step unasked
         else:
             await self._primitives.checkpoint(adapter)
+        self._phase.enter("spot checks", "waiting until its last steps are checked")
+        await self._primitives.settle(adapter)
 
     def _finished(self, adapter: LeasedAdapter) -> bool:
         last = adapter.version == self._plan.schedule.total_steps
@@ -389,4 +391,5 @@ def _step_record(adapter: LeasedAdapter, rows: list[Row], outcome: StepOutcome) 
         bytes_down=outcome.applied.bytes_down,
         base_seconds=outcome.loss.base_seconds,
         device_seconds=outcome.applied.device_seconds,
+        chain=" ".join(outcome.applied.links),
     )

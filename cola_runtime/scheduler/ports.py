@@ -24,6 +24,12 @@ class BaseModelPort(Protocol):
 
     async def end_lease(self, job_id: str, epoch: int) -> None: ...
 
+    async def forget_steps(self, job_id: str, epoch: int, *, before: int) -> None:
+        """What was retained for steps of the lease that lead to versions up to `before` may go."""
+
+    async def dismiss_device(self, device_id: str) -> None:
+        """End the device's gradient stream; tickets that it was given before open none."""
+
     async def run(self, step: BaseStep) -> BaseStepResult: ...
 
     async def next_events(self, after: int) -> tuple[int, list[BaseEvent]]:

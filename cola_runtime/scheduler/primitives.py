@@ -27,9 +27,11 @@ from cola_runtime.scheduler.leases import LeaseBook, LeaseLost
 from cola_runtime.scheduler.packing import first_prompts
 from cola_runtime.scheduler.placement import Demand
 from cola_runtime.scheduler.replicas import Replica, ReplicaSet
+from cola_runtime.scheduler.spot_checks import SpotChecks
 from cola_runtime.scheduler.tickets import Computed
 from cola_runtime.scheduler.waiting import Due
 from cola_runtime.types import Gang, Lease, Row, Segment, StepApplied, TapPlan
+from cola_runtime.update_chain import RecordedLink
 
 logger = logging.getLogger(__name__)
 
@@ -91,20 +93,16 @@ class AdapterPrimitives:
         book: LeaseBook,
         store: JobStore,
         checkpoints: CheckpointShelf,
+        checks: SpotChecks,
     ) -> None:
         self._replicas, self._pool, self._book = replicas, pool, book
-        self._store, self._checkpoints = store, checkpoints
+        self._store, self._checkpoints, self._checks = store, checkpoints, checks
 
     async def open(self, record: JobRecord, plan: TrainingPlan) -> LeasedAdapter:
         """Lease the adapter to a device (one per shard), from the newest usable checkpoint or from its seed.
 
-        A checkpoint above the recorded version is not used: its last steps never became part of the
-        record. Steps above the checkpoint leave the record and are computed again.
+        Steps above the checkpoint leave the record and are computed again.
         """
-        checkpoints = await self._store.checkpoints(record.job_id)
-        usable = max(
-            (c for c in checkpoints if c.version <= record.version), key=lambda c: c.version, default=None
-        )
         lease, replica = await self._take_lease(record.job_id, plan)
         membership = plan.membership(record.job_id)
         adapter = LeasedAdapter(
@@ -114,19 +112,24 @@ class AdapterPrimitives:
             plan=plan,
             taps=plan.taps,
             gang=membership.gang if membership else None,
-            version=usable.version if usable else 0,
+            version=0,
         )
         try:
+            # Now, not before it had a device: meanwhile a checkpoint may have been taken back.
+            usable, links = await self._checkpoints.newest_good(record, plan) or (None, ())
+            adapter.version = usable.version if usable else 0
             if adapter.version < record.version:
                 await self._store.rewind(lease, adapter.version)
             self.recorded(adapter)
             if usable is not None:
                 self._book.checkpointed(lease, usable.version)
-            terms = LeaseTerms(spec=plan.adapter, membership=membership, max_staleness=plan.max_staleness)
+            terms = LeaseTerms(
+                spec=plan.adapter, membership=membership, max_staleness=plan.max_staleness, origins=links
+            )
             replica.loop.note_adapter(record.job_id, limited_bytes(plan, replica.description))
             await replica.base.lease(lease, terms)
             crash_points.reach("lease.base_told")
-            await self._grant(adapter, usable)
+            await self._grant(adapter, usable, links)
             crash_points.reach("lease.device_told")
             await self._book.wait_version(lease, adapter.version, timeout_seconds=OPEN_TIMEOUT_SECONDS)
         except BaseException:
@@ -149,7 +152,9 @@ class AdapterPrimitives:
                     self._book.open(lease, replica=replica.name)
                     return lease, replica
 
-    async def _grant(self, adapter: LeasedAdapter, usable: CheckpointRecord | None) -> None:
+    async def _grant(
+        self, adapter: LeasedAdapter, usable: CheckpointRecord | None, links: Sequence[RecordedLink]
+    ) -> None:
         """To each shard's device, one after the other: one of the checkpoints at a time is in memory."""
         lease, plan = adapter.lease, adapter.plan
         endpoint = adapter.replica.description.gradient_endpoint
@@ -158,7 +163,8 @@ class AdapterPrimitives:
             blob = None
             if usable is not None:
                 blob = await asyncio.to_thread(self._checkpoints.read_shard, usable, plan, number)
-            await self._pool.grant(part, of_shard, checkpoint=blob, gradient_endpoint=endpoint)
+            chain = links[number].digest if links else b""
+            await self._pool.grant(part, of_shard, checkpoint=blob, gradient_endpoint=endpoint, chain=chain)
 
     async def forward(self, adapter: LeasedAdapter, rows: Sequence[Row]) -> Loss:
         """Losses of rows under the adapter's current version; nothing is trained."""
@@ -228,6 +234,9 @@ class AdapterPrimitives:
         """Compute a step's rows at `version`; their taps train the version that is `staleness` steps on."""
         parts = [part for microbatch in microbatches for part in adapter.replica.loop.parts(microbatch)]
         denominator = sum(row.loss_weight for part in parts for row in part)
+        retained = self._checks.retains(
+            adapter.lease, adapter.plan, version + staleness, replica=adapter.replica
+        )
         segments = [
             Segment(
                 lease=adapter.lease,
@@ -240,6 +249,7 @@ class AdapterPrimitives:
                 staleness=staleness,
                 gang=adapter.gang,
                 loss_scaling=adapter.plan.loss_scaling,
+                retained=retained,
             )
             for i, part in enumerate(parts)
         ]
@@ -280,6 +290,11 @@ class AdapterPrimitives:
             adapter.lease, adapter.version, timeout_seconds=CHECKPOINT_TIMEOUT_SECONDS
         )
 
+    async def settle(self, adapter: LeasedAdapter) -> None:
+        """Return when no spot check of the job is under way. Raises LeaseLost if one put its device out."""
+        await self._checks.settle(adapter.lease.job_id)
+        self._book.check(adapter.lease)
+
     async def close(self, adapter: LeasedAdapter) -> None:
         """Give the lease back. The bank keeps the weights for generation until they are evicted."""
         self._book.close(adapter.lease)
@@ -293,6 +308,7 @@ class AdapterPrimitives:
                 await ending
             except (ColaError, OSError) as error:
                 logger.info("lease end not delivered: %s", error, extra={"event": "lease.end_undelivered"})
+        await self._checks.closed(adapter.lease)
 
     async def _compute(
         self, adapter: LeasedAdapter, segments: list[Segment], *, train: bool

@@ -10,20 +10,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from cola_runtime.errors import ColaError
 from cola_runtime.jobs.plan import TrainingPlan
 from cola_runtime.scheduler.leases import LeaseBook
 from cola_runtime.scheduler.loop import SchedulerLoop
 from cola_runtime.scheduler.placement import Demand, Move, Offer, place, rebalance
 from cola_runtime.scheduler.ports import BaseModelPort
 from cola_runtime.scheduler.waiting import Share
+from cola_runtime.transport.handshake import TICKET_SECONDS
 from cola_runtime.types import BaseEvent, BaseModelDescription, DeviceLinkChanged, StepApplied, StepRefused
 
 logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 0.5
+DISMISS_SECONDS = 5.0  # a replica that hangs must not keep a device's other streams open
+
+
+def _ignore(_device_id: str, _reason: str) -> None:
+    """Who hears of faults where nobody does."""
 
 
 def replica_name(base_model: str, number: int) -> str:
@@ -141,6 +149,10 @@ class ReplicaSet:
         self._rebalance_seconds = rebalance_seconds
         self._residents = Residents()
         self._came_back = asyncio.Condition()
+        self._dismissed: dict[
+            str, float
+        ] = {}  # devices, and when; as long as tickets from before could be valid
+        self.on_fault: Callable[[str, str], None] = _ignore  # (device, reason of reasons.py)
         for replica in replicas:
             replica.loop.share_counters([other.loop for other in replicas if other is not replica])
 
@@ -170,6 +182,24 @@ class ReplicaSet:
     def leave(self, job_id: str) -> None:
         """The job has ended, or waits for its tenant."""
         self._residents.leave(job_id)
+
+    async def dismiss(self, device_id: str) -> None:
+        """End the device's gradient stream at every replica; tickets from before open none, at none."""
+        now = time.monotonic()
+        self._dismissed = {name: at for name, at in self._dismissed.items() if now - at <= TICKET_SECONDS} | {
+            device_id: now
+        }
+        await asyncio.gather(*(self._dismiss_at(replica, device_id) for replica in self.all))
+
+    async def _dismiss_at(self, replica: Replica, device_id: str) -> None:
+        try:
+            async with asyncio.timeout(DISMISS_SECONDS):
+                await replica.base.dismiss_device(device_id)
+        except (
+            ColaError,
+            TimeoutError,
+        ) as error:  # with the replica the stream has gone; it is told when back
+            logger.warning("%s not told: %s", replica.name, error, extra={"event": "device.end_undelivered"})
 
     async def wait_ready(self) -> None:
         """Return when a replica answers."""
@@ -259,9 +289,12 @@ class ReplicaSet:
             self._book.applied(event)
         elif isinstance(event, StepRefused):
             self._book.lose(event.lease, reason=event.reason, message=event.message)
+            if not event.lease.further_device_ids:  # of several devices nobody knows which it was
+                self.on_fault(event.lease.device_id, event.reason)
         elif isinstance(event, DeviceLinkChanged):
             replica.loop.park(event.device_id, parked=event.parked and event.connected)
             if not event.connected:
+                self.on_fault(event.device_id, event.fault)
                 self._book.lose_link(
                     event.device_id,
                     replica=replica.name,
@@ -284,6 +317,8 @@ class ReplicaSet:
             await asyncio.sleep(RETRY_SECONDS)
             try:
                 replica.description = await replica.base.describe()
+                for device_id in list(self._dismissed):  # a new process knows of none
+                    await replica.base.dismiss_device(device_id)
                 break
             except Exception as error:
                 logger.warning("%s not back yet: %s", replica.name, error, extra={"event": "base.waiting"})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Collection
 
 from cola_runtime.config import RetentionSettings
 from cola_runtime.jobs.records import CheckpointRecord
@@ -29,14 +30,21 @@ def shard_key(index_key: str, number: int) -> str:
 
 
 async def retire(
-    job_id: str, *, store: JobStore, storage: ObjectStorage, settings: RetentionSettings
+    job_id: str,
+    *,
+    store: JobStore,
+    storage: ObjectStorage,
+    settings: RetentionSettings,
+    keep: Collection[int] = (),
 ) -> None:
-    """Delete the job's superfluous checkpoints; the best evaluation's stays."""
+    """Delete the job's superfluous checkpoints; pinned ones, the best one and those of `keep` stay."""
     if settings.keep_last is None and settings.max_bytes_per_job is None:
         return
     best = await until_available(lambda: store.best_evaluation(job_id))
     checkpoints = await until_available(lambda: store.checkpoints(job_id))
-    gone = superfluous(checkpoints, keep=() if best is None else (best.step,), settings=settings)
+    kept = {*keep, *(each.version for each in checkpoints if each.pinned)}
+    kept |= set() if best is None else {best.step}
+    gone = superfluous(checkpoints, keep=kept, settings=settings)
     if gone:
         versions = [record.version for record in gone]
         await until_available(lambda: store.retire_checkpoints(job_id, versions))

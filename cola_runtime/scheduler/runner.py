@@ -7,10 +7,11 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from pydantic import ValidationError
 
-from cola_runtime.config import RetentionSettings
+from cola_runtime.config import RetentionSettings, SpotCheckSettings
 from cola_runtime.errors import ColaError, Conflict, InvalidInput
 from cola_runtime.gradients.planner import Costs
 from cola_runtime.jobs.plan import as_recorded, job_taps, job_workload, training_plan
@@ -26,14 +27,16 @@ from cola_runtime.scheduler.leases import LeaseBook
 from cola_runtime.scheduler.patience import until_available
 from cola_runtime.scheduler.ports import BaseModelPort
 from cola_runtime.scheduler.primitives import AdapterPrimitives
+from cola_runtime.scheduler.quarantine import QuarantineDesk
 from cola_runtime.scheduler.replicas import Replica, ReplicaSet, ReplicaStatus
 from cola_runtime.scheduler.slots import JobSlots
+from cola_runtime.scheduler.spot_checks import SpotChecks
 from cola_runtime.scheduler.trace_desk import TraceDesk
 from cola_runtime.scheduler.waiting import Share
 from cola_runtime.spec import JobSpec
 from cola_runtime.storage.objects import ObjectStorage
 from cola_runtime.trace.spans import SpanRecorder
-from cola_runtime.types import BaseModelDescription
+from cola_runtime.types import BaseModelDescription, Lease
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +76,7 @@ class JobRunner:
         storage: ObjectStorage,
         spans: SpanRecorder,
         retention: RetentionSettings,
+        spot_checks: SpotCheckSettings,
     ) -> None:
         self._base_models = dict(base_models)
         self.spans = spans
@@ -82,9 +86,28 @@ class JobRunner:
         self.checkpoints = CheckpointShelf(
             book=book, store=store, storage=storage, spans=spans, retention=retention
         )
+        self.quarantine = QuarantineDesk(pool=pool, book=book, store=store)
+        self._checks = SpotChecks(
+            spot_checks,
+            pool=pool,
+            book=book,
+            store=store,
+            desk=self.quarantine,
+            read=partial(read_checkpoint, storage),
+        )
+        self.checkpoints.on_recorded, self.checkpoints.needed = self._checks.recorded, self._checks.needed
+        pool.on_checkpoint, pool.on_dismissed = self._take_checkpoint, self._dismiss_device
+        pool.on_fault = self.quarantine.strike
+        for served in self._base_models.values():
+            served.replicas.on_fault = self.quarantine.strike
         self._primitives = {
             name: AdapterPrimitives(
-                replicas=served.replicas, pool=pool, book=book, store=store, checkpoints=self.checkpoints
+                replicas=served.replicas,
+                pool=pool,
+                book=book,
+                store=store,
+                checkpoints=self.checkpoints,
+                checks=self._checks,
             )
             for name, served in self._base_models.items()
         }
@@ -116,6 +139,7 @@ class JobRunner:
         """Stop driving: jobs stay as they are recorded and go on at the next `open`."""
         self._pool.closing = True
         self._deadlines.close()
+        self._checks.close()
         tasks = [*self._tasks.values(), *self._background]
         for task in tasks:
             task.cancel()
@@ -159,6 +183,10 @@ class JobRunner:
         if record.state is JobState.PAUSED:
             await self._store.transition(job_id, Trigger.RESUME, message="resumed at its tenant's request")
         await self.start(job_id)
+
+    async def retire(self, job_id: str) -> None:
+        """Delete what of the job's checkpoints need not be kept."""
+        await self.checkpoints.retire(job_id)
 
     def set_terms(self, tenant_id: str, terms: TenantTerms) -> None:
         """What the tenant is entitled to from now on."""
@@ -322,6 +350,14 @@ class JobRunner:
                 remedy="Wait for its first checkpoint: `cola jobs checkpoints`.",
             )
         return checkpoint.version, await asyncio.to_thread(read_checkpoint, self._storage, checkpoint)
+
+    async def _take_checkpoint(self, lease: Lease, version: int, content: bytes, sha256: str) -> None:
+        if not self._checks.arrived(lease, content):
+            await self.checkpoints.store(lease, version, content, sha256)
+
+    async def _dismiss_device(self, device_id: str) -> None:
+        """Its streams end at every replica of every base model."""
+        await asyncio.gather(*(served.replicas.dismiss(device_id) for served in self._base_models.values()))
 
 
 def _stored_spec(record: JobRecord) -> JobSpec:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
@@ -58,7 +58,9 @@ def key_message(key: ApiKey) -> jobs_pb2.Key:
     return _message(jobs_pb2.Key, key, tenant=key.tenant_name, scopes=sorted(key.scopes))
 
 
-def description_message(overview: Overview, version: str) -> jobs_pb2.ServiceDescription:
+def description_message(
+    overview: Overview, version: str, quarantined: Iterable[str]
+) -> jobs_pb2.ServiceDescription:
     return _message(
         jobs_pb2.ServiceDescription,
         overview.statistics,
@@ -67,6 +69,7 @@ def description_message(overview: Overview, version: str) -> jobs_pb2.ServiceDes
         degraded=overview.degraded,
         base_models=[_base_model(model, overview.statistics.replicas) for model in overview.base_models],
         devices=[_message(jobs_pb2.DeviceInfo, device) for device in overview.devices],
+        quarantined_devices=quarantined,
     )
 
 

@@ -21,7 +21,7 @@ from cola_runtime.server.rpc import Call, Method, RpcHandlers
 from cola_runtime.server.rules import rules_of
 from cola_runtime.server.service import BEST, FineTuningService
 from cola_runtime.server.upload import UploadGate, receive_submission
-from cola_runtime.transport.endpoints import OnStream, StreamMethod, add_stream_method
+from cola_runtime.transport.endpoints import HOSTILE_OPTIONS, OnStream, StreamMethod, add_stream_method
 from cola_runtime.transport.tls import bind_port, check_floor
 
 _TERMS = tuple(field.name for field in dataclasses.fields(TermChanges))
@@ -37,6 +37,7 @@ SERVER_OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
     # Clients ping every 30 s; without this a silent event stream counts as a flood after the third ping.
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    *HOSTILE_OPTIONS,
     ("grpc.so_reuseport", 0),
 )
 
@@ -150,6 +151,19 @@ class JobsMethods:
         messages = [convert.checkpoint_message(each, best_step=best_step) for each in found]
         return jobs_pb2.ListCheckpointsResponse(checkpoints=messages)
 
+    async def PinCheckpoint(self, request: jobs_pb2.PinCheckpointRequest, call: Call) -> jobs_pb2.Checkpoint:
+        version = request.version if request.HasField("version") else None
+        pinned = await self._service.pin(call.tenant, request.job_id, version=version)
+        best_step = await self._service.best_step(call.tenant, request.job_id)
+        return convert.checkpoint_message(pinned, best_step=best_step)
+
+    async def UnpinCheckpoint(
+        self, request: jobs_pb2.UnpinCheckpointRequest, call: Call
+    ) -> jobs_pb2.Checkpoint:
+        unpinned = await self._service.unpin(call.tenant, request.job_id, version=request.version)
+        best_step = await self._service.best_step(call.tenant, request.job_id)
+        return convert.checkpoint_message(unpinned, best_step=best_step)
+
     async def ExportAdapter(
         self, request: jobs_pb2.ExportAdapterRequest, call: Call
     ) -> AsyncIterator[jobs_pb2.FileChunk]:
@@ -181,13 +195,22 @@ class JobsMethods:
     async def DescribeService(
         self, request: jobs_pb2.DescribeServiceRequest, call: Call
     ) -> jobs_pb2.ServiceDescription:
-        return convert.description_message(self._service.describe(call.tenant), cola_runtime.__version__)
+        names = await self._service.recall.quarantined_devices()
+        return convert.description_message(
+            self._service.describe(call.tenant), cola_runtime.__version__, names
+        )
 
     async def CreateKey(self, request: jobs_pb2.CreateKeyRequest, call: Call) -> jobs_pb2.NewKey:
         changes = TermChanges(
             **{name: getattr(request, name) for name in _TERMS if request.HasField(name)},
         )
-        created = await keys.create_key(self._service.store, request.tenant, request.scopes, changes=changes)
+        created = await keys.create_key(
+            self._service.store,
+            request.tenant,
+            request.scopes,
+            changes=changes,
+            expires_in_seconds=request.expires_in_seconds,
+        )
         self._service.terms_changed(created.tenant_id, created.terms)
         return jobs_pb2.NewKey(
             key=created.key,

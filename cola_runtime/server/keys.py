@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection
 from dataclasses import dataclass
+from datetime import timedelta
 
 from cola_runtime import ids
 from cola_runtime.errors import Conflict, InvalidInput, NotFound
@@ -13,6 +14,7 @@ from cola_runtime.jobs.records import ApiKey, TenantTerms, TermChanges
 from cola_runtime.jobs.store import ALL_SCOPES, JobStore
 from cola_runtime.server.rules import ADMIN, READ, TENANT_SCOPES, WRITE
 
+MOST_KEY_SECONDS = 10 * 365 * 86_400
 KNOWN_SCOPES = (READ, WRITE, ADMIN, ALL_SCOPES)
 
 
@@ -31,13 +33,16 @@ async def create_key(
     scopes: Collection[str] = (),
     *,
     changes: TermChanges | None = None,
+    expires_in_seconds: int = 0,
     audited_as: str = "",
 ) -> CreatedKey:
     """A new key; a tenant of that name is created if there is none, and its terms changed.
 
     `audited_as` is who asks, where no door leaves an audit entry.
 
-    Raises InvalidInput `SCOPE_UNKNOWN`, `TERMS_INVALID`.
+    With 0 seconds it does not end by itself.
+
+    Raises InvalidInput `SCOPE_UNKNOWN`, `TERMS_INVALID`, `KEY_LIFE`.
     """
     wanted = tuple(sorted(set(scopes) or TENANT_SCOPES))
     unknown = [scope for scope in wanted if scope not in KNOWN_SCOPES]
@@ -48,11 +53,20 @@ async def create_key(
             where="scopes",
             remedy=f"Known scopes: {', '.join(KNOWN_SCOPES)}.",
         )
+    if expires_in_seconds > MOST_KEY_SECONDS:
+        raise InvalidInput(
+            "KEY_LIFE",
+            "a key with an end is not valid for so long",
+            where="expires_in_seconds",
+            limit=MOST_KEY_SECONDS,
+            actual=expires_in_seconds,
+        )
     with contextlib.suppress(Conflict):  # the tenant exists already
         await store.create_tenant(tenant)
     tenant_id = next(each.tenant_id for each in await store.tenants() if each.name == tenant)
     terms = await store.change_terms(tenant_id, changes or TermChanges())
-    key = await store.create_key(tenant, scopes=wanted)
+    life = timedelta(seconds=expires_in_seconds) if expires_in_seconds else None
+    key = await store.create_key(tenant, scopes=wanted, expires_in=life)
     if audited_as:
         told = f"tenant {tenant}, scopes {', '.join(wanted)}"
         await store.audit.add(

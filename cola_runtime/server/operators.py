@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 
 from cola_runtime.errors import Conflict, InvalidInput
 from cola_runtime.jobs.device_rows import DeviceRecord, TokenRecord
+from cola_runtime.jobs.quarantine_rows import Quarantine
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.server.limits import Limits
 from cola_runtime.transport.certificates import Authority, requested_key_sha256
@@ -29,6 +30,15 @@ class Enrolled:
     certificate_pem: bytes
     authority_pem: bytes
     device_endpoint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownDevice:
+    """What the store knows of a device; without TLS it is known only while it is in quarantine."""
+
+    device_id: str
+    registered: DeviceRecord | None = None
+    quarantine: Quarantine | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,8 +123,24 @@ class OperatorDesk:
             device_endpoint=self._port.endpoint,
         )
 
-    async def revoke(self, device_id: str) -> DeviceRecord:
+    async def devices(self) -> list[KnownDevice]:
+        """Those that hold a certificate, and those in quarantine."""
+        registry = self._store.devices
+        registered = {device.device_id: device for device in await registry.devices()}
+        put_out = {quarantine.device_id: quarantine for quarantine in await registry.quarantines()}
+        return [
+            KnownDevice(device_id=name, registered=registered.get(name), quarantine=put_out.get(name))
+            for name in sorted(registered.keys() | put_out.keys())
+        ]
+
+    async def revoke(self, device_id: str) -> KnownDevice:
         """It is let in no more, and what it holds goes to other devices. Raises NotFound."""
         device = await self._store.devices.revoke(device_id)
         await self._dismiss(device_id, "an operator has revoked it")
-        return device
+        return KnownDevice(device_id=device_id, registered=device)
+
+    async def reinstate(self, device_id: str) -> KnownDevice:
+        """It is in quarantine no more. Raises NotFound `DEVICE_NOT_QUARANTINED`."""
+        await self._store.devices.reinstate(device_id)
+        registered = [each for each in await self._store.devices.devices() if each.device_id == device_id]
+        return KnownDevice(device_id=device_id, registered=registered[0] if registered else None)

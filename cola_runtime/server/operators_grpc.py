@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from cola_runtime.jobs.device_rows import DeviceRecord
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.proto import operators_pb2
-from cola_runtime.server.operators import OperatorDesk
+from cola_runtime.server.operators import KnownDevice, OperatorDesk
 from cola_runtime.server.rpc import Call
 
 OPERATORS = operators_pb2.DESCRIPTOR.services_by_name["Operators"]
@@ -40,13 +39,17 @@ class OperatorsMethods:
     async def ListDevices(
         self, request: operators_pb2.ListDevicesRequest, call: Call
     ) -> operators_pb2.ListDevicesResponse:
-        found = await self._store.devices.devices()
-        return operators_pb2.ListDevicesResponse(devices=map(_device, found))
+        return operators_pb2.ListDevicesResponse(devices=map(_device, await self._desk.devices()))
 
     async def RevokeDevice(
         self, request: operators_pb2.RevokeDeviceRequest, call: Call
     ) -> operators_pb2.RegisteredDevice:
         return _device(await self._desk.revoke(request.device_id))
+
+    async def ReinstateDevice(
+        self, request: operators_pb2.ReinstateDeviceRequest, call: Call
+    ) -> operators_pb2.RegisteredDevice:
+        return _device(await self._desk.reinstate(request.device_id))
 
     async def ListAudit(
         self, request: operators_pb2.ListAuditRequest, call: Call
@@ -68,11 +71,12 @@ class OperatorsMethods:
         )
 
 
-def _device(device: DeviceRecord) -> operators_pb2.RegisteredDevice:
-    return operators_pb2.RegisteredDevice(
-        device_id=device.device_id,
-        trust_class=device.trust_class,
-        joined_at=device.joined_at,
-        expires_at=device.expires_at,
-        revoked_at=device.revoked_at or "",
-    )
+def _device(device: KnownDevice) -> operators_pb2.RegisteredDevice:
+    message = operators_pb2.RegisteredDevice(device_id=device.device_id)
+    if (registered := device.registered) is not None:
+        message.trust_class, message.joined_at = registered.trust_class, registered.joined_at
+        message.expires_at, message.revoked_at = registered.expires_at, registered.revoked_at or ""
+    if (quarantine := device.quarantine) is not None:
+        message.quarantined_at, message.quarantine_reason = quarantine.quarantined_at, quarantine.reason
+        message.quarantine_message = quarantine.message
+    return message

@@ -28,7 +28,7 @@ from cola_runtime.jobs.recall import Recall
 from cola_runtime.jobs.records import Tenant
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.proto import jobs_pb2
-from cola_runtime.server.auth import authenticate
+from cola_runtime.server.auth import authenticate, check_sdk
 from cola_runtime.server.limits import Limits
 from cola_runtime.server.rules import READ, Owner, Rule
 from cola_runtime.transport.status import abort_with
@@ -121,6 +121,7 @@ class RpcHandlers:
         So a method that forgot to look whose job it is has no other tenant's to forget it of. An empty
         reference names no object.
         """
+        check_sdk(tuple(context.invocation_metadata() or ()))
         peer = _host(context.peer())
         if rule.owner is Owner.NEWCOMER:
             _readable(request)

@@ -60,6 +60,10 @@ RULES: Mapping[str, Rule] = {
     "ListSteps": Rule(scope=READ, owner=Owner.JOB),
     "ListEvaluations": Rule(scope=READ, owner=Owner.JOB),
     "ListCheckpoints": Rule(scope=READ, owner=Owner.JOB),
+    "PinCheckpoint": Rule(scope=WRITE, owner=Owner.JOB, audit="checkpoint.pinned", audit_fields=("version",)),
+    "UnpinCheckpoint": Rule(
+        scope=WRITE, owner=Owner.JOB, audit="checkpoint.unpinned", audit_fields=("version",)
+    ),
     "ExportAdapter": Rule(scope=READ, owner=Owner.JOB, audit="adapter.exported"),
     "Generate": Rule(scope=WRITE, owner=Owner.JOB, deadline="generate_seconds"),
     "DescribeService": Rule(scope=READ, owner=Owner.SERVICE),
@@ -80,6 +84,7 @@ RULES: Mapping[str, Rule] = {
     ),
     "ListDevices": Rule(scope=ADMIN, owner=Owner.OPERATOR),
     "RevokeDevice": Rule(scope=ADMIN, owner=Owner.OPERATOR, audit="device.revoked"),
+    "ReinstateDevice": Rule(scope=ADMIN, owner=Owner.OPERATOR, audit="device.reinstated"),
     "ListAudit": Rule(scope=ADMIN, owner=Owner.OPERATOR),
     "JoinDevice": Rule(
         scope="", owner=Owner.NEWCOMER, audit="device.certified", audit_fields=("trust_class", "expires_at")

@@ -33,10 +33,12 @@ def lease_grant(
     gradient_endpoint: str,
     max_staleness: int = 0,
     shards: int = 1,
+    chain: bytes = b"",
 ) -> control_pb2.DeviceControl:
     """The LeaseGrant that follows the checkpoint's BLOB frames, if there are any.
 
     `gradient_endpoint` is the base model replica's. With `shards` above 1, `spec` is one of so many.
+    `chain` is the checkpoint's recorded link.
     """
     grant = control_pb2.LeaseGrant(
         lease=lease_to_proto(lease),
@@ -50,6 +52,7 @@ def lease_grant(
         max_staleness=max_staleness,
         shards=shards,
         gradient_endpoint=gradient_endpoint,
+        chain=chain,
     )
     return control_pb2.DeviceControl(lease_grant=grant)
 

@@ -42,9 +42,18 @@ STREAM_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
 )
+HOSTILE_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.absolute_max_metadata_size", 32 << 10),
+    ("grpc.server_handshake_timeout_ms", 10_000),  # of TLS and of HTTP/2's first frames
+    ("grpc.max_connection_idle_ms", 600_000),  # without a call; a client's next one dials again
+    ("grpc.max_allowed_incoming_connections", 4096),
+)
+"""Of every port: what one peer may hold without saying who it is."""
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MILLISECONDS // 2),
-    ("grpc.http2.max_ping_strikes", 0),
+    # A network that delays may bunch a few honest pings; a flood is thousands.
+    ("grpc.http2.max_ping_strikes", 20),
+    *HOSTILE_OPTIONS,
     ("grpc.so_reuseport", 0),
 )
 

@@ -59,14 +59,20 @@ def gradient_ticket(secret: str, device_id: str, *, now: float | None = None) ->
     return f"{until}.{_mac(secret, device_id, until)}"
 
 
-def check_ticket(secret: str, hello: control_pb2.GradientHello, certificate: bytes | None) -> None:
-    """Raises Unauthenticated `TICKET_WRONG`, or `DEVICE_ID_MISMATCH` for another device's certificate."""
+def check_ticket(
+    secret: str, hello: control_pb2.GradientHello, certificate: bytes | None, *, since: float = 0.0
+) -> None:
+    """Raises Unauthenticated `TICKET_WRONG`, or `DEVICE_ID_MISMATCH` for another device's certificate.
+
+    A ticket that was given out by `since` (time.time()) is wrong, too.
+    """
     if certificate is not None and read_certificate(certificate).name != hello.device_id:
         raise Unauthenticated("DEVICE_ID_MISMATCH", "the certificate is another device's")
     until, _, mac = hello.ticket.partition(".")
     moment = int(until) if until.isascii() and until.isdigit() and len(until) < 16 else 0
     expected = _mac(secret, hello.device_id, moment)
-    if not hmac.compare_digest(mac.encode(), expected.encode()) or moment < time.time():
+    too_old = moment < time.time() or moment - TICKET_SECONDS <= since
+    if not hmac.compare_digest(mac.encode(), expected.encode()) or too_old:
         raise Unauthenticated(
             "TICKET_WRONG",
             "the gradient ticket is not this device's, or has expired",

@@ -21,6 +21,8 @@ from cola_runtime import errors
 from cola_runtime.errors import ColaError, Violation
 
 DOMAIN = "cola"
+SDK_METADATA = "cola-sdk"
+"""Of every call of this package's client: its version."""
 MAX_STATUS_BYTES = 6000  # gRPC allows 8 KiB of trailing metadata, and base64 adds a third
 
 _DETAILS_KEY = "grpc-status-details-bin"

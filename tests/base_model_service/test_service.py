@@ -249,6 +249,7 @@ async def test_an_update_that_is_overtaken_by_the_leases_end_stays_out_of_the_ba
         device_seconds=0.0,
         bytes_up=0,
         bytes_down=0,
+        shards=(),
     )
     bench.service._install_soon(late)
     await bench.service.end_lease(JOBS[0], 1)
@@ -288,6 +289,7 @@ async def test_a_gangs_member_with_nan_weights_is_told_to_the_coordinator_and_it
         device_seconds=0.0,
         bytes_up=0,
         bytes_down=0,
+        shards=(),
     )
     bench.service._install_soon(sick)
     await bench.until(StepRefused, lease=lease_of(0), reason="NON_FINITE_ADAPTER")

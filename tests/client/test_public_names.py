@@ -71,6 +71,7 @@ def test_the_methods_are_exactly_those_intended() -> None:
         "jobs",
         "keys",
         "registered_devices",
+        "reinstate_device",
         "revoke_device",
         "revoke_key",
         "start_trace",
@@ -91,8 +92,10 @@ def test_the_methods_are_exactly_those_intended() -> None:
         "metrics",
         "name",
         "pause",
+        "pin",
         "refresh",
         "resume",
+        "unpin",
         "wait",
     }
 

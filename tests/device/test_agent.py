@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
@@ -21,7 +22,7 @@ from cola_runtime.base_model.updates import Update
 from cola_runtime.device.agent import DeviceAgent
 from cola_runtime.device.config import DeviceConfig
 from cola_runtime.device.session import AdapterSession
-from cola_runtime.errors import Fenced
+from cola_runtime.errors import Fenced, Unauthenticated
 from cola_runtime.proto import control_pb2
 from cola_runtime.transport import control
 from cola_runtime.transport.endpoints import GRADIENTS, connect
@@ -473,6 +474,23 @@ async def test_a_second_stream_of_one_device_replaces_the_first(fabric: Fabric) 
     await stream.close()
 
 
+async def test_a_dismissed_device_loses_its_stream_at_once_and_its_old_ticket_opens_none(
+    fabric: Fabric,
+) -> None:
+    stream = await _impostor(fabric, "d9")
+    fabric.server.dismiss("d9")
+    assert await stream.receive(timeout_seconds=WAIT_SECONDS) == [], "ended by the server"
+    await fabric.until(
+        lambda: DeviceLinkChanged(device_id="d9", connected=False, parked=False) in fabric.events
+    )
+    with pytest.raises(Unauthenticated) as refused:
+        await _impostor(fabric, "d9")
+    assert refused.value.reason == "TICKET_WRONG"
+    await (await _impostor(fabric, "d8")).close()
+    later = gradient_ticket(TOKEN, "d9", now=time.time() + 2)
+    await (await _impostor(fabric, "d9", ticket=later)).close()
+
+
 async def test_a_device_cannot_update_anothers_lease(fabric: Fabric) -> None:
     training = definition()
     await fabric.device("d1")
@@ -581,11 +599,11 @@ def _wide_site() -> Site:
     return Site(index=3, name="wide", kind=SiteKind.LINEAR, in_features=20_000, out_features=8, input_group=3)
 
 
-async def _impostor(fabric: Fabric, device_id: str, *, credit_bytes: int = 1 << 20) -> Any:
+async def _impostor(fabric: Fabric, device_id: str, *, credit_bytes: int = 1 << 20, ticket: str = "") -> Any:
     stream = await connect(fabric.coordinator.gradient_endpoint, GRADIENTS)
     hello = control_pb2.GradientHello(
         device_id=device_id,
-        ticket=gradient_ticket(TOKEN, device_id),
+        ticket=ticket or gradient_ticket(TOKEN, device_id),
         protocol_version=PROTOCOL_VERSION,
         credit_bytes=credit_bytes,
     )

@@ -14,19 +14,24 @@ from typing import Any, cast
 import pytest
 
 from cola_runtime.base_model.service import BaseModelService
-from cola_runtime.config import DeviceSettings, ServiceSettings
+from cola_runtime.client.asynchronous import AsyncClient
+from cola_runtime.config import DeviceSettings, ServiceSettings, TlsSettings
 from cola_runtime.runtime.certified import Identify
 from cola_runtime.runtime.coordinator import RunningService, running_coordinator
 from cola_runtime.scheduler.ports import BaseModelPort
 from cola_runtime.testing.chaos import LASTING, Chaos, FaultKind, StreamFault, Way
 from cola_runtime.testing.chaos_proxy import byte_proxy, frame_proxy
-from cola_runtime.testing.exactness import service_for, tenant_client
+from cola_runtime.testing.exactness import service_for
 from cola_runtime.testing.in_process import JOIN_TOKEN, InProcessDevices, running_replica
+from cola_runtime.transport.certificates import Authority, write_private
 from cola_runtime.types import BaseModelDescription
 from tests.faults.judging import MODEL, WAIT_SECONDS, Accept, Faultless, fault_job, judge
 
 PROXIES = {"bytes": byte_proxy, "frames": frame_proxy}
 HEALS_AFTER_SECONDS = {"coordinator": 5.0, "base model": 18.0}  # later than a stalled peer is given up
+OF_TLS = frozenset({
+    FaultKind.CUT, FaultKind.HALF_CLOSE, FaultKind.DUPLICATE, FaultKind.REORDER, FaultKind.CORRUPT
+})  # fmt: skip
 AT = {  # a unit in the middle of the job, on each link and way
     ("base model", "frames"): 12,
     ("base model", "bytes"): 12,
@@ -41,10 +46,11 @@ class StreamCase:
     proxy: str
     kind: FaultKind
     way: Way
+    tls: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.kind} of {self.proxy}, device and {self.link}, {self.way}"
+        return f"{self.kind} of {self.proxy}{' of TLS' * self.tls}, device and {self.link}, {self.way}"
 
     @property
     def quick(self) -> bool:
@@ -57,8 +63,11 @@ class StreamCase:
 
 
 def cases() -> list[StreamCase]:
-    """A frame cannot be stalled for long by who speaks gRPC: its pings are answered by the proxy itself."""
-    return [
+    """A frame cannot be stalled for long by who speaks gRPC: its pings are answered by the proxy itself.
+
+    Of TLS, what it makes another fault of: a byte that is changed or comes twice ends the connection.
+    """
+    plain = [
         StreamCase(link=link, proxy=proxy, kind=kind, way=way)
         for link in ("base model", "coordinator")
         for proxy in PROXIES
@@ -66,6 +75,9 @@ def cases() -> list[StreamCase]:
         for way in Way
         if not (proxy == "frames" and kind is FaultKind.STALL)
         and not (proxy == "bytes" and kind is FaultKind.DROP)  # TCP itself sends again what is lost
+    ]
+    return plain + [
+        replace(case, tls=True) for case in plain if case.proxy == "bytes" and case.kind in OF_TLS
     ]
 
 
@@ -109,6 +121,22 @@ async def harmed_service(
         )
 
 
+def tls_settings(folder: Path) -> TlsSettings:
+    """Of an operator's certificate for this machine; its authority is in `ca.pem`."""
+    authority = Authority.create()
+    identity = authority.server(["localhost", "127.0.0.1"])
+    (folder / "ca.pem").write_bytes(authority.certificate_pem)
+    (folder / "server.pem").write_bytes(identity.certificate_pem)
+    write_private(folder / "server.key", identity.key_pem)
+    return TlsSettings(certificate=folder / "server.pem", key=folder / "server.key")
+
+
+def client_of(service: RunningService, *, ca: Path | None) -> AsyncClient:
+    """Of the first tenant."""
+    scheme = "grpcs" if ca else "grpc"
+    return AsyncClient(base_url=f"{scheme}://{service.endpoint}", api_key=service.first_key, ca=ca)
+
+
 async def heal(case: StreamCase, chaos: Chaos) -> float:
     """Wait for the fault, and end it in time if it would last; returns its moment."""
     await chaos.struck.wait()
@@ -129,12 +157,16 @@ async def test_a_faulty_stream_costs_no_step(
     chaos = Chaos(
         StreamFault(kind=case.kind, way=case.way, at=AT[case.link, case.proxy], bytes_per_second=50_000)
     )
+    devices = DeviceSettings(
+        count=1, heartbeat_seconds=0.5, lease_timeout_seconds=3.0, listen="127.0.0.1:0" if case.tls else None
+    )
+    tls = tls_settings(tmp_path) if case.tls else TlsSettings()
     settings = service_for(tmp_path, model=model, name=MODEL, dtype="float32").model_copy(
-        update={"devices": DeviceSettings(count=1, heartbeat_seconds=0.5, lease_timeout_seconds=3.0)}
+        update={"devices": devices, "tls": tls}
     )
     async with (
         harmed_service(settings, case, chaos) as service,
-        await tenant_client(service, "alice") as client,
+        client_of(service, ca=tmp_path / "ca.pem" if case.tls else None) as client,
     ):
         healing = asyncio.create_task(heal(case, chaos))
         handle = await client.submit(fault_job().spec, training=fault_job().training)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 
 import psycopg
@@ -33,6 +34,20 @@ async def test_a_revoked_key_opens_nothing(store: JobStore, tenant: Tenant) -> N
     await store.revoke_key(listed.key_id)
     assert await store.authenticate(key) is None
     assert await store.tenant_of_key(key) is None
+
+
+async def test_a_key_opens_nothing_from_its_end_on(
+    store: JobStore, tenant: Tenant, hand_clock: HandClock
+) -> None:
+    forever = await store.create_key("acme")
+    key = await store.create_key("acme", expires_in=timedelta(hours=1))
+    hand_clock.forward(seconds=3599)
+    assert await store.tenant_of_key(key) == tenant
+    hand_clock.forward(seconds=1)
+    assert await store.authenticate(key) is None
+    assert await store.tenant_of_key(key) is None
+    assert await store.tenant_of_key(forever) == tenant
+    assert {each.expires_at for each in await store.keys()} == {None, "2026-01-02T04:04:05.000000Z"}
 
 
 async def test_revoking_twice_keeps_the_first_date(

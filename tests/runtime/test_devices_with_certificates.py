@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cola_runtime.base_model.service import BaseModelService
 from cola_runtime.client.asynchronous import AsyncClient
 from cola_runtime.client.job_handle import AsyncJobHandle
 from cola_runtime.client.values import AuditEntry
@@ -138,7 +139,17 @@ async def test_a_job_goes_only_to_devices_of_the_classes_it_accepts(
             assert classes == {"garage": "community", "own": "trusted"}
 
 
-async def test_a_revoked_device_is_put_out_and_stays_out(settings: ServiceSettings, tmp_path: Path) -> None:
+async def test_a_revoked_device_is_put_out_and_stays_out(
+    settings: ServiceSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[str] = []
+    dismiss = BaseModelService.dismiss_device
+
+    async def noting(base: BaseModelService, device_id: str) -> None:
+        await dismiss(base, device_id)
+        ended.append(device_id)
+
+    monkeypatch.setattr(BaseModelService, "dismiss_device", noting)
     async with site(settings, tmp_path) as at:
         token = (await at.operator.create_join_token("community", reusable=True)).token
         async with at.device("garage", token), at.device("attic", token):
@@ -146,6 +157,7 @@ async def test_a_revoked_device_is_put_out_and_stays_out(settings: ServiceSettin
             await running.wait(WAIT_SECONDS)
             revoked = await at.operator.revoke_device("garage")
             assert revoked.revoked_at
+            assert ended == ["garage"], "its gradient stream, too"
             await at.audited("device.refused")
             connected = {each.device_id for each in (await at.operator.describe()).devices}
             assert connected == {"attic"}

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Collection, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from moved_jobs import move_once
 
 from cola_runtime.client.job_handle import AsyncJobHandle
 from cola_runtime.config import ServiceSettings
@@ -19,9 +18,6 @@ from cola_runtime.jobs.bank_size import limited_bytes
 from cola_runtime.jobs.plan import training_plan
 from cola_runtime.jobs.records import JobRecord, StepRecord
 from cola_runtime.jobs.store import JobStore
-from cola_runtime.scheduler.leases import LeaseBook
-from cola_runtime.scheduler.placement import Move
-from cola_runtime.scheduler.replicas import Residents
 from cola_runtime.spec import CollaborationSpec, LoraSpec
 from cola_runtime.testing.exactness import (
     MixedJob,
@@ -75,44 +71,13 @@ async def leased(handle: AsyncJobHandle) -> None:
                 return
 
 
-def move_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The only job is moved when it has recorded MOVED_AT steps, whatever the rule says of one job."""
-    reached, asked = asyncio.Event(), asyncio.Event()
-    ask_move = LeaseBook.ask_move
-
-    def rebalance(self: Residents, ready: Sequence[str], movable: Collection[str]) -> list[Move]:
-        if not reached.is_set() or asked.is_set() or not movable:
-            return []
-        [job_id], source = movable, self.of(next(iter(movable)))
-        target = next(name for name in ready if name != source)
-        self._jobs[job_id].replica = target
-        return [Move(job_id=job_id, source=str(source), target=target)]
-
-    def ask(self: LeaseBook, *arguments: Any) -> None:
-        ask_move(self, *arguments)
-        asked.set()
-
-    record_step = JobStore.record_step
-
-    async def record(self: JobStore, step: StepRecord) -> JobRecord:
-        job = await record_step(self, step)
-        if step.step == MOVED_AT:
-            reached.set()
-            await asked.wait()
-        return job
-
-    monkeypatch.setattr(Residents, "rebalance", rebalance)
-    monkeypatch.setattr(LeaseBook, "ask_move", ask)
-    monkeypatch.setattr(JobStore, "record_step", record)
-
-
 async def test_a_job_that_is_moved_between_replicas_ends_with_the_same_bits(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ends, where = [], []
     for name in ("stayed", "moved"):
         if name == "moved":
-            move_once(monkeypatch)
+            move_once(monkeypatch, at=MOVED_AT)
         async with (
             running_in_process(settings_for(tmp_path / name, model)) as (service, _),
             await tenant_client(service, "alice") as client,

@@ -49,7 +49,7 @@ def replica_of(base: Base) -> Replica:
 def primitives() -> tuple[AdapterPrimitives, LeaseBook]:
     book = LeaseBook()
     book.open(LEASE, replica="tiny/0")
-    others: dict[str, Any] = {"replicas": None, "pool": None, "store": None, "checkpoints": None}
+    others: dict[str, Any] = dict.fromkeys(("replicas", "pool", "store", "checkpoints", "checks"))
     return AdapterPrimitives(book=book, **others), book
 
 

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import math
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cola_runtime.config import DeviceSettings
-from cola_runtime.errors import ColaError, ProtocolError
+from cola_runtime.errors import ColaError, ProtocolError, Unauthenticated
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.proto import control_pb2
 from cola_runtime.scheduler.connected_device import check_speed
 from cola_runtime.scheduler.device_gate import DeviceGate
 from cola_runtime.scheduler.device_pool import DevicePool
 from cola_runtime.scheduler.leases import LeaseBook, LeaseLost
+from cola_runtime.scheduler.quarantine import STRIKES, QuarantineDesk
 from cola_runtime.transport.control import lease_to_proto
 from cola_runtime.transport.endpoints import DEVICES, Connection, connect, serve_streams
-from cola_runtime.transport.frames import PROTOCOL_VERSION, DType, TensorAddress, WireTensor
+from cola_runtime.transport.frames import (
+    PROTOCOL_VERSION,
+    DType,
+    TensorAddress,
+    WireTensor,
+    control_frame,
+)
 from cola_runtime.transport.handshake import introduce
 from cola_runtime.transport.reader import FrameLimits
-from cola_runtime.types import Lease, TensorKind
+from cola_runtime.types import Lease, TensorKind, TrustClass
 
 OWN = Lease(job_id="job-" + "0a" * 16, epoch=2, device_id="evil")
 ANOTHERS = Lease(job_id="job-" + "0b" * 16, epoch=1, device_id="good")
@@ -33,9 +42,16 @@ SECONDS = 10.0
 class Bench:
     """A pool, two open leases, and the stream of the device `evil`."""
 
-    def __init__(self, book: LeaseBook, stream: Connection[Any]) -> None:
-        self.book, self.stream = book, stream
+    def __init__(self, book: LeaseBook, pool: DevicePool, store: JobStore, endpoint: str) -> None:
+        self.book, self.pool, self.store = book, pool, store
+        self._endpoint = endpoint
+        self.stream: Connection[Any]
         self.stored: list[tuple[Lease, int, bytes]] = []
+
+    async def dial(self, *, token: str = "secret") -> None:
+        self.stream = await connect(self._endpoint, DEVICES)
+        hello = control_pb2.DeviceHello(device_id="evil", join_token=token, protocol_version=PROTOCOL_VERSION)
+        await introduce(self.stream, control_pb2.DeviceControl(hello=hello), limits=FrameLimits())
 
     async def keep(self, lease: Lease, version: int, content: bytes, _digest: str) -> None:
         self.stored.append((lease, version, content))
@@ -77,23 +93,73 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     store = await JobStore.open(f"sqlite:///{tmp_path / 'jobs.sqlite'}")
     book = LeaseBook()
     pool = DevicePool(
-        DeviceSettings(),
+        DeviceSettings(heartbeat_seconds=0.1),
         gate=DeviceGate(store.devices, join_token="secret"),
         audit=store.audit,
         book=book,
     )
     server, endpoint = await serve_streams("127.0.0.1:0", {DEVICES: pool.on_stream})
-    stream = await connect(endpoint, DEVICES)
-    hello = control_pb2.DeviceHello(device_id="evil", join_token="secret", protocol_version=PROTOCOL_VERSION)
-    await introduce(stream, control_pb2.DeviceControl(hello=hello), limits=FrameLimits())
-    bench = Bench(book, stream)
+    bench = Bench(book, pool, store, endpoint)
+    await bench.dial()
     pool.on_checkpoint = bench.keep
     for lease in (OWN, ANOTHERS):
         book.open(lease, replica="tiny/0")
     yield bench
-    await stream.close()
+    await bench.stream.close()
     await server.stop(0)
     await store.close()
+
+
+async def test_three_damaged_frames_put_a_device_in_quarantine(bench: Bench) -> None:
+    desk = QuarantineDesk(pool=bench.pool, book=bench.book, store=bench.store)
+    bench.pool.on_fault = desk.strike
+    for strike in range(STRIKES):
+        if strike:
+            await bench.dial()
+        beat = control_pb2.DeviceControl(heartbeat=control_pb2.Heartbeat(busy_seconds=1.0))
+        frame = bytearray(b"".join(control_frame(beat.SerializeToString())))
+        frame[-1] ^= 1
+        await bench.stream.send_frames([(bytes(frame),)])
+        assert (await bench.put_out()).reason == "FRAME_CHECKSUM"
+    async with asyncio.timeout(SECONDS):
+        while not await bench.store.devices.quarantines():  # noqa: ASYNC110 (a table has no event)
+            await asyncio.sleep(0.01)
+    (quarantine,) = await bench.store.devices.quarantines()
+    assert (quarantine.device_id, quarantine.reason) == ("evil", "FRAME_CHECKSUM")
+    with pytest.raises(Unauthenticated) as refused:
+        await bench.dial()
+    assert refused.value.reason == "DEVICE_QUARANTINED"
+
+
+async def test_faults_that_a_sound_device_has_too_are_no_strikes(bench: Bench) -> None:
+    desk = QuarantineDesk(pool=bench.pool, book=bench.book, store=bench.store)
+    for _ in range(10):
+        desk.strike("evil", "CONTROL_INVALID")
+        desk.strike("evil", "")
+    for device in ("one", "other"):
+        for _ in range(STRIKES - 1):
+            desk.strike(device, "FRAME_CHECKSUM")
+    assert not desk._tasks
+
+
+async def test_a_device_whose_join_token_ends_is_put_out(bench: Bench) -> None:
+    token, _ = await bench.store.devices.create_token(
+        TrustClass.COMMUNITY, reusable=False, valid=timedelta(seconds=0.5), created_by="key-1"
+    )
+    ended: list[str] = []
+
+    async def dismissed(device_id: str) -> None:
+        ended.append(device_id)
+
+    bench.pool.on_dismissed = dismissed
+    await bench.stream.close()
+    await bench.dial(token=token)
+    watching = asyncio.create_task(bench.pool.watch_forever())
+    while await bench.stream.receive(timeout_seconds=SECONDS):
+        pass
+    watching.cancel()
+    assert ended == ["evil"], "at the base model, too"
+    assert bench.pool.trust("evil") is None
 
 
 @pytest.mark.parametrize("busy", [math.nan, math.inf, -1.0])

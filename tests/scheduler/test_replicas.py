@@ -9,22 +9,28 @@ import numpy as np
 import pytest
 
 from cola_runtime.config import SchedulerSettings
+from cola_runtime.errors import Unavailable
 from cola_runtime.jobs.plan import TrainingPlan
+from cola_runtime.scheduler import replicas
+from cola_runtime.scheduler.leases import LeaseBook
 from cola_runtime.scheduler.loop import SchedulerLoop
 from cola_runtime.scheduler.packing import PaddedRow
 from cola_runtime.scheduler.policy import FairQueue
-from cola_runtime.scheduler.replicas import Residents
+from cola_runtime.scheduler.replicas import Replica, ReplicaSet, Residents
 from cola_runtime.scheduler.waiting import Share, Waiting
 from cola_runtime.spec import CollaborationSpec
 from cola_runtime.types import (
+    BaseEvent,
     BaseStep,
     BaseStepResult,
+    DeviceLinkChanged,
     LearningRateSchedule,
     Lease,
     OptimizerHyperparameters,
     Row,
     Segment,
     SegmentLoss,
+    StepRefused,
 )
 
 BOTH = ["tiny/0", "tiny/1"]
@@ -194,3 +200,80 @@ def waiting_microbatch(tenant: str) -> Waiting:
     return Waiting(
         ticket=1, tenant_id=tenant, job_id=tenant, rows=1, tokens=10, padded=PaddedRow(10), train=True
     )
+
+
+class DialledBase:
+    """A replica's process that devices dial: dies, hangs or fails as it is told."""
+
+    def __init__(self, *, how: str = "") -> None:
+        self.how = how
+        self.dismissed: list[str] = []
+        self.events: asyncio.Queue[BaseEvent] = asyncio.Queue()
+
+    async def dismiss_device(self, device_id: str) -> None:
+        if self.how == "hangs":
+            await asyncio.sleep(3600)
+        if self.how == "fails":
+            raise Unavailable("BASE_MODEL_LOST", "gone")
+        self.dismissed.append(device_id)
+
+    async def next_events(self, after: int) -> tuple[int, list[BaseEvent]]:
+        if self.how == "fails":
+            self.how = ""
+            raise Unavailable("BASE_MODEL_LOST", "gone")
+        return after + 1, [await self.events.get()]
+
+    async def describe(self) -> None:
+        return None
+
+
+def replica_set(*bases: DialledBase) -> ReplicaSet:
+    made = [
+        Replica(
+            name=f"tiny/{number}",
+            base=base,  # type: ignore[arg-type]
+            loop=SchedulerLoop(base, SchedulerSettings(), on_base_lost=lambda error: None),  # type: ignore[arg-type]
+            description=None,  # type: ignore[arg-type]
+        )
+        for number, base in enumerate(bases)
+    ]
+    return ReplicaSet(made, book=LeaseBook(), rebalance_seconds=3600.0)
+
+
+async def test_a_device_is_dismissed_at_every_replica_and_one_that_was_away_is_told_when_it_is_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(replicas, "DISMISS_SECONDS", 0.05)
+    monkeypatch.setattr(replicas, "RETRY_SECONDS", 0.01)
+    hangs, fails, well = DialledBase(how="hangs"), DialledBase(how="fails"), DialledBase()
+    served = replica_set(hangs, fails, well)
+    await served.dismiss("garage")
+    assert [base.dismissed for base in (hangs, fails, well)] == [[], [], ["garage"]]
+    running = asyncio.create_task(served.run_forever())
+    async with asyncio.timeout(10):
+        while "tiny/1" not in served.ready or not fails.dismissed:  # noqa: ASYNC110 (it may be ready for long)
+            await asyncio.sleep(0.01)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert fails.dismissed == ["garage"]
+
+
+async def test_faults_that_any_replica_hears_are_told_of_one_device_only() -> None:
+    bases = DialledBase(), DialledBase()
+    served = replica_set(*bases)
+    heard: list[tuple[str, str]] = []
+    served.on_fault = lambda device_id, reason: heard.append((device_id, reason))
+    alone = Lease(job_id="job-1", epoch=1, device_id="garage")
+    sharded = Lease(job_id="job-2", epoch=1, device_id="garage", further_device_ids=("attic",))
+    for base, lease in zip(bases, (alone, sharded), strict=True):
+        base.events.put_nowait(StepRefused(lease=lease, reason="UPDATE_ROLLED_BACK", message=""))
+    bases[1].events.put_nowait(
+        DeviceLinkChanged(device_id="attic", connected=False, parked=False, fault="FRAME_CHECKSUM")
+    )
+    running = asyncio.create_task(served.run_forever())
+    async with asyncio.timeout(10):
+        while len(heard) < 2:  # noqa: ASYNC110 (nothing else tells)
+            await asyncio.sleep(0)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert heard == [("garage", "UPDATE_ROLLED_BACK"), ("attic", "FRAME_CHECKSUM")]

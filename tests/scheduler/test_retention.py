@@ -140,6 +140,21 @@ async def test_the_best_evaluations_checkpoint_stays(store: JobStore, tmp_path: 
     assert [each.version for each in await store.checkpoints(lease.job_id)] == [1, 3]
 
 
+async def test_a_pinned_checkpoint_stays_until_it_is_unpinned(store: JobStore, tmp_path: Path) -> None:
+    storage = ObjectStorage(f"file://{tmp_path}")
+    lease = await trained(store, steps=4)
+    for version in (1, 2, 3, 4):
+        await stored(store, storage, record(version, job_id=lease.job_id))
+    await store.pin_checkpoint(lease.job_id, 2)
+    settings = RetentionSettings(keep_last=1)
+    await retire(lease.job_id, store=store, storage=storage, settings=settings, keep={3})
+    assert [each.version for each in await store.checkpoints(lease.job_id)] == [2, 3, 4]
+    await store.unpin_checkpoint(lease.job_id, 2)
+    await retire(lease.job_id, store=store, storage=storage, settings=settings)
+    assert [each.version for each in await store.checkpoints(lease.job_id)] == [4]
+    assert len(storage.list("checkpoints/")) == 1
+
+
 async def test_only_objects_that_nothing_names_are_collected(store: JobStore, tmp_path: Path) -> None:
     storage = ObjectStorage(f"file://{tmp_path}")
     lease = await trained(store, steps=4)

@@ -6,11 +6,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import pytest
 from serving import ROWS, Served
 
+from cola_runtime import clock
 from cola_runtime.cli import checks
 from cola_runtime.client import connection
 from cola_runtime.client.sdk import Client, JobHandle
@@ -127,6 +129,28 @@ def test_a_key_opens_nothing_from_memory_once_it_was_revoked_or_is_long_unverifi
                 assert refused(reader.describe) == "STORE_UNREACHABLE"
             assert refused(lambda: served.run(served.store.revoke_key(ids[lost]))) == "STORE_UNREACHABLE"
             assert refused(reader.describe) == "STORE_UNREACHABLE"
+
+
+def test_a_key_that_has_ended_opens_nothing_from_memory(
+    served: Served, away: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = served.run(served.store.create_key("alice", scopes=["jobs:read"], expires_in=timedelta(hours=1)))
+    with Client(base_url=served.url, api_key=key) as client:
+        assert not client.describe().degraded
+        with away():
+            assert client.describe().degraded
+            monkeypatch.setattr(served.store, "_now", lambda: clock.now() + timedelta(hours=1))
+            assert refused(client.describe) == "STORE_UNREACHABLE"
+
+
+def test_devices_in_quarantine_are_named_as_they_were_last_known(
+    client: Client, served: Served, away: Any
+) -> None:
+    served.run(served.store.devices.quarantine("garage", "FRAME_CHECKSUM", "damaged"))
+    assert client.describe().quarantined_devices == ("garage",)
+    with away():
+        assert client.describe().quarantined_devices == ("garage",)
+        assert client.describe().degraded
 
 
 def test_a_watch_waits_the_outage_out_and_misses_nothing(

@@ -147,6 +147,14 @@ def test_an_empty_reference_names_no_job(hall: Hall) -> None:
     assert isinstance(error, NotFound)
 
 
+def test_no_request_names_a_checkpoint_or_a_dataset_but_by_its_job() -> None:
+    """So nobody can name another tenant's."""
+    names = {field.name for method in VERBS.values() for field in method.input_type.fields}
+    ids = {name for name in names if name.endswith(("_id", "_key"))}
+    assert ids == {"job_id", "key_id", "device_id"}
+    assert not [name for name in names if any(word in name for word in ("checkpoint", "dataset", "storage"))]
+
+
 def test_every_verb_has_a_rule_and_no_rule_is_left_over() -> None:
     assert set(VERBS) == set(RULES)
     scopes = {rule.scope for rule in RULES.values() if rule.owner is not Owner.NEWCOMER}
