@@ -10,8 +10,11 @@ import asyncio
 import logging
 import socket
 import time
+from collections.abc import Callable
 
 import ray
+import ray._raylet
+from ray.exceptions import RayError
 
 from cola_runtime.errors import Unavailable
 
@@ -39,19 +42,43 @@ def require_head(address: str) -> None:
         raise Unavailable("RAY_LOST", f"no head of Ray answers at {address}: {error}") from error
 
 
-async def head_lost(address: str, *, after_seconds: float = LOST_AFTER_SECONDS) -> Unavailable:
-    """Return once nobody has answered at the address for so long, with RAY_LOST."""
+def cluster_at(address: str) -> str:
+    """Which cluster answers at host:port: a head that lost its state comes back as another one."""
+    return str(ray._raylet.GcsClient(address=address).cluster_id.hex())
+
+
+async def head_lost(
+    address: str,
+    *,
+    after_seconds: float = LOST_AFTER_SECONDS,
+    identify: Callable[[str], str] = cluster_at,
+) -> Unavailable:
+    """Return once nobody has answered at the address for so long, or another cluster does, with RAY_LOST."""
     host, _, port = address.rpartition(":")
-    heard = time.monotonic()
+    own = await asyncio.to_thread(identify, address)
+    heard, missed = time.monotonic(), False
     while True:
-        if await _answers(host.strip("[]"), int(port)):
-            heard = time.monotonic()
+        there = own if await _answers(host.strip("[]"), int(port)) else None
+        if there and missed:
+            there = await _identified(identify, address)
+        if there == own:
+            heard, missed = time.monotonic(), False
+        elif there:
+            return Unavailable("RAY_LOST", f"Ray's head at {address} came back without its state")
         elif time.monotonic() - heard >= after_seconds:
             message = f"Ray's head at {address} has not answered for {after_seconds:g} s"
             return Unavailable("RAY_LOST", message)
         else:
+            missed = True
             logger.warning("Ray's head at %s does not answer", address, extra={"event": "ray.no_answer"})
         await asyncio.sleep(LOOK_SECONDS)
+
+
+async def _identified(identify: Callable[[str], str], address: str) -> str | None:
+    try:
+        return await asyncio.to_thread(identify, address)
+    except (RayError, RuntimeError):  # it listens and does not serve yet
+        return None
 
 
 async def _answers(host: str, port: int) -> bool:

@@ -216,11 +216,15 @@ class SoakFleet:
         }
 
     async def _announced(self) -> str:
+        """The first key; Ray writes its workers' words around the service's line."""
         out = self.folder / f"{COORDINATOR}.out"
         async with asyncio.timeout(START_SECONDS):
-            while not out.exists() or not out.read_text().endswith("\n"):  # noqa: ASYNC110 (another process)
+            while True:
+                lines = out.read_text(errors="replace").splitlines() if out.exists() else []
+                told = [line for line in lines if line.startswith("{") and line.endswith("}")]
+                if told:
+                    return str(json.loads(told[0])["first_key"])
                 await asyncio.sleep(0.1)
-        return str(json.loads(out.read_text().splitlines()[0])["first_key"])
 
     def _keep(self, role: str, command: list[str]) -> None:
         kept = Kept(role=role, command=command, log=self.folder / f"{role}.log")

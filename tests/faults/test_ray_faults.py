@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -36,6 +35,7 @@ FASTER_HEALTH_CHECKS = {
     "health_check_failure_threshold": 4,
 }
 START_SECONDS = 60.0
+STARTED = "Ray runtime started"
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
 
@@ -68,6 +68,16 @@ class RayNode:
                 env=child_environment(OMP_NUM_THREADS="1"),
                 start_new_session=True,
             )
+        self._wait_started(log)
+
+    def _wait_started(self, log: Path) -> None:
+        """Raylets of one machine that start at once take each other's sockets."""
+        deadline = time.monotonic() + START_SECONDS
+        while STARTED not in log.read_text(errors="replace"):
+            if time.monotonic() > deadline:
+                self.die()
+                raise TimeoutError(log.read_text(errors="replace"))
+            time.sleep(0.1)
 
     @classmethod
     def head(cls, port: int, *, resources: dict[str, int], log: Path) -> RayNode:
@@ -113,25 +123,16 @@ def _name(process: psutil.Process) -> str:
 @contextmanager
 def cluster(folder: Path, *, workers: int) -> Iterator[tuple[str, list[RayNode]]]:
     """A head without resources and so many nodes for a base model; its address and the nodes."""
-    port, log = free_port(), folder / "ray.log"
+    port = free_port()
     address = f"{get_node_ip_address()}:{port}"
-    nodes = [RayNode.head(port, resources={}, log=log)]
+    nodes = [RayNode.head(port, resources={}, log=folder / "head.log")]
     try:
-        wait_listening(port)
-        nodes += [RayNode.worker(address, log=log) for _ in range(workers)]
+        for number in range(workers):
+            nodes.append(RayNode.worker(address, log=folder / f"worker-{number}.log"))
         yield address, nodes
     finally:
         for node in reversed(nodes):
             node.die()
-
-
-def wait_listening(port: int) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        with suppress(OSError), socket.create_connection((get_node_ip_address(), port), 1):
-            return
-        time.sleep(0.2)
-    raise TimeoutError(f"nothing listens on port {port}")
 
 
 @asynccontextmanager
@@ -192,18 +193,19 @@ async def test_a_service_on_a_cluster_survives_its_head(
     model: Path, tmp_path: Path, undisturbed: Faultless, accept: Accept
 ) -> None:
     """Head, raylet and base model die at once, as their machine does; both are started again."""
-    port, log = free_port(), tmp_path / "ray.log"
-    head = RayNode.head(port, resources={"cola_base_model": 1}, log=log)
+    port = free_port()
+    head = RayNode.head(port, resources={"cola_base_model": 1}, log=tmp_path / "head.log")
     try:
-        wait_listening(port)
         fleet = SoakFleet(
             tmp_path / "service", model, devices=1, ray_address=f"{get_node_ip_address()}:{port}"
         )
         async with training(fleet, JOB, at=20) as (client, handle):
             fault = time.time()
             head.die()
-            await asyncio.sleep(5.0)
-            head = RayNode.head(port, resources={"cola_base_model": 1}, log=log)
+            log = tmp_path / "head again.log"
+            head = await asyncio.to_thread(
+                lambda: RayNode.head(port, resources={"cola_base_model": 1}, log=log)
+            )
             handle = await finish(client, handle.job_id)
             outcome = await judge(
                 handle,

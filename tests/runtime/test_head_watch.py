@@ -9,6 +9,7 @@ import pytest
 from cola_runtime.cli.serve import leave
 from cola_runtime.config import ServiceSettings
 from cola_runtime.errors import Unavailable
+from cola_runtime.runtime import head_watch
 from cola_runtime.runtime.cluster import Cluster
 from cola_runtime.runtime.head_watch import head_lost, require_head
 
@@ -20,7 +21,7 @@ async def listening() -> tuple[asyncio.Server, str]:
 
 async def test_a_head_that_answers_is_not_lost_and_one_that_does_not_is() -> None:
     server, address = await listening()
-    watching = asyncio.create_task(head_lost(address, after_seconds=0.0))
+    watching = asyncio.create_task(head_lost(address, after_seconds=0.0, identify=str))
     await asyncio.sleep(0.3)
     assert not watching.done()
     server.close()
@@ -30,13 +31,23 @@ async def test_a_head_that_answers_is_not_lost_and_one_that_does_not_is() -> Non
     assert address in str(lost)
 
 
-async def test_a_head_that_comes_back_in_time_is_not_lost() -> None:
+@pytest.mark.parametrize("keeps_its_state", [True, False])
+async def test_a_head_that_comes_back_in_time_is_lost_only_without_its_state(
+    keeps_its_state: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_watch, "LOOK_SECONDS", 0.02)
     server, address = await listening()
+    clusters = ["first", "first" if keeps_its_state else "second"]
+    watching = asyncio.create_task(head_lost(address, after_seconds=60.0, identify=lambda _: clusters.pop(0)))
+    await asyncio.sleep(0.2)
     server.close()
     await server.wait_closed()
-    watching = asyncio.create_task(head_lost(address, after_seconds=60.0))
     await asyncio.sleep(0.2)
-    assert not watching.done()
+    host, _, port = address.rpartition(":")
+    async with await asyncio.start_server(lambda _, writer: writer.close(), host, int(port)):
+        done, _ = await asyncio.wait([watching], timeout=0.5)
+        assert bool(done) is not keeps_its_state
+        assert not clusters, "it was not asked who it is"
     watching.cancel()
 
 
