@@ -168,8 +168,8 @@ async def test_more_jobs_train_than_the_bank_has_room_for_and_one_that_never_fit
         assert replica.bank_evicted_bytes > 0
         assert replica.bank_hits + replica.bank_misses > 0
         assert replica.bank_resident_bytes <= limit
-        events = [event.kind async for handle in handles async for event in handle.events(follow=False)]
-        assert "lease.lost" not in events
+        for handle in handles:
+            assert "lease.lost" not in [event.kind async for event in handle.events(follow=False)]
         large = wanted[0].spec.model_copy(update={"adapter": LoraSpec(rank=64)})
         with pytest.raises(InvalidInput) as refused:
             await client.submit(large, training=wanted[0].training)
