@@ -137,6 +137,7 @@ def read_steps(connection: Connection, job_id: str, *, after: int, limit: int) -
 
 def read_links(connection: Connection, job_id: str, version: int) -> tuple[RecordedLink, ...]:
     """Of the version in the update chain, by shard; none of version 0 and of older releases' steps."""
+    version = min(version, schema.MOST_STEP)  # a device may name a greater one
     query = select(_steps.c.step, _steps.c.epoch, _steps.c.chain).where(
         _steps.c.job_id == job_id, _steps.c.step.in_((version - 1, version))
     )

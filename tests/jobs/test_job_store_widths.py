@@ -20,9 +20,15 @@ async def test_a_lease_of_many_devices_with_long_names(store: JobStore, tenant: 
 
 
 async def test_the_greatest_caps(store: JobStore, tenant: Tenant) -> None:
-    most = TermChanges(tokens_per_minute=MOST_CAP, concurrent_jobs=MOST_CAP, total_steps=MOST_CAP)
+    most = TermChanges(
+        tokens_per_minute=MOST_CAP,
+        concurrent_jobs=MOST_CAP,
+        total_steps=MOST_CAP,
+        pinned_bytes=MOST_CAP,
+    )
     await store.change_terms(tenant.tenant_id, most)
-    assert (await store.terms(tenant.tenant_id)).concurrent_jobs == MOST_CAP
+    terms = await store.terms(tenant.tenant_id)
+    assert (terms.concurrent_jobs, terms.pinned_bytes) == (MOST_CAP, MOST_CAP)
 
 
 async def test_the_greatest_cursors_that_a_request_can_hold_find_nothing(
@@ -31,6 +37,7 @@ async def test_the_greatest_cursors_that_a_request_can_hold_find_nothing(
     lease = await running(store, tenant)
     await store.record_step(step(lease, 1))
     assert await store.steps(lease.job_id, after=2**32 - 1) == []
+    assert await store.links(lease.job_id, 2**32 - 1) == ()
     assert await store.evaluations(lease.job_id, after=2**32 - 1) == []
     assert await store.events(lease.job_id, after=2**64 - 1) == []
 
