@@ -118,7 +118,9 @@ class Soak:
         tasks = [*driving, *background, striking]
         try:
             while not striking.done():
-                await asyncio.wait([each for each in tasks if not each.done()], return_when="FIRST_COMPLETED")
+                await asyncio.wait(
+                    [each for each in tasks if not each.done()], return_when=asyncio.FIRST_COMPLETED
+                )
                 broken = [task for task in tasks if task.done() and task.exception() is not None]
                 if broken:
                     await broken[0]
