@@ -118,9 +118,8 @@ class Soak:
         tasks = [*driving, *background, striking]
         try:
             while not striking.done():
-                await asyncio.wait(
-                    [each for each in tasks if not each.done()], return_when=asyncio.FIRST_COMPLETED
-                )
+                left = [task for task in tasks if not task.done()]
+                await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
                 broken = [task for task in tasks if task.done() and task.exception() is not None]
                 if broken:
                     await broken[0]

@@ -173,4 +173,4 @@ async def test_more_jobs_train_than_the_bank_has_room_for_and_one_that_never_fit
         large = wanted[0].spec.model_copy(update={"adapter": LoraSpec(rank=64)})
         with pytest.raises(InvalidInput) as refused:
             await client.submit(large, training=wanted[0].training)
-    assert (refused.value.reason, refused.value.limit) == ("BANK_TOO_SMALL", limit)
+    assert (refused.value.reason, refused.value.limit) == ("BANK_TOO_SMALL", str(limit))
