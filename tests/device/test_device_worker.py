@@ -22,6 +22,7 @@ def grant(*, checkpoint_bytes: int = 0, shards: int = 1) -> control_pb2.LeaseGra
         schedule=training.schedule,
         checkpoint_bytes=checkpoint_bytes,
         checkpoint_every=0,
+        gradient_endpoint="127.0.0.1:1",
         shards=shards,
         max_staleness=0,
     )
