@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cola_runtime import update_chain
 from cola_runtime.proto import control_pb2
 from cola_runtime.transport.frames import HEADER_BYTES, MAX_PAYLOAD_BYTES, tensor_wire_bytes
 from cola_runtime.transport.packs import ENTRY_BYTES, MAX_PACKED_TENSORS
@@ -65,6 +66,7 @@ def update_end_bytes(device_id: str, *, version: int) -> int:
         learning_rate=1.0,
         gradient_norm=1.0,
         device_seconds=1.0,
+        chain=update_chain.START,
     )
     return HEADER_BYTES + control_pb2.GradientControl(update_end=end).ByteSize()
 

@@ -24,8 +24,9 @@ async def test_a_base_model_that_is_not_placed_in_time_names_the_resource_it_nee
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cluster, "BASE_MODEL_START_SECONDS", 0.01)
+    monkeypatch.setattr(cluster.ray, "cluster_resources", dict)
     monkeypatch.setattr(cluster, "base_model_handle", lambda *_, **__: object())
     monkeypatch.setattr(cluster, "RemoteBaseModel", NeverPlaced)
     with pytest.raises(Unavailable) as caught:
-        await cluster.Cluster(ServiceSettings()).start_base_model("token", identity=None)
+        await cluster.Cluster(ServiceSettings()).start_base_models("token")
     assert (caught.value.reason, "cola_base_model" in caught.value.remedy) == ("BASE_MODEL_NOT_PLACED", True)
