@@ -60,7 +60,7 @@ class Frames:
             epoch=draw.getrandbits(32),
             version=draw.getrandbits(32),
             kind=draw.choice(list(TensorKind)),
-            site=draw.getrandbits(16),
+            site=draw.randrange(2**16 - 1),  # a pack has the next one too
         )
         if draw.random() < 0.3:
             return self._pack(address)
