@@ -25,8 +25,9 @@ $(STAMP): pyproject.toml constraints.txt requirements-data.txt
 demo: setup ## four tenants on one real base model; writes demo-output/report.html
 	$(BIN)/cola demo
 
+# Two processes, a file's tests in one of them: most tests compute with one thread, and many wait for processes.
 test: setup ## the whole test suite
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
 
 matrix: setup ## kinds x modes x encodings x architectures x tasks, all of it, with its table
 	$(BIN)/python -m pytest tests/matrix --matrix -q $(PYTEST_ARGS)

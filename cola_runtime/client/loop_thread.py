@@ -58,11 +58,12 @@ def synchronous_iterator(
 
     def call(self: Any, /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Iterator[Result]:
         items: Any = method(self._twin, *args, **kwargs)
+        steps: set[asyncio.Task[Any] | None] = set()
         try:
-            while (item := self._loop.run(_next(items))) is not _END:
+            while (item := self._loop.run(_next(items, steps))) is not _END:
                 yield item
         finally:
-            self._loop.run(_close(items))
+            self._loop.run(_close(items, steps))
 
     functools.update_wrapper(call, method)
     return call
@@ -71,12 +72,22 @@ def synchronous_iterator(
 _END: Any = object()
 
 
-async def _close(items: Any) -> None:
-    """Close the generator, waiting while an interrupted step of it is still being cancelled."""
+async def _close(items: Any, steps: set[asyncio.Task[Any] | None]) -> None:
+    """Close the generator, once an interrupted step of it has ended.
+
+    An interrupt between handing a step to the loop and waiting for it leaves nobody else to cancel it.
+    """
+    for step in filter(None, list(steps)):
+        step.cancel()
     while items.ag_running:  # noqa: ASYNC110 (a generator tells nobody when it stops)
         await asyncio.sleep(0)
     await items.aclose()
 
 
-async def _next(items: Any) -> Any:
-    return await anext(items, _END)
+async def _next(items: Any, steps: set[asyncio.Task[Any] | None]) -> Any:
+    step = asyncio.current_task()
+    steps.add(step)
+    try:
+        return await anext(items, _END)
+    finally:
+        steps.discard(step)

@@ -31,7 +31,7 @@ def url(postgres: PostgresServer) -> Iterator[str]:
 
 async def start(**settings: object) -> None:
     chosen = ServiceSettings.model_validate(settings)
-    async with running_coordinator(chosen, NoBaseModel(), "token", devices_at=no_devices):  # type: ignore[arg-type]
+    async with running_coordinator(chosen, [NoBaseModel()], "token", devices_at=no_devices):  # type: ignore[arg-type]
         pytest.fail("it has no base model")
 
 
