@@ -140,13 +140,16 @@ def _go_on_when_a_move_is_asked(held: Held, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 async def _moved(handle: AsyncJobHandle, said: bool) -> bool:
-    """Each step once, in order; `device-0` first and, where it was said, `late` from some step on."""
+    """Whether `late` made steps: each step once, in order, first by `device-0`, by `late` only where it was said.
+
+    A job may be moved behind its last step: on a slow machine others' moves take that long.
+    """
     steps = await handle.metrics()
     assert [step.step for step in steps] == list(range(1, STEPS + 1))
     devices = [step.device_id for step in steps]
-    assert set(devices) == ({"device-0", "late"} if said else {"device-0"})
+    assert said or set(devices) == {"device-0"}
     assert devices == sorted(devices)
-    return said
+    return "late" in devices
 
 
 @pytest.mark.timeout(120)
