@@ -140,7 +140,7 @@ def _go_on_when_a_move_is_asked(held: Held, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 async def _moved(handle: AsyncJobHandle, said: bool) -> bool:
-    """Whether `late` made steps: each step once, in order, first by `device-0`, by `late` only where it was said.
+    """Whether `late` made steps: each once, in order, first by `device-0`, by `late` only where it was said.
 
     A job may be moved behind its last step: on a slow machine others' moves take that long.
     """
