@@ -289,11 +289,11 @@ class JobDriver:
             raise LeaseLost(adapter.lease, "DEVICE_DRAINING", f"{_named(adapter.lease)} is leaving")
 
     async def _move_at_boundary(self, adapter: LeasedAdapter) -> None:
+        if self._primitives.move_asked(adapter) and adapter.version > 0:
+            self._phase.enter("checkpoint", "making a checkpoint before it moves")
+            await self._primitives.checkpoint(adapter)
         why = self._primitives.move_asked(adapter)
         if why:
-            if adapter.version > 0:
-                self._phase.enter("checkpoint", "making a checkpoint before it moves")
-                await self._primitives.checkpoint(adapter)
             raise _Moved(why)
 
     def _check_stop(self) -> None:

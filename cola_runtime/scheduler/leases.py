@@ -104,7 +104,7 @@ class LeaseBook:
             self.lose(entry.lease, reason=reason, message=message)
 
     def ask_move(self, lease: Lease, why: str) -> None:
-        """The job shall make a checkpoint at its next step boundary and lease anew."""
+        """The job shall make a checkpoint at its next step boundary and lease anew; "" takes that back."""
         entry = self._entry(lease)
         if entry is not None:
             entry.moving = why

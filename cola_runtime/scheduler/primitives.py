@@ -267,8 +267,20 @@ class AdapterPrimitives:
         return StepOutcome(loss=taken.loss, applied=applied)
 
     def move_asked(self, adapter: LeasedAdapter) -> str:
-        """Why the adapter should go to another device or replica at this step boundary, or ""."""
-        return self._book.move_asked(adapter.lease)
+        """Why the adapter should go to another device or replica at this step boundary, or "".
+
+        Other jobs may have ended or moved since it was asked: one that would be placed where it is stays.
+        """
+        why = self._book.move_asked(adapter.lease)
+        if why and self._would_stay(adapter):
+            self._book.ask_move(adapter.lease, "")
+            return ""
+        return why
+
+    def _would_stay(self, adapter: LeasedAdapter) -> bool:
+        lease, plan = adapter.lease, adapter.plan
+        devices = self._pool.pick(lease.job_id, Demand.of(plan), plan.shards)
+        return tuple(devices) == lease.device_ids and self._replicas.of(lease.job_id) is adapter.replica
 
     def recorded(self, adapter: LeasedAdapter) -> None:
         """The job store holds the adapter's version; a checkpoint of it may be recorded now."""
