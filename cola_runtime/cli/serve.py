@@ -32,42 +32,46 @@ CheckpointingFlag = Annotated[
 ]
 
 
+FileFlag = Annotated[
+    Path | None, typer.Option("--file", "-f", metavar="SETTINGS.YAML", help="Settings; flags go over them.")
+]
+ListenFlag = Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where clients dial in.")]
+KeyFlag = Annotated[Path | None, typer.Option(metavar="PEM", help="The certificate's private key.")]
+DataFlag = Annotated[Path | None, typer.Option(help="Job store, datasets, checkpoints, join token.")]
+NameFlag = Annotated[str | None, typer.Option(help="A known alias, or any name with --model-path.")]
+FolderFlag = Annotated[Path | None, typer.Option(help="A folder in transformers' format.")]
+DtypeFlag = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or float64.")]
+QuantizationFlag = Annotated[
+    str | None, typer.Option(help="none, int8 or nf4: how the frozen weights are held.")
+]
+AcceleratorFlag = Annotated[str | None, typer.Option(help="auto, cpu or cuda: where it computes.")]
+ReplicasFlag = Annotated[int | None, typer.Option(min=1, help="Processes that compute the base model.")]
+ThreadsFlag = Annotated[int | None, typer.Option(min=1, help="Threads of the base model.")]
+DevicesFlag = Annotated[int | None, typer.Option(min=0, help="Devices that the service starts itself.")]
+RayFlag = Annotated[str | None, typer.Option(help="An existing Ray cluster. Default: RAY_ADDRESS.")]
+ModulesFlag = Annotated[
+    list[str] | None, typer.Option(metavar="PYTHON.MODULE", help="Registers adapter modules; repeatable.")
+]
+
+
 def serve(
-    file: Annotated[
-        Path | None,
-        typer.Option("--file", "-f", metavar="SETTINGS.YAML", help="Settings; flags go over them."),
-    ] = None,
-    listen: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where clients dial in.")] = None,
+    file: FileFlag = None,
+    listen: ListenFlag = None,
     certificate: CertificateFlag = None,
-    key: Annotated[Path | None, typer.Option(metavar="PEM", help="The certificate's private key.")] = None,
+    key: KeyFlag = None,
     advertise: AdvertiseFlag = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Job store, datasets, checkpoints, join token.")
-    ] = None,
-    base_model: Annotated[
-        str | None, typer.Option(help="A known alias, or any name with --model-path.")
-    ] = None,
-    model_path: Annotated[Path | None, typer.Option(help="A folder in transformers' format.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or float64.")] = None,
-    quantization: Annotated[
-        str | None, typer.Option(help="none, int8 or nf4: how the frozen weights are held.")
-    ] = None,
-    accelerator: Annotated[str | None, typer.Option(help="auto, cpu or cuda: where it computes.")] = None,
-    replicas: Annotated[
-        int | None, typer.Option(min=1, help="Processes that compute the base model.")
-    ] = None,
+    data_dir: DataFlag = None,
+    base_model: NameFlag = None,
+    model_path: FolderFlag = None,
+    dtype: DtypeFlag = None,
+    quantization: QuantizationFlag = None,
+    accelerator: AcceleratorFlag = None,
+    replicas: ReplicasFlag = None,
     activation_checkpointing: CheckpointingFlag = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the base model.")] = None,
-    devices: Annotated[
-        int | None, typer.Option(min=0, help="Devices that the service starts itself.")
-    ] = None,
-    ray_address: Annotated[
-        str | None, typer.Option(help="An existing Ray cluster. Default: RAY_ADDRESS.")
-    ] = None,
-    adapter_module: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PYTHON.MODULE", help="Registers adapter modules; repeatable."),
-    ] = None,
+    threads: ThreadsFlag = None,
+    devices: DevicesFlag = None,
+    ray_address: RayFlag = None,
+    adapter_module: ModulesFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Run the service until Ctrl-C. At first start it prints a key for a first tenant, once."""

@@ -26,6 +26,7 @@ from cola_runtime.scheduler.device_gate import Admission, DeviceGate
 from cola_runtime.scheduler.device_spans import Answered, DeviceSpans
 from cola_runtime.scheduler.leases import LeaseBook, LeaseLost
 from cola_runtime.scheduler.placement import Demand, Offer, place, rebalance
+from cola_runtime.scheduler.ports import FaultListener, nobody_hears
 from cola_runtime.transport.control import (
     lease_from_proto,
     lease_grant,
@@ -58,10 +59,6 @@ class DeviceStatus:
     pid: int
 
 
-def _ignore(_device_id: str, _reason: str) -> None:
-    """Who hears of faults where nobody does."""
-
-
 class DevicePool:
     """The coordinator's end of every control stream.
 
@@ -89,7 +86,7 @@ class DevicePool:
         self._storing: set[asyncio.Task[None]] = set()
         self.on_checkpoint: CheckpointSink | None = None
         self.on_dismissed: Callable[[str], Awaitable[None]] | None = None  # its other streams end, too
-        self.on_fault: Callable[[str, str], None] = _ignore  # (device, reason of reasons.py)
+        self.on_fault: FaultListener = nobody_hears
         self._spans = DeviceSpans()
         self._recording = False
 

@@ -1,8 +1,10 @@
-"""What the coordinator asks of the base model: BaseModelService, or over Ray RemoteBaseModel."""
+"""What the coordinator asks of the base model (BaseModelService, or over Ray RemoteBaseModel), and who is
+told of what devices do wrong.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from cola_runtime.adapter_spec import LeaseTerms
@@ -14,6 +16,13 @@ from cola_runtime.types import (
     BaseStepResult,
     Lease,
 )
+
+FaultListener = Callable[[str, str], None]
+"""(device, reason of reasons.py; "" for none)"""
+
+
+def nobody_hears(_device_id: str, _reason: str) -> None:
+    """A FaultListener that does nothing."""
 
 
 class BaseModelPort(Protocol):

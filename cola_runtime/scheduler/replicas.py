@@ -19,7 +19,7 @@ from cola_runtime.jobs.plan import TrainingPlan
 from cola_runtime.scheduler.leases import LeaseBook
 from cola_runtime.scheduler.loop import SchedulerLoop
 from cola_runtime.scheduler.placement import Demand, Move, Offer, place, rebalance
-from cola_runtime.scheduler.ports import BaseModelPort
+from cola_runtime.scheduler.ports import BaseModelPort, FaultListener, nobody_hears
 from cola_runtime.scheduler.waiting import Share
 from cola_runtime.transport.handshake import TICKET_SECONDS
 from cola_runtime.types import BaseEvent, BaseModelDescription, DeviceLinkChanged, StepApplied, StepRefused
@@ -28,10 +28,6 @@ logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 0.5
 DISMISS_SECONDS = 5.0  # a replica that hangs must not keep a device's other streams open
-
-
-def _ignore(_device_id: str, _reason: str) -> None:
-    """Who hears of faults where nobody does."""
 
 
 def replica_name(base_model: str, number: int) -> str:
@@ -149,10 +145,8 @@ class ReplicaSet:
         self._rebalance_seconds = rebalance_seconds
         self._residents = Residents()
         self._came_back = asyncio.Condition()
-        self._dismissed: dict[
-            str, float
-        ] = {}  # devices, and when; as long as tickets from before could be valid
-        self.on_fault: Callable[[str, str], None] = _ignore  # (device, reason of reasons.py)
+        self._dismissed: dict[str, float] = {}  # when; as long as tickets from before could be valid
+        self.on_fault: FaultListener = nobody_hears
         for replica in replicas:
             replica.loop.share_counters([other.loop for other in replicas if other is not replica])
 
@@ -186,9 +180,8 @@ class ReplicaSet:
     async def dismiss(self, device_id: str) -> None:
         """End the device's gradient stream at every replica; tickets from before open none, at none."""
         now = time.monotonic()
-        self._dismissed = {name: at for name, at in self._dismissed.items() if now - at <= TICKET_SECONDS} | {
-            device_id: now
-        }
+        lately = {name: at for name, at in self._dismissed.items() if now - at <= TICKET_SECONDS}
+        self._dismissed = {**lately, device_id: now}
         await asyncio.gather(*(self._dismiss_at(replica, device_id) for replica in self.all))
 
     async def _dismiss_at(self, replica: Replica, device_id: str) -> None:
@@ -198,7 +191,7 @@ class ReplicaSet:
         except (
             ColaError,
             TimeoutError,
-        ) as error:  # with the replica the stream has gone; it is told when back
+        ) as error:  # a lost replica has no stream, and is told when it is back
             logger.warning("%s not told: %s", replica.name, error, extra={"event": "device.end_undelivered"})
 
     async def wait_ready(self) -> None:
