@@ -33,32 +33,16 @@ Harm = Callable[[Cable], Awaitable[float]]
 """Do it and undo it; returns the moment from which the job should go on."""
 
 
-async def cut(laid: Cable) -> float:
-    laid.down()
-    await asyncio.sleep(OUTAGE_SECONDS)
-    laid.up()
-    return time.time()
+def for_seconds(seconds: float, begin: Callable[[Cable], None], end: Callable[[Cable], None]) -> Harm:
+    """It lasts so long, and the job should go on from its end."""
 
+    async def harm(laid: Cable) -> float:
+        begin(laid)
+        await asyncio.sleep(seconds)
+        end(laid)
+        return time.time()
 
-async def cut_for_long(laid: Cable) -> float:
-    laid.down()
-    await asyncio.sleep(LONG_OUTAGE_SECONDS)
-    laid.up()
-    return time.time()
-
-
-async def nothing_reaches_the_service(laid: Cable) -> float:
-    laid.lose_to_service()
-    await asyncio.sleep(OUTAGE_SECONDS)
-    laid.find_service()
-    return time.time()
-
-
-async def nothing_reaches_the_device(laid: Cable) -> float:
-    laid.lose_to_device()
-    await asyncio.sleep(OUTAGE_SECONDS)
-    laid.find_device()
-    return time.time()
+    return harm
 
 
 async def lossy(laid: Cable) -> float:
@@ -75,6 +59,16 @@ async def lossy(laid: Cable) -> float:
 async def slow(laid: Cable) -> float:
     laid.slow("2mbit")
     return time.time()
+
+
+HARMS: dict[str, Harm] = {
+    "cut": for_seconds(OUTAGE_SECONDS, Cable.down, Cable.up),
+    "cut for long": for_seconds(LONG_OUTAGE_SECONDS, Cable.down, Cable.up),
+    "nothing reaches the service": for_seconds(OUTAGE_SECONDS, Cable.lose_to_service, Cable.find_service),
+    "nothing reaches the device": for_seconds(OUTAGE_SECONDS, Cable.lose_to_device, Cable.find_device),
+    "lossy": lossy,
+    "slow": slow,
+}
 
 
 @pytest.fixture
@@ -135,11 +129,9 @@ async def serving(
                 await process.wait()
 
 
-@pytest.mark.parametrize(
-    "harm", [cut, cut_for_long, nothing_reaches_the_service, nothing_reaches_the_device, lossy, slow]
-)
+@pytest.mark.parametrize("harm", HARMS)
 async def test_a_network_that_fails_for_a_while_costs_no_step(
-    harm: Harm,
+    harm: str,
     laid: Cable,
     settings: ServiceSettings,
     tmp_path: Path,
@@ -149,10 +141,10 @@ async def test_a_network_that_fails_for_a_while_costs_no_step(
     async with serving(laid, settings, tmp_path) as (_, _, client):
         handle = await client.submit(JOB.spec, training=JOB.training)
         await reach(handle, 10)
-        fault = await harm(laid)
+        fault = await HARMS[harm](laid)
         assert not (await handle.refresh()).ended, "the fault came too late"
         await handle.wait(WAIT_SECONDS)
-        case = f"network: {harm.__name__.replace('_', ' ')}"
+        case = f"network: {harm}"
         outcome = await judge(
             handle, undisturbed, part="device", case=case, faults=[fault], data_dir=settings.data_dir
         )

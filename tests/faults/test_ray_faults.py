@@ -23,7 +23,7 @@ from cola_runtime.client.job_handle import AsyncJobHandle
 from cola_runtime.config import child_environment
 from cola_runtime.testing.soak_fleet import SoakFleet
 from cola_runtime.testing.soak_jobs import SoakJob, soak_jobs, train_expected
-from tests.faults.judging import Accept, Faultless, judge
+from tests.faults.judging import Accept, Faultless, Outcome, judge
 from tests.faults.processes import finish, free_port, reach
 
 JOB = soak_jobs(steps=150, seed=0)[0]  # by itself in its base steps
@@ -52,6 +52,21 @@ def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Faultl
 def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of processes started here: a driver with an address shows no token unless it is told to."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+
+
+async def ended(
+    client: AsyncClient,
+    handle: AsyncJobHandle,
+    undisturbed: Faultless,
+    *,
+    of: tuple[str, str],
+    fault: float,
+    fleet: SoakFleet,
+) -> Outcome:
+    """What the (part, case) came to, once the job has ended."""
+    part, case = of
+    handle = await finish(client, handle.job_id)
+    return await judge(handle, undisturbed, part=part, case=case, faults=[fault], data_dir=fleet.data_dir)
 
 
 class RayNode:
@@ -162,14 +177,13 @@ async def test_a_service_whose_own_head_dies_leaves_with_a_reason_and_goes_on_wh
         async with asyncio.timeout(START_SECONDS):
             while not left_with(fleet.problems, 9, "RAY_LOST"):  # noqa: ASYNC110 (another process)
                 await asyncio.sleep(0.1)
-        handle = await finish(client, handle.job_id)
-        outcome = await judge(
+        outcome = await ended(
+            client,
             handle,
             undisturbed,
-            part="head",
-            case="SIGKILL of the head of a service's own Ray",
-            faults=[fault],
-            data_dir=fleet.data_dir,
+            of=("head", "SIGKILL of the head of a service's own Ray"),
+            fault=fault,
+            fleet=fleet,
         )
     assert len(fleet.problems) == 1
     accept(outcome)
@@ -206,14 +220,13 @@ async def test_a_service_on_a_cluster_survives_its_head(
             head = await asyncio.to_thread(
                 lambda: RayNode.head(port, resources={"cola_base_model": 1}, log=log)
             )
-            handle = await finish(client, handle.job_id)
-            outcome = await judge(
+            outcome = await ended(
+                client,
                 handle,
                 undisturbed,
-                part="head",
-                case="SIGKILL of everything on the head's machine but the coordinator",
-                faults=[fault],
-                data_dir=fleet.data_dir,
+                of=("head", "SIGKILL of everything on the head's machine but the coordinator"),
+                fault=fault,
+                fleet=fleet,
             )
         assert any("coordinator ended by itself" in each for each in fleet.problems), fleet.problems
     finally:
@@ -231,14 +244,13 @@ async def test_the_base_models_node_dies_and_another_takes_its_place(
             (holder,) = [node for node in nodes if node.process("BaseModelActor")]
             fault = time.time()
             holder.die()
-            handle = await finish(client, handle.job_id)
-            outcome = await judge(
+            outcome = await ended(
+                client,
                 handle,
                 undisturbed,
-                part="base model",
-                case="SIGKILL of its whole Ray node, beside another",
-                faults=[fault],
-                data_dir=fleet.data_dir,
+                of=("base model", "SIGKILL of its whole Ray node, beside another"),
+                fault=fault,
+                fleet=fleet,
             )
     assert fleet.problems == []
     accept(outcome)
@@ -266,14 +278,13 @@ async def test_two_base_models_at_once_change_no_step_when_a_raylet_only_hangs(
             assert not (await handle.refresh()).ended, "it came too late"
             await asyncio.sleep(3.0)
             raylet.resume()
-            handle = await finish(client, handle.job_id)
-            outcome = await judge(
+            outcome = await ended(
+                client,
                 handle,
                 undisturbed,
-                part="base model",
-                case="its raylet SIGSTOPped until there are two of them, then SIGCONT",
-                faults=[fault],
-                data_dir=fleet.data_dir,
+                of=("base model", "its raylet SIGSTOPped until there are two of them, then SIGCONT"),
+                fault=fault,
+                fleet=fleet,
             )
     assert fleet.problems == []
     accept(outcome)
