@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -30,11 +29,18 @@ def one_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def away(monkeypatch: pytest.MonkeyPatch) -> Any:
+def asked() -> threading.Semaphore:
+    """Counts the questions to a database that is away."""
+    return threading.Semaphore(0)
+
+
+@pytest.fixture
+def away(monkeypatch: pytest.MonkeyPatch, asked: threading.Semaphore) -> Any:
     """The database cannot be reached; tests/jobs/test_job_store_hold.py does it with a real server."""
 
     def fail(database: Database, *_: Any) -> None:
         database.outage = unreachable()
+        asked.release()
         raise database.outage
 
     @contextmanager
@@ -154,14 +160,18 @@ def test_devices_in_quarantine_are_named_as_they_were_last_known(
 
 
 def test_a_watch_waits_the_outage_out_and_misses_nothing(
-    handle: JobHandle, served: Served, away: Any, monkeypatch: pytest.MonkeyPatch
+    handle: JobHandle,
+    served: Served,
+    away: Any,
+    asked: threading.Semaphore,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("cola_runtime.server.service.OUTAGE_PAUSE_SECONDS", 0.01)
     seen: list[int] = []
     watch = threading.Thread(target=lambda: seen.extend(event.id for event in handle.events()))
     with away():
         watch.start()
-        time.sleep(0.2)
+        assert all(asked.acquire(timeout=10) for _ in range(10)), "it does not ask again"
         assert watch.is_alive()
     served.train(handle.job_id, steps=3, succeed=True)
     watch.join(10)

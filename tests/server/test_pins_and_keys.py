@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import time
+from datetime import timedelta
 
 import pytest
 from serving import ROWS, Served
 
+from cola_runtime import clock
 from cola_runtime.client.sdk import Client
 from cola_runtime.errors import Conflict, InvalidInput, NotFound, Unauthenticated
 from cola_runtime.spec import JobSpec
@@ -29,15 +30,17 @@ def test_a_tenant_pins_and_unpins_its_checkpoints(client: Client, served: Served
     assert told.count("checkpoint.unpinned") == 1
 
 
-def test_a_key_may_have_an_end(served: Served) -> None:
+def test_a_key_may_have_an_end(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     with Client(base_url=served.url, api_key=served.keys["alice"]) as operator:
-        short = operator.create_key("bob", expires_in_seconds=1)
+        short = operator.create_key("bob", expires_in_seconds=3600)
         with Client(base_url=served.url, api_key=short.key) as client:
             assert client.jobs() == []
             keys = operator.keys()
             (listed,) = [each for each in keys if each.expires_at]
             assert listed.tenant == "bob"
-            time.sleep(1.05)
+            monkeypatch.setattr(served.store, "_now", lambda: clock.now() + timedelta(minutes=30))
+            assert client.jobs() == []
+            monkeypatch.setattr(served.store, "_now", lambda: clock.now() + timedelta(hours=1))
             with pytest.raises(Unauthenticated) as ended:
                 client.jobs()
         assert (ended.value.reason, "expired" in ended.value.message) == ("KEY_UNKNOWN", True)
