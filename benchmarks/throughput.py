@@ -101,7 +101,7 @@ QUICK_CASES = (
         peft_tenants=2,
         processes=(),
         twice=False,
-        shapes=((1, 1),),
+        shapes=((2, 1),),
     ),
 )
 
