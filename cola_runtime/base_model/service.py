@@ -203,6 +203,7 @@ class BaseModelService:
                 does="train" if step.train else "losses",
                 bank_hits=result.bank.hits,  # since the process started, as what follows
                 bank_misses=result.bank.misses,
+                bank_prefetched=result.bank.prefetched,
                 bank_evicted_bytes=result.bank.evicted_bytes,
             )
 

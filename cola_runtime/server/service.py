@@ -213,19 +213,19 @@ class FineTuningService:
 
         Raises NotFound `CHECKPOINT_UNKNOWN`, Conflict `ADAPTER_NOT_READY`, QuotaExceeded `QUOTA_PINNED`.
         """
-        job = await self.job(tenant, ref)
+        job = await self._recorded(tenant, ref)
         return await self.store.pin_checkpoint(job.job_id, version)
 
     async def unpin(self, tenant: Tenant, ref: str, *, version: int) -> CheckpointRecord:
         """It goes when retention says, which may be now. Raises NotFound `CHECKPOINT_UNKNOWN`."""
-        job = await self.job(tenant, ref)
+        job = await self._recorded(tenant, ref)
         unpinned = await self.store.unpin_checkpoint(job.job_id, version)
         await self._runner.retire(job.job_id)
         return unpinned
 
     async def best_step(self, tenant: Tenant, ref: str) -> int | None:
         """Of the best evaluation so far."""
-        return await self._best_step(await self.job(tenant, ref))
+        return await self._best_step(await self._recorded(tenant, ref))
 
     async def export(
         self, tenant: Tenant, ref: str, *, version: int | Literal["best"] | None = None
