@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class ComputeLane:
-    """Runs one piece of work at a time; within one urgency in the order of `run` calls."""
+    """Runs one piece of work at a time; within one urgency in the order of calls."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "base-model")
@@ -24,11 +24,15 @@ class ComputeLane:
 
     async def run(self, work: Callable[[], T], *, urgent: bool = False) -> T:
         """The work's result, or what it raised. A cancelled caller's work is dropped if it has not begun."""
+        return await asyncio.wrap_future(self.submit(work, urgent=urgent))
+
+    def submit(self, work: Callable[[], T], *, urgent: bool = False) -> Future[T]:
+        """`run` that does not wait: the work has its place when this returns."""
         future: Future[T] = Future()
         with self._lock:
             heapq.heappush(self._waiting, (not urgent, next(self._order), work, future))
         self._thread.submit(self._run_first)
-        return await asyncio.wrap_future(future)
+        return future
 
     def stop(self) -> None:
         """Drop what waits; what runs ends by itself."""

@@ -244,7 +244,10 @@ class BaseModelService:
                 )
             if not self._server.honours(update.lease):
                 return  # ended since: behind the eviction, an install would stay in the bank for good
-            await self._lane.run(lambda: install(prepared), urgent=True)
+            installing = self._lane.submit(lambda: install(prepared), urgent=True)
+            if prepared is not None:  # a base step that asks for it comes behind the install
+                self._tell_applied(update, links)
+            await asyncio.wrap_future(installing)
         except ColaError as error:
             self._events.append(StepRefused(lease=update.lease, reason=error.reason, message=str(error)))
         except Exception:
@@ -253,9 +256,13 @@ class BaseModelService:
             self._events.append(StepRefused(lease=update.lease, reason="INSTALL_FAILED", message=message))
         else:
             crash_points.reach("base_model.installed")
-            if len(update.shards) == 1:
-                self._server.retained.received(update.lease, update.version, update.shards[0].weights_P)
-            self._events.append(_applied(update, links))
+            if prepared is None:
+                self._tell_applied(update, links)
+
+    def _tell_applied(self, update: Update, links: tuple[str, ...]) -> None:
+        if len(update.shards) == 1:
+            self._server.retained.received(update.lease, update.version, update.shards[0].weights_P)
+        self._events.append(_applied(update, links))
 
     async def _compare(self, update: Update) -> None:
         """A replayed step beside the one that it repeats. The replay begins when its start has arrived."""

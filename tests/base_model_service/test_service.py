@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
@@ -256,6 +257,31 @@ async def test_an_update_that_is_overtaken_by_the_leases_end_stays_out_of_the_ba
     segment = segments(lease_of(0), 1, 0)[0]
     result = await bench.service.run(BaseStep(number=1, segments=(segment,), train=False))
     assert result.losses[0].reason == "ADAPTER_UNKNOWN"
+
+
+async def test_an_update_is_told_while_a_base_step_computes_and_the_next_one_is_of_it(bench: Bench) -> None:
+    """Else its job would always wait for one base step more: the next is chosen as the running one ends."""
+    await bench.grant(0)
+    computing, may_end = asyncio.Event(), threading.Event()
+
+    def compute() -> None:
+        bench_loop.call_soon_threadsafe(computing.set)
+        assert may_end.wait(WAIT_SECONDS)
+
+    bench_loop = asyncio.get_running_loop()
+    for segment in segments(lease_of(0), 0, 0):
+        running = asyncio.create_task(bench.service.run(BaseStep(number=1, segments=(segment,))))
+        if segment.last_microbatch:
+            occupied = asyncio.create_task(bench.service._lane.run(compute))
+        await running
+    await computing.wait()
+    await bench.until(StepApplied, lease=lease_of(0), version=1)
+    following = segments(lease_of(0), 1, 0)[0]
+    of_it = asyncio.create_task(bench.service.run(BaseStep(number=2, segments=(following,), train=False)))
+    await asyncio.sleep(0)
+    may_end.set()
+    await occupied
+    assert (await of_it).losses[0].reason is None
 
 
 async def test_an_update_that_cannot_be_installed_is_told_to_the_coordinator(
