@@ -26,7 +26,7 @@ class Offer:
 
 @dataclass(slots=True)
 class _Filling:
-    token_budget: int
+    token_budget: float
     rows: int = 0
     padded: PaddedRow = field(default_factory=PaddedRow)
     chosen: list[Waiting] = field(default_factory=list)
@@ -48,7 +48,7 @@ class _Filling:
 
 
 def fill(
-    offers: Sequence[Offer], band: Band, *, token_budget: int, lead: float, outside: float
+    offers: Sequence[Offer], band: Band, *, token_budget: float, lead: float, outside: float
 ) -> tuple[Waiting, ...]:
     """Microbatches of the band, always from the tenant that would then be least served, up to the budget.
 

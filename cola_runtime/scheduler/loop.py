@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 
 from cola_runtime.config import SchedulerSettings
 from cola_runtime.errors import ColaError, Unavailable
+from cola_runtime.scheduler.even_steps import EvenSteps
 from cola_runtime.scheduler.packing import measured, split_rows
 from cola_runtime.scheduler.policy import FairQueue
 from cola_runtime.scheduler.ports import BaseModelPort
@@ -69,7 +70,7 @@ class SchedulerLoop:
         self._peers: tuple[SchedulerLoop, ...] = ()
         self._ticket_numbers = itertools.count(1)
         self._step_numbers = itertools.count(1)
-        self._seconds_per_token = 0.0
+        self._even_steps = EvenSteps()
         self.busy_seconds = 0.0
         self.steps_done = 0
         self.tokens_done = 0  # without padding
@@ -92,6 +93,7 @@ class SchedulerLoop:
 
     def forget_adapter(self, job_id: str) -> None:
         self._adapter_bytes.pop(job_id, None)
+        self._even_steps.forget(job_id)
 
     def set_share(self, tenant_id: str, share: Share) -> None:
         """From the tenant's next tokens on."""
@@ -124,12 +126,16 @@ class SchedulerLoop:
         done: asyncio.Future[Computed] = asyncio.get_running_loop().create_future()
         ticket = Ticket(waiting=waiting, segment=segment, done=done, asked=time.monotonic())
         self._keep(ticket)
+        if train:
+            self._even_steps.waits(waiting.job_id, waiting.padded_tokens, now=_now())
         self._queue_up(ticket)
         self._wake.set()
         try:
             return await ticket.done
         finally:
             self._queue.remove(ticket.number, now=_now())
+            if not ticket.sent:
+                self._stops_waiting(ticket, computed=False)
             self._forget(ticket)
 
     def base_seconds(self, tokens: int) -> float:
@@ -184,7 +190,7 @@ class SchedulerLoop:
     def _send_when_due(self) -> float | None:
         """Send what should be sent now; return after how many seconds to look again (None: when woken)."""
         while len(self._flights) < self._settings.base_steps_in_flight:
-            chosen = self._within_bank(self._queue.choose(token_budget=self.token_budget, now=_now()))
+            chosen = self._within_bank(self._choose(now=_now()))
             if not chosen:
                 ready_at = self._queue.next_ready()
                 return None if ready_at is None else max(0.0, ready_at - _now())
@@ -193,6 +199,10 @@ class SchedulerLoop:
                 return wait_seconds
             self._send(chosen)
         return None
+
+    def _choose(self, *, now: float) -> Sequence[Waiting]:
+        room = self._even_steps.room(now=now)
+        return self._queue.choose(token_budget=self.token_budget, room=room, now=now)
 
     def _within_bank(self, chosen: Sequence[Waiting]) -> Sequence[Waiting]:
         """Those whose adapters are on the base model's device together. The first always goes."""
@@ -213,7 +223,7 @@ class SchedulerLoop:
         if not self._flights:
             return 0.0
         running = self._flights[min(self._flights)]
-        expected_seconds = running.padded_tokens * self._seconds_per_token
+        expected_seconds = self._even_steps.times.of(running.padded_tokens)
         filled = tokens >= FILLED_ENOUGH * self.token_budget
         ahead = max(FILLED_AHEAD * expected_seconds if filled else 0.0, SEND_AHEAD_SECONDS)
         return running.started + expected_seconds - ahead - _now()
@@ -224,6 +234,7 @@ class SchedulerLoop:
         tickets = [self._tickets[waiting.ticket] for waiting in chosen]
         for ticket in tickets:
             ticket.sent = True
+            self._stops_waiting(ticket, computed=True)
             self._tell_peers(ticket.waiting.tenant_id, ticket.waiting.tokens)
             self._record_queued(ticket, number)
         self._flights[number] = Flight(tickets=tickets, padded_tokens=padded_tokens(chosen), started=now)
@@ -256,7 +267,7 @@ class SchedulerLoop:
         self.steps_done += 1
         self.tokens_done += result.real_tokens
         self.bank = result.bank
-        self._seconds_per_token = result.seconds / max(1, result.computed_tokens)
+        self._even_steps.times.add(result.computed_tokens, result.seconds)
         tokens = [
             0 if loss.reason else ticket.waiting.tokens  # a refused segment was not computed
             for ticket, loss in zip(flight.tickets, result.losses, strict=True)
@@ -264,12 +275,14 @@ class SchedulerLoop:
         for ticket, loss, own in zip(flight.tickets, result.losses, tokens, strict=True):
             seconds = result.seconds * own / max(1, sum(tokens))
             computed = Computed(loss=loss, base_seconds=seconds, base_step=result.number)
+            self._ends(ticket, away=True)
             if not ticket.done.done():
                 ticket.done.set_result(computed)
 
     def _fail(self, number: int, error: Exception) -> None:
         cause = error if isinstance(error, ColaError) else Unavailable("BASE_MODEL_LOST", str(error))
         for ticket in self._flights[number].tickets:
+            self._ends(ticket, away=False)
             if not ticket.done.done():
                 ticket.done.set_exception(cause)
         if isinstance(cause, Unavailable):
@@ -284,6 +297,16 @@ class SchedulerLoop:
     def _tell_peers(self, tenant_id: str, tokens: int) -> None:
         for peer in self._peers:
             peer.charge_elsewhere(tenant_id, tokens)
+
+    def _stops_waiting(self, ticket: Ticket, *, computed: bool) -> None:
+        waiting = ticket.waiting
+        if waiting.train:
+            self._even_steps.stops_waiting(waiting.job_id, waiting.padded_tokens, computed=computed)
+
+    def _ends(self, ticket: Ticket, *, away: bool) -> None:
+        waiting = ticket.waiting
+        if waiting.train:
+            self._even_steps.ends(waiting.job_id, waiting.padded_tokens, now=_now(), away=away)
 
     def _queue_up(self, ticket: Ticket) -> None:
         if not self._parked.intersection(ticket.device_ids):

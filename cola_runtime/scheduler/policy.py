@@ -128,8 +128,10 @@ class FairQueue:
         tenant.counter = min(tenant.counter, max(before, self._floor + most_ahead))
         self._enter(tenant, now)
 
-    def choose(self, *, token_budget: int, now: float) -> tuple[Waiting, ...]:
+    def choose(self, *, token_budget: int, now: float, room: float = math.inf) -> tuple[Waiting, ...]:
         """The microbatches of the next base step; () when nobody may go. Nothing is taken: see `take`.
+
+        `room`: computed tokens, where the step should hold less than its budget.
 
         The oldest microbatch of the least served tenant's first job always goes; those of near length behind
         it in fair order join it (`length_bands`), as long as there is room and nobody runs ahead of who has
@@ -147,7 +149,7 @@ class FairQueue:
         bands = length_bands(lengths, [waiting.rows for waiting in seen], token_budget=token_budget)
         band = next(band for band in bands if head.padded.total in band)
         outside = self._least_beside({offer.tenant_id for offer in offers})
-        return fill(offers, band, token_budget=token_budget, lead=lead, outside=outside)
+        return fill(offers, band, token_budget=min(token_budget, room), lead=lead, outside=outside)
 
     def take(self, chosen: Sequence[Waiting], *, now: float) -> None:
         """Charge these microbatches to their tenants and jobs; they no longer wait."""
