@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from cola_runtime.base_model.whole_tiles import whole_tiles
 from cola_runtime.base_model.workspace import Workspace
 
 _mkldnn = torch.ops.mkldnn
@@ -134,10 +135,12 @@ def _tiles(weight_OI: Tensor) -> Tensor:
 
 
 def _product(x_NI: Tensor, tiles: Tensor, bias_O: Tensor | None) -> Tensor:
-    out: Tensor = _mkldnn._linear_pointwise(x_NI, tiles, bias_O, "none", [], "")
-    return out
+    (whole_NI,) = whole_tiles(x_NI)
+    out: Tensor = _mkldnn._linear_pointwise(whole_NI, tiles, bias_O, "none", [], "")
+    return out[: len(x_NI)]
 
 
 def _sum(base_NO: Tensor, x_NI: Tensor, tiles: Tensor) -> Tensor:
-    out: Tensor = _mkldnn._linear_pointwise.binary(x_NI, base_NO, tiles, None, "add")
-    return out
+    whole_NI, whole_NO = whole_tiles(x_NI, base_NO)
+    out: Tensor = _mkldnn._linear_pointwise.binary(whole_NI, whole_NO, tiles, None, "add")
+    return out[: len(x_NI)]

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cola_runtime.base_model.segments import Labels
+from cola_runtime.base_model.whole_tiles import whole_rows
 from cola_runtime.base_model.workspace import Workspace
 
 CHUNK_LABELS = 512  # of one product; 100 MB of float32 logits for a vocabulary of 49,152
@@ -54,11 +55,13 @@ def label_loss(
         assert head is not None  # `row_refusal` has looked
         chunk = slice(start, start + chunk_labels)
         positions_C = labels.positions_K[chunk]
-        logits_CV = _logits(_scaled(hidden_ND.index_select(0, positions_C), head), head, space)
+        whole_LV = _logits(_scaled(_labelled(hidden_ND, positions_C, space), head), head, space)
+        logits_CV = whole_LV[: len(positions_C)]
         scales_C = labels.scales_K[chunk].to(wide) * head.hidden_scale
         losses_and_slopes(logits_CV, labels.targets_K[chunk], losses_K[chunk], scales_C, space)
         if grad_ND is not None:
-            grad_ND.index_copy_(0, positions_C, torch.mm(logits_CV, head.weight_VD))
+            grad_LD = torch.mm(whole_LV, head.weight_VD)
+            grad_ND.index_copy_(0, positions_C, grad_LD[: len(positions_C)])
     return losses_K, grad_ND
 
 
@@ -68,6 +71,14 @@ def segment_loss_sums(losses_K: Tensor, labels: Labels) -> list[tuple[float, flo
     sums = [float(part.sum()) for part in torch.split(weighted_K, list(labels.counts))]
     weights = [float(part.sum()) for part in torch.split(labels.weights_K, list(labels.counts))]
     return list(zip(sums, weights, strict=True))
+
+
+def _labelled(hidden_ND: Tensor, positions_C: Tensor, space: Workspace) -> Tensor:
+    """The hidden states of the labels; rows that make the processor's tiles whole behind them."""
+    shape = whole_rows(len(positions_C), hidden_ND), hidden_ND.shape[1]
+    hidden_LD = space.tensor("loss.hidden", shape, hidden_ND.dtype)
+    torch.index_select(hidden_ND, 0, positions_C, out=hidden_LD[: len(positions_C)])
+    return hidden_LD
 
 
 def _scaled(hidden_CD: Tensor, head: VocabularyProjection) -> Tensor:

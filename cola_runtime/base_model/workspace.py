@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cola_runtime.base_model.accelerator import HOST
+from cola_runtime.base_model.whole_tiles import TILE_ROWS
 
 
 class Workspace:
@@ -23,14 +24,18 @@ class Workspace:
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A contiguous tensor with undefined content, valid until its name and dtype are asked for again."""
+        """A contiguous tensor with undefined content, valid until its name and dtype are asked for again.
+
+        Behind it there is memory for the rest of a tile of its last dimension (`whole_tiles`).
+        """
         numel = math.prod(shape)
         buffer = self._buffers.get((name, dtype))
         if buffer is None or buffer.numel() < numel:
             self._buffers.pop((name, dtype), None)
             del buffer  # freed before the larger one is allocated
             self.generation += 1
-            buffer = self._buffers[name, dtype] = self._allocated(name, numel, dtype)
+            spare = (TILE_ROWS - 1) * shape[-1] if len(shape) == 2 else 0
+            buffer = self._buffers[name, dtype] = self._allocated(name, numel + spare, dtype)
         return buffer[:numel].view(shape)
 
     def _allocated(self, _name: str, numel: int, dtype: torch.dtype) -> Tensor:
