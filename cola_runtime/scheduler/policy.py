@@ -22,7 +22,7 @@ from cola_runtime.scheduler.packing import length_bands
 from cola_runtime.scheduler.waiting import Class, Share, Standing, Waiting
 
 LOOK_AHEAD = 64  # microbatches that a decision looks at, in fair order
-LEAD = 1 / 8  # share of the token budget by which a tenant may run ahead of the least served one
+LEAD = 3 / 16  # share of the token budget by which a tenant may run ahead of the least served one (`fill`)
 KEPT_IDLE_JOBS = 64  # per tenant, before their counters are looked through for ones that are not needed
 
 TenantKey = tuple[float, int, str]  # counter, ticket with which it began to wait, tenant
@@ -121,14 +121,18 @@ class FairQueue:
         It does not lift the tenant's counter further than `most_ahead` above the tenant's served last: what
         was computed where nobody else wanted it is not held against it for long.
         """
-        tenant = self._tenant(tenant_id)
-        self._leave(tenant)
-        if not tenant.waits:
-            tenant.counter = max(tenant.counter, self._floor)  # else its return would forget these tokens
-        before = tenant.counter
+        tenant = self._tenants.get(tenant_id) or self._tenant(tenant_id)
+        before, most = tenant.counter, self._floor + most_ahead
+        if tenant.waits:
+            self._leave(tenant)
+        elif before < self._floor:
+            before = self._floor  # else its return would forget these tokens
+        tenant.counter = before
         self._count(tenant, tokens, now)
-        tenant.counter = min(tenant.counter, max(before, self._floor + most_ahead))
-        self._enter(tenant, now)
+        if tenant.counter > most:
+            tenant.counter = max(before, most)
+        if tenant.waits:
+            self._enter(tenant, now)
 
     def choose(self, *, token_budget: int, now: float) -> tuple[Waiting, ...]:
         """The microbatches of the next base step; () when nobody may go. Nothing is taken: see `take`.

@@ -184,11 +184,10 @@ class Simulation:
         tokens: dict[str, int] = {}
         for waiting in chosen:
             tokens[waiting.tenant_id] = tokens.get(waiting.tenant_id, 0) + waiting.tokens
-        for other in self._replicas:
-            if other is not replica:
-                for tenant_id, count in tokens.items():
-                    most_ahead = MOST_AHEAD * TOKEN_BUDGET
-                    other.queue.charge(tenant_id, count, now=self.now, most_ahead=most_ahead)
+        others = [other.queue for other in self._replicas if other is not replica]
+        for tenant_id, count in tokens.items():
+            for queue in others:
+                queue.charge(tenant_id, count, now=self.now, most_ahead=MOST_AHEAD * TOKEN_BUDGET)
 
     def _end(self, number: int, life: int, chosen: tuple[Waiting, ...], padded: int, seconds: float) -> None:
         replica, measured = self._replicas[number], self.measured
