@@ -29,6 +29,7 @@ from typing import Any
 from cola_runtime.config import SchedulerSettings
 from cola_runtime.scheduler.loop import SchedulerLoop
 from cola_runtime.scheduler.waiting import Share
+from cola_runtime.testing.backlogs import jain_index
 from cola_runtime.testing.modelled import (
     STEP_SECONDS,
     TOKEN_SECONDS,
@@ -136,7 +137,7 @@ def window_errors(steps: Sequence[ComputedStep]) -> dict[str, Any]:
     return {
         "worst_window_error": worst,
         "median_window_error": statistics.median(errors),
-        "jain_index": sum(whole) ** 2 / (len(whole) * sum(total**2 for total in whole)),
+        "jain_index": jain_index(whole),
         "base_steps": len(steps),
         "served_over_weight": dict(zip(WEIGHTS, whole, strict=True)),
     }

@@ -5,12 +5,13 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from cola_runtime.scheduler.packing import STEP_TOKENS, Band, PaddedRow
+from cola_runtime.scheduler.packing import STEP_TOKENS, Band
 from cola_runtime.scheduler.waiting import Waiting
 
 NOBODY = math.inf  # `outside` when every waiting tenant has an offer
+MOST_LEADS = 4  # as often as a light tenant's lead may a heavy one be ahead, in tokens of its own
 
 
 @dataclass(slots=True)
@@ -24,27 +25,31 @@ class Offer:
     microbatches: list[Waiting]  # in the order of the tenant's jobs
 
 
-@dataclass(slots=True)
 class _Filling:
-    token_budget: float
-    rows: int = 0
-    padded: PaddedRow = field(default_factory=PaddedRow)
-    chosen: list[Waiting] = field(default_factory=list)
+    """A base step that is being filled."""
+
+    def __init__(self, token_budget: float) -> None:
+        self._budget = token_budget
+        self._rows = self._tokens = self._source = 0  # rows, and what each costs (PaddedRow)
+        self.chosen: list[Waiting] = []
 
     @property
     def is_full(self) -> bool:
-        return (self.rows + 1) * self.padded.total > self.token_budget
+        return (self._rows + 1) * (self._tokens + self._source) > self._budget
 
-    def has_room(self, waiting: Waiting) -> bool:
-        """Within the budget, and padding less than a base step of its own. The first always has room."""
-        computed = (self.rows + waiting.rows) * self.padded.beside(waiting.padded).total
-        padding = computed - self.rows * self.padded.total - waiting.padded_tokens
-        return not self.rows or (computed <= self.token_budget and padding <= STEP_TOKENS)
+    def took(self, waiting: Waiting) -> bool:
+        """Take it if there is room: within the budget, and padding less than a base step of its own.
 
-    def take(self, waiting: Waiting) -> None:
-        self.rows += waiting.rows
-        self.padded = self.padded.beside(waiting.padded)
+        The first always has room.
+        """
+        tokens, source = max(self._tokens, waiting.padded.tokens), max(self._source, waiting.padded.source)
+        computed = (self._rows + waiting.rows) * (tokens + source)
+        padding = computed - self._rows * (self._tokens + self._source) - waiting.padded_tokens
+        if self._rows and (computed > self._budget or padding > STEP_TOKENS):
+            return False
+        self._rows, self._tokens, self._source = self._rows + waiting.rows, tokens, source
         self.chosen.append(waiting)
+        return True
 
 
 def fill(
@@ -52,25 +57,35 @@ def fill(
 ) -> tuple[Waiting, ...]:
     """Microbatches of the band, always from the tenant that would then be least served, up to the budget.
 
-    A tenant stops `lead` tokens of its own ahead of the least counter among those that go on waiting:
-    (counter - least) * weight <= lead before each microbatch. `outside` is that counter among tenants without
-    an offer (infinity: there are none). Offers come in fair order; the first one's first microbatch is in the
-    band and is taken, also above the budget. One that has no room when its turn comes stays behind.
+    A tenant does not pass the least counter among those that go on waiting by more than `lead` tokens of the
+    lightest tenant that offers, or MOST_LEADS * lead of its own: only the first microbatch may. `outside` is
+    the least counter among tenants without an offer (infinity: there are none). Offers come in fair order;
+    the first one's first microbatch is in the band and is taken, also above the budget. One that has no room
+    when its turn comes stays behind.
     """
     filling = _Filling(token_budget)
-    heap = [(offer.counter, place) for place, offer in enumerate(offers)]
-    in_band = [[w for w in offer.microbatches if w.padded.total in band][::-1] for offer in offers]
+    low, high, pending = band.low, band.high, []
+    heap: list[tuple[float, int]] = []
+    lightest = min(offer.weight for offer in offers)
+    for place, offer in enumerate(offers):
+        pending.append([w for w in reversed(offer.microbatches) if low < w.padded.total <= high])
+        if pending[-1]:
+            heap.append((offer.counter, place))  # in fair order, which is a heap
+        else:
+            outside = min(outside, offer.counter)
     while heap and not filling.is_full:
         counter, place = heapq.heappop(heap)
-        offer, pending, took = offers[place], in_band[place], False
+        offer, mine, took = offers[place], pending[place], False
         least = min(outside, heap[0][0]) if heap else outside
-        while pending and (counter - least) * offer.weight <= lead:
-            waiting = pending.pop()
-            if filling.has_room(waiting):
-                filling.take(waiting)
-                counter += waiting.tokens / offer.weight
+        most = least + lead / max(lightest, offer.weight / MOST_LEADS)
+        while mine:
+            reached = counter + mine[-1].tokens / offer.weight
+            if reached > most and filling.chosen:
+                break
+            if filling.took(mine.pop()):
+                counter = reached
                 offer.waits, took = offer.waits - 1, True
-        if pending and took and heap:
+        if mine and took and heap:
             heapq.heappush(heap, (counter, place))  # its turn may come again when others have caught up
         elif offer.waits:
             outside = min(outside, counter)

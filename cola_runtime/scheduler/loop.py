@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from cola_runtime.config import SchedulerSettings
@@ -149,10 +150,13 @@ class SchedulerLoop:
         self._wake.set()
 
     def charge_elsewhere(self, tenant_id: str, tokens: int) -> None:
-        """Count what another replica of the base model computed for a tenant."""
+        """Count what another replica of the base model computed for a tenant.
+
+        The loop is not woken: nobody may go sooner for it, and every replica would decide anew whenever any
+        one of them sends a base step.
+        """
         most_ahead = MOST_AHEAD * self.token_budget
         self._queue.charge(tenant_id, tokens, now=_now(), most_ahead=most_ahead)
-        self._wake.set()
 
     def park(self, device_id: str, *, parked: bool) -> None:
         """A device without credit: its tenants wait, nobody else does."""
@@ -232,11 +236,14 @@ class SchedulerLoop:
         number, now = next(self._step_numbers), _now()
         self._queue.take(chosen, now=now)
         tickets = [self._tickets[waiting.ticket] for waiting in chosen]
+        tokens = Counter[str]()
         for ticket in tickets:
             ticket.sent = True
             self._stops_waiting(ticket, computed=True)
-            self._tell_peers(ticket.waiting.tenant_id, ticket.waiting.tokens)
+            tokens[ticket.waiting.tenant_id] += ticket.waiting.tokens
             self._record_queued(ticket, number)
+        for tenant_id, count in tokens.items():
+            self._tell_peers(tenant_id, count)
         self._flights[number] = Flight(tickets=tickets, padded_tokens=padded_tokens(chosen), started=now)
         step = BaseStep(
             number=number,

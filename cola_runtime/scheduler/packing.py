@@ -6,12 +6,11 @@ parts' gradients add up to the step's (README, "The numbered life of a step").
 
 from __future__ import annotations
 
-import operator
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cola_runtime.types import Row
 
@@ -99,47 +98,52 @@ def length_bands(lengths: Sequence[int], rows: Sequence[int], *, token_budget: i
     microbatch is padded only where that costs less than a base step of its own. O(microbatches + lengths^2)
     with at most MOST_LENGTHS lengths.
     """
-    lengths_M = np.array(lengths)
-    tops_U = _told_apart(lengths_M)
-    of_top_M = np.searchsorted(tops_U, lengths_M)
-    rows_U = np.bincount(of_top_M, weights=rows, minlength=len(tops_U)).astype(np.int64)
-    return _cheapest_cuts(tops_U.tolist(), _band_costs(tops_U, rows_U, token_budget))
+    rows_of: dict[int, int] = {}
+    for length, count in zip(lengths, rows, strict=True):
+        rows_of[length] = rows_of.get(length, 0) + count
+    ascending = sorted(rows_of)
+    tops = _told_apart(ascending)
+    up_to, before = 0, [0]  # rows shorter than, or as long as, each of the tops
+    for length in ascending:
+        up_to += rows_of[length]
+        if length == tops[len(before) - 1]:
+            before.append(up_to)
+    return _cheapest_cuts(tops, before, token_budget)
 
 
 def _of(row: Row) -> PaddedRow:
     return PaddedRow(row.length - row.source_length, row.source_length)
 
 
-def _told_apart(lengths_M: NDArray[np.int64]) -> NDArray[np.int64]:
+def _told_apart(ascending: list[int]) -> list[int]:
     """Ascending lengths, the longest among them, that the others are rounded up to."""
-    sorted_M = np.sort(lengths_M)
-    firsts_M = np.flatnonzero(sorted_M[1:] != sorted_M[:-1])
-    if len(firsts_M) < MOST_LENGTHS:
-        return np.append(sorted_M[firsts_M], sorted_M[-1])
-    shortest, longest = float(sorted_M[0]), float(sorted_M[-1])
-    edges_U = shortest * (longest / shortest) ** _EVENLY
-    edges_U[-1] = longest
-    return np.unique(sorted_M[np.searchsorted(sorted_M, edges_U, side="right") - 1])
+    if len(ascending) <= MOST_LENGTHS:
+        return ascending
+    shortest, longest = float(ascending[0]), float(ascending[-1])
+    edges: list[float] = (shortest * (longest / shortest) ** _EVENLY).tolist()
+    edges[-1] = longest
+    return sorted({ascending[bisect_right(ascending, edge) - 1] for edge in edges})
 
 
-def _band_costs(tops_U: NDArray[np.int64], rows_U: NDArray[np.int64], token_budget: int) -> list[list[float]]:
-    """[last length, first length] -> tokens that the band between them costs."""
-    before_U = np.concatenate([[0], np.cumsum(rows_U)])
-    tokens_UU = (before_U[1:, None] - before_U[None, :-1]) * tops_U[:, None]
-    costs: list[list[float]] = (tokens_UU - STEP_TOKENS * (-tokens_UU // token_budget)).tolist()
-    return costs
-
-
-def _cheapest_cuts(tops: list[int], costs: list[list[float]]) -> list[Band]:
-    best: list[float] = [0]
-    cut = []
-    for to_last in costs:
-        with_first = [*map(operator.add, best, to_last)]  # as many as `best` has
-        best.append(min(with_first))
-        cut.append(with_first.index(best[-1]))
+def _cheapest_cuts(tops: list[int], before: list[int], token_budget: int) -> list[Band]:
+    """`before[n]` rows are no longer than the n lowest tops. Of bands of equal cost the longest is taken."""
+    best, cuts = [0], list[int]()
+    own = [0]  # tokens of the n lowest without padding: no cut of them costs less
+    for last, top in enumerate(tops):
+        own.append(own[last] + (before[last + 1] - before[last]) * top)
+        least, cut = -1, last
+        for first in range(last, -1, -1):
+            tokens = (before[last + 1] - before[first]) * top
+            cost = tokens - STEP_TOKENS * (-tokens // token_budget)
+            if least < 0 or best[first] + cost <= least:
+                least, cut = best[first] + cost, first
+            elif own[first] + cost > least:
+                break  # and so does every longer band
+        best.append(least)
+        cuts.append(cut)
     bands, last = [], len(tops) - 1
     while last >= 0:
-        first = cut[last]
+        first = cuts[last]
         bands.append(Band(tops[first - 1] if first else 0, tops[last]))
         last = first - 1
     return bands

@@ -22,7 +22,7 @@ from cola_runtime.scheduler.packing import length_bands
 from cola_runtime.scheduler.waiting import Class, Share, Standing, Waiting
 
 LOOK_AHEAD = 64  # microbatches that a decision looks at, in fair order
-LEAD = 1 / 8  # share of the token budget by which a tenant may run ahead of the least served one
+LEAD = 3 / 16  # share of the token budget by which a tenant may run ahead of the least served one (`fill`)
 KEPT_IDLE_JOBS = 64  # per tenant, before their counters are looked through for ones that are not needed
 
 TenantKey = tuple[float, int, str]  # counter, ticket with which it began to wait, tenant
@@ -78,7 +78,7 @@ class FairQueue:
 
     def set_share(self, tenant_id: str, share: Share) -> None:
         """From the next token on."""
-        tenant = self._tenants.setdefault(tenant_id, _Tenant(tenant_id))
+        tenant = self._tenant(tenant_id)
         tenant.share = share
         if share.tokens_per_minute is None:
             tenant.ready_at = -math.inf
@@ -89,8 +89,10 @@ class FairQueue:
         return self._tenants[tenant_id].counter
 
     def add(self, waiting: Waiting, *, now: float) -> None:
-        tenant = self._tenants.setdefault(waiting.tenant_id, _Tenant(waiting.tenant_id))
-        job = tenant.jobs.setdefault(waiting.job_id, _Job(waiting.job_id))
+        tenant = self._tenant(waiting.tenant_id)
+        job = tenant.jobs.get(waiting.job_id)
+        if job is None:
+            job = tenant.jobs[waiting.job_id] = _Job(waiting.job_id)
         self._entries[waiting.ticket] = waiting
         if not tenant.waits:
             tenant.counter, tenant.since = max(tenant.counter, self._floor), waiting.ticket
@@ -119,14 +121,18 @@ class FairQueue:
         It does not lift the tenant's counter further than `most_ahead` above the tenant's served last: what
         was computed where nobody else wanted it is not held against it for long.
         """
-        tenant = self._tenants.setdefault(tenant_id, _Tenant(tenant_id))
-        self._leave(tenant)
-        if not tenant.waits:
-            tenant.counter = max(tenant.counter, self._floor)  # else its return would forget these tokens
-        before = tenant.counter
+        tenant = self._tenants.get(tenant_id) or self._tenant(tenant_id)
+        before, most = tenant.counter, self._floor + most_ahead
+        if tenant.waits:
+            self._leave(tenant)
+        elif before < self._floor:
+            before = self._floor  # else its return would forget these tokens
+        tenant.counter = before
         self._count(tenant, tokens, now)
-        tenant.counter = min(tenant.counter, max(before, self._floor + most_ahead))
-        self._enter(tenant, now)
+        if tenant.counter > most:
+            tenant.counter = max(before, most)
+        if tenant.waits:
+            self._enter(tenant, now)
 
     def choose(self, *, token_budget: int, now: float, room: float = math.inf) -> tuple[Waiting, ...]:
         """The microbatches of the next base step; () when nobody may go. Nothing is taken: see `take`.
@@ -202,7 +208,9 @@ class FairQueue:
         """Of the tenant's first jobs: none that goes behind by deadline or priority, none further ahead than
         `lead`.
         """
-        earliest, first, least, _, _ = tenant.order.first
+        earliest, first, least, oldest, _ = tenant.order.first
+        if most == 1 and self._entries[oldest].of_class == of_class:
+            return [self._entries[oldest]]
         found: list[Waiting] = []
         for deadline, rank, counter, ticket, _ in islice(tenant.order, LOOK_AHEAD):
             behind = rank != first or deadline != earliest
@@ -217,6 +225,12 @@ class FairQueue:
         return next((key[0] for key in self._order if key[2] not in offering), NOBODY)
 
     # What a tenant has waiting
+
+    def _tenant(self, tenant_id: str) -> _Tenant:
+        tenant = self._tenants.get(tenant_id)
+        if tenant is None:
+            tenant = self._tenants[tenant_id] = _Tenant(tenant_id)
+        return tenant
 
     def _head(self, tenant: _Tenant) -> Waiting:
         return self._entries[tenant.order.first[3]]

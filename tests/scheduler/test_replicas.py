@@ -187,6 +187,15 @@ async def test_what_a_tenant_got_where_nobody_else_was_does_not_hold_it_back_for
     assert loop._queue.counter("both") == 4 * BUDGET
 
 
+async def test_a_replica_does_not_decide_anew_when_another_one_sends_a_base_step() -> None:
+    """With many replicas that would be most of what the coordinator does."""
+    loop = SchedulerLoop(None, SchedulerSettings(token_budget=BUDGET), on_base_lost=lambda error: None)  # type: ignore[arg-type]
+    loop.charge_elsewhere("both", BUDGET)
+    assert not loop._wake.is_set()
+    loop.charge("both", BUDGET)
+    assert loop._wake.is_set()
+
+
 def test_tokens_per_minute_are_of_all_replicas() -> None:
     queue = FairQueue()
     queue.set_share("capped", Share(tokens_per_minute=60))
