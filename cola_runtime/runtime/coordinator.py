@@ -21,6 +21,7 @@ from cola_runtime import crash_points
 from cola_runtime.adapters.module_registry import import_adapter_modules
 from cola_runtime.config import SchedulerSettings, ServiceSettings, crash_setting
 from cola_runtime.errors import ColaError, Conflict
+from cola_runtime.jobs.damage import check_whole
 from cola_runtime.jobs.hold import taken_over
 from cola_runtime.jobs.plan import wire_costs
 from cola_runtime.jobs.store import JobStore
@@ -132,6 +133,8 @@ async def running_service(settings: ServiceSettings) -> AsyncIterator[RunningSer
     """The whole service on Ray, for as long as the context lasts."""
     import_adapter_modules(settings.adapter_modules)  # what is wrong with them is said before Ray starts
     check_listeners(settings)  # likewise
+    if settings.database is None:
+        check_whole(settings.store_file)  # likewise
     with Cluster(settings) as cluster:
         join_token = _join_token(settings.data_dir)
         bases = await cluster.start_base_models(join_token)
