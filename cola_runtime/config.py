@@ -9,6 +9,8 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import secrets
+from contextlib import suppress
 from itertools import combinations, zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -30,6 +32,7 @@ from cola_runtime.errors import InvalidInput, Violation
 
 DEFAULT_GRPC_PORT = 8421
 DEFAULT_DEVICE_PORT = 8423
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 ENVIRONMENT_PREFIX = "COLA_"
 MIB = 1 << 20
 TLS_ENVIRONMENT = {"GRPC_SSL_CIPHER_SUITES": "ECDHE-PSK-CHACHA20-POLY1305"}
@@ -194,6 +197,8 @@ class ServiceSettings(_Settings):
     scheduler: SchedulerSettings = SchedulerSettings()
     planner: PlannerSettings = PlannerSettings()
     retention: RetentionSettings = RetentionSettings()
+    active_jobs: Annotated[int, Field(ge=1, le=100_000)] = 64
+    """Of one tenant, that have not ended; one more is refused (`QUOTA_JOBS`). Each has its rows in memory."""
     spot_checks: SpotCheckSettings = SpotCheckSettings()
     tls: TlsSettings = TlsSettings()
     ray_address: str | None = None
@@ -304,6 +309,22 @@ def offer_tls_1_3_only() -> None:
     Before grpc is imported, which reads it then.
     """
     os.environ.update(TLS_ENVIRONMENT)
+
+
+def keep_own_ray_private(data_dir: Path) -> None:
+    """Fix that a Ray which this process starts listens on loopback only and answers who has its token only.
+
+    Before ray is imported, which reads it then. The token is of this data folder and its owner's to read
+    (the one that Ray would make, in `~/.ray`, is everybody's), unless the environment names one.
+    """
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # on those systems Ray keeps to loopback anyway
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if "RAY_AUTH_TOKEN" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        token = (data_dir / "ray-token").resolve()
+        token.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError), open(os.open(token, _NEW, 0o600), "w", encoding="ascii") as file:
+            file.write(secrets.token_hex(32))
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
 
 
 def _load(model: type[S], file: dict[str, Any], flags: dict[str, Any], *, source: str) -> S:

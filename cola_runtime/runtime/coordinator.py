@@ -36,6 +36,7 @@ from cola_runtime.scheduler.ports import BaseModelPort
 from cola_runtime.scheduler.replicas import Replica, ReplicaSet, lost_replica_reporter, replica_name
 from cola_runtime.scheduler.retention import collect_orphans
 from cola_runtime.scheduler.runner import JobRunner, ServedBaseModel
+from cola_runtime.server.limits import Limits
 from cola_runtime.server.service import FineTuningService
 from cola_runtime.storage.objects import ObjectStorage
 from cola_runtime.trace.spans import SpanRecorder
@@ -176,6 +177,7 @@ async def running_coordinator(
             storage=storage,
             runner=runner,
             base_models={name: each.description for name, each in base_models.items()},
+            limits=Limits(active_jobs=settings.active_jobs),
             costs={name: each.costs for name, each in base_models.items()},
         )
         doors = await open_doors(settings, service, pool)

@@ -6,7 +6,7 @@ import resource
 import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -142,7 +142,7 @@ def no_descriptor_left() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, before[1]))
     taken: list[int] = []
     try:
-        with pytest.raises(OSError, match="Too many"):
+        with suppress(OSError):
             while True:
                 taken.append(os.open(os.devnull, os.O_RDONLY))
         yield
