@@ -9,8 +9,6 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-import secrets
-from contextlib import suppress
 from itertools import combinations, zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -32,7 +30,6 @@ from cola_runtime.errors import InvalidInput, Violation
 
 DEFAULT_GRPC_PORT = 8421
 DEFAULT_DEVICE_PORT = 8423
-_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 ENVIRONMENT_PREFIX = "COLA_"
 MIB = 1 << 20
 TLS_ENVIRONMENT = {"GRPC_SSL_CIPHER_SUITES": "ECDHE-PSK-CHACHA20-POLY1305"}
@@ -221,6 +218,11 @@ class ServiceSettings(_Settings):
         return self.data_dir / "jobs.sqlite"
 
     @property
+    def ray_token(self) -> Path:
+        """What a Ray of our own asks its callers for."""
+        return self.data_dir / "ray-token"
+
+    @property
     def store_url(self) -> str:
         """May hold a password."""
         if self.database is not None:
@@ -311,20 +313,16 @@ def offer_tls_1_3_only() -> None:
     os.environ.update(TLS_ENVIRONMENT)
 
 
-def keep_own_ray_private(data_dir: Path) -> None:
+def keep_own_ray_private(token: Path) -> None:
     """Fix that a Ray which this process starts listens on loopback only and answers who has its token only.
 
-    Before ray is imported, which reads it then. The token is of this data folder and its owner's to read
-    (the one that Ray would make, in `~/.ray`, is everybody's), unless the environment names one.
+    Before ray is imported, which reads it then. `token` is the file that holds it when Ray starts (the one
+    that Ray would make, in `~/.ray`, is everybody's to read), unless the environment names another.
     """
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # on those systems Ray keeps to loopback anyway
     os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if "RAY_AUTH_TOKEN" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
-        token = (data_dir / "ray-token").resolve()
-        token.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileExistsError), open(os.open(token, _NEW, 0o600), "w", encoding="ascii") as file:
-            file.write(secrets.token_hex(32))
-        os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+    if "RAY_AUTH_TOKEN" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(token.resolve()))
 
 
 def _load(model: type[S], file: dict[str, Any], flags: dict[str, Any], *, source: str) -> S:

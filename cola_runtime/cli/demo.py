@@ -24,9 +24,6 @@ def demo(
     from rich.console import Console
 
     from cola_runtime.cli.output import print_json
-    from cola_runtime.config import keep_own_ray_private
-
-    keep_own_ray_private(output)  # before ray is imported
     from cola_runtime.demo.run import DEFAULT_STEPS, run_demo
     from cola_runtime.demo.summary import summary
 

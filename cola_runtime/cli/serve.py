@@ -101,7 +101,7 @@ def serve(
         adapter_modules=adapter_module,
     )
     if settings.ray_address is None:
-        keep_own_ray_private(settings.data_dir)  # before ray is imported
+        keep_own_ray_private(settings.ray_token)  # before ray is imported
     from cola_runtime.runtime import coordinator
 
     coordinator.serve(

@@ -136,8 +136,10 @@ async def running_service(settings: ServiceSettings) -> AsyncIterator[RunningSer
     check_listeners(settings)  # likewise
     if settings.database is None:
         check_whole(settings.store_file)  # likewise
+    if settings.ray_address is None:
+        _kept_secret(settings.ray_token)
     with Cluster(settings) as cluster:
-        join_token = _join_token(settings.data_dir)
+        join_token = _kept_secret(settings.data_dir / "join-token")
         bases = await cluster.start_base_models(join_token)
 
         def devices_at(endpoint: str, identify: Identify) -> AbstractAsyncContextManager[None]:
@@ -284,11 +286,10 @@ async def _check_objects(store: JobStore, data_dir: Path) -> None:
         )
 
 
-def _join_token(data_dir: Path) -> str:
-    """The secret that devices join with; made at first start, readable by its owner only."""
-    path = data_dir / "join-token"
+def _kept_secret(path: Path) -> str:
+    """One that devices join with, or that Ray asks for; made at first start, readable by its owner only."""
     if not path.exists():
-        data_dir.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_private(path, secrets.token_urlsafe(32).encode())
     return path.read_text(encoding="ascii").strip()
 

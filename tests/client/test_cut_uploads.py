@@ -10,7 +10,8 @@ from cola_runtime.spec import JobSpec
 from cola_runtime.testing.chaos import Chaos, FaultKind, StreamFault, Way
 from cola_runtime.testing.chaos_proxy import CHUNK_BYTES, byte_proxy
 
-LARGE = ROWS * (4 * 1024 * 1024 // len(ROWS))
+ROW = b'{"text": "%s"}\n' % (b"a" * 8000)
+LARGE = ROW * (2 * 1024 * 1024 // len(ROW))  # in more messages than one
 MIDDLE = len(LARGE) // CHUNK_BYTES // 2  # TCP hands over a chunk at most at a time
 
 
@@ -23,7 +24,8 @@ async def test_an_upload_whose_connection_is_cut_in_the_middle_is_sent_again_by_
 ) -> None:
     chaos = Chaos(StreamFault(kind=FaultKind.CUT, way=Way.TO_SERVER, at=MIDDLE))
     async with byte_proxy(served.target, chaos) as cut, client_at(cut, served) as client:
-        handle = await client.submit(spec, training=LARGE)
+        cut_rows = spec.model_copy(update={"truncate": True, "loss": "full"})
+        handle = await client.submit(cut_rows, training=LARGE)
         assert chaos.struck.is_set()
         assert chaos.units[Way.TO_SERVER] > 2 * MIDDLE, "from its first byte"
         assert [job.job_id for job in await client.jobs()] == [handle.job_id]

@@ -20,6 +20,7 @@ from tests.faults.judging import MODEL, WAIT_SECONDS, fault_job
 JOBS = 10_000
 AT_ONCE = 8
 FEW = 50  # that may end before all are taken up again
+TAKEN_UP_SECONDS = 600.0
 SLOWER = 2.0  # that another tenant's job may be by the waiting jobs
 
 
@@ -60,13 +61,14 @@ async def client_of_many(service: RunningService, *, operator: str) -> AsyncClie
 
 async def in_line(client: AsyncClient, name: str, *, behind: int) -> None:
     """Return when the job says that at least so many wait before it."""
-    handle = await client.job(name)
-    async with asyncio.timeout(WAIT_SECONDS):
-        while True:
-            found = re.search(r"(\d+) wait before it", (await handle.refresh()).waiting_reason)
-            if found is not None and int(found[1]) >= behind:
-                return
-            await asyncio.sleep(0.2)
+    handle, deadline = await client.job(name), time.monotonic() + TAKEN_UP_SECONDS
+    while True:
+        reason = (await handle.refresh()).waiting_reason
+        found = re.search(r"(\d+) wait before it", reason)
+        if found is not None and int(found[1]) >= behind:
+            return
+        assert time.monotonic() < deadline, (handle.job.state, reason)
+        await asyncio.sleep(0.5)
 
 
 @pytest.mark.timeout(2400)
