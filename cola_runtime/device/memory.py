@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from cola_runtime.errors import Unavailable
+from cola_runtime.machine import is_memory_refused
 
 OUT_OF_MEMORY = "DEVICE_OUT_OF_MEMORY"
-_TORCH_SAYS = "DefaultCPUAllocator"  # in a RuntimeError, which has no class of its own
 
 
 @contextmanager
@@ -17,7 +17,7 @@ def shortage_named(what: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and _TORCH_SAYS not in str(error):
+        if not is_memory_refused(error):
             raise
         raise Unavailable(
             "DEVICE_OUT_OF_MEMORY", f"the device's process gets no memory for {what}"

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -19,6 +14,7 @@ from cola_runtime.transport.reader import ReceivedTensor
 from cola_runtime.transport.stream import ReceivedControl
 from cola_runtime.types import Lease, Site, SiteKind, TensorKind
 from tests.device.adapter_samples import SITES, definition
+from tests.limits import no_more_memory
 
 LEASE = Lease(job_id="job-" + "0" * 32, epoch=1, device_id="d1")
 
@@ -60,18 +56,6 @@ def test_a_norm_for_a_step_that_is_not_complete_here_is_refused() -> None:
     (answer,) = worker.consume([ReceivedControl(control_pb2.GradientControl(global_norm=of_all), 0)]).answers
     assert isinstance(answer, Refused)
     assert answer.reason == "NORM_UNEXPECTED"
-
-
-@contextmanager
-def no_more_memory(*, but_bytes: int) -> Iterator[None]:
-    """The kernel gives this process's address space so much and nothing beyond."""
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + but_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def test_an_adapter_that_the_process_gets_no_memory_for_is_refused_by_name_and_the_next_one_is_taken() -> (
