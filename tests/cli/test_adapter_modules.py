@@ -28,9 +28,11 @@ def test_a_job_store_that_is_damaged_ends_serve_before_ray_starts(
 ) -> None:
     monkeypatch.setattr("cola_runtime.config.keep_own_ray_private", lambda token: None)
     monkeypatch.setattr("cola_runtime.runtime.coordinator.Cluster", None)
-    store = tmp_path / "jobs.sqlite"
+    folder = tmp_path / "data"
+    folder.mkdir()
+    store = folder / "jobs.sqlite"
     store.write_bytes(b"no database " * 1000)
-    ran = cola("serve", "--data-dir", str(tmp_path))
+    ran = cola("serve", "--data-dir", str(folder))
     assert ran.code == 9
     assert all(part in ran.err for part in ("STORE_CORRUPT", str(store), "put back a copy")), ran.err
-    assert list(tmp_path.iterdir()) == [store]
+    assert list(folder.iterdir()) == [store]

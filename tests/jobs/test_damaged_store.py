@@ -90,6 +90,7 @@ async def test_a_file_that_is_damaged_while_it_is_used_is_written_to_no_more(tmp
     path = await filled(tmp_path / "jobs.sqlite")
     store = await JobStore.open(f"sqlite:///{path}")
     await store._database.run(lambda c: c.exec_driver_sql("PRAGMA cache_size = 1"))
+    whole = path.read_bytes()
     overwrite(path, first_page=2, pages=path.stat().st_size // PAGE_BYTES - 2)
     for _ in range(2):
         with pytest.raises(Unavailable) as caught:
@@ -101,6 +102,10 @@ async def test_a_file_that_is_damaged_while_it_is_used_is_written_to_no_more(tmp
         await store.create_tenant("other")
     assert refused.value is store.outage
     assert contents(tmp_path) == before
+    with path.open("r+b") as file:
+        file.write(whole)
+    with pytest.raises(Unavailable):
+        await store.tenants()  # until it is opened again: what the pages in memory are of is not known
     await store.close()
 
 

@@ -22,9 +22,10 @@ async def test_a_recorded_submission_gives_the_same_job_and_no_other(served: Ser
         AsyncClient(base_url=f"grpc://{recorded}", api_key=served.keys["alice"]) as client,
     ):
         handle = await client.submit(spec, training=ROWS, idempotency_key="k")
+        submission = list(recorder.sent)
         before = [event async for event in handle.events(follow=False)]
         for _ in range(3):
-            assert handle.job_id.encode() in await play_bytes(served.target, recorder.sent)
+            assert handle.job_id.encode() in await play_bytes(served.target, submission)
         assert [job.job_id for job in await client.jobs()] == [handle.job_id]
         assert [event async for event in handle.events(follow=False)] == before
     assert served.stored_files() == [f"datasets/{handle.job_id}/training.jsonl"]
