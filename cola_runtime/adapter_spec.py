@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
@@ -20,6 +21,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from cola_runtime.errors import InvalidInput
 from cola_runtime.types import Membership, Replay, Site, SiteKind
@@ -38,9 +40,17 @@ class Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def _no_truth_value(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise PydanticCustomError("number_type", "Input should be a valid number")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_no_truth_value)]
+"""A text that spells one is one, as YAML reads 2e-4 as a text; true is not 1."""
 Rank = Annotated[int, Field(ge=1, le=MAX_RANK, strict=True)]
-Alpha = Annotated[float, Field(gt=0, le=65536)]
-Scaling = Annotated[float, Field(gt=0, le=65536)]
+Alpha = Annotated[Number, Field(gt=0, le=65536)]
+Scaling = Annotated[Number, Field(gt=0, le=65536)]
 
 
 def _factor_scaling(rank: int, alpha: float, use_rslora: bool) -> float:
@@ -55,7 +65,7 @@ class LoraKind(Frozen):
     alpha: Alpha = 16.0
     use_rslora: bool = False
     """s = alpha / sqrt(rank) instead of alpha / rank (arXiv:2312.03732)."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     """PEFT's lora_dropout: in training, the share of x's entries that each site's A does not see."""
 
     @property

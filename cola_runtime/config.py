@@ -194,6 +194,8 @@ class ServiceSettings(_Settings):
     scheduler: SchedulerSettings = SchedulerSettings()
     planner: PlannerSettings = PlannerSettings()
     retention: RetentionSettings = RetentionSettings()
+    active_jobs: Annotated[int, Field(ge=1, le=100_000)] = 64
+    """Of one tenant, that have not ended; one more is refused (`QUOTA_JOBS`). Each has its rows in memory."""
     spot_checks: SpotCheckSettings = SpotCheckSettings()
     tls: TlsSettings = TlsSettings()
     ray_address: str | None = None
@@ -214,6 +216,11 @@ class ServiceSettings(_Settings):
     def store_file(self) -> Path:
         """Where SQLite keeps the job store, unless there is a `database`."""
         return self.data_dir / "jobs.sqlite"
+
+    @property
+    def ray_token(self) -> Path:
+        """What a Ray of our own asks its callers for."""
+        return self.data_dir / "ray-token"
 
     @property
     def store_url(self) -> str:
@@ -304,6 +311,18 @@ def offer_tls_1_3_only() -> None:
     Before grpc is imported, which reads it then.
     """
     os.environ.update(TLS_ENVIRONMENT)
+
+
+def keep_own_ray_private(token: Path) -> None:
+    """Fix that a Ray which this process starts listens on loopback only and answers who has its token only.
+
+    Before ray is imported, which reads it then. `token` is the file that holds it when Ray starts (the one
+    that Ray would make, in `~/.ray`, is everybody's to read), unless the environment names another.
+    """
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # on those systems Ray keeps to loopback anyway
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if "RAY_AUTH_TOKEN" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(token.resolve()))
 
 
 def _load(model: type[S], file: dict[str, Any], flags: dict[str, Any], *, source: str) -> S:

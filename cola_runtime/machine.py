@@ -30,6 +30,13 @@ def keep_freed_memory() -> None:
         glibc.mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
+def is_memory_refused(error: BaseException) -> bool:
+    """A buffer was asked for that this machine, or its accelerator, does not give the process."""
+    # torch's class for accelerators is not imported here, and its CPU allocator raises a RuntimeError.
+    own_class = type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, MemoryError) or own_class or "DefaultCPUAllocator" in str(error)
+
+
 def machine() -> dict[str, Any]:
     """Processor, usable cores and memory of this machine."""
     return {

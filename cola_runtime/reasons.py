@@ -169,6 +169,7 @@ BASE_MODEL_NOT_PLACED | Unavailable | The base model's process did not start in 
 CALL_TIMEOUT | Unavailable | The call took longer than it may. | Try again; over a slow link, send less at a time.
 CHECKPOINT_DAMAGED | Unavailable | A stored checkpoint is not what was stored. | Take an earlier version; tell the operator.
 DEVICE_ID_BUSY | Unavailable | A device of this id is still attached to the base model. | Nothing to do: it tries again.
+DEVICE_OUT_OF_MEMORY | Unavailable | A device's process gets no memory for an adapter or its steps. | Nothing to do: the job goes to another device, or waits for one with more.
 DEVICE_LOST | Unavailable | The device has left. | Nothing to do: the job goes to another one.
 ENDPOINT_UNREACHABLE | Unavailable | Nothing answers at the address. | Check the address and that the service runs.
 INTERNAL | ColaError | The service failed in a way that was not foreseen. | Try again; give the request id to the operator.
@@ -178,6 +179,7 @@ SERVICE_UNREACHABLE | Unavailable | No service answers at COLA_BASE_URL. | Start
 STORAGE_FAILED | Unavailable | The object storage failed. | Try again; see the service's log.
 STORAGE_FULL | Unavailable | The disk is full; nothing was changed. | Free space, then try again.
 STORE_BUSY | Unavailable | Another process has the job store open. | Stop the other coordinator, or ask it through its API.
+STORE_CORRUPT | Unavailable | The job store's file is damaged; nothing more is written to it. | Stop the service, move the file and its -wal away, put back a copy: docs/deploy.md.
 STORE_CLOSED | Unavailable | The coordinator is stopping. | Try again when it runs.
 STORE_MISMATCH | Conflict | The data folder's datasets and checkpoints belong to another job store, which would lose them. | Set `database` as before, or give another data folder; delete its store-id only to give those data up.
 STORE_TAKEN_OVER | Unavailable | Another coordinator has taken the job store while this one was cut off from it. | Use the other one; this one has stopped.

@@ -31,6 +31,7 @@ from cola_runtime.adapter_spec import (
     LoraKind,
     MlpKind,
     ModuleKind,
+    Number,
 )
 from cola_runtime.errors import InvalidInput, Violation
 from cola_runtime.task_spec import (
@@ -62,7 +63,7 @@ def _power_of_two(value: float) -> float:
     return value
 
 
-PowerOfTwo = Annotated[float, Field(ge=1, le=MAX_LOSS_SCALE), AfterValidator(_power_of_two)]
+PowerOfTwo = Annotated[Number, Field(ge=1, le=MAX_LOSS_SCALE), AfterValidator(_power_of_two)]
 
 
 class _Targeted(Frozen):
@@ -141,20 +142,20 @@ class OptimizerSpec(Frozen):
     """
 
     kind: Literal["adamw", "sgd", "adafactor"] = "adamw"
-    learning_rate: Annotated[float, Field(gt=0, le=100)] = 2e-4
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    learning_rate: Annotated[Number, Field(gt=0, le=100)] = 2e-4
+    betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: Annotated[Number, Field(gt=0, le=1)] = 1e-8
+    weight_decay: Annotated[Number, Field(ge=0, le=10)] = 0.0
+    momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     nesterov: bool = False
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = None
-    beta2_decay: Annotated[float, Field(ge=-10, le=0)] = -0.8
+    max_grad_norm: Annotated[Number, Field(gt=0)] | None = None
+    beta2_decay: Annotated[Number, Field(ge=-10, le=0)] = -0.8
     """Adafactor: the running mean takes in step t's squares with weight t^beta2_decay."""
-    eps1: Annotated[float, Field(ge=0, le=1)] | None = None
+    eps1: Annotated[Number, Field(ge=0, le=1)] | None = None
     """Adafactor: least root of a squared gradient's estimate; None is the machine epsilon of the dtype."""
-    eps2: Annotated[float, Field(ge=0, le=1)] = 1e-3
+    eps2: Annotated[Number, Field(ge=0, le=1)] = 1e-3
     """Adafactor: least root mean square of a weight that a step is taken relative to."""
-    d: Annotated[float, Field(ge=1, le=1e6)] = 1.0
+    d: Annotated[Number, Field(ge=1, le=1e6)] = 1.0
     """Adafactor: most root mean square of a weight's update."""
 
     @model_validator(mode="after")
@@ -187,7 +188,7 @@ class CollaborationSpec(Frozen):
     """
 
     group: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{16,128}$")]
-    weight: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    weight: Annotated[Number, Field(gt=0, le=1e6)] = 1.0
     combine: Literal["mean", "sum"] = "mean"
     """p_k is weight_k over the sum of the present members' weights, or weight_k itself."""
 
@@ -197,7 +198,7 @@ class WatchdogSpec(Frozen):
 
     action: Literal["fail", "pause"] = "fail"
     """`pause` keeps the job: its tenant may resume it from its last checkpoint."""
-    loss_factor: Annotated[float, Field(gt=1, le=1e9)] | None = 10.0
+    loss_factor: Annotated[Number, Field(gt=1, le=1e9)] | None = 10.0
     """A loss above this many times the highest of the first ten steps has exploded; None: no loss has."""
     patience: Annotated[int, Field(ge=1, le=1000, strict=True)] = 3
     """Exploded losses in a row after which the watchdog acts."""
@@ -214,7 +215,7 @@ class EvaluationSpec(Frozen):
     """Of each generated answer; with `rouge_l` only, where leaving it out means 64."""
     patience: Annotated[int, Field(ge=1, le=MAX_STEPS, strict=True)] | None = None
     """Evaluations in a row without improvement after which the job ends early, as succeeded."""
-    min_delta: Annotated[float, Field(ge=0, le=1e9)] = 0.0
+    min_delta: Annotated[Number, Field(ge=0, le=1e9)] = 0.0
     """An improvement is better than the best one so far by more than this, in the metric's unit."""
     keep_best: bool = True
     """Make a checkpoint at every improvement, so that the best version can be exported."""
@@ -234,7 +235,7 @@ class EvaluationSpec(Frozen):
 class DeadlineSpec(Frozen):
     """When the job should have ended. Its tenant's share goes to it first while that is in danger."""
 
-    seconds: Annotated[float, Field(gt=0, le=MAX_DEADLINE_SECONDS)]
+    seconds: Annotated[Number, Field(gt=0, le=MAX_DEADLINE_SECONDS)]
     """From its submission."""
     when_missed: Literal["continue", "cancel"] = "continue"
     """A missed deadline is an event in any case; `cancel` also ends the job, and its checkpoints stay."""
@@ -368,17 +369,46 @@ def _violations(error: ValidationError, source: str) -> Iterator[Violation]:
             known = TASK_MODELS if path[:1] == ["task"] else _MODELS
             yield Violation(where=f"{where}.kind", message=_unknown_kind(item["ctx"]["tag"], known))
         else:
-            yield Violation(where=where, message=f"{item['msg']}, got {item['input']!r}"[:300])
+            got = f"{item['msg']}, got {item['input']!r}"[:250]
+            yield Violation(where=where, message=f"{got}{_allowed(path)}")
 
 
-def _unknown_field(path: list[str]) -> str:
+_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+
+
+def _allowed(path: list[str]) -> str:
+    """The range of the number at `path`; "" of what has none."""
+    fields = _model_at(path).model_fields
+    named = [fields[part] for part in path if part in fields]
+    if not named:
+        return ""
+    field = named[-1]
+    parts = [part for each in get_args(field.annotation) for part in getattr(each, "__metadata__", ())]
+    limits = [*field.metadata, *(limit for part in parts for limit in getattr(part, "metadata", ()))]
+    texts = dict.fromkeys(
+        f"{sign} {getattr(limit, name):,}"
+        for limit in limits
+        for name, sign in _SIGNS.items()
+        if hasattr(limit, name)
+    )
+    return f"; allowed: {' and '.join(texts)}" if texts else ""
+
+
+def _model_at(path: list[str]) -> Any:
+    """The model that the last part of `path` belongs to."""
     model: Any = JobSpec
     for part in path[:-1]:
         if part in _MODELS or part in TASK_MODELS:
             model = (_MODELS | TASK_MODELS)[part]
         elif part in model.model_fields and part not in ("adapter", "task"):
             annotation = model.model_fields[part].annotation
-            model = next((each for each in get_args(annotation) if each is not NoneType), annotation)
+            inner = next((each for each in get_args(annotation) if each is not NoneType), annotation)
+            model = inner if hasattr(inner, "model_fields") else model
+    return model
+
+
+def _unknown_field(path: list[str]) -> str:
+    model = _model_at(path)
     near = difflib.get_close_matches(path[-1], model.model_fields, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(model.model_fields)}"
     return f"unknown field {path[-1]!r}; {hint}"

@@ -12,10 +12,9 @@ import traceback
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-
 from cola_runtime.base_model.segments import Member
 from cola_runtime.gradients.taps import Tap, TapSink
+from cola_runtime.machine import is_memory_refused
 from cola_runtime.types import Row, SegmentLoss, TensorKey
 
 OUT_OF_MEMORY = "OUT_OF_MEMORY"
@@ -64,7 +63,9 @@ class FittingPasses:
         """None where memory ran out; nothing refers to the pass's tensors then."""
         try:
             return self._one_pass(members, sink)
-        except torch.OutOfMemoryError as error:
+        except (MemoryError, RuntimeError) as error:  # an accelerator's is a RuntimeError, too
+            if not is_memory_refused(error):
+                raise
             traceback.clear_frames(error.__traceback__)
         return None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.metadata
 import os
@@ -130,20 +129,21 @@ def check_store(path: Path) -> Check:
     """The job store is whole, unless a coordinator has it open, which then keeps everybody else out."""
     if not path.exists():
         return Check(name="job store", status="ok", finding="there is none yet")
+    from cola_runtime.jobs.damage import damage_of
+
     try:
-        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=0)) as store:
-            found = store.execute("PRAGMA quick_check(1)").fetchone()[0]
+        found = damage_of(path)
     except sqlite3.Error as error:
         if "locked" in str(error):
             return Check(name="job store", status="ok", finding="a coordinator has it open")
         found = str(error)
-    if found == "ok":
+    if not found:
         return Check(name="job store", status="ok", finding=f"{path.name} is whole")
     return Check(
         name="job store",
         status="fail",
         finding=f"{path} is damaged: {found}",
-        remedy="Stop the service and put back a copy of jobs.sqlite; checkpoints are in objects/.",
+        remedy="Stop the service, move it and its -wal away and put back a copy: docs/deploy.md, Copies.",
     )
 
 

@@ -17,6 +17,7 @@ from cola_runtime.device.answers import Answer, Checkpoint, Norms, Refused
 from cola_runtime.device.config import DeviceConfig
 from cola_runtime.device.gradient_link import GradientLink
 from cola_runtime.device.gradient_links import GradientLinks
+from cola_runtime.device.memory import OUT_OF_MEMORY
 from cola_runtime.device.worker import DeviceWorker
 from cola_runtime.errors import ProtocolError, Unavailable
 from cola_runtime.proto import control_pb2
@@ -162,7 +163,11 @@ class ControlSession:
             await self._answer(link, answer)
 
     async def _answer(self, link: GradientLink, answer: Answer) -> None:
-        if isinstance(answer, Refused):
+        if isinstance(answer, Refused) and answer.reason == OUT_OF_MEMORY:
+            await self._fail(
+                answer
+            )  # the coordinator asks another device, so it must know whose memory it is
+        elif isinstance(answer, Refused):
             await link.send_refusal(answer)
         elif isinstance(answer, Norms):
             await link.send_norms(answer)

@@ -15,6 +15,7 @@ from typing import Any
 from cola_runtime import crash_points
 from cola_runtime.adapters.checkpoint_format import TrainingDefinition
 from cola_runtime.device.answers import Answer, Checkpoint, Consumed, Norms, Refused, Update
+from cola_runtime.device.memory import shortage_named
 from cola_runtime.device.sent_chain import SentChain
 from cola_runtime.device.session import AdapterSession, Applied
 from cola_runtime.errors import ColaError, Conflict, Fenced, ProtocolError
@@ -69,7 +70,8 @@ class DeviceWorker:
         lease = control.lease_from_proto(grant.lease)
         try:
             self._check_newer(lease)
-            session = _session(grant, checkpoint)
+            with shortage_named("the adapter and its optimizer state"):
+                session = _session(grant, checkpoint)
         except ColaError as error:
             return Refused(lease=lease, reason=error.reason, message=str(error))
         chain = SentChain(lease, self._hashing, link=grant.chain)
@@ -162,7 +164,8 @@ class DeviceWorker:
         started = time.perf_counter()
         held.tensors += len(item.contents.packed.keys) if isinstance(item, ReceivedPack) else 1
         try:
-            _add_to(held.session, item)
+            with shortage_named("a step's taps"):
+                _add_to(held.session, item)
         except ColaError as error:
             return _refuse(held, error)
         held.step_seconds += time.perf_counter() - started
@@ -219,7 +222,8 @@ class DeviceWorker:
     def _apply(self, held: _Held, version: int, *, norm: float | None = None) -> Update:
         crash_points.reach("device.step_complete")
         started = time.monotonic()
-        applied = held.session.apply(version=version, norm=norm)
+        with shortage_named("an optimizer step"):
+            applied = held.session.apply(version=version, norm=norm)
         crash_points.reach("device.step_applied")
         seconds = held.step_seconds + applied.seconds
         job_id, now = held.lease.job_id, time.monotonic()

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 from alembic import command
@@ -21,6 +22,7 @@ from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from sqlalchemy.pool import StaticPool
 
 from cola_runtime.errors import ColaError, InvalidInput, Unavailable
+from cola_runtime.jobs.damage import check_whole, corrupt, is_damage
 from cola_runtime.jobs.hold import CommitInDoubt, Doubt, Hold, store_busy
 
 logger = logging.getLogger(__name__)
@@ -29,8 +31,10 @@ BUSY_TIMEOUT_MILLISECONDS = 5_000
 REST_SECONDS = 0.5  # after a failed attempt to reach the database
 SETTLE_SECONDS = 0.2
 
-OUTAGES = frozenset({"STORE_BUSY", "STORE_FAILED", "STORE_UNREACHABLE", "STORAGE_FULL", "STORAGE_FAILED"})
-"""Reasons after which the same call may work in a while."""
+OUTAGES = frozenset({
+    "STORE_BUSY", "STORE_CORRUPT", "STORE_FAILED", "STORE_UNREACHABLE", "STORAGE_FULL", "STORAGE_FAILED"
+})  # fmt: skip
+"""Reasons that are no job's fault: the same call may work in a while, or once an operator has acted."""
 
 _NO_SESSION = frozenset({"57P01", "57P02", "57P03", "53300"})  # shut down, crashed, starting, full
 
@@ -48,7 +52,9 @@ class Database:
 
     def __init__(self, url: str) -> None:
         self._hold: Hold | None = None
+        self._file: Path | None = None
         if url.startswith("sqlite"):
+            self._file = Path(make_url(url).database or "")
             self._engine = _sqlite_engine(url)
         else:
             self._hold = Hold(make_url(url), patience_milliseconds=lambda: BUSY_TIMEOUT_MILLISECONDS)
@@ -63,7 +69,12 @@ class Database:
         """Done once another coordinator has taken the store: this one can write no more."""
 
     async def open(self) -> None:
-        """Bring the tables to the newest migration, and be the one who writes."""
+        """Bring the tables to the newest migration, and be the one who writes.
+
+        Raises Unavailable: `STORE_CORRUPT` before anything is written, `STORE_BUSY`.
+        """
+        if self._file is not None:
+            await self._in_thread(check_whole, self._file)
         await self.run(_upgrade)
         if self._hold is not None:
             self._hold.term = await self.run(self._hold.begin)
@@ -111,10 +122,12 @@ class Database:
     def _transact(self, work: Callable[[Connection], Result], committed: Callable[[], None]) -> Result:
         if time.monotonic() < self._rests_until:
             raise unreachable()
+        if self.outage is not None and self.outage.reason == "STORE_CORRUPT":
+            raise self.outage  # for good: what is written to a damaged file may be lost, and damage more
         try:
             result, wrote = self._attempt(work, committed)
         except DBAPIError as error:
-            raise self._noted(store_error(error)) from error
+            raise self._noted(self._explained(error)) from error
         except Unavailable as error:  # of a new session that may not write
             self._noted(error)
             raise
@@ -153,6 +166,11 @@ class Database:
                     raise
                 raise CommitInDoubt(self._hold.doubt(number, committed), result) from error
             return result, wrote
+
+    def _explained(self, error: DBAPIError) -> ColaError:
+        if self._file is not None and is_damage(error.orig):
+            return corrupt(self._file, str(error.orig))
+        return store_error(error)
 
     def _noted(self, error: ColaError) -> ColaError:
         if isinstance(error, Unavailable) and error.reason in OUTAGES:

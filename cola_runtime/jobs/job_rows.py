@@ -7,7 +7,7 @@ from dataclasses import asdict
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, ScalarSelect, Select, select, tuple_
+from sqlalchemy import ColumnElement, Connection, RowMapping, ScalarSelect, Select, func, select, tuple_
 
 from cola_runtime.clock import rfc3339
 from cola_runtime.errors import Conflict, InvalidInput, NotFound
@@ -98,6 +98,16 @@ def list_jobs(
         query = query.where(order < tuple_(*_position(connection, after, tenant_id)))
     rows = connection.execute(query.limit(max(1, min(limit, MAX_LISTED_JOBS))))
     return [_record(row) for row in rows.mappings()]
+
+
+def count_active(connection: Connection, tenant_id: str, *, but_key: str) -> int | None:
+    """Of the tenant's jobs, those that have not ended; None where the idempotency key made one already."""
+    of_tenant = _jobs.c.tenant_id == tenant_id
+    made = select(_jobs.c.job_id).where(of_tenant, _jobs.c.idempotency_key == but_key)
+    if but_key and connection.execute(made).first() is not None:
+        return None
+    query = select(func.count()).select_from(_jobs).where(of_tenant, _jobs.c.state.not_in(TERMINAL_STATES))
+    return int(connection.execute(query).scalar_one())
 
 
 def move_job(

@@ -201,6 +201,19 @@ class JobStore:
         self.memory.note_jobs(found)
         return found
 
+    async def all_jobs(self, state: JobState) -> list[JobRecord]:
+        """Oldest first, of every tenant, however many there are."""
+        found: list[JobRecord] = []
+        while page := await self.jobs(
+            states=[state], limit=job_rows.MAX_LISTED_JOBS, after=found[-1].job_id if found else None
+        ):
+            found += page
+        return found[::-1]
+
+    async def active_jobs(self, tenant_id: str, *, but_key: str = "") -> int | None:
+        """How many of the tenant's jobs have not ended; None where `but_key` made one of its jobs."""
+        return await self._database.run(lambda c: job_rows.count_active(c, tenant_id, but_key=but_key))
+
     async def transition(
         self,
         job_id: str,

@@ -21,6 +21,7 @@ from cola_runtime import crash_points
 from cola_runtime.adapters.module_registry import import_adapter_modules
 from cola_runtime.config import SchedulerSettings, ServiceSettings, crash_setting
 from cola_runtime.errors import ColaError, Conflict
+from cola_runtime.jobs.damage import check_whole
 from cola_runtime.jobs.hold import taken_over
 from cola_runtime.jobs.plan import wire_costs
 from cola_runtime.jobs.store import JobStore
@@ -35,6 +36,7 @@ from cola_runtime.scheduler.ports import BaseModelPort
 from cola_runtime.scheduler.replicas import Replica, ReplicaSet, lost_replica_reporter, replica_name
 from cola_runtime.scheduler.retention import collect_orphans
 from cola_runtime.scheduler.runner import JobRunner, ServedBaseModel
+from cola_runtime.server.limits import Limits
 from cola_runtime.server.service import FineTuningService
 from cola_runtime.storage.objects import ObjectStorage
 from cola_runtime.trace.spans import SpanRecorder
@@ -132,8 +134,12 @@ async def running_service(settings: ServiceSettings) -> AsyncIterator[RunningSer
     """The whole service on Ray, for as long as the context lasts."""
     import_adapter_modules(settings.adapter_modules)  # what is wrong with them is said before Ray starts
     check_listeners(settings)  # likewise
+    if settings.database is None:
+        check_whole(settings.store_file)  # likewise
+    if settings.ray_address is None:
+        _kept_secret(settings.ray_token)
     with Cluster(settings) as cluster:
-        join_token = _join_token(settings.data_dir)
+        join_token = _kept_secret(settings.data_dir / "join-token")
         bases = await cluster.start_base_models(join_token)
 
         def devices_at(endpoint: str, identify: Identify) -> AbstractAsyncContextManager[None]:
@@ -173,6 +179,7 @@ async def running_coordinator(
             storage=storage,
             runner=runner,
             base_models={name: each.description for name, each in base_models.items()},
+            limits=Limits(active_jobs=settings.active_jobs),
             costs={name: each.costs for name, each in base_models.items()},
         )
         doors = await open_doors(settings, service, pool)
@@ -279,11 +286,10 @@ async def _check_objects(store: JobStore, data_dir: Path) -> None:
         )
 
 
-def _join_token(data_dir: Path) -> str:
-    """The secret that devices join with; made at first start, readable by its owner only."""
-    path = data_dir / "join-token"
+def _kept_secret(path: Path) -> str:
+    """One that devices join with, or that Ray asks for; made at first start, readable by its owner only."""
     if not path.exists():
-        data_dir.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_private(path, secrets.token_urlsafe(32).encode())
     return path.read_text(encoding="ascii").strip()
 

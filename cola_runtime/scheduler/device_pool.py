@@ -43,7 +43,9 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT_LIMITS = FrameLimits(max_tensor_bytes=4 << 30, max_open_tensors=2, max_open_bytes=4 << 30)
 
-UNABLE_REASONS = ("ADAPTER_MODULE_UNKNOWN", "ADAPTER_MODULE_INVALID", "ADAPTER_INVALID")
+UNABLE_REASONS = (
+    "ADAPTER_MODULE_UNKNOWN", "ADAPTER_MODULE_INVALID", "ADAPTER_INVALID", "DEVICE_OUT_OF_MEMORY"
+)  # fmt: skip
 """A device that refuses a lease so will refuse it again, as long as its process is what it is."""
 
 CheckpointSink = Callable[[Lease, int, bytes, str], Awaitable[None]]
@@ -307,7 +309,10 @@ class DevicePool:
         return device
 
     async def _admit(self, device: ConnectedDevice) -> None:
-        """A device that dials in again replaces its older self, whose leases are lost."""
+        """A device that dials in again replaces its older self, whose leases are lost.
+
+        If that is alive, since somebody else came with its hello, it is not heard until the place is free.
+        """
         older = self._devices.get(device.hello.device_id)
         if older is not None:
             self._forget(older, "it dialled in again")
@@ -329,6 +334,8 @@ class DevicePool:
         blobs: dict[tuple[str, int], ReceivedTensor] = {}
         async for item in device.stream:
             device.heard = time.monotonic()
+            if device.hello.device_id not in self._devices:
+                return  # who took its place has left: it dials in again
             if isinstance(item, ReceivedControl):
                 await self._hear(device, item.message, blobs)
             elif isinstance(item, ReceivedTensor):

@@ -128,11 +128,11 @@ class JobRunner:
                 for name, served in self._base_models.items()
             ),
         ]
-        for record in await self._store.jobs(states=[JobState.RUNNING], limit=100_000):
+        for record in await self._store.all_jobs(JobState.RUNNING):
             await self._store.transition(record.job_id, Trigger.REQUEUE, message="the coordinator restarted")
-        for record in await self._store.jobs(states=[JobState.QUEUED], limit=100_000):
+        for record in await self._store.all_jobs(JobState.QUEUED):
             await self.start(record.job_id)
-        for record in await self._store.jobs(states=[JobState.PAUSED], limit=100_000):
+        for record in await self._store.all_jobs(JobState.PAUSED):
             self._deadlines.watch(record)
 
     async def close(self) -> None:

@@ -6,7 +6,7 @@ Those whose deadlines are in danger go first, the earliest deadline first.
 from __future__ import annotations
 
 import asyncio
-from bisect import insort
+from bisect import bisect_left, insort
 from dataclasses import dataclass, field
 
 from cola_runtime.scheduler.policy import NOT_DUE
@@ -31,7 +31,32 @@ class _Place:
 class _Tenant:
     limit: int | None = None
     running: set[str] = field(default_factory=set)
-    line: list[_Place] = field(default_factory=list)
+    line: list[_Place] = field(default_factory=list)  # by rank, then number
+    places: dict[str, _Place] = field(default_factory=dict)  # of the line, by job
+    dated: list[_Place] = field(default_factory=list)  # of the line, those with a deadline
+
+    def join(self, place: _Place) -> None:
+        insort(self.line, place)
+        self.places[place.job_id] = place
+        if place.due is not None:
+            self.dated.append(place)
+
+    def drop(self, place: _Place) -> None:
+        del self.line[bisect_left(self.line, place)]
+        del self.places[place.job_id]
+        if place.due is not None:
+            self.dated.remove(place)
+
+    def first(self, now: float) -> _Place:
+        return min([self.line[0], *self.dated], key=lambda each: each.order(now))
+
+    def ahead(self, place: _Place, now: float) -> int:
+        """How many go before. Who asks for a page of jobs asks this of each."""
+        own = place.order(now)
+        late = [each.order(now) for each in self.dated if each.order(now)[0] != NOT_DUE]
+        if own[0] != NOT_DUE:
+            return sum(other < own for other in late)
+        return bisect_left(self.line, place) + sum(other[1:] > own[1:] for other in late)
 
 
 class JobSlots:
@@ -51,13 +76,13 @@ class JobSlots:
         tenant = self._tenants.setdefault(tenant_id, _Tenant())
         self._arrivals += 1
         place = _Place(-priority, self._arrivals, job_id, due)
-        insort(tenant.line, place)
+        tenant.join(place)
         self._grant(tenant)
         try:
             await place.granted.wait()
         except asyncio.CancelledError:
-            if place in tenant.line:
-                tenant.line.remove(place)
+            if tenant.places.get(job_id) is place:
+                tenant.drop(place)
             self.leave(tenant_id, job_id)
             raise
 
@@ -69,19 +94,18 @@ class JobSlots:
     def waiting_reason(self, tenant_id: str, job_id: str) -> str | None:
         """Why the job may not train yet; None when it may."""
         tenant = self._tenants.get(tenant_id, _Tenant())
-        now = asyncio.get_running_loop().time()
-        for ahead, place in enumerate(sorted(tenant.line, key=lambda each: each.order(now))):
-            if place.job_id == job_id:
-                return (
-                    f"its tenant's cap of {tenant.limit} concurrent jobs is reached: {len(tenant.running)} "
-                    f"are running, {ahead} wait before it"
-                )
-        return None
+        place = tenant.places.get(job_id)
+        if place is None:
+            return None
+        ahead = tenant.ahead(place, asyncio.get_running_loop().time())
+        return (
+            f"its tenant's cap of {tenant.limit} concurrent jobs is reached: {len(tenant.running)} "
+            f"are running, {ahead} wait before it"
+        )
 
     def _grant(self, tenant: _Tenant) -> None:
         while tenant.line and (tenant.limit is None or len(tenant.running) < tenant.limit):
-            now = asyncio.get_running_loop().time()
-            place = min(tenant.line, key=lambda each: each.order(now))
-            tenant.line.remove(place)
+            place = tenant.first(asyncio.get_running_loop().time())
+            tenant.drop(place)
             tenant.running.add(place.job_id)
             place.granted.set()

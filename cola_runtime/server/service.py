@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -31,7 +32,7 @@ from cola_runtime.jobs.records import (
     TenantTerms,
     Usage,
 )
-from cola_runtime.jobs.state import TERMINAL_STATES, JobState
+from cola_runtime.jobs.state import JobState
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.scheduler.checkpoints import read_checkpoint
 from cola_runtime.scheduler.device_pool import DeviceStatus
@@ -47,7 +48,6 @@ from cola_runtime.trace.report import EXPORT
 from cola_runtime.types import BaseModelDescription
 
 BEST: Literal["best"] = "best"
-ACTIVE_STATES = frozenset(JobState) - TERMINAL_STATES
 OUTAGE_PAUSE_SECONDS = 1.0
 
 
@@ -84,6 +84,7 @@ class FineTuningService:
         self._admission = Admission(self._base_models)
         self._prompts = Prompts(self._base_models, self.limits)
         self._creations: set[asyncio.Task[JobRecord]] = set()
+        self._admitting: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by tenant
 
     async def check_dataset(self, tenant: Tenant, submission: Submission) -> DatasetReport:
         """The checks of `submit`; nothing is created."""
@@ -92,7 +93,7 @@ class FineTuningService:
     async def estimate(self, tenant: Tenant, submission: Submission) -> JobEstimate:
         """What the job would take, after the checks of `submit`; nothing is created."""
         checked = await self._admission.check(submission)
-        await self._check_quota(tenant, "", steps=checked.report.steps)
+        await self._check_quota(tenant.tenant_id, "", steps=checked.report.steps)
         devices, name = self._runner.devices(), checked.spec.base_model
         situation = Situation(
             costs=self._base_models.costs(name),
@@ -109,7 +110,6 @@ class FineTuningService:
     async def submit(self, tenant: Tenant, submission: Submission) -> JobRecord:
         """A queued job, already handed to the runner. Whatever is wrong, nothing was created."""
         checked = await self._admission.check(submission)
-        await self._check_quota(tenant, submission.idempotency_key, steps=checked.report.steps)
         new = _new_job(tenant, submission, checked)
         creation = asyncio.create_task(self._create_and_start(new, submission, checked))
         self._creations.add(creation)
@@ -308,22 +308,23 @@ class FineTuningService:
         best = await self.store.best_evaluation(job.job_id)
         return None if best is None else best.step
 
-    async def _check_quota(self, tenant: Tenant, idempotency_key: str, *, steps: int) -> None:
+    async def _check_quota(self, tenant_id: str, idempotency_key: str, *, steps: int) -> None:
         """Raises QuotaExceeded `QUOTA_JOBS`, `QUOTA_STEPS`; a repeated request is no new job."""
         most = self.limits.active_jobs
-        active = await self.store.jobs(tenant_id=tenant.tenant_id, states=ACTIVE_STATES, limit=most)
-        repeated = idempotency_key and any(job.idempotency_key == idempotency_key for job in active)
-        if len(active) >= most and not repeated:
+        active = await self.store.active_jobs(tenant_id, but_key=idempotency_key)
+        if active is None:
+            return
+        if active >= most:
             raise QuotaExceeded(
                 "QUOTA_JOBS",
                 "the tenant has as many active jobs as it may have",
                 limit=most,
-                actual=len(active) + 1,
+                actual=active + 1,
                 remedy="Wait for one to end, or cancel one: `cola jobs cancel`.",
             )
-        cap = (await self.store.terms(tenant.tenant_id)).total_steps
-        if cap is not None and not repeated:
-            taken = await self.store.steps_of_tenant(tenant.tenant_id)
+        cap = (await self.store.terms(tenant_id)).total_steps
+        if cap is not None:
+            taken = await self.store.steps_of_tenant(tenant_id)
             if taken + steps > cap:
                 raise QuotaExceeded(
                     "QUOTA_STEPS",
@@ -334,7 +335,9 @@ class FineTuningService:
                 )
 
     async def _create_and_start(self, new: NewJob, submission: Submission, checked: CheckedJob) -> JobRecord:
-        job = await self._create(new, submission)
+        async with self._admitting[new.tenant_id]:  # two at once would both be the last that is allowed
+            await self._check_quota(new.tenant_id, submission.idempotency_key, steps=new.total_steps)
+            job = await self._create(new, submission)
         if job.job_id == new.job_id:
             await self.store.add_event(
                 job.job_id, "encoding.chosen", checked.taps_reason, data={"encoding": str(checked.taps)}

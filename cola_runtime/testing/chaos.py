@@ -104,3 +104,16 @@ class Chaos:
             case FaultKind.CORRUPT:
                 return [unit[:-1] + bytes([unit[-1] ^ 1])]
         return [unit]
+
+
+class Recorder(Chaos):
+    """Harms nothing, and keeps every unit that went to the server: what somebody on the way would have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[bytes] = []
+
+    async def pass_on(self, way: Way, unit: bytes) -> list[bytes]:
+        if way is Way.TO_SERVER:
+            self.sent.append(unit)
+        return await super().pass_on(way, unit)

@@ -8,7 +8,7 @@ whole frame can be lost, doubled or swapped, which no network does and a faulty 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -20,6 +20,7 @@ from cola_runtime.transport.endpoints import SERVER_OPTIONS, STREAM_OPTIONS
 from cola_runtime.transport.frames import HEADER_BYTES, decode_header
 
 CHUNK_BYTES = 64 << 10
+SILENCE_SECONDS = 0.5  # without an answer, after which there is none
 
 Send = Callable[[bytes], Awaitable[object]]
 
@@ -75,6 +76,22 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way:
                 writer.write(part)
             await writer.drain()
     writer.write_eof()
+
+
+async def play_bytes(endpoint: str, recorded: Sequence[bytes]) -> bytes:
+    """Send bytes as they once came (`Recorder`); all that the server says until it hangs up or is silent."""
+    host, _, port = endpoint.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    answer = b""
+    try:
+        with suppress(TimeoutError, ConnectionError):
+            writer.writelines(recorded)
+            await asyncio.wait_for(writer.drain(), SILENCE_SECONDS)
+            while more := await asyncio.wait_for(reader.read(CHUNK_BYTES), SILENCE_SECONDS):
+                answer += more
+    finally:
+        writer.transport.abort()
+    return answer
 
 
 class FrameProxy:

@@ -24,13 +24,14 @@ class Shortage:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.most = 1 << 60
         self.failures = 0
+        self.error: Exception = torch.OutOfMemoryError("CUDA out of memory (so says the test)")
         allocated = Workspace._allocated
 
         def limited(space: Workspace, name: str, numel: int, dtype: torch.dtype) -> torch.Tensor:
             of_rows = name.startswith(("layer", "passing"))  # other buffers are of labels, or of adapters
             if of_rows and numel > self.most:
                 self.failures += 1
-                raise torch.OutOfMemoryError("CUDA out of memory (so says the test)")
+                raise self.error
             return allocated(space, name, numel, dtype)
 
         monkeypatch.setattr(Workspace, "_allocated", limited)
@@ -78,6 +79,30 @@ def test_halves_give_the_gradients_of_the_whole(
     before = shortage.failures
     assert_same(run_segments(model, segments), whole, tenants)
     assert shortage.failures == before  # what did not fit is not tried again
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")]
+)
+def test_what_the_cpu_refuses_is_halved_too(
+    tiny_folder: TinyFolder, accelerator: str, shortage: Shortage, error: Exception
+) -> None:
+    model, tenants = prepared(tiny_folder, accelerator)
+    segments = [member.segment() for member in tenants]
+    whole = run_segments(prepared(tiny_folder, accelerator)[0], segments)
+    shortage.most, shortage.error = 3 * 32 * 96, error
+    assert_same(run_segments(model, segments), whole, tenants)
+    assert shortage.failures > 0
+
+
+def test_another_error_of_a_pass_is_no_shortage(
+    tiny_folder: TinyFolder, accelerator: str, shortage: Shortage
+) -> None:
+    model, tenants = prepared(tiny_folder, accelerator)
+    shortage.most, shortage.error = 3 * 32 * 96, RuntimeError("shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="shapes"):
+        run_segments(model, [member.segment() for member in tenants])
+    assert shortage.failures == 1
 
 
 @pytest.mark.parametrize("encoding", list(Encoding))

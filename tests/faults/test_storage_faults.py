@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import resource
 import time
 from collections.abc import AsyncIterator, Callable
@@ -14,15 +15,17 @@ from typing import Any
 import pytest
 from sqlalchemy.exc import OperationalError
 
+from cola_runtime.client.asynchronous import AsyncClient
 from cola_runtime.jobs.database import Database
 from cola_runtime.storage import objects
 from cola_runtime.testing.exactness import service_for, tenant_client
 from cola_runtime.testing.in_process import running_in_process
 from tests.faults.judging import MODEL, WAIT_SECONDS, Accept, Faultless, fault_job, judge
-from tests.faults.processes import Zygote, finish, fleet, reach, submit
+from tests.faults.processes import Fleet, Zygote, finish, fleet, reach, submit, until
 
 OUTAGE_SECONDS = 3.0
 SMALL_FILE_BYTES = 4096
+FEW = 4
 
 Fail = Callable[[], Exception]
 
@@ -133,3 +136,56 @@ async def test_a_disk_that_takes_no_more_for_a_while_fails_no_job(
                 data_dir=at.settings.data_dir,
             )
     accept(outcome)
+
+
+async def test_a_coordinator_whose_file_descriptors_are_used_up_goes_on_with_those_that_it_has(
+    zygote: Zygote, model: Path, tmp_path: Path, faultless: Faultless, accept: Accept
+) -> None:
+    """By connections that say nothing: no checkpoint can be stored meanwhile, and nobody new is served."""
+    async with fleet(zygote, tmp_path, model) as at:
+        at.start_device("device-0")
+        await at.start_coordinator()
+        async with at.client() as client, another_connection(at) as newcomer:
+            handle = await submit(client, fault_job())
+            await reach(handle, 4)
+            async with no_descriptor_left(at) as fault:
+                assert (await client.describe()).devices, "who is connected is served"
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(newcomer.describe(), OUTAGE_SECONDS)
+            assert (await newcomer.describe()).devices
+            handle = await finish(client, handle.job_id)
+            outcome = await judge(
+                handle,
+                faultless,
+                part="storage",
+                case="no file descriptor left",
+                faults=[fault],
+                data_dir=at.settings.data_dir,
+            )
+    accept(outcome)
+
+
+@asynccontextmanager
+async def no_descriptor_left(at: Fleet) -> AsyncIterator[float]:
+    """Of the coordinator; more connections wait in the kernel for it to accept them."""
+    before = resource.prlimit(at.coordinator, resource.RLIMIT_NOFILE)
+    used = open_descriptors(at.coordinator)
+    resource.prlimit(at.coordinator, resource.RLIMIT_NOFILE, (used + FEW, before[1]))
+    host, _, port = at.settings.listen.rpartition(":")
+    connections = [await asyncio.open_connection(host, int(port)) for _ in range(3 * FEW)]
+    await until(lambda: open_descriptors(at.coordinator) >= used + FEW)
+    yield time.time()
+    for _, writer in connections:
+        writer.transport.abort()
+    resource.prlimit(at.coordinator, resource.RLIMIT_NOFILE, before)
+
+
+def another_connection(at: Fleet) -> AsyncClient:
+    """Clients of one process and one address share theirs."""
+    port = at.settings.listen.rpartition(":")[2]
+    key = (at.settings.data_dir / "key").read_text()
+    return AsyncClient(base_url=f"grpc://localhost:{port}", api_key=key)
+
+
+def open_descriptors(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))

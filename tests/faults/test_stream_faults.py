@@ -5,27 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
 
 import pytest
 
-from cola_runtime.base_model.service import BaseModelService
-from cola_runtime.client.asynchronous import AsyncClient
-from cola_runtime.config import DeviceSettings, ServiceSettings, TlsSettings
-from cola_runtime.runtime.certified import Identify
-from cola_runtime.runtime.coordinator import RunningService, running_coordinator
-from cola_runtime.scheduler.ports import BaseModelPort
+from cola_runtime.config import DeviceSettings, TlsSettings
 from cola_runtime.testing.chaos import LASTING, Chaos, FaultKind, StreamFault, Way
 from cola_runtime.testing.chaos_proxy import byte_proxy, frame_proxy
 from cola_runtime.testing.exactness import service_for
-from cola_runtime.testing.in_process import JOIN_TOKEN, InProcessDevices, running_replica
-from cola_runtime.transport.certificates import Authority, write_private
-from cola_runtime.types import BaseModelDescription
 from tests.faults.judging import MODEL, WAIT_SECONDS, Accept, Faultless, fault_job, judge
+from tests.faults.proxied import client_of, harmed_service, tls_settings
 
 PROXIES = {"bytes": byte_proxy, "frames": frame_proxy}
 HEALS_AFTER_SECONDS = {"coordinator": 5.0, "base model": 18.0}  # later than a stalled peer is given up
@@ -81,62 +71,6 @@ def cases() -> list[StreamCase]:
     ]
 
 
-class _Moved:
-    """A base model that devices reach at another endpoint."""
-
-    def __init__(self, base: BaseModelService, endpoint: str) -> None:
-        self._base, self._endpoint = base, endpoint
-
-    async def describe(self) -> BaseModelDescription:
-        return replace(await self._base.describe(), gradient_endpoint=self._endpoint)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._base, name)
-
-
-@asynccontextmanager
-async def harmed_service(
-    settings: ServiceSettings, case: StreamCase, chaos: Chaos
-) -> AsyncIterator[RunningService]:
-    """A service in this process with one device, whose stream of the case goes through its proxy."""
-    devices, proxy = InProcessDevices(settings.devices.count), PROXIES[case.proxy]
-    async with AsyncExitStack() as stack:
-        base = await stack.enter_async_context(running_replica(settings, settings.base_models[0]))
-        port = cast(BaseModelPort, base)
-        if case.link == "base model":
-            endpoint = (await base.describe()).gradient_endpoint
-            harmed = await stack.enter_async_context(proxy(endpoint, chaos))
-            port = cast(BaseModelPort, _Moved(base, harmed))
-
-        @asynccontextmanager
-        async def devices_at(endpoint: str, identify: Identify) -> AsyncIterator[None]:
-            async with AsyncExitStack() as inner:
-                if case.link == "coordinator":
-                    endpoint = await inner.enter_async_context(proxy(endpoint, chaos))
-                await inner.enter_async_context(devices.running(endpoint, identify))
-                yield
-
-        yield await stack.enter_async_context(
-            running_coordinator(settings, [port], JOIN_TOKEN, devices_at=devices_at)
-        )
-
-
-def tls_settings(folder: Path) -> TlsSettings:
-    """Of an operator's certificate for this machine; its authority is in `ca.pem`."""
-    authority = Authority.create()
-    identity = authority.server(["localhost", "127.0.0.1"])
-    (folder / "ca.pem").write_bytes(authority.certificate_pem)
-    (folder / "server.pem").write_bytes(identity.certificate_pem)
-    write_private(folder / "server.key", identity.key_pem)
-    return TlsSettings(certificate=folder / "server.pem", key=folder / "server.key")
-
-
-def client_of(service: RunningService, *, ca: Path | None) -> AsyncClient:
-    """Of the first tenant."""
-    scheme = "grpcs" if ca else "grpc"
-    return AsyncClient(base_url=f"{scheme}://{service.endpoint}", api_key=service.first_key, ca=ca)
-
-
 async def heal(case: StreamCase, chaos: Chaos) -> float:
     """Wait for the fault, and end it in time if it would last; returns its moment."""
     await chaos.struck.wait()
@@ -165,7 +99,7 @@ async def test_a_faulty_stream_costs_no_step(
         update={"devices": devices, "tls": tls}
     )
     async with (
-        harmed_service(settings, case, chaos) as service,
+        harmed_service(settings, {case.link: (PROXIES[case.proxy], chaos)}) as service,
         client_of(service, ca=tmp_path / "ca.pem" if case.tls else None) as client,
     ):
         healing = asyncio.create_task(heal(case, chaos))

@@ -142,6 +142,20 @@ async def test_faults_that_a_sound_device_has_too_are_no_strikes(bench: Bench) -
     assert not desk._tasks
 
 
+async def test_a_device_whose_place_somebody_took_gets_it_back_when_that_one_leaves(bench: Bench) -> None:
+    own = bench.stream
+    await bench.dial()  # with the same hello
+    await bench.stream.close()
+    beat = control_pb2.DeviceControl(heartbeat=control_pb2.Heartbeat(busy_seconds=1.0))
+    async with asyncio.timeout(SECONDS):
+        while bench.pool.statuses():  # noqa: ASYNC110 (the pool tells nobody)
+            await asyncio.sleep(0.01)
+    await own.send_control(beat)
+    while await own.receive(timeout_seconds=SECONDS):
+        pass  # until the pool ends the stream, at which a device dials in again
+    await own.close()
+
+
 async def test_a_device_whose_join_token_ends_is_put_out(bench: Bench) -> None:
     token, _ = await bench.store.devices.create_token(
         TrustClass.COMMUNITY, reusable=False, valid=timedelta(seconds=0.5), created_by="key-1"

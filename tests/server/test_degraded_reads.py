@@ -225,3 +225,21 @@ def test_doctor_notes_that_a_service_is_degraded(
     with away():
         found = checks.check_key(client_settings(base_url=served.url))
     assert (found.status, "degraded: STORE_UNREACHABLE" in found.finding) == ("note", True)
+
+
+def test_a_job_store_that_is_damaged_under_the_service_is_told_by_every_call(
+    client: Client, handle: JobHandle, spec: JobSpec, served: Served
+) -> None:
+    served.run(served.store._database.run(lambda c: c.exec_driver_sql("PRAGMA cache_size = 1")))
+    folder = served.objects.parent
+    for name, kept_bytes in (("jobs.sqlite", 2 * 4096), ("jobs.sqlite-wal", 32)):
+        file_bytes = (folder / name).stat().st_size
+        with (folder / name).open("r+b") as file:
+            file.seek(kept_bytes)
+            file.write(b"\xa5" * (file_bytes - kept_bytes))
+    assert (refused(handle.metrics), refused(handle.cancel)) == ("STORE_CORRUPT", "STORE_CORRUPT")
+    assert refused(lambda: client.submit(spec, training=ROWS)) == "STORE_CORRUPT"
+    job = handle.refresh()
+    assert (job.state, job.version, job.stale) == ("running", 2, True)
+    assert client.describe().degraded.startswith("STORE_CORRUPT")
+    assert served.stored_files() == [f"datasets/{handle.job_id}/training.jsonl"]

@@ -261,6 +261,24 @@ def test_the_quota_counts_active_jobs_of_one_tenant(tmp_path: Path, tokenizer_pa
         submit(served, submission())
 
 
+def test_of_a_hundred_submissions_at_once_only_the_cap_is_taken_and_the_others_leave_nothing(
+    served: Served,
+) -> None:
+    most = served.service.limits.active_jobs
+
+    async def hundred() -> list[Any]:
+        calls = (served.service.submit(served.tenants["alice"], submission()) for _ in range(100))
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    results = served.run(hundred())
+    refused = [each for each in results if isinstance(each, QuotaExceeded)]
+    assert (len(refused), len(results) - len(refused)) == (100 - most, most)
+    assert {each.reason for each in refused} == {"QUOTA_JOBS"}
+    assert len(served.stored_files()) == len(served.run(served.store.jobs(limit=200))) == most
+    assert len(served.runner.started) == most
+    submit(served, submission(), tenant="bob")
+
+
 def chosen(served: Served, sent: Submission) -> tuple[str, str]:
     """The job's encoding, and what its event says about it."""
     job = submit(served, sent)

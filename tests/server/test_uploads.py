@@ -147,6 +147,25 @@ async def test_a_dataset_over_the_limit_is_refused_over_the_wire(
         assert await asyncio.to_thread(served.nothing_exists)
 
 
+async def test_a_chunk_above_grpcs_limit_is_refused_and_the_connections_event_stream_goes_on(
+    served: Served, spec: JobSpec
+) -> None:
+    async with AsyncClient(base_url=served.url, api_key=served.keys["alice"]) as client:
+        handle = await client.submit(spec, training=ROWS)
+        events = handle.events()
+        assert (await anext(events)).kind == "job.queued"
+
+        async def chunks() -> AsyncIterator[SubmitJobRequest]:
+            yield SubmitJobRequest(header=JobHeader(spec_json=spec.model_dump_json()))
+            yield training(bytes(Limits().message_bytes + 1))
+
+        with pytest.raises(QuotaExceeded, match=f"vs. {Limits().message_bytes}"):
+            await client._connection.call("SubmitJob", chunks)
+        await handle.cancel()
+        assert [event.kind async for event in events][-1] == "job.cancelled"
+    assert await asyncio.to_thread(served.stored_files) == [f"datasets/{handle.job_id}/training.jsonl"]
+
+
 class Drip:
     """One byte after another, each in time."""
 

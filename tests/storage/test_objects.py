@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import threading
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -129,6 +132,35 @@ def test_a_full_disk_leaves_the_old_object_and_no_rest(folder: Path, monkeypatch
     monkeypatch.undo()
     assert storage.get("a/b") == b"old"
     assert files_below(folder) == ["a/b"]
+
+
+@contextmanager
+def no_descriptor_left() -> Iterator[None]:
+    """Of this process: every number that the kernel gives it is taken."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, before[1]))
+    taken: list[int] = []
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        yield
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_without_a_file_descriptor_nothing_is_stored_and_nothing_is_left(folder: Path) -> None:
+    storage = ObjectStorage(f"file://{folder}")
+    storage.put("a/b", b"old")
+    with no_descriptor_left(), pytest.raises(Unavailable) as caught:
+        storage.put("a/b", b"new")
+    assert (caught.value.reason, "EMFILE" in caught.value.message) == ("STORAGE_FAILED", True)
+    assert (storage.get("a/b"), files_below(folder)) == (b"old", ["a/b"])
+    storage.put("a/b", b"new")
+    assert storage.get("a/b") == b"new"
 
 
 def test_another_disk_error_is_unavailable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import torch
 from cola_runtime.errors import ColaError, Fenced, InvalidInput, ProtocolError, Unauthenticated, Unavailable
 from cola_runtime.proto import control_pb2
 from cola_runtime.transport.endpoints import GRADIENTS, STREAM_OPTIONS, Connection, connect, serve_streams
-from cola_runtime.transport.frames import PROTOCOL_VERSION, TensorAddress, tensor_frames
+from cola_runtime.transport.frames import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, TensorAddress, tensor_frames
 from cola_runtime.transport.handshake import check_ticket, gradient_ticket, introduce, receive_hello
 from cola_runtime.transport.reader import FrameLimits, ReceivedTensor
 from cola_runtime.transport.stream import SEND_QUEUE_BYTES, FrameStream, ReceivedControl
@@ -255,15 +255,28 @@ async def test_bytes_that_are_no_frames_end_the_stream_with_a_reason() -> None:
     assert "COLA" in caught.value.details()
 
 
-async def test_a_message_above_the_limit_is_refused_by_grpc() -> None:
-    async with serving(echo) as endpoint:
-        channel = grpc.aio.insecure_channel(endpoint)
+async def test_a_message_above_the_limit_is_refused_by_grpc_and_the_connections_other_stream_goes_on() -> (
+    None
+):
+    async with serving(echo) as endpoint, grpc.aio.insecure_channel(endpoint) as channel:
+        other: FrameStream[Any] = FrameStream(
+            channel.stream_stream(GRADIENTS.path)(),  # type: ignore[arg-type]
+            control_pb2.GradientControl,
+            peer=endpoint,
+        )
+        await other.send_control(credit(1))
+        await take(other, 1)
         call = channel.stream_stream(GRADIENTS.path)()
         await call.write(bytes(2 << 20))
+        await other.send_control(credit(2))
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call.read()
-        await channel.close()
+        await other.send_control(credit(3))
+        echoed = [item.message.credit.bytes for item in await take(other, 2)]
+        await other.close()
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert f"{2 << 20} vs. {MAX_MESSAGE_BYTES}" in caught.value.details()
+    assert echoed == [2, 3]
 
 
 async def _greeter(stream: FrameStream[Any]) -> None:

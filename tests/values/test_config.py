@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from cola_runtime.config import ServiceSettings, client_settings, join_settings, service_settings
+from cola_runtime.config import (
+    ServiceSettings,
+    client_settings,
+    join_settings,
+    keep_own_ray_private,
+    service_settings,
+)
 from cola_runtime.errors import InvalidInput
 
 
@@ -138,3 +145,25 @@ def test_a_database_is_named_by_a_postgresql_url_which_no_error_and_no_listing_s
         service_settings(database="mysql://cola:hunter2@db/cola")
     assert caught.value.violations[0].where == "database"
     assert "hunter2" not in f"{caught.value} {caught.value.violations}"
+
+
+def test_a_services_own_ray_is_told_to_stay_on_loopback_and_to_ask_for_a_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    keep_own_ray_private(tmp_path / "ray-token")
+    assert os.environ == {
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(tmp_path / "ray-token"),
+    }
+
+
+@pytest.mark.parametrize("name", ["RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"])
+def test_a_token_of_ray_that_the_environment_names_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(os, "environ", {name: "the operator's"})
+    keep_own_ray_private(tmp_path / "ray-token")
+    named = {each: value for each, value in os.environ.items() if each.startswith("RAY_AUTH_TOKEN")}
+    assert named == {name: "the operator's"}
