@@ -27,7 +27,6 @@ from tests.postgres import TEMPLATE, PostgresServer
 SHORT_SECONDS = 2.0
 LONG_SECONDS = 60.0
 LOST_COMMITS = 5
-HELD_BY = "device-0"  # the job
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +69,8 @@ async def _shut_down(at: Attacked) -> None:
 
 async def _crash_and_break(at: Attacked) -> None:
     """Both streams of the device break while the server is down: it is back before that, a new one is not."""
-    agent = at.devices.agents[HELD_BY]
+    [holder] = [each for each in (await at.client.describe()).devices if each.jobs]
+    agent = at.devices.agents[holder.device_id]
     await asyncio.to_thread(at.server.stop, "immediate")
     try:
         session = agent._session
@@ -81,7 +81,7 @@ async def _crash_and_break(at: Attacked) -> None:
         await _until(lambda: links.get(endpoint, link) is not link)
         session._links._ended.set_exception(Unavailable("STREAM_LOST", "its control stream breaks"))
         await _until(lambda: agent._session not in (None, session))
-        assert HELD_BY in await _connected(at)
+        assert holder.device_id in await _connected(at)
         at.devices.start("stranger", at.endpoint)
         await asyncio.sleep(SHORT_SECONDS)
         assert "stranger" not in await _connected(at)
