@@ -112,6 +112,7 @@ BEST_UNKNOWN | NotFound | The job has no evaluation, so none of its versions is 
 CERTIFICATE_INVALID | Unauthenticated | A peer's certificate is not one of this service. | Join again with a new join token.
 CHECKPOINT_UNKNOWN | NotFound | The job has no checkpoint of this version. | Use one that the message lists.
 DATASET_TOO_LARGE | QuotaExceeded | A submission's data are larger than they may be. | Send fewer rows.
+TOO_MANY_CALLS | QuotaExceeded | One host has as many calls under way as it may have. | End some of them, or wait for their end.
 DEMO_DATA_MISSING | NotFound | The demo's data package is not installed. | `make setup`.
 DEVICE_ID_MISMATCH | InvalidInput, Unauthenticated | A device uses another device's certificate. | Start it with the id that it joined under.
 DEVICE_ID_TAKEN | Conflict | There is a device of this id already, with another key. | Join under another id.
