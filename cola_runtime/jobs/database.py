@@ -64,7 +64,7 @@ class Database:
 
     async def open(self) -> None:
         """Bring the tables to the newest migration, and be the one who writes."""
-        await self.run(_upgrade)
+        await self.run(upgrade)
         if self._hold is not None:
             self._hold.term = await self.run(self._hold.begin)
 
@@ -195,7 +195,8 @@ def _begin_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
-def _upgrade(connection: Connection) -> None:
+def upgrade(connection: Connection) -> None:
+    """Bring the tables to the newest migration."""
     if connection.dialect.name == "postgresql":
         connection.execute(text("SET LOCAL statement_timeout = 0"))
     config = migrations()
