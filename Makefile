@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: errors reference fuzz security help setup demo test matrix traps faults soak accelerator-tests check lint types layers stubs proto bench exactness wire base_step base_memory throughput transport quality staleness policy fairness simulate clean
+.PHONY: errors reference fuzz security help setup demo test matrix traps faults many-jobs soak accelerator-tests check lint types layers stubs proto bench exactness wire base_step base_memory throughput transport quality staleness policy fairness simulate clean
 
 help: ## this list
 	@grep -hE '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -40,6 +40,9 @@ traps: setup ## every trap of docs/traps.md put back into a copy of the source, 
 
 faults: setup ## every crash point, stream fault and killed process: what each cost, and the table
 	$(BIN)/python -m pytest tests/faults --faults -q $(PYTEST_ARGS)
+
+many-jobs: setup ## 10,000 jobs of one tenant beside another tenant's: eight minutes
+	$(BIN)/python -m pytest tests/faults --many-jobs -q $(PYTEST_ARGS)
 
 MINUTES ?= 30
 soak: setup ## a real service, random jobs and a kill every 20 s, for MINUTES=30; what must hold is checked all the while

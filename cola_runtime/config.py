@@ -19,6 +19,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    IPvAnyAddress,
     SecretStr,
     StringConstraints,
     ValidationError,
@@ -132,6 +133,16 @@ class DeviceSettings(_Settings):
     """Life of a device's certificate; it renews it by itself."""
 
 
+class HostSettings(_Settings):
+    """What one host may have under way at the public ports (docs/security.md)."""
+
+    calls: Annotated[int, Field(ge=1)] = 1024
+    unknown_calls: Annotated[int, Field(ge=1)] = 512
+    """Of these, whose key, token or certificate has not been looked at yet."""
+    proxies: tuple[IPvAnyAddress, ...] = ()
+    """Whose connections are many hosts'. They have no cap here: the proxy must have one."""
+
+
 class TlsSettings(_Settings):
     """The operator's certificate (docs/security.md). Without one the service listens on loopback only."""
 
@@ -198,6 +209,7 @@ class ServiceSettings(_Settings):
     """Of one tenant, that have not ended; one more is refused (`QUOTA_JOBS`). Each has its rows in memory."""
     spot_checks: SpotCheckSettings = SpotCheckSettings()
     tls: TlsSettings = TlsSettings()
+    hosts: HostSettings = HostSettings()
     ray_address: str | None = None
     """An existing cluster; None starts one on this machine."""
     cache_dir: Path = Path(".cache/models")

@@ -83,6 +83,7 @@ SCOPE_UNKNOWN | InvalidInput | There is no such scope. | Use jobs:read, jobs:wri
 SEQUENCE_TOO_LONG | InvalidInput | A row is longer than the base model's context. | Shorten it.
 SETTING_FILE | InvalidInput | The settings file cannot be read. | Correct it: a YAML mapping.
 SETTING_INVALID | InvalidInput | A setting has a value that it cannot have. | `cola config schema` lists every setting.
+STORE_PLACE_INVALID | InvalidInput | What was named is no place of a job store. | Name a data folder, or postgresql://...
 SHARDS_TOO_MANY | InvalidInput | The adapter has fewer sites than shards. | Ask for fewer shards.
 SHARDS_UNSUPPORTED | InvalidInput | This adapter cannot be divided. | Leave `shards` out.
 SITE_TWICE | InvalidInput | Two parts of an adapter name the same site. | Give each site to one part.
@@ -112,6 +113,7 @@ BEST_UNKNOWN | NotFound | The job has no evaluation, so none of its versions is 
 CERTIFICATE_INVALID | Unauthenticated | A peer's certificate is not one of this service. | Join again with a new join token.
 CHECKPOINT_UNKNOWN | NotFound | The job has no checkpoint of this version. | Use one that the message lists.
 DATASET_TOO_LARGE | QuotaExceeded | A submission's data are larger than they may be. | Send fewer rows.
+TOO_MANY_CALLS | QuotaExceeded | One host has as many calls under way as it may have. | End some of them, or wait for their end.
 DEMO_DATA_MISSING | NotFound | The demo's data package is not installed. | `make setup`.
 DEVICE_ID_MISMATCH | InvalidInput, Unauthenticated | A device uses another device's certificate. | Start it with the id that it joined under.
 DEVICE_ID_TAKEN | Conflict | There is a device of this id already, with another key. | Join under another id.
@@ -181,7 +183,8 @@ STORAGE_FULL | Unavailable | The disk is full; nothing was changed. | Free space
 STORE_BUSY | Unavailable | Another process has the job store open. | Stop the other coordinator, or ask it through its API.
 STORE_CORRUPT | Unavailable | The job store's file is damaged; nothing more is written to it. | Stop the service, move the file and its -wal away, put back a copy: docs/deploy.md.
 STORE_CLOSED | Unavailable | The coordinator is stopping. | Try again when it runs.
-STORE_MISMATCH | Conflict | The data folder's datasets and checkpoints belong to another job store, which would lose them. | Set `database` as before, or give another data folder; delete its store-id only to give those data up.
+STORE_MISMATCH | Conflict | The data folder's datasets and checkpoints belong to another job store, which would lose them; or a store to be copied has another release's tables. | Set `database` as before, or give another data folder; delete its store-id only to give those data up.
+STORE_NOT_EMPTY | Conflict | The job store to copy to holds something. | Name an empty database, or a folder without a job store.
 STORE_TAKEN_OVER | Unavailable | Another coordinator has taken the job store while this one was cut off from it. | Use the other one; this one has stopped.
 STORE_UNREACHABLE | Unavailable | The job store's database cannot be reached; nothing was changed. | Try again: the service goes on by itself when the database is back.
 STORE_FAILED | Unavailable | The job store failed. | See the service's log.

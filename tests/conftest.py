@@ -29,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="where base models are that a test loads without saying where: `make accelerator_tests`",
     )
     parser.addoption("--faults", action="store_true", help="every fault, and the table: `make faults`")
+    parser.addoption("--many-jobs", action="store_true", help="10,000 jobs of a tenant: `make many-jobs`")
     parser.addoption("--traps", action="store_true", help="every trap put back, and the table: `make traps`")
 
 

@@ -57,6 +57,7 @@ class GradientServer:
         on_update: Callable[[Update], None],
         on_event: Callable[[BaseEvent], None],
         spans: SpanRecorder | None = None,
+        retained: RetainedSteps | None = None,
     ) -> None:
         self._spans = spans or SpanRecorder()
         self._join_token = join_token
@@ -64,7 +65,8 @@ class GradientServer:
         self._on_event = on_event
         self._leases = LeaseTable()
         self._links: dict[str, DeviceLink] = {}
-        self.retained = RetainedSteps()
+        self.retained = retained or RetainedSteps()
+        self.norm_deviations: dict[str, float] = {}  # of replayed shards, the greatest, by the replay's job
         self._dismissed: dict[str, float] = {}  # when; a device of which the coordinator thinks better later
         self._loop: asyncio.AbstractEventLoop | None = None
         self._server: grpc.aio.Server | None = None
@@ -109,11 +111,12 @@ class GradientServer:
         if steps is None or link is None:
             raise NotFound("STEPS_NOT_RETAINED", f"steps {replay.first} to {replay.last} are not all kept")
         for sent in steps:
-            if isinstance(sent, control_pb2.MicrobatchEnd):
-                end = control_pb2.MicrobatchEnd()
-                end.CopyFrom(sent)
-                end.lease.CopyFrom(control.lease_to_proto(lease))
-                link.put_control(control_pb2.GradientControl(microbatch_end=end))
+            if isinstance(sent, control_pb2.GradientControl):
+                message = control_pb2.GradientControl()
+                message.CopyFrom(sent)
+                of_step = getattr(message, str(message.WhichOneof("message")))
+                of_step.lease.CopyFrom(control.lease_to_proto(lease))
+                link.put_control(message)
             else:
                 address, parcel = sent
                 link.put_parcel(address._replace(job_id=lease.job_id, epoch=lease.epoch), parcel)
@@ -149,9 +152,9 @@ class GradientServer:
                 apply=segment.last_microbatch,
                 staleness=segment.staleness,
             )
-            if segment.retained and self.honours(segment.lease):
-                self.retained.sent_end(segment, end)
             message = control_pb2.GradientControl(microbatch_end=end)
+            if segment.retained and self.honours(segment.lease):
+                self.retained.sent_control(part, segment.trained_version, message)
             self._put_control(part, message, trained_version=segment.trained_version)
 
     def _queue_tap(self, segment: Segment, tensors: Mapping[TensorKey, Compressed]) -> None:
@@ -165,15 +168,15 @@ class GradientServer:
         by_device: dict[str, dict[TensorKey, Compressed]] = {}
         for key, tensor in tensors.items():
             by_device.setdefault(self._device_of(segment, key.site), {})[key] = tensor
-        for device_id, of_device in by_device.items():
-            link = self._links.get(device_id)
+        for part in segment.lease.parts:
+            link, of_device = self._links.get(part.device_id), by_device.get(part.device_id, {})
             if link is None:
                 continue
             sent = 0
             for parcel in parcels(of_device):
                 sent += link.put_parcel(address, parcel)
                 if segment.retained and self.honours(segment.lease):
-                    self.retained.sent_parcel(segment, address, parcel)
+                    self.retained.sent_parcel(part, segment.trained_version, address, parcel)
             self._count_up(segment.lease, segment.trained_version, sent)
 
     def _device_of(self, segment: Segment, site: int) -> str:
@@ -285,17 +288,25 @@ class GradientServer:
         self._act(link, control.lease_from_proto(end.lease), complete)
 
     def _take_norms(self, link: DeviceLink, norms: control_pb2.ShardNorms, wire_bytes: int) -> None:
+        part = control.lease_from_proto(norms.lease)
+
         def take(adapter: LeasedAdapter) -> None:
             norm = adapter.add_norms(norms, device_id=link.device_id, wire_bytes=wire_bytes)
+            if adapter.terms.replay is not None:  # the norm of all shards is sent as it was
+                found = self.retained.norms_distance(adapter.terms.replay, norms.version, norms.norms)
+                self.norm_deviations[part.job_id] = max(self.norm_deviations.get(part.job_id, 0.0), found)
+                return
+            self.retained.received_norms(part, norms.version, norms.norms)
             if norm is not None:
                 self._let_step(adapter.lease, norms.version, norm)
 
-        self._act(link, control.lease_from_proto(norms.lease), take)
+        self._act(link, part, take)
 
     def _let_step(self, lease: Lease, version: int, norm: float) -> None:
         for part in lease.parts:
             of_all = control_pb2.GlobalNorm(lease=control.lease_to_proto(part), version=version, norm=norm)
             message = control_pb2.GradientControl(global_norm=of_all)
+            self.retained.sent_control(part, version, message)
             self._put_control(part, message, trained_version=version)
 
     def _act(self, link: DeviceLink, lease: Lease, act: Callable[[LeasedAdapter], None]) -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,8 @@ from cola_runtime.base_model.event_log import EventLog
 from cola_runtime.base_model.gathered_taps import GatheredTaps
 from cola_runtime.base_model.gradient_server import GradientServer
 from cola_runtime.base_model.model import TappedModel
+from cola_runtime.base_model.retained import RetainedSteps
+from cola_runtime.base_model.retained_files import RetainedFiles
 from cola_runtime.base_model.updates import Update
 from cola_runtime.errors import ColaError, NotFound
 from cola_runtime.gradients.compression import TapCompressor
@@ -47,9 +50,15 @@ COMPUTE = "compute thread"  # its lane in a trace
 
 
 class BaseModelService:
-    """Owns a TappedModel, its compute thread and the gradient stream server. Belongs to one event loop."""
+    """Owns a TappedModel, its compute thread and the gradient stream server. Belongs to one event loop.
 
-    def __init__(self, model: TappedModel, *, name: str, join_token: str) -> None:
+    Steps that may be checked are kept in `retained_dir` too, for the process after this one.
+    """
+
+    def __init__(
+        self, model: TappedModel, *, name: str, join_token: str, retained_dir: Path | None = None
+    ) -> None:
+        self._files = None if retained_dir is None else RetainedFiles(retained_dir)
         self._model = model
         self._name = name
         self._lane = ComputeLane()
@@ -63,6 +72,7 @@ class BaseModelService:
             on_update=self._install_soon,
             on_event=self._events.append,
             spans=self._spans,
+            retained=RetainedSteps(files=self._files),
         )
         self._endpoint = ""
         self._deviations: dict[str, float] = {}  # of replays under way, by their lease's job
@@ -79,6 +89,8 @@ class BaseModelService:
         for task in self._installing:
             task.cancel()
         self._lane.stop()
+        if self._files is not None:
+            self._files.close()
 
     async def describe(self) -> BaseModelDescription:
         return self._model.describe(self._name, self._endpoint)
@@ -92,6 +104,7 @@ class BaseModelService:
         """Forget the lease and its adapter, unless a newer lease holds the job."""
         if self._server.end_lease(job_id, epoch):
             self._deviations.pop(job_id, None)
+            self._server.norm_deviations.pop(job_id, None)
             await self._lane.run(lambda: self._forget(job_id), urgent=True)
 
     async def forget_steps(self, job_id: str, epoch: int, *, before: int) -> None:
@@ -246,7 +259,7 @@ class BaseModelService:
                 return  # ended since: behind the eviction, an install would stay in the bank for good
             installing = self._lane.submit(lambda: install(prepared), urgent=True)
             if prepared is not None:  # a base step that asks for it comes behind the install
-                self._tell_applied(update, links)
+                await self._tell_applied(update, links)
             await asyncio.wrap_future(installing)
         except ColaError as error:
             self._events.append(StepRefused(lease=update.lease, reason=error.reason, message=str(error)))
@@ -257,11 +270,11 @@ class BaseModelService:
         else:
             crash_points.reach("base_model.installed")
             if prepared is None:
-                self._tell_applied(update, links)
+                await self._tell_applied(update, links)
 
-    def _tell_applied(self, update: Update, links: tuple[str, ...]) -> None:
-        if len(update.shards) == 1:
-            self._server.retained.received(update.lease, update.version, update.shards[0].weights_P)
+    async def _tell_applied(self, update: Update, links: tuple[str, ...]) -> None:
+        for part, shard in zip(update.lease.parts, update.shards, strict=True):
+            await self._server.retained.received(part, update.version, shard.weights_P)
         self._events.append(_applied(update, links))
 
     async def _compare(self, update: Update) -> None:
@@ -272,6 +285,7 @@ class BaseModelService:
             async with self._preparing:
                 if update.version == replay.first:
                     self._deviations[lease.job_id] = 0.0
+                    await self._server.retained.recall(replay)
                     self._server.replay(lease, replay)
                 else:
                     [shard] = update.shards
@@ -279,7 +293,8 @@ class BaseModelService:
                     if sent_P is None:
                         raise NotFound("STEPS_NOT_RETAINED", f"version {update.version} is not kept")
                     found = await asyncio.to_thread(relative_distance, shard.weights_P, sent_P)
-                    self._deviations[lease.job_id] = max(self._deviations[lease.job_id], found)
+                    of_norms = self._server.norm_deviations.get(lease.job_id, 0.0)
+                    self._deviations[lease.job_id] = max(self._deviations[lease.job_id], found, of_norms)
         except ColaError as error:
             self._events.append(StepRefused(lease=lease, reason=error.reason, message=str(error)))
         else:

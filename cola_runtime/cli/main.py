@@ -24,6 +24,7 @@ from cola_runtime.cli import (
     keys,
     run,
     serve,
+    store,
     trace,
     usage,
 )
@@ -59,6 +60,7 @@ for name, group in (
     ("keys", keys.app),
     ("devices", devices.app),
     ("audit", audit.app),
+    ("store", store.app),
     ("config", config.app),
     ("trace", trace.app),
     ("bench", bench.app),

@@ -54,7 +54,8 @@ class Database:
         self._hold: Hold | None = None
         self._file: Path | None = None
         if url.startswith("sqlite"):
-            self._file = Path(make_url(url).database or "")
+            database = make_url(url).database
+            self._file = None if database in (None, "", ":memory:") else Path(database)
             self._engine = _sqlite_engine(url)
         else:
             self._hold = Hold(make_url(url), patience_milliseconds=lambda: BUSY_TIMEOUT_MILLISECONDS)
@@ -75,7 +76,7 @@ class Database:
         """
         if self._file is not None:
             await self._in_thread(check_whole, self._file)
-        await self.run(_upgrade)
+        await self.run(upgrade)
         if self._hold is not None:
             self._hold.term = await self.run(self._hold.begin)
 
@@ -213,7 +214,8 @@ def _begin_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
-def _upgrade(connection: Connection) -> None:
+def upgrade(connection: Connection) -> None:
+    """Bring the tables to the newest migration."""
     if connection.dialect.name == "postgresql":
         connection.execute(text("SET LOCAL statement_timeout = 0"))
     config = migrations()

@@ -62,9 +62,9 @@ def use_token(
     digest = ids.api_key_digest(token)
     row = connection.execute(select(_tokens).where(_tokens.c.token_sha256 == digest)).mappings().one_or_none()
     if row is None or not hmac.compare_digest(row["token_sha256"], digest) or row["expires_at"] <= at:
-        raise _wrong_token()
+        raise wrong_token()
     if row["used_by"] is not None and not row["reusable"] and not (again and row["used_by"] == device_id):
-        raise _wrong_token()
+        raise wrong_token()
     connection.execute(
         _tokens.update().where(_tokens.c.token_id == row["token_id"]).values(used_by=device_id)
     )
@@ -96,7 +96,11 @@ def insert_device(connection: Connection, new: DeviceRecord) -> DeviceRecord:
 
 def admitted_device(connection: Connection, device_id: str, key_sha256: str, *, at: str) -> DeviceRecord:
     """The device with this id and key. Raises Unauthenticated `DEVICE_UNKNOWN`, `DEVICE_REVOKED`."""
-    found = find_device(connection, device_id)
+    return check_admitted(find_device(connection, device_id), key_sha256, at=at)
+
+
+def check_admitted(found: DeviceRecord | None, key_sha256: str, *, at: str) -> DeviceRecord:
+    """What is known of the id is this key's, and valid. Raises as `admitted_device`."""
     if found is None or not hmac.compare_digest(found.key_sha256, key_sha256) or found.expires_at <= at:
         raise Unauthenticated(
             "DEVICE_UNKNOWN",
@@ -149,7 +153,7 @@ def find_device(connection: Connection, device_id: str) -> DeviceRecord | None:
     )
 
 
-def _wrong_token() -> Unauthenticated:
+def wrong_token() -> Unauthenticated:
     return Unauthenticated(
         "JOIN_TOKEN_WRONG",
         "the join token is unknown, used or expired",

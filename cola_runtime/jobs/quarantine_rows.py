@@ -57,9 +57,8 @@ def end_quarantine(connection: Connection, device_id: str) -> Quarantine:
     return found
 
 
-def check_not_quarantined(connection: Connection, device_id: str) -> None:
-    """Raises Unauthenticated `DEVICE_QUARANTINED`."""
-    found = find_quarantine(connection, device_id)
+def check_not_quarantined(found: Quarantine | None) -> None:
+    """Of a device whose quarantine is `found`. Raises Unauthenticated `DEVICE_QUARANTINED`."""
     if found is not None:
         raise Unauthenticated(
             "DEVICE_QUARANTINED",

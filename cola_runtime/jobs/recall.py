@@ -32,7 +32,7 @@ Value = TypeVar("Value")
 Answer = TypeVar("Answer")
 
 
-class _Newest(Generic[Value]):
+class Newest(Generic[Value]):
     """The values noted last, by name."""
 
     def __init__(self, most: int) -> None:
@@ -51,8 +51,8 @@ class Memory:
 
     def __init__(self, *, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
-        self._jobs = _Newest[JobRecord](MOST_JOBS)
-        self._keys = _Newest[tuple[ApiKey, float]](MOST_KEYS)
+        self._jobs = Newest[JobRecord](MOST_JOBS)
+        self._keys = Newest[tuple[ApiKey, float]](MOST_KEYS)
         self.quarantined: tuple[str, ...] = ()  # devices
 
     def note_jobs(self, jobs: Iterable[JobRecord]) -> None:
@@ -82,17 +82,42 @@ class Memory:
         return [replace(job, stale=True) for job in of_tenant]
 
 
+class Reads:
+    """Asks the store, and a memory of it while the store is away."""
+
+    def __init__(self) -> None:
+        self.silent = False
+        """The store did not answer when it was last asked."""
+
+    async def ask(
+        self, ask: Callable[[], Awaitable[Answer]], recalled: Callable[[Unavailable], Answer]
+    ) -> Answer:
+        """What `ask` answers; of a store that is away or silent, what `recalled` makes of that."""
+        try:
+            async with asyncio.timeout(SILENT_READ_SECONDS if self.silent else READ_SECONDS):
+                answer = await ask()
+        except TimeoutError:
+            self.silent = True
+            return recalled(unreachable())
+        except Unavailable as error:
+            if error.reason not in OUTAGES:
+                raise
+            return recalled(error)
+        self.silent = False
+        return answer
+
+
 class Recall:
     """Reads of the store, and of its memory while the database is away."""
 
     def __init__(self, store: JobStore) -> None:
         self._store = store
-        self._silent = False
+        self._reads = Reads()
 
     @property
     def degraded(self) -> str:
         """Why answers may be stale, or writes refused; empty while all is well."""
-        outage = unreachable() if self._silent else self._store.outage
+        outage = unreachable() if self._reads.silent else self._store.outage
         return "" if outage is None else f"{outage.reason}: {outage.message}"
 
     async def authenticate(self, key: str) -> ApiKey | None:
@@ -104,7 +129,7 @@ class Recall:
                 raise outage
             return found
 
-        return await self._read(lambda: self._store.authenticate(key), recalled)
+        return await self._reads.ask(lambda: self._store.authenticate(key), recalled)
 
     async def quarantined_devices(self) -> tuple[str, ...]:
         """Names; without the database, those that it had when it was last asked."""
@@ -114,7 +139,7 @@ class Recall:
             self._store.memory.quarantined = found
             return found
 
-        return await self._read(ask, lambda _: self._store.memory.quarantined)
+        return await self._reads.ask(ask, lambda _: self._store.memory.quarantined)
 
     async def find_job(self, tenant_id: str, ref: str) -> JobRecord:
         """As the store's. A job that nobody remembers is no unknown one: Unavailable."""
@@ -132,7 +157,7 @@ class Recall:
                     return fits[0]
             raise outage
 
-        return await self._read(lambda: self._store.find_job(tenant_id, ref), recalled)
+        return await self._reads.ask(lambda: self._store.find_job(tenant_id, ref), recalled)
 
     async def jobs(self, tenant_id: str, *, limit: int, after: str | None) -> list[JobRecord]:
         """As the store's; without the database, those that are remembered."""
@@ -145,22 +170,6 @@ class Recall:
             first = 0 if after is None else places[after] + 1
             return jobs[first : first + limit]
 
-        return await self._read(
+        return await self._reads.ask(
             lambda: self._store.jobs(tenant_id=tenant_id, limit=limit, after=after), recalled
         )
-
-    async def _read(
-        self, ask: Callable[[], Awaitable[Answer]], recalled: Callable[[Unavailable], Answer]
-    ) -> Answer:
-        try:
-            async with asyncio.timeout(SILENT_READ_SECONDS if self._silent else READ_SECONDS):
-                answer = await ask()
-        except TimeoutError:
-            self._silent = True
-            return recalled(unreachable())
-        except Unavailable as error:
-            if error.reason not in OUTAGES:
-                raise
-            return recalled(error)
-        self._silent = False
-        return answer

@@ -9,16 +9,18 @@ from sqlalchemy import Connection
 from cola_runtime import clock, ids
 from cola_runtime.jobs import device_rows, quarantine_rows
 from cola_runtime.jobs.database import Database
+from cola_runtime.jobs.device_recall import DeviceMemory
 from cola_runtime.jobs.device_rows import DeviceRecord, TokenRecord
 from cola_runtime.jobs.quarantine_rows import Quarantine
 from cola_runtime.types import TrustClass
 
 
 class DeviceRegistry:
-    """Every method one transaction."""
+    """Every method one transaction. `memory` hears what it says of devices."""
 
     def __init__(self, database: Database, now: clock.Clock) -> None:
         self._database, self._now = database, now
+        self.memory = DeviceMemory(now)
 
     async def create_token(
         self, trust_class: TrustClass, *, reusable: bool, valid: timedelta, created_by: str
@@ -38,9 +40,11 @@ class DeviceRegistry:
     async def trust_by_token(self, token: str, device_id: str) -> TokenRecord:
         """Of a device without certificate, which shows its token each time. Raises Unauthenticated."""
         at = clock.rfc3339(self._now())
-        return await self._database.run(
+        found = await self._database.run(
             lambda c: device_rows.use_token(c, token, device_id, at=at, again=True)
         )
+        self.memory.note_token(token, device_id, found)
+        return found
 
     async def join(self, token: str, device_id: str, key_sha256: str, *, until: datetime) -> DeviceRecord:
         """Register the device, using up the token. Raises Unauthenticated, Conflict `DEVICE_ID_TAKEN`."""
@@ -59,7 +63,7 @@ class DeviceRegistry:
             )
             return device_rows.insert_device(connection, device)
 
-        return await self._database.run(register)
+        return self.memory.note_device(await self._database.run(register))
 
     async def register_own(self, device_id: str, key_sha256: str, *, until: datetime) -> None:
         """A device that the service starts itself, under a name that was perhaps another one's before."""
@@ -72,7 +76,7 @@ class DeviceRegistry:
             expires_at=clock.rfc3339(until),
             revoked_at=None,
         )
-        await self._database.run(lambda c: device_rows.insert_device(c, device))
+        self.memory.note_device(await self._database.run(lambda c: device_rows.insert_device(c, device)))
 
     async def renew(self, device_id: str, key_sha256: str, *, until: datetime) -> DeviceRecord:
         """A later end for a device that is still let in. Raises Unauthenticated."""
@@ -83,19 +87,22 @@ class DeviceRegistry:
             device_rows.renew_device(connection, device_id, expires_at=clock.rfc3339(until))
             return device_rows.admitted_device(connection, device_id, key_sha256, at=at)
 
-        return await self._database.run(extend)
+        return self.memory.note_device(await self._database.run(extend))
 
     async def admitted(self, device_id: str, key_sha256: str) -> DeviceRecord:
         """Raises Unauthenticated `DEVICE_UNKNOWN`, `DEVICE_REVOKED`."""
         at = clock.rfc3339(self._now())
-        return await self._database.run(
-            lambda c: device_rows.admitted_device(c, device_id, key_sha256, at=at)
+        return self.memory.note_device(
+            await self._database.run(lambda c: device_rows.admitted_device(c, device_id, key_sha256, at=at))
         )
 
     async def revoke(self, device_id: str) -> DeviceRecord:
         """Raises NotFound `DEVICE_NOT_REGISTERED`."""
         at = clock.rfc3339(self._now())
-        return await self._database.run(lambda c: device_rows.mark_device_revoked(c, device_id, at=at))
+        self.memory.forget(device_id)  # whatever comes of the rest
+        return self.memory.note_device(
+            await self._database.run(lambda c: device_rows.mark_device_revoked(c, device_id, at=at))
+        )
 
     async def quarantine(self, device_id: str, reason: str, message: str) -> tuple[bool, list[str]]:
         """The device is let in no more: whether that is new, and the jobs from which checkpoints have gone.
@@ -109,18 +116,25 @@ class DeviceRegistry:
             first = quarantine_rows.insert_quarantine(connection, new)
             return first, quarantine_rows.distrust_device(connection, device_id, at=at)
 
-        return await self._database.run(put_out)
+        self.memory.note_quarantine(device_id, new)  # it is not let in while this waits for the database
+        outcome = await self._database.run(put_out)
+        self.memory.note_quarantine(device_id, new)  # who asked in between found none
+        return outcome
 
     async def quarantines(self) -> list[Quarantine]:
         return await self._database.run(quarantine_rows.read_quarantines)
 
     async def reinstate(self, device_id: str) -> Quarantine:
         """It is let in again. Raises NotFound `DEVICE_NOT_QUARANTINED`."""
-        return await self._database.run(lambda c: quarantine_rows.end_quarantine(c, device_id))
+        ended = await self._database.run(lambda c: quarantine_rows.end_quarantine(c, device_id))
+        self.memory.note_quarantine(device_id, None)
+        return ended
 
     async def check_not_quarantined(self, device_id: str) -> None:
         """Raises Unauthenticated `DEVICE_QUARANTINED`."""
-        await self._database.run(lambda c: quarantine_rows.check_not_quarantined(c, device_id))
+        found = await self._database.run(lambda c: quarantine_rows.find_quarantine(c, device_id))
+        self.memory.note_quarantine(device_id, found)
+        quarantine_rows.check_not_quarantined(found)
 
     async def devices(self) -> list[DeviceRecord]:
         return await self._database.run(device_rows.read_devices)

@@ -254,6 +254,26 @@ checkpoints = Table(
     ForeignKeyConstraint(["job_id", "epoch"], ["leases.job_id", "leases.epoch"]),
 )
 
+spot_checks = Table(
+    "spot_checks",
+    metadata,
+    # The interval of a lease that begins with version `first` is checked once.
+    Column("job_id", String(64), primary_key=True),
+    Column("epoch", Integer, primary_key=True, autoincrement=False),
+    Column("first", Integer, primary_key=True, autoincrement=False),
+    # The newest checkpoint within the drawn interval: what there is to compare with so far.
+    Column("last", Integer, nullable=False),
+    # Of the lease, by shard; and the numbers of those that are checked.
+    Column("device_ids", JSON, nullable=False),
+    Column("shards", JSON, nullable=False),
+    # Which replica of the base model has kept what it sent.
+    Column("replica", Text, nullable=False),
+    # An interval has a step.
+    CheckConstraint('"first" >= 0 AND "last" > "first"', name="has_steps"),
+    # What is checked was made under a lease that was granted.
+    ForeignKeyConstraint(["job_id", "epoch"], ["leases.job_id", "leases.epoch"]),
+)
+
 join_tokens = Table(
     "join_tokens",
     metadata,

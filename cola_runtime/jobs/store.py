@@ -22,6 +22,7 @@ from cola_runtime.jobs import (
     pins,
     progress,
     quarantine_rows,
+    spot_check_rows,
     tenancy,
     terms,
     trail,
@@ -46,6 +47,7 @@ from cola_runtime.jobs.records import (
     Usage,
 )
 from cola_runtime.jobs.registry import DeviceRegistry
+from cola_runtime.jobs.spot_check_rows import PendingCheck
 from cola_runtime.jobs.state import JobState, Trigger
 from cola_runtime.types import Lease
 from cola_runtime.update_chain import RecordedLink
@@ -296,13 +298,28 @@ class JobStore:
             lambda c: evaluations.insert_evaluation(c, evaluation, at=self._at()),
         )
 
-    async def record_checkpoint(self, checkpoint: CheckpointRecord) -> None:
-        """Make a checkpoint visible whose object is stored and whose last step is recorded."""
-        await self._write(
-            "checkpoint",
-            checkpoint.job_id,
-            lambda c: progress.insert_checkpoint(c, checkpoint, at=self._at()),
-        )
+    async def record_checkpoint(
+        self, checkpoint: CheckpointRecord, *, check: PendingCheck | None = None
+    ) -> None:
+        """Make a checkpoint visible whose object is stored and whose last step is recorded.
+
+        With it, that the steps up to it are to be checked, if so.
+        """
+
+        def record(connection: Connection) -> None:
+            progress.insert_checkpoint(connection, checkpoint, at=self._at())
+            if check is not None:
+                spot_check_rows.keep_check(connection, check)
+
+        await self._write("checkpoint", checkpoint.job_id, record)
+
+    async def pending_checks(self) -> list[PendingCheck]:
+        """Spot checks that are to be made."""
+        return await self._database.run(spot_check_rows.read_checks)
+
+    async def forget_check(self, check: PendingCheck) -> None:
+        """It has been made, or cannot be."""
+        await self._database.run(lambda c: spot_check_rows.forget_check(c, check))
 
     async def pin_checkpoint(self, job_id: str, version: int | None) -> CheckpointRecord:
         """It is kept for good; None is the newest. A second time changes nothing.

@@ -73,7 +73,9 @@ class BaseModelActor:
         )
         if settings.attention == "auto":
             kept.keep(model.tried_attention)
-        self._service = BaseModelService(model, name=settings.name, join_token=join_token)
+        self._service = BaseModelService(
+            model, name=settings.name, join_token=join_token, retained_dir=cache_dir / "retained"
+        )
         self._bind, self._advertise = settings.bind, settings.advertise
         self._endpoint: str | None = None
 

@@ -22,6 +22,7 @@ from cola_runtime.config import RetentionSettings
 from cola_runtime.errors import ColaError, Conflict, Unavailable
 from cola_runtime.jobs.plan import TrainingPlan
 from cola_runtime.jobs.records import CheckpointRecord, JobRecord
+from cola_runtime.jobs.spot_check_rows import PendingCheck
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.scheduler.leases import LeaseBook, LeaseLost
 from cola_runtime.scheduler.patience import until_available
@@ -65,6 +66,11 @@ def _ignore(_record: CheckpointRecord) -> None:
     """Who hears of checkpoints where nobody does."""
 
 
+def _unchecked(_record: CheckpointRecord) -> PendingCheck | None:
+    """What of a checkpoint is to be checked where nobody checks."""
+    return None
+
+
 def _nothing(_job_id: str) -> Collection[int]:
     """What must stay where nobody needs any."""
     return ()
@@ -86,6 +92,7 @@ class CheckpointShelf:
         self._retention = retention
         self._book, self._store, self._storage = book, store, storage
         self._gatherings: dict[str, _Gathering] = {}
+        self.to_check: Callable[[CheckpointRecord], PendingCheck | None] = _unchecked
         self.on_recorded: Callable[[CheckpointRecord], None] = _ignore
         self.needed: Callable[[str], Collection[int]] = _nothing  # versions of a job that must stay for now
 
@@ -222,7 +229,8 @@ class CheckpointShelf:
             bytes=whole.bytes,
             sha256=whole.sha256,
         )
-        await until_available(lambda: self._store.record_checkpoint(record))
+        check = self.to_check(record)
+        await until_available(lambda: self._store.record_checkpoint(record, check=check))
         self.on_recorded(record)  # first: whoever wakes by the next line may ask what is to be checked
         self._book.checkpointed(lease, version)
         await self.retire(lease.job_id)

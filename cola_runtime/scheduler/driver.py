@@ -183,7 +183,7 @@ class JobDriver:
                 await self._run_lease()
                 return
             except _Moved as moved:
-                await self._store.add_event(self._job_id, "lease.moved", str(moved))
+                await self._note_move(str(moved))
             except (LeaseLost, Unavailable) as lost:
                 await self._note_loss(lost, progress)
 
@@ -316,6 +316,9 @@ class JobDriver:
         finally:
             if task.cancel():
                 await asyncio.wait({task})
+
+    async def _note_move(self, why: str) -> None:
+        await until_available(lambda: self._store.add_event(self._job_id, "lease.moved", why))
 
     async def _note_loss(self, lost: LeaseLost | Unavailable, progress: _Progress) -> None:
         self._phase.enter("a new lease", f"its lease was lost and is taken anew: {lost.message}")

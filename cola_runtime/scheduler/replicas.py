@@ -173,6 +173,10 @@ class ReplicaSet:
         name = self._residents.place(job_id, plan, self.ready)
         return None if name is None else self._replicas[name]
 
+    def named(self, name: str) -> Replica:
+        """The first one, if there is none of this name now."""
+        return self._replicas.get(name, self.all[0])
+
     def leave(self, job_id: str) -> None:
         """The job has ended, or waits for its tenant."""
         self._residents.leave(job_id)

@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 from pydantic import ValidationError
 
@@ -93,8 +92,9 @@ class JobRunner:
             book=book,
             store=store,
             desk=self.quarantine,
-            read=partial(read_checkpoint, storage),
+            read=self.checkpoints.read_shard,
         )
+        self.checkpoints.to_check = self._checks.to_check
         self.checkpoints.on_recorded, self.checkpoints.needed = self._checks.recorded, self._checks.needed
         pool.on_checkpoint, pool.on_dismissed = self._take_checkpoint, self._dismiss_device
         pool.on_fault = self.quarantine.strike
@@ -128,12 +128,29 @@ class JobRunner:
                 for name, served in self._base_models.items()
             ),
         ]
+        await self._take_up_checks()
         for record in await self._store.all_jobs(JobState.RUNNING):
             await self._store.transition(record.job_id, Trigger.REQUEUE, message="the coordinator restarted")
         for record in await self._store.all_jobs(JobState.QUEUED):
             await self.start(record.job_id)
         for record in await self._store.all_jobs(JobState.PAUSED):
             self._deadlines.watch(record)
+
+    async def _take_up_checks(self) -> None:
+        """Those that the last coordinator did not get to; of a base model that is not served they wait."""
+        for check in await self._store.pending_checks():
+            record = await self._store.job(check.job_id)
+            served = self._base_models.get(record.base_model)
+            if served is None:
+                continue
+            replica = served.replicas.named(check.replica)
+            try:
+                plan = training_plan(_stored_spec(record), served.description, total_steps=record.total_steps)
+            except ColaError as error:
+                logger.warning("not checked: %s", error, extra={"event": "spot_check.not_taken_up"})
+                await self._store.forget_check(check)
+            else:
+                self._checks.take_up(check, plan, replica)
 
     async def close(self) -> None:
         """Stop driving: jobs stay as they are recorded and go on at the next `open`."""

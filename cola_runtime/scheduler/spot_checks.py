@@ -3,7 +3,10 @@
 What is checked is a whole interval from one checkpoint to the next: both states are there anyway, so that the
 device learns neither before nor afterwards that it was looked at. The base model keeps what it sent and what
 came back; a trusted device starts from the first checkpoint (or the seed), gets the same taps, and must come
-to the same weights at every version and to the same checkpoint at the end, optimizer state included.
+to the same weights at every version and to the same checkpoint at the end, optimizer state included. Of a
+sharded adapter each device's steps are made again by themselves, with the norms of all as they were, and its
+own norms compared, too. What is to be checked is recorded with the checkpoint at its end, so that a
+coordinator which starts again makes it.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from cola_runtime.config import SpotCheckSettings
 from cola_runtime.errors import ColaError, Unavailable
 from cola_runtime.jobs.plan import TrainingPlan
 from cola_runtime.jobs.records import CheckpointRecord
+from cola_runtime.jobs.spot_check_rows import PendingCheck
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.scheduler.device_pool import DevicePool
 from cola_runtime.scheduler.leases import LeaseBook, LeaseLost
@@ -51,7 +55,19 @@ class Interval:
     plan: TrainingPlan
     first: int
     last: int
-    drawn: bool
+    shards: tuple[int, ...]  # that are checked; none: the interval was not drawn
+
+    @property
+    def pending(self) -> PendingCheck:
+        return PendingCheck(
+            job_id=self.lease.job_id,
+            epoch=self.lease.epoch,
+            first=self.first,
+            last=self.last,
+            device_ids=self.lease.device_ids,
+            shards=self.shards,
+            replica=self.replica.name,
+        )
 
     @property
     def end(self) -> tuple[str, int, int]:
@@ -59,7 +75,7 @@ class Interval:
 
 
 class SpotChecks:
-    """Belongs to the coordinator's event loop. `read` gives a checkpoint's bytes, blocking."""
+    """Belongs to the coordinator's event loop. `read` gives a shard of a checkpoint, blocking."""
 
     def __init__(
         self,
@@ -69,7 +85,7 @@ class SpotChecks:
         book: LeaseBook,
         store: JobStore,
         desk: QuarantineDesk,
-        read: Callable[[CheckpointRecord], bytes],
+        read: Callable[[CheckpointRecord, TrainingPlan, int], bytes],
     ) -> None:
         self._settings = settings
         self._pool, self._book, self._store = pool, book, store
@@ -82,10 +98,7 @@ class SpotChecks:
         self._arriving: dict[str, asyncio.Future[bytes]] = {}  # checkpoints of replays, by their lease's job
 
     def retains(self, lease: Lease, plan: TrainingPlan, version: int, *, replica: Replica) -> bool:
-        """The step that leaves `version` is in a drawn interval. To be asked of every step, in order.
-
-        Of a sharded adapter none is: its devices step with each other's norms.
-        """
+        """The step that leaves `version` is in a drawn interval. To be asked of every step, in order."""
         current = self._current.get(lease.job_id)
         if current is None or current.lease != lease or version >= current.last:
             following = (version // plan.checkpoint_every + 1) * plan.checkpoint_every
@@ -95,19 +108,43 @@ class SpotChecks:
                 plan=plan,
                 first=version,
                 last=min(following, plan.schedule.total_steps),
-                drawn=plan.shards == 1 and _random.random() < self._share(lease.device_id),
+                shards=self._drawn(lease),
             )
             self._current[lease.job_id] = current
-            if current.drawn:
+            if current.shards:
                 self._due[current.end] = current
-        return current.drawn
+        return bool(current.shards)
+
+    def take_up(self, check: PendingCheck, plan: TrainingPlan, replica: Replica) -> None:
+        """Make a check that the coordinator before this one did not get to."""
+        first, *further = check.device_ids
+        lease = Lease(
+            job_id=check.job_id, epoch=check.epoch, device_id=first, further_device_ids=tuple(further)
+        )
+        interval = Interval(
+            lease=lease,
+            replica=replica,
+            plan=plan,
+            first=check.first,
+            last=check.last,
+            shards=check.shards,
+        )
+        self._begin(interval)
+
+    def to_check(self, checkpoint: CheckpointRecord) -> PendingCheck | None:
+        """What is to be recorded with the checkpoint: the drawn interval that it ends, or is within."""
+        for each in self._due.values():
+            of_lease = (each.lease.job_id, each.lease.epoch) == (checkpoint.job_id, checkpoint.epoch)
+            if of_lease and each.first < checkpoint.version <= each.last:
+                return replace(each, last=checkpoint.version).pending
+        return None
 
     def recorded(self, checkpoint: CheckpointRecord) -> None:
         """A checkpoint is stored and recorded: a drawn interval that ends with it is checked now."""
         job_id, epoch, version = checkpoint.job_id, checkpoint.epoch, checkpoint.version
         interval = self._due.pop((job_id, epoch, version), None)
         if interval is not None:
-            self._begin(interval, checkpoint)
+            self._begin(interval)
             return
         for each in self._due.values():
             within = each.first < version < each.last
@@ -149,8 +186,8 @@ class SpotChecks:
             waiting.set_result(content)
         return waiting is not None
 
-    def _begin(self, interval: Interval, end: CheckpointRecord) -> None:
-        task = asyncio.create_task(self._check(interval, end))
+    def _begin(self, interval: Interval) -> None:
+        task = asyncio.create_task(self._check(interval))
         self._tasks[task] = interval
         task.add_done_callback(self._tasks.pop)
 
@@ -166,42 +203,59 @@ class SpotChecks:
                 others.append(interval)
             else:
                 del self._due[interval.end]
-                self._begin(replace(interval, last=end.version), end)
+                self._begin(replace(interval, last=end.version))
         return others
+
+    def _drawn(self, lease: Lease) -> tuple[int, ...]:
+        """Shards to check: if the interval is drawn, by the greatest share, all whose devices have one."""
+        shares = [self._share(device_id) for device_id in lease.device_ids]
+        if not _random.random() < max(shares):
+            return ()
+        return tuple(number for number, share in enumerate(shares) if share > 0)
 
     def _share(self, device_id: str) -> float:
         trust = self._pool.trust(device_id)
         return 0.0 if trust is None else float(getattr(self._settings, trust))
 
-    async def _check(self, interval: Interval, end: CheckpointRecord) -> None:
+    async def _check(self, interval: Interval) -> None:
+        """A check that is cut off by the coordinator's end stays recorded: the next one makes it."""
+        passed = [await self._check_shard(interval, number) for number in interval.shards]
+        if all(passed) and len(passed) == len(interval.lease.device_ids):
+            job_id, last = interval.lease.job_id, interval.last
+            await until_available(lambda: self._store.mark_checked(job_id, last))
+        await until_available(lambda: self._store.forget_check(interval.pending))
+        await self._forget(interval)
+
+    async def _check_shard(self, interval: Interval, number: int) -> bool:
+        """It came to the same result. If it came to another, its device has been put out."""
         try:
             async with self._one_at_a_time, asyncio.timeout(CHECK_SECONDS):
-                deviation = await self._deviation(interval, end)
+                deviation = await self._deviation(interval, number)
         except (ColaError, LeaseLost, TimeoutError) as error:
-            await self._tell(interval, "undecided", f"not checked: {error or 'it took too long'}")
+            message = f"not checked: {error or 'it took too long'}"
+            await self._tell(interval, number, "undecided", message)
         except Exception:
             logger.exception("spot check failed", extra={"event": "spot_check.error"})
         else:
-            await self._judge(interval, deviation)
-        finally:
-            await self._forget(interval)
+            return await self._judge(interval, number, deviation)
+        return False
 
-    async def _judge(self, interval: Interval, deviation: float) -> None:
-        device_id = interval.lease.device_id
+    async def _judge(self, interval: Interval, number: int, deviation: float) -> bool:
         if deviation <= TOLERANCE:
-            job_id, last = interval.lease.job_id, interval.last
-            await until_available(lambda: self._store.mark_checked(job_id, last))
             exactly = "all bits" if deviation == 0 else f"within {deviation:.1e}"
-            await self._tell(interval, "passed", f"made again elsewhere with the same result ({exactly})")
-            return
+            message = f"made again elsewhere with the same result ({exactly})"
+            await self._tell(interval, number, "passed", message)
+            return True
         message = f"made again elsewhere they differ by {deviation:.1e}, {TOLERANCE:.0e} is allowed"
-        await self._tell(interval, "failed", message)
+        await self._tell(interval, number, "failed", message)
         named = f"steps {interval.first + 1} to {interval.last} of {interval.lease.job_id}"
+        device_id = interval.lease.device_ids[number]
         await self._desk.put_out(device_id, "SPOT_CHECK_FAILED", f"{named}: {message}")
+        return False
 
-    async def _tell(self, interval: Interval, verdict: str, message: str) -> None:
+    async def _tell(self, interval: Interval, number: int, verdict: str, message: str) -> None:
         """An event of the job; it waits for a job store that is away, as what follows from it does."""
-        device_id = interval.lease.device_id
+        device_id = interval.lease.device_ids[number]
         await until_available(
             lambda: self._store.add_event(
                 interval.lease.job_id,
@@ -212,26 +266,25 @@ class SpotChecks:
             )
         )
 
-    async def _deviation(self, interval: Interval, end: CheckpointRecord) -> float:
-        """Of the replay from what the device sent and handed on. Raises ColaError, LeaseLost."""
-        start = await self._start(interval)
-        checker = await self._checker(interval.lease.device_id)
+    async def _deviation(self, interval: Interval, number: int) -> float:
+        """Of a shard's replay from what its device sent and handed on. Raises ColaError, LeaseLost."""
+        start, end = await self._ends(interval, number)
+        checker = await self._checker(interval.lease.device_ids[number])
         lease = Lease(job_id=ids.new_job_id(), epoch=1, device_id=checker)
         self._book.open(lease, replica=interval.replica.name)
         self._arriving[lease.job_id] = asyncio.get_running_loop().create_future()
         try:
-            of_weights = await self._replay(interval, lease, start)
+            of_weights = await self._replay(interval, number, lease, start)
             made = await asyncio.wait_for(self._arriving[lease.job_id], CHECKPOINT_SECONDS)
-            handed_on = await asyncio.to_thread(self._read, end)
-            return max(of_weights, await asyncio.to_thread(checkpoint_distance, made, handed_on))
+            return max(of_weights, await asyncio.to_thread(checkpoint_distance, made, end))
         finally:
             del self._arriving[lease.job_id]
             self._book.close(lease)
             await self._end(lease, interval.replica)
 
-    async def _replay(self, interval: Interval, lease: Lease, start: bytes | None) -> float:
-        replay = Replay(lease=interval.lease, first=interval.first, last=interval.last)
-        plan = interval.plan
+    async def _replay(self, interval: Interval, number: int, lease: Lease, start: bytes | None) -> float:
+        part, plan = interval.lease.parts[number], interval.plan.of_shards()[number]
+        replay = Replay(lease=part, first=interval.first, last=interval.last)
         terms = LeaseTerms(spec=plan.adapter, max_staleness=plan.max_staleness, replay=replay)
         await interval.replica.base.lease(lease, terms)
         await self._pool.grant(
@@ -245,14 +298,20 @@ class SpotChecks:
             await self._pool.request_checkpoint(lease)
         return last.deviation
 
-    async def _start(self, interval: Interval) -> bytes | None:
-        """The checkpoint that the steps began from; None: they began from the seed."""
-        if interval.first == 0:
-            return None
-        for record in await self._store.checkpoints(interval.lease.job_id):
-            if record.version == interval.first:
-                return await asyncio.to_thread(self._read, record)
-        raise Unavailable("CHECKPOINT_DAMAGED", f"there is no checkpoint of version {interval.first}")
+    async def _ends(self, interval: Interval, number: int) -> tuple[bytes | None, bytes]:
+        """The shard's checkpoints that its steps began from (None: from the seed) and led to."""
+        records = {each.version: each for each in await self._store.checkpoints(interval.lease.job_id)}
+        found: list[bytes | None] = []
+        for version in (interval.first, interval.last):
+            if version == 0:
+                found.append(None)
+            elif version in records:
+                found.append(await asyncio.to_thread(self._read, records[version], interval.plan, number))
+            else:
+                raise Unavailable("CHECKPOINT_DAMAGED", f"there is no checkpoint of version {version}")
+        start, end = found
+        assert end is not None, "an interval has a step"
+        return start, end
 
     async def _checker(self, device_id: str) -> str:
         """A trusted device other than this one."""

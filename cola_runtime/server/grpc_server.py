@@ -22,6 +22,7 @@ from cola_runtime.server.rules import rules_of
 from cola_runtime.server.service import BEST, FineTuningService
 from cola_runtime.server.upload import UploadGate, receive_submission
 from cola_runtime.transport.endpoints import HOSTILE_OPTIONS, OnStream, StreamMethod, add_stream_method
+from cola_runtime.transport.host_calls import HostCalls, HostLimits
 from cola_runtime.transport.tls import bind_port, check_floor
 
 _TERMS = tuple(field.name for field in dataclasses.fields(TermChanges))
@@ -63,13 +64,16 @@ async def serve_jobs(
     desk: OperatorDesk | None = None,
     streams: Mapping[StreamMethod, OnStream] | None = None,
     credentials: grpc.ServerCredentials | None = None,
+    hosts: HostCalls | None = None,
 ) -> tuple[grpc.aio.Server, int]:
     """A started server with all services, and device streams on the same port; returns the port too.
+
+    `hosts` counts the calls of each host; without it, by the limits that are usual.
 
     Raises InvalidInput `PLAINTEXT_REFUSED` off loopback without credentials, Unavailable `PORT_IN_USE`,
     `TLS_FLOOR`.
     """
-    server = grpc.aio.server(options=SERVER_OPTIONS)
+    server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=(hosts or HostCalls(HostLimits()),))
     add_servicers(server, service, desk or OperatorDesk(service.store, service.limits))
     for method, on_stream in (streams or {}).items():
         add_stream_method(server, method, on_stream)

@@ -31,6 +31,7 @@ from cola_runtime.proto import jobs_pb2
 from cola_runtime.server.auth import authenticate, check_sdk
 from cola_runtime.server.limits import Limits
 from cola_runtime.server.rules import READ, Owner, Rule
+from cola_runtime.transport.host_calls import caller_known
 from cola_runtime.transport.status import abort_with
 
 NOBODY = Tenant(tenant_id="", name="", created_at="")
@@ -131,6 +132,7 @@ class RpcHandlers:
         except (Unauthenticated, PermissionDenied) as error:
             await self._refused("login.refused", peer, error)
             raise
+        caller_known()
         _readable(request)  # behind the key: a stranger does not hear what is wrong with a message
         if rule.owner is Owner.JOB and request.job_id:
             try:

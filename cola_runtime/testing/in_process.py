@@ -99,7 +99,9 @@ async def running_replica(
         accelerator=chosen.accelerator,
         bank_bytes=chosen.bank_bytes,
     )
-    service = BaseModelService(model, name=chosen.name, join_token=JOIN_TOKEN)
+    service = BaseModelService(
+        model, name=chosen.name, join_token=JOIN_TOKEN, retained_dir=settings.data_dir / "retained"
+    )
     identity = base_model_identity(settings, chosen)
     await service.start(chosen.bind, credentials=device_port_credentials(identity) if identity else None)
     try:

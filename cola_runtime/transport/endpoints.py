@@ -7,7 +7,7 @@ hangs or a route that drops packets is noticed within 15 s.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -110,13 +110,14 @@ async def serve_streams(
     *,
     credentials: grpc.ServerCredentials | None = None,
     where: str = "bind",
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
 ) -> tuple[grpc.aio.Server, str]:
     """A started server and its endpoint (`host:port`, also for port 0). Stop it with `server.stop(grace)`.
 
     `where` names the setting that `bind` is from. Raises InvalidInput `PLAINTEXT_REFUSED` off loopback
     without credentials, Unavailable `PORT_IN_USE`, `TLS_FLOOR`.
     """
-    server = grpc.aio.server(options=(*STREAM_OPTIONS, *SERVER_OPTIONS))
+    server = grpc.aio.server(options=(*STREAM_OPTIONS, *SERVER_OPTIONS), interceptors=tuple(interceptors))
     for method, on_stream in methods.items():
         add_stream_method(server, method, on_stream)
     port = await bind_port(server, bind, credentials=credentials, where=where)

@@ -13,6 +13,7 @@ from cola_runtime.errors import ProtocolError, Unauthenticated
 from cola_runtime.proto import control_pb2
 from cola_runtime.transport.certificates import read_certificate
 from cola_runtime.transport.frames import PROTOCOL_VERSION
+from cola_runtime.transport.host_calls import caller_known
 from cola_runtime.transport.reader import FrameLimits
 from cola_runtime.transport.stream import FrameStream, ReceivedControl
 
@@ -44,6 +45,7 @@ async def receive_hello(
         )
     check_device_id(hello.device_id)
     await check(hello)
+    caller_known()
     stream.accept_tensors(limits)
     return hello
 

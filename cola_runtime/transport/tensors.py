@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -105,6 +105,15 @@ class Parcel:
         self._shapes.append(shape)
         self._elements.append(elements)
         self.data_bytes += elements.nbytes
+
+    @property
+    def dtype(self) -> DType:
+        """Of all of them."""
+        return self._dtype
+
+    def __iter__(self) -> Iterator[tuple[TensorKey, tuple[int, ...], Tensor]]:
+        """Keys, shapes and what travels of each, in order: what `add` was told."""
+        return zip(self._keys, self._shapes, self._elements, strict=True)
 
     @property
     def wire_bytes(self) -> int:

@@ -32,14 +32,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--faults"):
-        return
-    left_out = [
-        item for item in items if item.path.parent == HERE and item.get_closest_marker("quick") is None
-    ]
+    left_out = [item for item in items if item.path.parent == HERE and not _wanted(item, config)]
     config.hook.pytest_deselected(items=left_out)
     kept = set(items) - set(left_out)
     items[:] = [item for item in items if item in kept]
+
+
+def _wanted(item: pytest.Item, config: pytest.Config) -> bool:
+    if item.get_closest_marker("many_jobs") is not None:
+        return bool(config.getoption("--many-jobs"))
+    return bool(config.getoption("--faults")) or item.get_closest_marker("quick") is not None
 
 
 @pytest.fixture(scope="session")

@@ -13,11 +13,12 @@ from pydantic import SecretStr
 from sqlalchemy import Connection
 
 from cola_runtime.client import connection
+from cola_runtime.client.asynchronous import AsyncClient
 from cola_runtime.client.job_handle import AsyncJobHandle
 from cola_runtime.errors import Unavailable
 from cola_runtime.jobs.hold import Hold
 from cola_runtime.testing.exactness import service_for, tenant_client
-from cola_runtime.testing.in_process import running_in_process
+from cola_runtime.testing.in_process import InProcessDevices, running_in_process
 from tests.faults.judging import MODEL, WAIT_SECONDS, Accept, Faultless, fault_job, judge
 from tests.faults.processes import reach
 from tests.lossy_wire import Cut, LossyWire
@@ -36,6 +37,9 @@ class Attacked:
     url: str
     cuts: list[Cut]  # of the next commits of transactions that write
     handle: AsyncJobHandle
+    client: AsyncClient
+    devices: InProcessDevices
+    endpoint: str  # of the devices
 
 
 async def _down(at: Attacked, mode: str, seconds: float) -> None:
@@ -63,6 +67,39 @@ async def _shut_down(at: Attacked) -> None:
     await _down(at, "fast", SHORT_SECONDS)
 
 
+async def _crash_and_break(at: Attacked) -> None:
+    """Both streams of the device break while the server is down: it is back before that, a new one is not."""
+    [holder] = [each for each in (await at.client.describe()).devices if each.jobs]
+    agent = at.devices.agents[holder.device_id]
+    await asyncio.to_thread(at.server.stop, "immediate")
+    try:
+        session = agent._session
+        assert session is not None
+        links = session._links._links
+        [(endpoint, link)] = links.items()
+        await link.close()
+        await _until(lambda: links.get(endpoint, link) is not link)
+        session._links._ended.set_exception(Unavailable("STREAM_LOST", "its control stream breaks"))
+        await _until(lambda: agent._session not in (None, session))
+        assert holder.device_id in await _connected(at)
+        at.devices.start("stranger", at.endpoint)
+        await asyncio.sleep(SHORT_SECONDS)
+        assert "stranger" not in await _connected(at)
+    finally:
+        await asyncio.to_thread(at.server.start)
+    await _until(lambda: at.devices.agents["stranger"]._session is not None)
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(WAIT_SECONDS):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+async def _connected(at: Attacked) -> set[str]:
+    return {each.device_id for each in (await at.client.describe()).devices}
+
+
 async def _terminate(at: Attacked) -> None:
     for _ in range(20):
         await asyncio.to_thread(at.server.end_sessions, at.url)
@@ -82,6 +119,13 @@ def _lose(cut: Cut) -> Callable[[Attacked], Awaitable[None]]:
 CASES = [
     pytest.param("server crashes", _crash, SHORT_SECONDS, id="crash", marks=pytest.mark.quick),
     pytest.param("server down for 60 s", _crash_for_long, LONG_SECONDS, id="60s"),
+    pytest.param(
+        "server crashes, streams break",
+        _crash_and_break,
+        SHORT_SECONDS,
+        id="streams",
+        marks=pytest.mark.quick,
+    ),
     pytest.param("server shut down and started", _shut_down, SHORT_SECONDS, id="restart"),
     pytest.param("backends terminated", _terminate, 0.0, id="terminated"),
     pytest.param("connection lost before a commit", _lose(Cut.COMMIT), 0.0, id="commit"),
@@ -130,13 +174,13 @@ async def test_a_lost_database_fails_no_job(
             update={"database": SecretStr(behind)}
         )
         async with (
-            running_in_process(settings) as (service, _),
+            running_in_process(settings) as (service, devices),
             await tenant_client(service, "alice") as client,
         ):
             handle = await client.submit(fault_job().spec, training=fault_job().training)
             await reach(handle, 4)
             fault = time.time()
-            await attack(Attacked(postgres, url, cuts, handle))
+            await attack(Attacked(postgres, url, cuts, handle, client, devices, service.device_endpoint))
             await handle.wait(WAIT_SECONDS)
             outcome = await judge(
                 handle,

@@ -17,6 +17,8 @@ from cola_runtime.testing.exactness import service_for, tenant_client
 from cola_runtime.testing.in_process import running_in_process
 from tests.faults.judging import MODEL, WAIT_SECONDS, fault_job
 
+pytestmark = pytest.mark.many_jobs  # eight minutes, and no fault
+
 JOBS = 10_000
 AT_ONCE = 8
 FEW = 50  # that may end before all are taken up again

@@ -302,3 +302,79 @@ async def test_without_a_trusted_device_beside_nothing_is_decided(
         assert await last_checkpoint(handle) == honest
         assert (await kinds(handle)).count("spot_check.undecided") == 3
         assert await at.operator.registered_devices() == []
+
+
+async def sharded(at: Yard) -> AsyncJobHandle:
+    for name in ("garage", "shed"):
+        await at.community(name)
+    return await at.submit(shards=2)
+
+
+@pytest.fixture(scope="module")
+def honest_shards(model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """As `honest`, of an adapter on two devices."""
+
+    async def train() -> str:
+        async with yard(tmp_path_factory.mktemp("shards"), model) as at:
+            handle = await sharded(at)
+            await handle.wait(WAIT_SECONDS)
+            events = [event async for event in handle.events(follow=False)]
+            checked = [event for event in events if event.kind.startswith("spot_check")]
+            found = sorted((each.data["first"], each.data["device_id"]) for each in checked)
+            assert found == [(first, name) for first in (0, 2, 4) for name in ("garage", "shed")]
+            assert all("all bits" in each.message for each in checked)
+            assert await at.service.store.pending_checks() == []
+            records = await at.service.store.checkpoints(handle.job_id)
+            assert all(each.checked_at for each in records)
+            return await last_checkpoint(handle)
+
+    return asyncio.run(train())
+
+
+@pytest.fixture
+def wrong_norms(monkeypatch: pytest.MonkeyPatch) -> set[DeviceWorker]:
+    """Workers whose sessions state other norms than their gradients have."""
+    lying: set[DeviceWorker] = set()
+    sessions: set[AdapterSession] = set()
+    consume, norms = DeviceWorker.consume, AdapterSession.gradient_norms
+
+    def noted(worker: DeviceWorker, items: Any) -> Any:
+        if worker in lying:
+            sessions.update(held.session for held in worker._held.values())
+        return consume(worker, items)
+
+    def wrong(session: AdapterSession) -> Any:
+        return norms(session) * (100 if session in sessions and session.version == 2 else 1)
+
+    monkeypatch.setattr(DeviceWorker, "consume", noted)
+    monkeypatch.setattr(AdapterSession, "gradient_norms", wrong)
+    return lying
+
+
+@pytest.mark.parametrize("lie", ["weights", "norms"])
+async def test_the_device_of_a_shard_that_lies_is_put_out_and_the_others_are_not(
+    honest_shards: str,
+    model: Path,
+    tmp_path: Path,
+    liar: dict[str, Any],
+    wrong_norms: set[DeviceWorker],
+    lie: str,
+) -> None:
+    """Norms that one of them makes up spoil every shard, and each device has done what it was told."""
+    async with yard(tmp_path, model) as at:
+        agent = await at.community("garage")
+        if lie == "weights":
+            liar.update(worker=agent._worker, how=spoil_weights)
+        else:
+            wrong_norms.add(agent._worker)
+        await at.community("shed")
+        handle = await at.submit(shards=2)
+        await at.until(lambda names: "garage" not in names)
+        await at.community("attic")
+        await handle.wait(WAIT_SECONDS)
+        assert await last_checkpoint(handle) == honest_shards
+        events = [event async for event in handle.events(follow=False)]
+        failed = [(e.data["first"], e.data["device_id"]) for e in events if e.kind == "spot_check.failed"]
+        assert failed == [(2, "garage")]
+        [known] = await at.operator.registered_devices()
+        assert known.device_id == "garage"

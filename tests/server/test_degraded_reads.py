@@ -211,7 +211,7 @@ def test_pages_of_what_is_remembered_are_newest_first(
 
 
 def test_memory_holds_no_more_than_it_may() -> None:
-    newest = recall._Newest[int](2)
+    newest = recall.Newest[int](2)
     for name, value in (("a", 1), ("b", 2), ("a", 3), ("c", 4)):
         newest.note(name, value)
     assert dict(newest.values) == {"a": 3, "c": 4}
