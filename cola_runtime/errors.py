@@ -64,7 +64,7 @@ class ColaError(Exception):
         return _rebuild, (type(self), self.as_dict(), self.violations)
 
     def as_dict(self) -> dict[str, str | None]:
-        """The error's text fields, as they travel in gRPC ErrorInfo metadata and in `--json` output."""
+        """The error's text fields, as they travel in gRPC ErrorInfo metadata."""
         return {
             "reason": self.reason,
             "message": self.message,
@@ -182,3 +182,22 @@ def remedy_of(error: ColaError) -> str:
     """What to do: as the error says, else as the table of reasons says."""
     known = REASONS.get(error.reason)
     return error.remedy or (known.remedy if known else "")
+
+
+def problem_details(error: ColaError) -> dict[str, object]:
+    """The error as a problem of RFC 9457: what an HTTP door answers with, and `--json` prints.
+
+    `type` is the reason as a URN, `title` what the table says of it, `status` its class's; the error's own
+    fields, empty ones left out, and `violations` are extension members.
+    """
+    known = REASONS.get(error.reason)
+    fields = {**error.as_dict(), "remedy": remedy_of(error)}
+    detail = fields.pop("message")
+    return {
+        "type": f"urn:cola:reason:{error.reason}",
+        "title": known.meaning if known else type(error).__name__,
+        "status": error.http_status,
+        "detail": detail,
+        **{name: text for name, text in fields.items() if text},
+        "violations": [{"where": each.where, "message": each.message} for each in error.violations],
+    }

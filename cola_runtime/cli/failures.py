@@ -9,24 +9,18 @@ from rich.console import Console
 from rich.text import Text
 
 from cola_runtime.cli.output import clean, print_json
-from cola_runtime.errors import ColaError, Violation, remedy_of
+from cola_runtime.errors import ColaError, Violation, problem_details, remedy_of
 
 
 def report(error: ColaError, *, as_json: bool) -> int:
     """Print the error, on stdout as JSON or on stderr as text; the exit code."""
     if as_json:
-        print_json({"error": error_object(error)})
+        print_json({"error": {**problem_details(error), "exit_code": error.exit_code}})
     else:
         console = Console(stderr=True, highlight=False, soft_wrap=True)
         for line in error_lines(error):
             console.print(line)
     return error.exit_code
-
-
-def error_object(error: ColaError) -> dict[str, object]:
-    violations = [{"where": each.where, "message": each.message} for each in error.violations]
-    fields = {**error.as_dict(), "remedy": remedy_of(error)}
-    return {**fields, "violations": violations, "exit_code": error.exit_code}
 
 
 def error_lines(error: ColaError) -> list[Text]:

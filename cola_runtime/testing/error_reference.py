@@ -14,8 +14,9 @@ HEAD = """# Errors
 Made of `cola_runtime/reasons.py` by `make errors`; `make check` looks that it is so.
 
 Every error has a stable reason, a message with the values, and what to do. Over gRPC it is a status with `google.rpc.ErrorInfo` (`reason`, domain
-`cola`, and as metadata the class, `where`, `limit`, `actual`, `remedy`) and for wrong input `google.rpc.BadRequest`. The HTTP status is the one that an
-HTTP door answers with (RFC 9457, with the same `reason`).
+`cola`, and as metadata the class, `where`, `limit`, `actual`, `remedy`) and for wrong input `google.rpc.BadRequest`. With `--json` a command prints it as `error`, a problem of RFC 9457:
+`type` (`urn:cola:reason:` and the reason), `title` (what it means), `status` (the HTTP status below), `detail` (the message), and beside them `reason`, `where`,
+`limit`, `actual`, `remedy`, `violations` and `exit_code`. An HTTP door, of which there is none yet, answers with the same.
 
 | class | CLI exit | gRPC | HTTP | try again |
 |---|---|---|---|---|

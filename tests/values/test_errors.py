@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import copy
 
-from cola_runtime.errors import ColaError, InvalidInput, Unavailable, Violation, error_from_dict
+from google.rpc import error_details_pb2
+
+from cola_runtime.errors import (
+    ColaError,
+    InvalidInput,
+    QuotaExceeded,
+    Unavailable,
+    Violation,
+    error_from_dict,
+    problem_details,
+)
+from cola_runtime.reasons import REASONS
+from cola_runtime.transport.status import status_of
 
 ERROR = InvalidInput(
     "RANK_RANGE",
@@ -34,3 +46,33 @@ def test_only_unavailable_is_retryable() -> None:
         return {kind}.union(*(tree(child) for child in kind.__subclasses__()))
 
     assert {kind for kind in tree(ColaError) if kind.retryable} == {Unavailable}
+
+
+def test_a_problem_says_what_its_grpc_status_says() -> None:
+    """RFC 9457 and google.rpc.ErrorInfo are two forms of one value."""
+    error = QuotaExceeded(
+        "QUOTA_JOBS",
+        "too many",
+        where="jobs",
+        limit=64,
+        actual=65,
+        violations=(Violation(where="a", message="b"),),
+    )
+    problem = problem_details(error)
+    [packed, _] = status_of(error).details
+    info = error_details_pb2.ErrorInfo()
+    assert packed.Unpack(info)
+    named = ("where", "limit", "actual", "remedy")
+    assert {name: problem[name] for name in named} == {name: info.metadata[name] for name in named}
+    assert (problem["reason"], problem["detail"], problem["status"]) == (info.reason, "too many", 429)
+    assert (problem["type"], problem["title"]) == (
+        "urn:cola:reason:QUOTA_JOBS",
+        REASONS["QUOTA_JOBS"].meaning,
+    )
+    assert problem["violations"] == [{"where": "a", "message": "b"}]
+
+
+def test_what_an_error_does_not_say_is_not_in_its_problem() -> None:
+    problem = problem_details(InvalidInput("DATASET_EMPTY", "no rows"))
+    assert not {"where", "limit", "actual", "message"} & problem.keys()
+    assert problem["remedy"] == REASONS["DATASET_EMPTY"].remedy
