@@ -60,7 +60,7 @@ class RetainedSteps:
         So a checkpoint behind it is recorded only when the steps before it can be replayed.
         """
         kept = self._of(part)
-        if version - 1 in kept.steps and self._fits(kept, weights_P.nbytes):
+        if version - 1 in kept.steps and self._fits(part, kept, weights_P.nbytes):
             step = kept.steps[version - 1]
             step.weights_P = weights_P
             if self._files is not None:
@@ -127,14 +127,16 @@ class RetainedSteps:
 
     def _sent(self, part: Lease, version: int, sent: Sent, nbytes: int) -> None:
         kept = self._kept.setdefault(_key(part), _Kept())
-        if self._fits(kept, nbytes):
+        if self._fits(part, kept, nbytes):
             kept.steps[version].sent.append(sent)
 
-    def _fits(self, kept: _Kept, nbytes: int) -> bool:
+    def _fits(self, part: Lease, kept: _Kept, nbytes: int) -> bool:
         """Counts them; beyond the bound the device's part keeps nothing, until all of it is forgotten."""
         if sum(each.nbytes for each in self._kept.values()) + nbytes > self._most_bytes:
             kept.steps.clear()
             kept.nbytes, kept.overflowed = 0, True
+            if self._files is not None:  # of no use any more
+                self._files.forget(part.job_id, part.epoch)
         kept.nbytes += 0 if kept.overflowed else nbytes
         return not kept.overflowed
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -70,8 +71,8 @@ class RetainedFiles:
         reading = self._thread.submit(lambda: {v: _read(path) for v, path in paths.items() if path.exists()})
         return reading.result()
 
-    def forget(self, job_id: str, epoch: int, *, before: int) -> None:
-        """Steps of the lease that lead to versions up to `before`. Returns at once."""
+    def forget(self, job_id: str, epoch: int, *, before: float = math.inf) -> None:
+        """Steps of the lease that lead to versions up to `before`, or all. Returns at once."""
 
         def delete() -> None:
             folder = self._of_lease(job_id, epoch)

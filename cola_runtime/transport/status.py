@@ -7,6 +7,7 @@ id; the traceback goes to the log under that id and never to the peer.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import uuid
 from collections.abc import Iterable
@@ -23,6 +24,7 @@ from cola_runtime.errors import ColaError, Violation
 DOMAIN = "cola"
 SDK_METADATA = "cola-sdk"
 """Of every call of this package's client: its version."""
+ABORT_SECONDS = 30.0  # a slow peer may have messages before it
 MAX_STATUS_BYTES = 6000  # gRPC allows 8 KiB of trailing metadata, and base64 adds a third
 
 _DETAILS_KEY = "grpc-status-details-bin"
@@ -50,9 +52,16 @@ class AbortableContext(Protocol):
 
 
 async def abort_with(context: AbortableContext, error: BaseException) -> NoReturn:
-    """End the call with the error's status; never returns."""
+    """End the call with the error's status; never returns.
+
+    A peer that is gone takes no status, and gRPC may wait without end: then the call ends as cancelled.
+    """
     status = status_of(error) if isinstance(error, ColaError) else _internal_status(error)
-    await context.abort_with_status(rpc_status.to_status(status))
+    try:
+        async with asyncio.timeout(ABORT_SECONDS):
+            await context.abort_with_status(rpc_status.to_status(status))
+    except TimeoutError:
+        raise asyncio.CancelledError from None
     raise AssertionError("abort_with_status returned")
 
 

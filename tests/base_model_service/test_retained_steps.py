@@ -122,6 +122,15 @@ async def test_steps_that_are_whole_are_there_for_the_process_after_this_one(tmp
     assert not list(tmp_path.iterdir())  # noqa: ASYNC240
 
 
+async def test_a_lease_that_goes_beyond_the_bound_leaves_no_files(tmp_path: Path) -> None:
+    files = RetainedFiles(tmp_path)
+    kept = RetainedSteps(most_bytes=1000, files=files)
+    for version in range(5):
+        await keep(kept, version)
+    files.close()
+    assert not list(tmp_path.iterdir())  # noqa: ASYNC240
+
+
 async def test_norms_that_differ_are_told_by_how_much() -> None:
     kept = RetainedSteps()
     kept.received_norms(LEASE, 1, [1.0])

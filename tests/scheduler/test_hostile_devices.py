@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import math
 from collections.abc import AsyncIterator
@@ -16,7 +17,6 @@ from cola_runtime.config import DeviceSettings
 from cola_runtime.errors import ColaError, ProtocolError, Unauthenticated
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.proto import control_pb2
-from cola_runtime.scheduler.connected_device import check_speed
 from cola_runtime.scheduler.device_gate import DeviceGate
 from cola_runtime.scheduler.device_pool import DevicePool
 from cola_runtime.scheduler.leases import LeaseBook, LeaseLost
@@ -31,7 +31,7 @@ from cola_runtime.transport.frames import (
     control_frame,
 )
 from cola_runtime.transport.handshake import introduce
-from cola_runtime.transport.reader import FrameLimits
+from cola_runtime.transport.reader import FrameLimits, ReceivedTensor
 from cola_runtime.types import Lease, TensorKind, TrustClass
 
 OWN = Lease(job_id="job-" + "0a" * 16, epoch=2, device_id="evil")
@@ -48,9 +48,11 @@ class Bench:
         self.stream: Connection[Any]
         self.stored: list[tuple[Lease, int, bytes]] = []
 
-    async def dial(self, *, token: str = "secret") -> None:
+    async def dial(self, *, token: str = "secret", **said: Any) -> None:
         self.stream = await connect(self._endpoint, DEVICES)
-        hello = control_pb2.DeviceHello(device_id="evil", join_token=token, protocol_version=PROTOCOL_VERSION)
+        hello = control_pb2.DeviceHello(
+            device_id="evil", join_token=token, protocol_version=PROTOCOL_VERSION, **said
+        )
         await introduce(self.stream, control_pb2.DeviceControl(hello=hello), limits=FrameLimits())
 
     async def keep(self, lease: Lease, version: int, content: bytes, _digest: str) -> None:
@@ -184,9 +186,10 @@ async def test_a_heartbeat_that_is_no_time_puts_it_out(bench: Bench, busy: float
 
 
 @pytest.mark.parametrize("speed", [math.nan, math.inf, -1.0])
-def test_a_speed_that_no_device_has_is_not_let_in(speed: float) -> None:
+async def test_a_speed_that_no_device_has_is_not_let_in(bench: Bench, speed: float) -> None:
+    await bench.stream.close()
     with pytest.raises(ProtocolError) as caught:
-        check_speed(control_pb2.DeviceHello(numbers_per_second=speed))
+        await bench.dial(numbers_per_second=speed)
     assert caught.value.reason == "CONTROL_INVALID"
 
 
@@ -199,7 +202,7 @@ async def test_it_cannot_end_another_devices_lease_nor_an_older_one_of_its_own(b
     older = Lease(job_id=OWN.job_id, epoch=1, device_id="evil")
     posing = Lease(job_id=ANOTHERS.job_id, epoch=1, device_id="evil")
     for lease in (ANOTHERS, posing, older):
-        failed = control_pb2.LeaseFailed(lease=lease_to_proto(lease), reason="DRAINING", message="gone")
+        failed = control_pb2.LeaseFailed(lease=lease_to_proto(lease), reason="LEASE_UNKNOWN", message="gone")
         await bench.send(lease_failed=failed)
     await bench.still_in()
     bench.book.check(ANOTHERS)
@@ -219,12 +222,19 @@ async def test_checkpoints_of_what_it_does_not_hold_are_neither_kept_nor_stored(
         foreign = Lease(job_id=f"job-{number:032x}", epoch=1, device_id="evil")
         await bench.blob(foreign, content)
         await bench.made(foreign, content)
+        await bench.blob(foreign, content)  # of which nothing more is said
     await bench.blob(ANOTHERS, content)
     await bench.made(ANOTHERS, content)
     await bench.blob(OWN, content)
     await bench.made(OWN, content)
     await bench.still_in()
     assert bench.stored == [(OWN, 1, content)]
+    await bench.send(drain=control_pb2.Drain())
+    async with asyncio.timeout(SECONDS):
+        while not bench.pool.draining("evil"):  # noqa: ASYNC110 (whatever came with the drain is not kept)
+            await asyncio.sleep(0.01)
+    kept = [each for each in gc.get_objects() if type(each) is ReceivedTensor]
+    assert not [each.address for each in kept if each.address.job_id != OWN.job_id]
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ class Port:
     def __init__(self, served: Served, calls: HostCalls, number: int) -> None:
         self.served, self.calls, self.number = served, calls, number
         self._channels = ExitStack()
+        self._calls: list[Any] = []  # one that nobody refers to is cancelled
 
     @property
     def target(self) -> str:
@@ -52,6 +53,7 @@ class Port:
         request = jobs_pb2.WatchEventsRequest(job_id=job_id, follow=True)
         call = jobs_pb2_grpc.JobsStub(self.channel()).WatchEvents(request, metadata=metadata)
         next(call)
+        self._calls.append(call)
         return call
 
     def close(self) -> None:

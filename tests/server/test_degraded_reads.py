@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import grpc
 import pytest
 from serving import ROWS, Served
 
@@ -20,6 +21,7 @@ from cola_runtime.errors import Unavailable, remedy_of
 from cola_runtime.jobs import recall
 from cola_runtime.jobs.database import Database, unreachable
 from cola_runtime.jobs.records import ApiKey
+from cola_runtime.proto import jobs_pb2, jobs_pb2_grpc
 from cola_runtime.spec import JobSpec
 
 
@@ -168,7 +170,16 @@ def test_a_watch_waits_the_outage_out_and_misses_nothing(
 ) -> None:
     monkeypatch.setattr("cola_runtime.server.service.OUTAGE_PAUSE_SECONDS", 0.01)
     seen: list[int] = []
-    watch = threading.Thread(target=lambda: seen.extend(event.id for event in handle.events()))
+
+    def follow() -> None:
+        """One call: the SDK would make another, if the service ended it."""
+        request = jobs_pb2.WatchEventsRequest(job_id=handle.job_id, follow=True)
+        with grpc.insecure_channel(served.target) as channel:
+            key = [("authorization", f"Bearer {served.keys['alice']}")]
+            events = jobs_pb2_grpc.JobsStub(channel).WatchEvents(request, metadata=key, timeout=30)
+            seen.extend(event.id for event in events)
+
+    watch = threading.Thread(target=follow)
     with away():
         watch.start()
         assert all(asked.acquire(timeout=10) for _ in range(10)), "it does not ask again"

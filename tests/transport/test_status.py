@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
+from typing import NoReturn
 
 import grpc
 import pytest
 
 from cola_runtime import errors
 from cola_runtime.errors import ColaError, InvalidInput, Violation
+from cola_runtime.transport import status
 from cola_runtime.transport.status import MAX_STATUS_BYTES, abort_with, error_from_rpc, status_of
 
 
@@ -103,3 +106,14 @@ def test_the_coordinators_side_imports_neither_torch_nor_ray(module: str) -> Non
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
     )
     assert found.stdout.strip() == "[]"
+
+
+async def test_a_call_whose_peer_takes_no_status_ends_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone:
+        async def abort_with_status(self, _status: object) -> NoReturn:
+            await asyncio.get_running_loop().create_future()
+            raise AssertionError("nobody ends it")
+
+    monkeypatch.setattr(status, "ABORT_SECONDS", 0.01)
+    with pytest.raises(asyncio.CancelledError):
+        await status.abort_with(Gone(), InvalidInput("REQUEST_INVALID", "whatever it is"))
