@@ -27,6 +27,7 @@ from cola_runtime.client.asynchronous import AsyncClient
 from cola_runtime.client.job_handle import AsyncJobHandle
 from cola_runtime.client.values import Job, Service
 from cola_runtime.config import ServiceSettings, child_environment, service_settings
+from cola_runtime.demo import SERVICE_FOLDER
 from cola_runtime.demo.live import live_table
 from cola_runtime.demo.memory import MemoryWatch
 from cola_runtime.demo.report import write_report
@@ -109,7 +110,7 @@ async def _run(output: Path, steps: int, kill_device: bool, console: Console) ->
 
 def _settings(output: Path) -> ServiceSettings:
     """A fresh service beside the report; a free port, so that a running service is not in the way."""
-    data_dir = output / "service"
+    data_dir = output / SERVICE_FOLDER
     shutil.rmtree(data_dir, ignore_errors=True)
     return service_settings(
         data_dir=data_dir, listen="127.0.0.1:0", base_models=[{"threads": min(2, os.cpu_count() or 1)}]
