@@ -127,7 +127,7 @@ class SchedulerLoop:
         done: asyncio.Future[Computed] = asyncio.get_running_loop().create_future()
         ticket = Ticket(waiting=waiting, segment=segment, done=done, asked=time.monotonic())
         self._keep(ticket)
-        if train:
+        if _dealt_out(waiting):
             self._even_steps.waits(waiting.job_id, waiting.padded_tokens, now=_now())
         self._queue_up(ticket)
         self._wake.set()
@@ -307,12 +307,12 @@ class SchedulerLoop:
 
     def _stops_waiting(self, ticket: Ticket, *, computed: bool) -> None:
         waiting = ticket.waiting
-        if waiting.train:
+        if _dealt_out(waiting):
             self._even_steps.stops_waiting(waiting.job_id, waiting.padded_tokens, computed=computed)
 
     def _ends(self, ticket: Ticket, *, away: bool) -> None:
         waiting = ticket.waiting
-        if waiting.train:
+        if _dealt_out(waiting):
             self._even_steps.ends(waiting.job_id, waiting.padded_tokens, now=_now(), away=away)
 
     def _queue_up(self, ticket: Ticket) -> None:
@@ -337,6 +337,11 @@ class SchedulerLoop:
             (self._of_job, ticket.waiting.job_id),
             *((self._of_device, device_id) for device_id in ticket.device_ids),
         ]
+
+
+def _dealt_out(waiting: Waiting) -> bool:
+    """Whether it goes into even steps: what trains, but for gangs, whose weights are merged for each step."""
+    return waiting.train and waiting.gang is None
 
 
 def _now() -> float:

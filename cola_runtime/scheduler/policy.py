@@ -137,7 +137,7 @@ class FairQueue:
     def choose(self, *, token_budget: int, now: float, room: float = math.inf) -> tuple[Waiting, ...]:
         """The microbatches of the next base step; () when nobody may go. Nothing is taken: see `take`.
 
-        `room`: computed tokens, where the step should hold less than its budget.
+        `room`: computed tokens, where a step of no gang that trains should hold less than its budget.
 
         The oldest microbatch of the least served tenant's first job always goes; those of near length behind
         it in fair order join it (`length_bands`), as long as there is room and nobody runs ahead of who has
@@ -155,7 +155,8 @@ class FairQueue:
         bands = length_bands(lengths, [waiting.rows for waiting in seen], token_budget=token_budget)
         band = next(band for band in bands if head.padded.total in band)
         outside = self._least_beside({offer.tenant_id for offer in offers})
-        return fill(offers, band, token_budget=min(token_budget, room), lead=lead, outside=outside)
+        budget = min(token_budget, room) if head.of_class == (True, None) else token_budget
+        return fill(offers, band, token_budget=budget, lead=lead, outside=outside)
 
     def take(self, chosen: Sequence[Waiting], *, now: float) -> None:
         """Charge these microbatches to their tenants and jobs; they no longer wait."""

@@ -191,11 +191,11 @@ TRAINING_CHANGES: tuple[Change, ...] = (
         "test_an_absent_tenant_gets_no_step_and_no_decay",
         "device/worker.py",
         (
-            "        applied = held.session.apply(version=version, norm=norm)\n",
-            "        for other in self._held.values():\n"
-            "            if other is not held:\n"
-            "                other.session._step(other.session._accumulator.gradient_vector(), 0.05)\n"
-            "        applied = held.session.apply(version=version, norm=norm)\n",
+            "            applied = held.session.apply(version=version, norm=norm)\n",
+            "            for other in self._held.values():\n"
+            "                if other is not held:\n"
+            "                    other.session._step(other.session._accumulator.gradient_vector(), 0.05)\n"
+            "            applied = held.session.apply(version=version, norm=norm)\n",
         ),
     ),
 )
