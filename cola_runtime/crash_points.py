@@ -31,7 +31,7 @@ DEVICE_POINTS = (
     "device.granted",  # the adapter is made or restored, its weights are not sent
     "device.step_complete",  # all taps of the step are there, it is not applied
     "device.step_applied",  # applied, its update is not sent
-    "device.update_begun",  # the update's first tensor is queued, the others are not
+    "device.update_begun",  # the update's weights are queued, its end is not
     "device.update_sent",
     "device.checkpoint_made",
     "device.checkpoint_sent",  # its bytes are queued, its message is not

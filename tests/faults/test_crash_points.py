@@ -21,7 +21,7 @@ TIMES = {  # at which time the point is in the middle of the job; 1 where it is 
     "storage.renamed": 4,
     "device.step_complete": 5,
     "device.step_applied": 5,
-    "device.update_begun": 60,
+    "device.update_begun": 5,
     "device.update_sent": 5,
     "device.checkpoint_made": 2,
     "device.checkpoint_sent": 2,
