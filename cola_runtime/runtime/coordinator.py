@@ -182,6 +182,7 @@ async def running_coordinator(
             limits=Limits(active_jobs=settings.active_jobs),
             costs={name: each.costs for name, each in base_models.items()},
         )
+        await runner.requeue_running()
         doors = await open_doors(settings, service, pool)
         try:
             async with devices_at(doors.device_endpoint, doors.identify):

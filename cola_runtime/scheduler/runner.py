@@ -119,6 +119,11 @@ class JobRunner:
         self._draining = False
         self._started = time.monotonic()
 
+    async def requeue_running(self) -> None:
+        """Of the last coordinator. Before anybody can submit: what runs afterwards runs here."""
+        for record in await self._store.all_jobs(JobState.RUNNING):
+            await self._store.transition(record.job_id, Trigger.REQUEUE, message="the coordinator restarted")
+
     async def open(self) -> None:
         """Start the loops and take up every job that had not ended when the last coordinator stopped."""
         self._background = [
@@ -129,8 +134,6 @@ class JobRunner:
             ),
         ]
         await self._take_up_checks()
-        for record in await self._store.all_jobs(JobState.RUNNING):
-            await self._store.transition(record.job_id, Trigger.REQUEUE, message="the coordinator restarted")
         for record in await self._store.all_jobs(JobState.QUEUED):
             await self.start(record.job_id)
         for record in await self._store.all_jobs(JobState.PAUSED):
