@@ -20,6 +20,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from cola_runtime.proto import control_pb2
@@ -66,10 +67,10 @@ class RetainedFiles:
         return self._later(lambda: _write(self._path(part, version), sent, norms, weights_P))
 
     def read(self, part: Lease, versions: Sequence[int]) -> dict[int, KeptStep]:
-        """Of these versions what there is. Blocks."""
+        """Of these versions what there is and can be read. Blocks."""
         paths = {version: self._path(part, version) for version in versions}
-        reading = self._thread.submit(lambda: {v: _read(path) for v, path in paths.items() if path.exists()})
-        return reading.result()
+        reading = self._thread.submit(lambda: {version: _found(path) for version, path in paths.items()})
+        return {version: step for version, step in reading.result().items() if step is not None}
 
     def forget(self, job_id: str, epoch: int, *, before: float = math.inf) -> None:
         """Steps of the lease that lead to versions up to `before`, or all. Returns at once."""
@@ -127,6 +128,17 @@ def _write(path: Path, sent: Sequence[Sent], norms: Sequence[float], weights_P: 
     fresh = path.with_suffix(f".{os.getpid()}")
     fresh.write_bytes(safetensors.torch.save(tensors, metadata={"cola": described}))
     fresh.replace(path)
+
+
+def _found(path: Path) -> KeptStep | None:
+    """None for no file, and for one that a crash of the machine has left damaged."""
+    if not path.exists():
+        return None
+    try:
+        return _read(path)
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError, DecodeError) as error:
+        logger.warning("retained steps: %s: %s", path, error, extra={"event": "spot_check.files_failed"})
+        return None
 
 
 def _read(path: Path) -> KeptStep:

@@ -139,3 +139,23 @@ async def test_norms_that_differ_are_told_by_how_much() -> None:
     await keep(kept, 1)
     kept.received_norms(LEASE, 1, [3.0, 4.0])
     assert kept.norms_distance(Replay(lease=LEASE, first=1, last=2), 1, [3.0, 4.5]) == pytest.approx(0.1)
+
+
+def kept_files(folder: Path) -> list[Path]:
+    return [*folder.rglob("*.safetensors")]
+
+
+@pytest.mark.parametrize("damage", [b"", b"no tensors", None], ids=["empty", "garbage", "cut"])
+async def test_a_step_whose_file_is_damaged_counts_as_not_kept(tmp_path: Path, damage: bytes | None) -> None:
+    files = RetainedFiles(tmp_path)
+    kept = RetainedSteps(files=files)
+    for version in (3, 4):
+        await keep(kept, version)
+    files.close()
+    [path] = [each for each in kept_files(tmp_path) if ".3." in each.name]
+    path.write_bytes(path.read_bytes()[:-1] if damage is None else damage)
+
+    again = RetainedSteps(files=RetainedFiles(tmp_path))
+    await again.recall(Replay(lease=LEASE, first=3, last=5))
+    assert again.weights(LEASE, 4) is None
+    assert again.weights(LEASE, 5) is not None
