@@ -8,7 +8,7 @@ One of which the store has not spoken is refused with the outage.
 from __future__ import annotations
 
 import hmac
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from cola_runtime import clock, ids
 from cola_runtime.errors import Unavailable
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from cola_runtime.jobs.registry import DeviceRegistry
 
 MOST_DEVICES = 10_000
+
+Known = TypeVar("Known")
 
 
 class DeviceMemory:
@@ -78,25 +80,17 @@ class DeviceRecall:
 
     async def admitted(self, device_id: str, key_sha256: str) -> DeviceRecord:
         """As the registry's. Raises Unavailable for a device of which nothing is known."""
-
-        def recalled(outage: Unavailable) -> DeviceRecord:
-            found = self._memory.admitted(device_id, key_sha256)
-            if found is None:
-                raise outage
-            return found
-
-        return await self._reads.ask(lambda: self._registry.admitted(device_id, key_sha256), recalled)
+        return await self._reads.ask(
+            lambda: self._registry.admitted(device_id, key_sha256),
+            lambda outage: _known(self._memory.admitted(device_id, key_sha256), outage),
+        )
 
     async def trust_by_token(self, token: str, device_id: str) -> TokenRecord:
         """As `admitted`, of a device without certificate."""
-
-        def recalled(outage: Unavailable) -> TokenRecord:
-            found = self._memory.trust_by_token(token, device_id)
-            if found is None:
-                raise outage
-            return found
-
-        return await self._reads.ask(lambda: self._registry.trust_by_token(token, device_id), recalled)
+        return await self._reads.ask(
+            lambda: self._registry.trust_by_token(token, device_id),
+            lambda outage: _known(self._memory.trust_by_token(token, device_id), outage),
+        )
 
     async def check_not_quarantined(self, device_id: str) -> None:
         """As `admitted`."""
@@ -106,3 +100,9 @@ class DeviceRecall:
                 raise outage
 
         await self._reads.ask(lambda: self._registry.check_not_quarantined(device_id), recalled)
+
+
+def _known(found: Known | None, outage: Unavailable) -> Known:
+    if found is None:
+        raise outage
+    return found

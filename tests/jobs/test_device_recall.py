@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import Any
 
 import pytest
 from job_samples import HandClock
 
 from cola_runtime.errors import ColaError, Unavailable
 from cola_runtime.jobs import device_recall
-from cola_runtime.jobs.database import Database, unreachable
 from cola_runtime.jobs.device_recall import DeviceRecall
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.proto import control_pb2
@@ -21,6 +19,7 @@ from cola_runtime.scheduler.patience import until_available
 from cola_runtime.transport.certificates import Authority, certificate_request, new_key
 from cola_runtime.transport.certificates import requested_key_sha256 as key_of
 from cola_runtime.types import TrustClass
+from tests.outages import database_away
 from tests.postgres import PostgresServer
 
 Away = Callable[[], AbstractContextManager[None]]
@@ -28,19 +27,7 @@ Away = Callable[[], AbstractContextManager[None]]
 
 @pytest.fixture
 def away(monkeypatch: pytest.MonkeyPatch) -> Away:
-    """The database cannot be reached; a real server is stopped in a test of its own."""
-
-    def fail(database: Database, *_: Any) -> None:
-        database.outage = unreachable()
-        raise database.outage
-
-    @contextmanager
-    def outage() -> Iterator[None]:
-        with monkeypatch.context() as patch:
-            patch.setattr(Database, "_transact", fail)
-            yield
-
-    return outage
+    return lambda: database_away(monkeypatch)
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -19,10 +17,11 @@ from cola_runtime.client.sdk import Client, JobHandle
 from cola_runtime.config import client_settings
 from cola_runtime.errors import Unavailable, remedy_of
 from cola_runtime.jobs import recall
-from cola_runtime.jobs.database import Database, unreachable
+from cola_runtime.jobs.database import Database
 from cola_runtime.jobs.records import ApiKey
 from cola_runtime.proto import jobs_pb2, jobs_pb2_grpc
 from cola_runtime.spec import JobSpec
+from tests.outages import database_away
 
 
 @pytest.fixture(autouse=True)
@@ -38,20 +37,7 @@ def asked() -> threading.Semaphore:
 
 @pytest.fixture
 def away(monkeypatch: pytest.MonkeyPatch, asked: threading.Semaphore) -> Any:
-    """The database cannot be reached; tests/jobs/test_job_store_hold.py does it with a real server."""
-
-    def fail(database: Database, *_: Any) -> None:
-        database.outage = unreachable()
-        asked.release()
-        raise database.outage
-
-    @contextmanager
-    def outage() -> Iterator[None]:
-        with monkeypatch.context() as patch:
-            patch.setattr(Database, "_transact", fail)
-            yield
-
-    return outage
+    return lambda: database_away(monkeypatch, asked=asked.release)
 
 
 @pytest.fixture
