@@ -35,7 +35,7 @@ def record(name: str, results: Mapping[str, Any], *, seed: int, started: datetim
         "date": started.isoformat(timespec="seconds"),
         "seconds": round((datetime.now(UTC) - started).total_seconds(), 3),
         "seed": seed,
-        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "command": _command(),
         "machine": machine(),
         "versions": versions(),
         "load_average": [round(load, 2) for load in os.getloadavg()],
@@ -44,6 +44,13 @@ def record(name: str, results: Mapping[str, Any], *, seed: int, started: datetim
     if clash:
         raise ValueError(f"results may not be named {sorted(clash)}")
     return {**context, **results}
+
+
+def _command() -> str:
+    """As it can be typed anywhere: a module that was run is named, not where it lies."""
+    main = getattr(sys.modules["__main__"], "__spec__", None)
+    named = [sys.argv[0]] if main is None else ["-m", main.name.removesuffix(".__main__")]
+    return " ".join([Path(sys.executable).name, *named, *sys.argv[1:]])
 
 
 def emit(record: Mapping[str, Any], as_json: bool, *, folder: Path = RESULTS_FOLDER) -> None:
