@@ -164,9 +164,7 @@ class ControlSession:
 
     async def _answer(self, link: GradientLink, answer: Answer) -> None:
         if isinstance(answer, Refused) and answer.reason == OUT_OF_MEMORY:
-            await self._fail(
-                answer
-            )  # the coordinator asks another device, so it must know whose memory it is
+            await self._fail(answer)  # to the coordinator, which asks another device then
         elif isinstance(answer, Refused):
             await link.send_refusal(answer)
         elif isinstance(answer, Norms):

@@ -11,9 +11,7 @@ from __future__ import annotations
 import math
 
 FORGETTING = 0.9  # weight of what was known, when another base step or turnaround has been seen
-LEAST_SPREAD = (
-    0.1  # of the tokens of base steps, over their mean: below, nothing can be said of the fixed cost
-)
+LEAST_SPREAD = 0.1  # of base steps' tokens, over their mean: below, the fixed cost cannot be told
 LATEST = 2.0  # turnarounds after which a job is not expected back any more
 
 

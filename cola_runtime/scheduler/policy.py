@@ -121,7 +121,7 @@ class FairQueue:
         It does not lift the tenant's counter further than `most_ahead` above the tenant's served last: what
         was computed where nobody else wanted it is not held against it for long.
         """
-        tenant = self._tenants.get(tenant_id) or self._tenant(tenant_id)
+        tenant = self._tenant(tenant_id)
         before, most = tenant.counter, self._floor + most_ahead
         if tenant.waits:
             self._leave(tenant)
