@@ -11,7 +11,6 @@ from cola_runtime.scheduler.packing import STEP_TOKENS, Band
 from cola_runtime.scheduler.waiting import Waiting
 
 NOBODY = math.inf  # `outside` when every waiting tenant has an offer
-MOST_LEADS = 4  # as often as a light tenant's lead may a heavy one be ahead, in tokens of its own
 
 
 @dataclass(slots=True)
@@ -57,16 +56,14 @@ def fill(
 ) -> tuple[Waiting, ...]:
     """Microbatches of the band, always from the tenant that would then be least served, up to the budget.
 
-    A tenant does not pass the least counter among those that go on waiting by more than `lead` tokens of the
-    lightest tenant that offers, or MOST_LEADS * lead of its own: only the first microbatch may. `outside` is
-    the least counter among tenants without an offer (infinity: there are none). Offers come in fair order;
-    the first one's first microbatch is in the band and is taken, also above the budget. One that has no room
-    when its turn comes stays behind.
+    A tenant stops `lead` tokens of its own ahead of the least counter among those that go on waiting:
+    (counter - least) * weight <= lead before each microbatch. `outside` is that counter among tenants without
+    an offer (infinity: there are none). Offers come in fair order; the first one's first microbatch is in the
+    band and is taken, also above the budget. One that has no room when its turn comes stays behind.
     """
     filling = _Filling(token_budget)
     low, high, pending = band.low, band.high, []
     heap: list[tuple[float, int]] = []
-    lightest = min(offer.weight for offer in offers)
     for place, offer in enumerate(offers):
         pending.append([w for w in reversed(offer.microbatches) if low < w.padded.total <= high])
         if pending[-1]:
@@ -77,13 +74,10 @@ def fill(
         counter, place = heapq.heappop(heap)
         offer, mine, took = offers[place], pending[place], False
         least = min(outside, heap[0][0]) if heap else outside
-        most = least + lead / max(lightest, offer.weight / MOST_LEADS)
-        while mine:
-            reached = counter + mine[-1].tokens / offer.weight
-            if reached > most and filling.chosen:
-                break
-            if filling.took(mine.pop()):
-                counter = reached
+        while mine and (counter - least) * offer.weight <= lead:
+            waiting = mine.pop()
+            if filling.took(waiting):
+                counter += waiting.tokens / offer.weight
                 offer.waits, took = offer.waits - 1, True
         if mine and took and heap:
             heapq.heappush(heap, (counter, place))  # its turn may come again when others have caught up

@@ -22,7 +22,7 @@ from cola_runtime.scheduler.packing import length_bands
 from cola_runtime.scheduler.waiting import Class, Share, Standing, Waiting
 
 LOOK_AHEAD = 64  # microbatches that a decision looks at, in fair order
-LEAD = 3 / 16  # share of the token budget by which a tenant may run ahead of the least served one (`fill`)
+LEAD = 1 / 8  # share of the token budget by which a tenant may run ahead of the least served one
 KEPT_IDLE_JOBS = 64  # per tenant, before their counters are looked through for ones that are not needed
 
 TenantKey = tuple[float, int, str]  # counter, ticket with which it began to wait, tenant
