@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from cola_runtime.config import DEFAULT_DEVICE_PORT, BaseModelSettings, HostSettings, ServiceSettings
+from cola_runtime.config import DEFAULT_DEVICE_PORT, BaseModelSettings, ServiceSettings
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.scheduler.device_pool import DevicePool
 from cola_runtime.server.grpc_server import serve_jobs
@@ -25,7 +25,7 @@ from cola_runtime.transport.certificates import (
     read_certificate,
 )
 from cola_runtime.transport.endpoints import DEVICES, serve_streams
-from cola_runtime.transport.host_calls import HostCalls, HostLimits
+from cola_runtime.transport.host_calls import HostCalls
 from cola_runtime.transport.tls import PemFiles, check_plaintext, device_port_credentials
 
 STOP_GRACE_SECONDS = 2.0
@@ -72,7 +72,7 @@ def base_model_identity(settings: ServiceSettings, chosen: BaseModelSettings) ->
 
 async def open_doors(settings: ServiceSettings, service: FineTuningService, pool: DevicePool) -> Doors:
     """Raises InvalidInput `PLAINTEXT_REFUSED`, `TLS_FILE`; Unavailable `PORT_IN_USE`, `TLS_FLOOR`."""
-    hosts = HostCalls(_host_limits(settings.hosts))
+    hosts = HostCalls(settings.hosts)
     if settings.tls.certificate is None or settings.tls.key is None:
         streams = {DEVICES: pool.on_stream}
         server, port = await serve_jobs(service, settings.listen, streams=streams, hosts=hosts)
@@ -114,11 +114,6 @@ async def open_doors(settings: ServiceSettings, service: FineTuningService, pool
         identify=_identifier(authority, service.store),
         servers=(server, of_devices),
     )
-
-
-def _host_limits(settings: HostSettings) -> HostLimits:
-    proxies = frozenset(map(str, settings.proxies))
-    return HostLimits(calls=settings.calls, unknown_calls=settings.unknown_calls, uncapped=proxies)
 
 
 def _identifier(authority: Authority, store: JobStore) -> Identify:

@@ -10,6 +10,7 @@ from typing import Any
 import grpc.aio
 
 import cola_runtime
+from cola_runtime.config import HostSettings
 from cola_runtime.errors import InvalidInput
 from cola_runtime.jobs.records import JobRecord, TermChanges
 from cola_runtime.proto import jobs_pb2
@@ -22,7 +23,7 @@ from cola_runtime.server.rules import rules_of
 from cola_runtime.server.service import BEST, FineTuningService
 from cola_runtime.server.upload import UploadGate, receive_submission
 from cola_runtime.transport.endpoints import HOSTILE_OPTIONS, OnStream, StreamMethod, add_stream_method
-from cola_runtime.transport.host_calls import HostCalls, HostLimits
+from cola_runtime.transport.host_calls import HostCalls
 from cola_runtime.transport.tls import bind_port, check_floor
 
 _TERMS = tuple(field.name for field in dataclasses.fields(TermChanges))
@@ -73,7 +74,7 @@ async def serve_jobs(
     Raises InvalidInput `PLAINTEXT_REFUSED` off loopback without credentials, Unavailable `PORT_IN_USE`,
     `TLS_FLOOR`.
     """
-    server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=(hosts or HostCalls(HostLimits()),))
+    server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=(hosts or HostCalls(HostSettings()),))
     add_servicers(server, service, desk or OperatorDesk(service.store, service.limits))
     for method, on_stream in (streams or {}).items():
         add_stream_method(server, method, on_stream)

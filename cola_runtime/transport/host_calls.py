@@ -12,28 +12,17 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
 import grpc
 import grpc.aio
 
+from cola_runtime.config import HostSettings
 from cola_runtime.errors import QuotaExceeded
 from cola_runtime.transport.status import abort_with
 
 _BEHAVIOURS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HostLimits:
-    """Of one host, which in IPv6 is a network of /64."""
-
-    calls: int = 1024
-    unknown_calls: int = 512
-    """Of these, whose key, token or certificate has not been looked at yet."""
-    uncapped: frozenset[str] = frozenset()
-    """Addresses of proxies: whoever comes through one has its address."""
 
 
 class _Call:
@@ -60,8 +49,10 @@ def caller_known() -> None:
 class HostCalls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Of one server, or of several together. Belongs to the event loop."""
 
-    def __init__(self, limits: HostLimits) -> None:
+    def __init__(self, limits: HostSettings) -> None:
+        """In IPv6 a host is a network of /64."""
         self._limits = limits
+        self._uncapped = frozenset(map(str, limits.proxies))
         self._calls: Counter[str] = Counter()
         self._unknown: Counter[str] = Counter()
 
@@ -83,7 +74,7 @@ class HostCalls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     def entered(self, peer: str) -> Iterator[_Call]:
         """For as long as the call lasts. Raises QuotaExceeded `TOO_MANY_CALLS`."""
         host = host_of(peer)
-        if host not in self._limits.uncapped:
+        if host not in self._uncapped:
             _check(host, self._calls[host], self._limits.calls, "calls")
             _check(
                 host,

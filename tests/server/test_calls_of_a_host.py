@@ -13,7 +13,7 @@ import pytest
 from serving import ROWS, Served
 
 from cola_runtime.client.sdk import Client
-from cola_runtime.config import ServiceSettings
+from cola_runtime.config import HostSettings, ServiceSettings
 from cola_runtime.errors import QuotaExceeded
 from cola_runtime.proto import jobs_pb2, jobs_pb2_grpc
 from cola_runtime.runtime.certified import open_doors
@@ -21,7 +21,7 @@ from cola_runtime.server.grpc_server import serve_jobs
 from cola_runtime.spec import JobSpec
 from cola_runtime.transport.endpoints import DEVICES
 from cola_runtime.transport.handshake import receive_hello
-from cola_runtime.transport.host_calls import HostCalls, HostLimits, host_of
+from cola_runtime.transport.host_calls import HostCalls, host_of
 from cola_runtime.transport.reader import FrameLimits
 from cola_runtime.transport.status import error_from_rpc
 
@@ -62,12 +62,12 @@ class Port:
 
 @pytest.fixture
 def port(served: Served) -> Iterator[Port]:
-    with listening(served, HostLimits(calls=CALLS, unknown_calls=UNKNOWN)) as made:
+    with listening(served, HostSettings(calls=CALLS, unknown_calls=UNKNOWN)) as made:
         yield made
 
 
 @contextmanager
-def listening(served: Served, limits: HostLimits) -> Iterator[Port]:
+def listening(served: Served, limits: HostSettings) -> Iterator[Port]:
     async def on_stream(stream: Any) -> None:
         async def check(_hello: object) -> None:
             """Whoever says hello may come in."""
@@ -188,7 +188,7 @@ def test_who_comes_through_a_proxy_that_is_named_has_no_cap_here(
     served: Served, client: Client, spec: JobSpec
 ) -> None:
     job_id = client.submit(spec, training=ROWS).job_id
-    limits = HostLimits(calls=1, unknown_calls=1, uncapped=frozenset({"127.0.0.1"}))
+    limits = HostSettings.model_validate({"calls": 1, "unknown_calls": 1, "proxies": ["127.0.0.1"]})
     with listening(served, limits) as port:
         for _ in range(3):
             port.watch(job_id)
@@ -199,7 +199,7 @@ def test_a_service_has_the_limits_of_its_settings(served: Served, client: Client
     settings = ServiceSettings.model_validate({"listen": "127.0.0.1:0", "hosts": {"calls": 2}})
     pool: Any = SimpleNamespace(on_stream=None)
     doors = served.run(open_doors(settings, served.service, pool))
-    port = Port(served, HostCalls(HostLimits()), int(doors.endpoint.rpartition(":")[2]))
+    port = Port(served, HostCalls(HostSettings()), int(doors.endpoint.rpartition(":")[2]))
     for _ in range(2):
         port.watch(job_id)
     assert refusal(lambda: port.watch(job_id)).limit == "2"
