@@ -26,9 +26,10 @@ from cola_runtime.adapters.adapter import initial_weights
 from cola_runtime.base_model import load
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.base_model.pretrained import prepare_smollm2
+from cola_runtime.rows import Row
 from cola_runtime.testing.live_bytes import LiveBytes
 from cola_runtime.testing.record import argument_parser, emit, record
-from cola_runtime.types import BaseStep, Lease, Row, Segment
+from cola_runtime.types import BaseStep, Lease, Segment
 
 CACHE = Path(".cache/models")
 LEASE = Lease(job_id="job-0", epoch=1, device_id="device")

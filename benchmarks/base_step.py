@@ -40,6 +40,7 @@ from numpy.typing import NDArray
 
 from cola_runtime.adapter_spec import AdapterKind
 from cola_runtime.base_model.pretrained import prepare_smollm2
+from cola_runtime.encodings import Encoding
 from cola_runtime.testing.base_step_sides import (
     FEW_MODULES,
     LINEAR,
@@ -58,7 +59,6 @@ from cola_runtime.testing.base_step_sides import (
 from cola_runtime.testing.counted_memory import added_tenant, peft_tenant
 from cola_runtime.testing.cuda_step import CUDA_CASES, QUICK_CUDA_CASES, cuda_cases
 from cola_runtime.testing.record import argument_parser, compare, emit, interleaved, record
-from cola_runtime.types import Encoding
 
 CACHE = Path(".cache/models")
 MEMORY_ROWS = (8, 16)  # rows, tokens: only what lives afterwards counts

@@ -39,6 +39,7 @@ from cola_runtime.data.formats import parse_dataset
 from cola_runtime.data.tokenize import Tokenizer
 from cola_runtime.demo.datasets import chat_messages_by_sender
 from cola_runtime.demo.memory import memory_bytes
+from cola_runtime.rows import Row
 from cola_runtime.runtime.coordinator import running_service
 from cola_runtime.spec import JobSpec
 from cola_runtime.testing.exactness import tenant_client
@@ -51,7 +52,6 @@ from cola_runtime.testing.peft_rivals import (
     taking_turns,
 )
 from cola_runtime.testing.record import argument_parser, emit, record
-from cola_runtime.types import Row
 
 SMOLLM2 = "smollm2-135m-instruct"
 CACHE = Path(".cache/models")

@@ -30,6 +30,7 @@ from cola_runtime.base_model.pretrained import prepare_smollm2
 from cola_runtime.base_model.product_rate import matrix_product_flops
 from cola_runtime.client.asynchronous import AsyncClient
 from cola_runtime.demo.datasets import demo_tenants
+from cola_runtime.encodings import Compression, TapPlan
 from cola_runtime.gradients.planner import Costs, Workload, plan_taps
 from cola_runtime.spec import JobSpec
 from cola_runtime.testing.exactness import service_for, tenant_client
@@ -38,7 +39,7 @@ from cola_runtime.testing.lossy import compression_cost
 from cola_runtime.testing.record import argument_parser, emit, record
 from cola_runtime.testing.tiny_models import save_tiny_model
 from cola_runtime.testing.wire_cells import Cell, measure_cells, possible_plans
-from cola_runtime.types import Compression, Site, TapPlan
+from cola_runtime.types import Site
 
 ROWS, TOKENS = 8, 128
 ENCODINGS = ("activations", "adapter_gradient")

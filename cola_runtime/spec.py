@@ -1,15 +1,13 @@
 """What a tenant asks for: the one schema that YAML files, the SDK, the CLI and every server door share.
 
-Unknown fields are refused with the nearest known name; every number has a range. Imports pydantic only.
+Unknown fields are refused (`spec_parsing.py` says how); every number has a range. Imports pydantic only.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterator, Mapping
-from types import NoneType
-from typing import Annotated, Any, Literal, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -19,7 +17,6 @@ from pydantic import (
     StringConstraints,
     Tag,
     TypeAdapter,
-    ValidationError,
     model_validator,
 )
 
@@ -33,15 +30,13 @@ from cola_runtime.adapter_spec import (
     ModuleKind,
     Number,
 )
-from cola_runtime.errors import InvalidInput, Violation
+from cola_runtime.job_choices import Metric, TrustClass
 from cola_runtime.task_spec import (
-    TASK_MODELS,
     CausalLmTask,
     ImageClassificationTask,
     SequenceToSequenceTask,
     TaskSpec,
 )
-from cola_runtime.types import Metric, TrustClass
 
 MAX_STEPS = 1_000_000
 MAX_ROWS_PER_STEP = 4096
@@ -98,13 +93,13 @@ class ModuleSpec(ModuleKind, _Targeted):
 
 
 PartSpec = LoraSpec | LinearSpec | MlpSpec | LinearizedLoraSpec | ModuleSpec
-_PARTS = "parts"
+PARTS_TAG = "parts"
 
 
 def _tag(value: Any) -> str:
     """`lora` is what an adapter is unless it says otherwise; a list is an adapter of several kinds."""
     if isinstance(value, list | tuple):
-        return _PARTS
+        return PARTS_TAG
     kind = value.get("kind", "lora") if isinstance(value, Mapping) else getattr(value, "kind", "")
     return str(kind)
 
@@ -118,7 +113,7 @@ _TaggedPart = (
 )
 _Parts = Annotated[tuple[Annotated[_TaggedPart, Discriminator(_tag)], ...], Field(max_length=MAX_PARTS)]
 _KIND: TypeAdapter[AdapterKind] = TypeAdapter(Annotated[AdapterKind, Field(discriminator="kind")])
-_MODELS: dict[str, type[BaseModel]] = {
+PART_MODELS: dict[str, type[BaseModel]] = {
     "lora": LoraSpec,
     "linear": LinearSpec,
     "mlp": MlpSpec,
@@ -246,7 +241,7 @@ class JobSpec(Frozen):
 
     name: Name
     base_model: Annotated[str, StringConstraints(min_length=1, max_length=200)]
-    adapter: Annotated[_TaggedPart | Annotated[_Parts, Tag(_PARTS)], Discriminator(_tag)] = LoraSpec()
+    adapter: Annotated[_TaggedPart | Annotated[_Parts, Tag(PARTS_TAG)], Discriminator(_tag)] = LoraSpec()
     """One kind at its target modules, or a list of them: no site may be in two. `[]` trains a head alone."""
     task: TaskSpec = CausalLmTask()
     """Without one a job trains a causal language model; the others train a head of their own as well."""
@@ -341,81 +336,3 @@ class JobSpec(Frozen):
         if not self.adapter_parts and self.task.head is None:
             raise ValueError("an adapter without parts trains nothing, as this task has no head")
         return self
-
-
-def parse_job_spec(fields: dict[str, Any], *, source: str = "job") -> JobSpec:
-    """Check outside input. Raises InvalidInput with one violation per wrong field, at `source.field`."""
-    try:
-        return JobSpec.model_validate(fields)
-    except ValidationError as error:
-        violations = tuple(_violations(error, source))
-        reason = "UNKNOWN_FIELD" if any("unknown field" in v.message for v in violations) else "SPEC_INVALID"
-        text = "; ".join(f"{v.where}: {v.message}" for v in violations)
-        raise InvalidInput(
-            reason,
-            text,
-            remedy="Correct the field and submit again; nothing was created.",
-            violations=violations,
-        ) from error
-
-
-def _violations(error: ValidationError, source: str) -> Iterator[Violation]:
-    for item in error.errors(include_url=False):
-        path = [str(part) for part in item["loc"] if "[" not in str(part)]
-        where = ".".join([source, *(part for part in path if part not in (*_MODELS, *TASK_MODELS, _PARTS))])
-        if item["type"] == "extra_forbidden":
-            yield Violation(where=where, message=_unknown_field(path))
-        elif item["type"] == "union_tag_invalid":
-            known = TASK_MODELS if path[:1] == ["task"] else _MODELS
-            yield Violation(where=f"{where}.kind", message=_unknown_kind(item["ctx"]["tag"], known))
-        else:
-            got = f"{item['msg']}, got {item['input']!r}"[:250]
-            yield Violation(where=where, message=f"{got}{_allowed(path)}")
-
-
-_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-
-
-def _allowed(path: list[str]) -> str:
-    """The range of the number at `path`; "" of what has none."""
-    fields = _model_at(path).model_fields
-    named = [fields[part] for part in path if part in fields]
-    if not named:
-        return ""
-    field = named[-1]
-    parts = [part for each in get_args(field.annotation) for part in getattr(each, "__metadata__", ())]
-    limits = [*field.metadata, *(limit for part in parts for limit in getattr(part, "metadata", ()))]
-    texts = dict.fromkeys(
-        f"{sign} {getattr(limit, name):,}"
-        for limit in limits
-        for name, sign in _SIGNS.items()
-        if hasattr(limit, name)
-    )
-    return f"; allowed: {' and '.join(texts)}" if texts else ""
-
-
-def _model_at(path: list[str]) -> Any:
-    """The model that the last part of `path` belongs to."""
-    model: Any = JobSpec
-    for part in path[:-1]:
-        if part in _MODELS or part in TASK_MODELS:
-            model = (_MODELS | TASK_MODELS)[part]
-        elif part in model.model_fields and part not in ("adapter", "task"):
-            annotation = model.model_fields[part].annotation
-            inner = next((each for each in get_args(annotation) if each is not NoneType), annotation)
-            model = inner if hasattr(inner, "model_fields") else model
-    return model
-
-
-def _unknown_field(path: list[str]) -> str:
-    model = _model_at(path)
-    near = difflib.get_close_matches(path[-1], model.model_fields, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(model.model_fields)}"
-    return f"unknown field {path[-1]!r}; {hint}"
-
-
-def _unknown_kind(kind: str, known: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(kind, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known kinds: {', '.join(known)}"
-    noun = "task" if known is TASK_MODELS else "adapter"
-    return f"unknown {noun} kind {kind[:60]!r}; {hint}"

@@ -1,4 +1,6 @@
-"""Values that travel between the layers. Imports neither torch nor ray nor grpc.
+"""Values that travel between the layers: sites, tensors, leases, base steps and what came of them.
+
+Imports neither torch nor ray nor grpc.
 
 Words are those of the glossary in README.md: a *site* is one module of the base model that an adapter
 is attached to, a *segment* the contiguous rows of a mixed batch that belong to one adapter, a *tap* what
@@ -10,43 +12,18 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
+from cola_runtime.encodings import ADAPTER_GRADIENTS, TapPlan
+from cola_runtime.job_choices import Task
+from cola_runtime.rows import Row
 
 JOB_ID_PREFIX = "job-"
 MAX_DEVICES_CHARACTERS = 200
 PRODUCT_FLOPS = "matrix_product_flops"
 """Of a base model's details: FLOP/s of matrix products in its dtype, as measured where it was loaded."""
 
-
 QUANTIZATION = "quantization"
 """Of a base model's details: how its sites' weights are held."""
 UNQUANTIZED = "none"
-
-
-class Task(enum.StrEnum):
-    """What a job trains for; the value is `task.kind` in its spec."""
-
-    CAUSAL_LM = "causal_lm"
-    SEQUENCE_TO_SEQUENCE = "sequence_to_sequence"
-    SEQUENCE_CLASSIFICATION = "sequence_classification"
-    REGRESSION = "regression"
-    IMAGE_CLASSIFICATION = "image_classification"
-
-
-class TrustClass(enum.StrEnum):
-    """Whose a device is; a job names the classes that may see what its gradients reveal of its data."""
-
-    TRUSTED = "trusted"  # the operator's own
-    COMMUNITY = "community"  # anyone's whom the operator gave a join token
-
-
-class Priority(enum.IntEnum):
-    """Order among the jobs of one tenant; it says nothing about other tenants' jobs."""
-
-    LOW = -1
-    NORMAL = 0
-    HIGH = 1
 
 
 class SiteKind(enum.StrEnum):
@@ -150,23 +127,6 @@ class TensorKind(enum.IntEnum):
         return TensorKind(self + 64)
 
 
-class Encoding(enum.StrEnum):
-    """How a tap travels from the base model to a device."""
-
-    ACTIVATIONS = "activations"  # x and g: for every kind
-    WEIGHT_GRADIENT = "weight_gradient"  # G = g^T x: for kinds that are linear in x
-    ADAPTER_GRADIENT = "adapter_gradient"  # the weights' own gradients: for kinds that the bank can derive
-
-
-class Compression(enum.StrEnum):
-    """What a job agrees to lose between base model and device; weights always come back exact."""
-
-    NONE = "none"
-    BFLOAT16 = "bfloat16"  # every tensor of a tap rounded to bfloat16
-    INT8 = "int8"  # blocks of 64 values as int8 times one scale
-    LOW_RANK = "low_rank"  # weight gradients of full-rank kinds as two factors, with error feedback
-
-
 @dataclass(frozen=True, slots=True)
 class TensorKey:
     """Names one tensor of one adapter: which site, and which of its tensors."""
@@ -178,46 +138,6 @@ class TensorKey:
     @property
     def gradient(self) -> TensorKey:
         return TensorKey(self.site, self.kind.gradient, self.slot)
-
-
-@dataclass(frozen=True, slots=True)
-class TapPlan:
-    """In which encoding the taps of an adapter travel; the sites of one part that share an x go alike."""
-
-    encoding: Encoding
-    exceptions: tuple[tuple[int, Encoding], ...] = ()  # (input group, encoding)
-    compression: Compression = Compression.NONE
-
-    def encoding_of(self, input_group: int) -> Encoding:
-        return next((e for group, e in self.exceptions if group == input_group), self.encoding)
-
-    def __str__(self) -> str:
-        """`adapter_gradient`; `mixed` with exceptions; `activations+int8` where something is lost."""
-        name = "mixed" if self.exceptions else self.encoding.value
-        return name if self.compression is Compression.NONE else f"{name}+{self.compression}"
-
-
-class Metric(enum.StrEnum):
-    """What an evaluation on held-out rows may be judged by."""
-
-    LOSS = "loss"  # mean over the label tokens, nats
-    PERPLEXITY = "perplexity"  # e to the loss
-    ACCURACY = "accuracy"
-    F1 = "f1"  # of class 1 of two
-    F1_MACRO = "f1_macro"
-    MATTHEWS = "matthews"
-    PEARSON = "pearson"
-    SPEARMAN = "spearman"
-    ROUGE_L = "rouge_l"  # mean F-measure of generated answers against the completions
-
-    @property
-    def greater_is_better(self) -> bool:
-        return self not in (Metric.LOSS, Metric.PERPLEXITY)
-
-    @property
-    def generates(self) -> bool:
-        """It needs an answer to every held-out prompt, which costs a forward pass per token."""
-        return self is Metric.ROUGE_L
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -316,57 +236,6 @@ class Membership:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EncodedImage:
-    """A checked PNG or JPEG, as it was sent, where that is smaller; the base model's service decodes it."""
-
-    content: bytes
-    tokens: int  # what the base model computes for it: BaseModelDescription.context_length
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Image:
-    """An image as the base model takes it, but for the normalisation of its values."""
-
-    pixels: NDArray[np.uint8]  # [channels, height, width]
-    tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One tokenised training row. `weights[t]` weighs the loss of predicting `tokens[t]` (0: not a label).
-
-    A row with a `label` is judged as a whole, by the adapter's head, with weight 1.
-    """
-
-    tokens: NDArray[np.int32]  # [length]
-    weights: NDArray[np.float32]  # [length]; weights[0] is always 0, nothing predicts the first token
-    label: int | float | None = None  # a class from 0, or a value; `weights` is empty then
-    token_types: NDArray[np.int8] | None = None  # [length], of a pair of texts; None is 0 throughout
-    source: NDArray[np.int32] | None = None  # an encoder-decoder's input; `tokens` are its decoder's
-    image: Image | EncodedImage | None = None  # instead of tokens, which are empty then
-
-    @property
-    def source_length(self) -> int:
-        return 0 if self.source is None else len(self.source)
-
-    @property
-    def length(self) -> int:
-        """Tokens that the base model computes for the row."""
-        if self.image is not None:
-            return self.image.tokens
-        return len(self.tokens) + self.source_length
-
-    @property
-    def label_tokens(self) -> int:
-        return int(np.count_nonzero(self.weights)) if self.label is None else 1
-
-    @property
-    def loss_weight(self) -> float:
-        """What the row adds to the loss denominator of its step."""
-        return float(self.weights.sum()) if self.label is None else 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class LossScaling:
     """What a job's loss is multiplied by in the backward pass; its taps are divided by it again."""
 
@@ -385,7 +254,7 @@ class Segment:
     version: int  # the adapter version that these rows must see; anything else in the bank is refused
     rows: tuple[Row, ...]
     loss_denominator: float  # sum of the rows' loss weights over the whole step: gradients simply add up
-    taps: TapPlan = TapPlan(Encoding.ADAPTER_GRADIENT)
+    taps: TapPlan = ADAPTER_GRADIENTS
     microbatch: int = 0  # position within the step, 0-based
     last_microbatch: bool = True  # the device applies the optimizer step after this one
     gang: Gang | None = None  # whose merged weights these rows must see; None: adapters beside the base

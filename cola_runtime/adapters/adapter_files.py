@@ -14,7 +14,8 @@ from cola_runtime.adapters.cola_files import FORMAT, cola_folder, read_cola_fold
 from cola_runtime.adapters.folder_files import CONFIG_FILE, AdapterFolder, invalid, read_config
 from cola_runtime.adapters.peft_files import fits_peft, peft_folder, read_peft_folder
 from cola_runtime.adapters.shapes import weight_names
-from cola_runtime.types import Site, Task, TensorKey
+from cola_runtime.job_choices import Task
+from cola_runtime.types import Site, TensorKey
 
 PEFT_TASKS: dict[str, str] = {
     Task.CAUSAL_LM: "CAUSAL_LM",

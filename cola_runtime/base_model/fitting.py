@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 from cola_runtime.base_model.segments import Member
 from cola_runtime.gradients.taps import Tap, TapSink
 from cola_runtime.machine import is_memory_refused
-from cola_runtime.types import Row, SegmentLoss, TensorKey
+from cola_runtime.rows import Row
+from cola_runtime.types import SegmentLoss, TensorKey
 
 OUT_OF_MEMORY = "OUT_OF_MEMORY"
 GROWTH_PASSES = 1000  # passes in a row that fit double the tokens that one may have again

@@ -22,7 +22,8 @@ from cola_runtime.base_model.tracing import first_inputs
 from cola_runtime.errors import InvalidInput
 from cola_runtime.image_decoding import ImageRefused, decode_image
 from cola_runtime.image_processing import ImageProcessing, read_image_processing
-from cola_runtime.types import BaseStep, EncodedImage, Image, Row, Site
+from cola_runtime.rows import EncodedImage, Image, Row
+from cola_runtime.types import BaseStep, Site
 
 # Their classifier is one dense layer over what the model pools by itself.
 IMAGE_CLASSIFIERS = (

@@ -31,7 +31,8 @@ from cola_runtime.base_model.quantized import QUANTIZATIONS, quantize_sites
 from cola_runtime.base_model.site_groups import SiteGroup, site_group
 from cola_runtime.base_model.stock import open_frozen
 from cola_runtime.errors import InvalidInput
-from cola_runtime.types import UNQUANTIZED, Site, Task
+from cola_runtime.job_choices import Task
+from cola_runtime.types import UNQUANTIZED, Site
 
 DTYPES = {
     "float32": torch.float32,

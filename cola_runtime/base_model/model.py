@@ -30,6 +30,7 @@ from cola_runtime.base_model.segments import Cohort, Member
 from cola_runtime.base_model.stacks.protocol import Span
 from cola_runtime.errors import NotFound
 from cola_runtime.gradients.taps import TapSink
+from cola_runtime.rows import Row
 from cola_runtime.types import (
     UNQUANTIZED,
     BaseModelDescription,
@@ -37,7 +38,6 @@ from cola_runtime.types import (
     BaseStepResult,
     Lease,
     Membership,
-    Row,
     Segment,
     SegmentLoss,
     Site,

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cola_runtime.adapter_spec import HeadKind
-from cola_runtime.types import Image, Row, Segment
+from cola_runtime.rows import Image, Row
+from cola_runtime.types import Segment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,9 @@ from cola_runtime.base_model.accelerator import HOST, Accelerator
 from cola_runtime.base_model.bank import BankedAdapter
 from cola_runtime.base_model.near_sizes import near_sizes
 from cola_runtime.base_model.stacks.protocol import Span
-from cola_runtime.types import Image, Row, Segment, TapPlan
+from cola_runtime.encodings import TapPlan
+from cola_runtime.rows import Image, Row
+from cola_runtime.types import Segment
 
 COHORT_TOKENS = 32  # what a further cohort costs a flat batch, in computed tokens (docs/performance.md)
 

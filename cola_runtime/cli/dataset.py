@@ -53,7 +53,7 @@ def _request(
     data: Path | None, file: Path | None, base_model: str | None
 ) -> tuple[JobSpec, Path, Path | None]:
     from cola_runtime.cli.job_file import read_job_file
-    from cola_runtime.spec import parse_job_spec
+    from cola_runtime.spec_parsing import parse_job_spec
 
     if file is not None:
         job = read_job_file(file)

@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from cola_runtime.errors import InvalidInput, Violation
-from cola_runtime.spec import JobSpec, parse_job_spec
+from cola_runtime.spec import JobSpec
+from cola_runtime.spec_parsing import parse_job_spec
 
 DATA_FIELDS = ("training", "evaluation")
 TRAINING, HELD_OUT = ("training",), ("evaluation", "data")

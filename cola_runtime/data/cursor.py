@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cola_runtime.errors import InvalidInput
+from cola_runtime.rows import Row
 from cola_runtime.spec import MAX_STEPS, JobSpec
-from cola_runtime.types import Row
 
 
 def steps_per_pass(row_count: int, spec: JobSpec) -> int:

@@ -10,7 +10,7 @@ from cola_runtime.data.records import ChatRecord, CompletionRecord, Message, Rec
 from cola_runtime.data.tokenize import TokenizedDataset, Tokenizer
 from cola_runtime.data.violations import Problem, Problems
 from cola_runtime.errors import InvalidInput
-from cola_runtime.types import Row
+from cola_runtime.rows import Row
 
 MAX_PROMPTS = 1024  # an evaluation answers every one of them
 

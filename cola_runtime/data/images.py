@@ -15,8 +15,8 @@ from cola_runtime.data.records import ImageRecord
 from cola_runtime.data.violations import Problem, Problems
 from cola_runtime.image_decoding import ImageRefused, decode_image
 from cola_runtime.image_processing import read_image_processing
+from cola_runtime.rows import EncodedImage, Image, Row
 from cola_runtime.task_spec import LabelledTask
-from cola_runtime.types import EncodedImage, Image, Row
 
 _NO_TOKENS, _NO_WEIGHTS = np.empty(0, np.int32), np.empty(0, np.float32)
 

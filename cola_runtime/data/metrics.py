@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cola_runtime.data.rouge import rouge_l
+from cola_runtime.job_choices import Metric
 from cola_runtime.task_spec import (
     AnyTask,
     CausalLmTask,
@@ -20,7 +21,6 @@ from cola_runtime.task_spec import (
     RegressionTask,
     SequenceToSequenceTask,
 )
-from cola_runtime.types import Metric
 
 Floats = NDArray[np.float64]
 

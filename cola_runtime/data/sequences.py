@@ -20,8 +20,8 @@ from cola_runtime.data.labels import label_value
 from cola_runtime.data.records import LabelledRecord
 from cola_runtime.data.template import Piece
 from cola_runtime.data.violations import Problem, Problems
+from cola_runtime.rows import Row
 from cola_runtime.task_spec import LabelledTask
-from cola_runtime.types import Row
 
 PAIR_SEPARATOR = "\n"  # between a decoder's two texts
 

@@ -21,7 +21,7 @@ from cola_runtime.data.encoder import backend_of, generation_stops, load_tokeniz
 from cola_runtime.data.records import CompletionRecord
 from cola_runtime.data.sequences import RowShape, check_length
 from cola_runtime.data.violations import Problem, Problems
-from cola_runtime.types import Row
+from cola_runtime.rows import Row
 
 _BATCH_RECORDS = 512
 _LANGUAGE_PAIRS = ("MBartTokenizer", "MBart50Tokenizer", "NllbTokenizer")

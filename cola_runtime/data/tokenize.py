@@ -38,6 +38,7 @@ from cola_runtime.data.source_target import SourceTargetEncoder
 from cola_runtime.data.template import Piece
 from cola_runtime.data.violations import Problem, Problems
 from cola_runtime.errors import InvalidInput
+from cola_runtime.rows import Row
 from cola_runtime.spec import JobSpec
 from cola_runtime.task_spec import (
     AnyTask,
@@ -45,7 +46,7 @@ from cola_runtime.task_spec import (
     ImageClassificationTask,
     SequenceToSequenceTask,
 )
-from cola_runtime.types import BaseModelDescription, Row
+from cola_runtime.types import BaseModelDescription
 
 BATCH_RECORDS = 512  # encoded at a time; bounds the memory that the encoder's own results take
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from cola_runtime.data.formats import parse_dataset
 from cola_runtime.data.tokenize import Tokenizer
-from cola_runtime.types import Row
+from cola_runtime.rows import Row
 
 MAX_LENGTH = 4096  # the demo's rows are far shorter
 

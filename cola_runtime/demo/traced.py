@@ -21,11 +21,11 @@ from cola_runtime.client.asynchronous import AsyncClient
 from cola_runtime.client.job_handle import AsyncJobHandle
 from cola_runtime.config import ServiceSettings, service_settings
 from cola_runtime.demo.datasets import chat_messages_by_sender
+from cola_runtime.job_choices import Task
 from cola_runtime.runtime.coordinator import RunningService, running_service
 from cola_runtime.spec import JobSpec
 from cola_runtime.trace.report import TraceReport, read_trace
 from cola_runtime.trace.spans import SpanRecorder
-from cola_runtime.types import Task
 
 SMALL_MODEL = "minilm-l6-v2"
 JOB_TIMEOUT_SECONDS = 3600.0

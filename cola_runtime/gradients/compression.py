@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cola_runtime.encodings import Compression
 from cola_runtime.errors import ProtocolError
 from cola_runtime.gradients import int8_layout
 from cola_runtime.gradients.planner import LOW_RANK
-from cola_runtime.types import Compression, Lease, TensorKey, TensorKind
+from cola_runtime.types import Lease, TensorKey, TensorKind
 
 _LEVELS = 127.0
 

@@ -41,9 +41,10 @@ from cola_runtime.adapter_spec import (
     ModuleKind,
 )
 from cola_runtime.adapters.shapes import site_weight_shapes
+from cola_runtime.encodings import Compression, Encoding, TapPlan
 from cola_runtime.errors import InvalidInput
 from cola_runtime.gradients import int8_layout
-from cola_runtime.types import Compression, Encoding, Site, TapPlan
+from cola_runtime.types import Site
 
 AUTO = "auto"
 LOW_RANK = 8

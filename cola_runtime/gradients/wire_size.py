@@ -7,9 +7,10 @@ from math import prod
 
 from cola_runtime.adapter_spec import AdapterKind, AdapterSpec, HeadKind, LinearizedLoraKind
 from cola_runtime.adapters.shapes import site_weight_shapes
+from cola_runtime.encodings import Compression, Encoding, TapPlan
 from cola_runtime.gradients import int8_layout
 from cola_runtime.gradients.planner import ID_BYTES, ITEM_BYTES, LOW_RANK, Workload
-from cola_runtime.types import Compression, Encoding, Site, TapPlan, TensorKind
+from cola_runtime.types import Site, TensorKind
 
 
 def tap_bytes(spec: AdapterSpec, plan: TapPlan, workload: Workload) -> list[list[int]]:

@@ -9,8 +9,8 @@ from sqlalchemy import Connection, select
 
 from cola_runtime import ids
 from cola_runtime.errors import Conflict, NotFound, Unauthenticated
+from cola_runtime.job_choices import TrustClass
 from cola_runtime.jobs import schema
-from cola_runtime.types import TrustClass
 
 COORDINATOR = "coordinator"
 """Who has the devices join that the service itself starts."""

@@ -19,7 +19,7 @@ _jobs = schema.jobs
 
 
 def pin_checkpoint(connection: Connection, job_id: str, version: int | None, *, at: str) -> CheckpointRecord:
-    """None is the newest. Raises as `JobStore.pin_checkpoint`."""
+    """None is the newest. Raises as `CheckpointBook.pin`."""
     checkpoint = _find(connection, job_id, version)
     if checkpoint.pinned:
         return checkpoint

@@ -6,14 +6,20 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from pydantic import ValidationError
+
 from cola_runtime.adapter_spec import AdapterPart, AdapterSpec, head_part
 from cola_runtime.adapters.mergeable import check_mergeable
 from cola_runtime.adapters.shards import check_shards, shard_specs
 from cola_runtime.adapters.site_kinds import check_kind
 from cola_runtime.adapters.targets import resolve_target_sites
 from cola_runtime.config import PlannerSettings
+from cola_runtime.encodings import ADAPTER_GRADIENTS, Compression, Encoding, TapPlan
 from cola_runtime.errors import InvalidInput
 from cola_runtime.gradients.planner import Costs, Workload, plan_taps
+from cola_runtime.job_choices import Priority, TrustClass
+from cola_runtime.jobs.records import JobRecord
+from cola_runtime.rows import Row
 from cola_runtime.spec import CollaborationSpec, JobSpec, WatchdogSpec
 from cola_runtime.types import (
     PRODUCT_FLOPS,
@@ -21,22 +27,14 @@ from cola_runtime.types import (
     UNQUANTIZED,
     UNSCALED,
     BaseModelDescription,
-    Compression,
-    Encoding,
     Gang,
     LearningRateSchedule,
     LossScaling,
     Membership,
     OptimizerHyperparameters,
-    Priority,
-    Row,
-    TapPlan,
-    TrustClass,
 )
 
 FIRST_LOSS_SCALE = 2.0**16  # torch.amp.GradScaler's
-
-_UNPLANNED = TapPlan(Encoding.ADAPTER_GRADIENT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +47,7 @@ class TrainingPlan:
     checkpoint_every: int
     max_staleness: int
     shards: int = 1
-    taps: TapPlan = _UNPLANNED  # `job_taps` plans them for the job's data
+    taps: TapPlan = ADAPTER_GRADIENTS  # `job_taps` plans them for the job's data
     step_tokens: float = 0.0  # of a step, on the average; likewise of the job's data
     loss_scaling: LossScaling = UNSCALED
     merged: bool = False
@@ -150,6 +148,20 @@ def wire_costs(settings: PlannerSettings, base: BaseModelDescription, *, token_b
         device_flops=settings.device_flops,
         token_budget=token_budget,
     )
+
+
+def stored_spec(record: JobRecord) -> JobSpec:
+    """Raises InvalidInput `STORED_SPEC_INVALID` for what another version accepted and this one does not."""
+    try:
+        return JobSpec.model_validate_json(record.spec_json)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise InvalidInput(
+            "STORED_SPEC_INVALID",
+            f"another version of the service accepted the job's spec, and this one refuses it: {wrong}",
+            where="job",
+            remedy="Correct the spec and submit it again; the job's checkpoints are kept.",
+        ) from error
 
 
 def training_plan(spec: JobSpec, base: BaseModelDescription, *, total_steps: int) -> TrainingPlan:

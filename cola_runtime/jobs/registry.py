@@ -7,12 +7,12 @@ from datetime import datetime, timedelta
 from sqlalchemy import Connection
 
 from cola_runtime import clock, ids
+from cola_runtime.job_choices import TrustClass
 from cola_runtime.jobs import device_rows, quarantine_rows
 from cola_runtime.jobs.database import Database
 from cola_runtime.jobs.device_recall import DeviceMemory
 from cola_runtime.jobs.device_rows import DeviceRecord, TokenRecord
 from cola_runtime.jobs.quarantine_rows import Quarantine
-from cola_runtime.types import TrustClass
 
 
 class DeviceRegistry:

@@ -1,73 +1,57 @@
-"""The job store: the truth about tenants, keys, jobs, steps, evaluations, events and checkpoints.
+"""The job store: the truth about tenants, keys, jobs, leases, steps, evaluations and events.
 
-Every method is one transaction; a change of a job's state and its event are durable together or not at all.
+`checkpoints`, `accounts`, `devices` and `audit` are doors to what else is in it. Every method is one
+transaction; a change of a job's state and its event are durable together or not at all.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 from sqlalchemy import Connection
 
-from cola_runtime import clock, crash_points
+from cola_runtime import clock
 from cola_runtime.errors import Unavailable
-from cola_runtime.jobs import (
-    evaluations,
-    job_rows,
-    pins,
-    progress,
-    quarantine_rows,
-    spot_check_rows,
-    tenancy,
-    terms,
-    trail,
-    usage,
-)
+from cola_runtime.jobs import evaluations, job_rows, progress, tenancy, trail
+from cola_runtime.jobs.accounts import Accounts
 from cola_runtime.jobs.audit import AuditTrail
+from cola_runtime.jobs.checkpoint_book import CheckpointBook
 from cola_runtime.jobs.database import Database
 from cola_runtime.jobs.hold import store_id as read_store_id
+from cola_runtime.jobs.job_writes import JobWrites
 from cola_runtime.jobs.recall import Memory
 from cola_runtime.jobs.records import (
     ApiKey,
-    CheckpointRecord,
     EvaluationRecord,
     EventRecord,
     JobRecord,
     NewJob,
     StepRecord,
     Tenant,
-    TenantLoad,
-    TenantTerms,
-    TermChanges,
-    Usage,
 )
 from cola_runtime.jobs.registry import DeviceRegistry
-from cola_runtime.jobs.spot_check_rows import PendingCheck
 from cola_runtime.jobs.state import JobState, Trigger
 from cola_runtime.types import Lease
 from cola_runtime.update_chain import RecordedLink
 
 ALL_SCOPES = "*"
 
-Result = TypeVar("Result")
-
 
 class JobStore:
     """Owns the database. Writes happen in one thread, in the order they were asked for."""
 
     def __init__(self, database: Database, *, now: clock.Clock = clock.now) -> None:
-        self._database = database
-        self._now = now
+        self._database, self._now = database, now
         self.devices = DeviceRegistry(database, now)
         self.audit = AuditTrail(database, now)
         self.memory = Memory()
-        self._loop = asyncio.get_running_loop()
-        self._wakes: dict[str, asyncio.Event] = {}  # one per watched job, set and dropped at its next commit
+        self._writes = JobWrites(database, self.memory, at=self._at)
+        self.accounts = Accounts(database)
+        self.checkpoints = CheckpointBook(self._writes)
 
     @classmethod
     async def open(cls, url: str, *, now: clock.Clock = clock.now) -> JobStore:
@@ -80,6 +64,8 @@ class JobStore:
         return cls(database, now=now)
 
     async def close(self) -> None:
+        """Nothing that was begun is lost, of audit entries as many as `AuditTrail.flush` waits for."""
+        await self.audit.flush()
         await self._database.close()
 
     async def taken_over(self) -> None:
@@ -147,30 +133,6 @@ class JobStore:
 
         return await self._database.run(find)
 
-    async def terms(self, tenant_id: str) -> TenantTerms:
-        return await self._database.run(lambda c: terms.read_terms(c, tenant_id))
-
-    async def change_terms(self, tenant_id: str, changes: TermChanges) -> TenantTerms:
-        """Raises InvalidInput `TERMS_INVALID`."""
-        return await self._database.run(lambda c: terms.change_terms(c, tenant_id, changes))
-
-    async def steps_of_tenant(self, tenant_id: str) -> int:
-        """Taken by its jobs so far, and to come of those that have not ended."""
-        return await self._database.run(lambda c: terms.steps_of(c, tenant_id))
-
-    async def usage(self, tenant_id: str) -> Usage:
-        """What the tenant's jobs have used."""
-        [found] = await self._database.run(lambda c: usage.read_usage(c, tenant_id=tenant_id))
-        return found
-
-    async def usage_of_all(self) -> list[Usage]:
-        """Of every tenant, by name."""
-        return await self._database.run(usage.read_usage)
-
-    async def loads(self, base_model: str) -> list[TenantLoad]:
-        """Of the tenants that have jobs of this base model queued or running."""
-        return await self._database.run(lambda c: usage.read_loads(c, base_model))
-
     # Jobs
 
     async def create_job(self, new: NewJob) -> JobRecord:
@@ -178,7 +140,7 @@ class JobStore:
 
         Raises Conflict `IDEMPOTENCY_CONFLICT`.
         """
-        return await self._write("job", new.job_id, lambda c: job_rows.insert_job(c, new, at=self._at()))
+        return await self._writes.run("job", new.job_id, lambda c: job_rows.insert_job(c, new, at=self._at()))
 
     async def job(self, job_id: str, *, tenant_id: str | None = None) -> JobRecord:
         """Raises NotFound `JOB_UNKNOWN`, also when the job is another tenant's."""
@@ -229,7 +191,7 @@ class JobStore:
 
         Raises Conflict `TRANSITION_ILLEGAL`; its `actual` is the state that the job is in.
         """
-        return await self._write(
+        return await self._writes.run(
             "transition",
             job_id,
             lambda c: job_rows.move_job(
@@ -253,13 +215,15 @@ class JobStore:
             )
             return job_rows.move_job(connection, job_id, Trigger.STOP_EARLY, at=at, message=message)
 
-        return await self._write("transition", job_id, stop)
+        return await self._writes.run("transition", job_id, stop)
 
     async def miss_deadline(self, job_id: str) -> JobRecord | None:
         """Note, once, that the job has not ended by its deadline; None if it has, or was noted before."""
-        return await self._write("event", job_id, lambda c: job_rows.miss_deadline(c, job_id, at=self._at()))
+        return await self._writes.run(
+            "event", job_id, lambda c: job_rows.miss_deadline(c, job_id, at=self._at())
+        )
 
-    # Leases, steps, evaluations, checkpoints
+    # Leases, steps, evaluations
 
     async def grant_lease(self, job_id: str, *device_ids: str, replica: str = "") -> Lease:
         """A lease with the next epoch, of one device a shard; whoever holds an earlier one is fenced.
@@ -268,7 +232,7 @@ class JobStore:
 
         Raises Conflict `JOB_NOT_ACTIVE`.
         """
-        return await self._write(
+        return await self._writes.run(
             "lease",
             job_id,
             lambda c: progress.open_lease(c, job_id, device_ids, replica=replica, at=self._at()),
@@ -276,7 +240,7 @@ class JobStore:
 
     async def rewind(self, lease: Lease, version: int) -> JobRecord:
         """Steps, evaluations and checkpoints above `version` leave the record; what was spent stays spent."""
-        return await self._write(
+        return await self._writes.run(
             "rewind", lease.job_id, lambda c: progress.rewind_job(c, lease, version, at=self._at())
         )
 
@@ -285,72 +249,20 @@ class JobStore:
 
         Raises Fenced, Conflict `STEP_OUT_OF_ORDER`, `STEP_REUSED`, `JOB_NOT_RUNNING`.
         """
-        return await self._write("step", step.job_id, lambda c: progress.insert_step(c, step, at=self._at()))
+        return await self._writes.run(
+            "step", step.job_id, lambda c: progress.insert_step(c, step, at=self._at())
+        )
 
     async def record_evaluation(self, evaluation: EvaluationRecord) -> EvaluationRecord:
         """Record the evaluation of the job's version, once; the same version again changes nothing.
 
         Raises Fenced, InvalidInput `METRIC_NOT_FINITE`, Conflict `EVALUATION_OUT_OF_ORDER`.
         """
-        return await self._write(
+        return await self._writes.run(
             "evaluation",
             evaluation.job_id,
             lambda c: evaluations.insert_evaluation(c, evaluation, at=self._at()),
         )
-
-    async def record_checkpoint(
-        self, checkpoint: CheckpointRecord, *, check: PendingCheck | None = None
-    ) -> None:
-        """Make a checkpoint visible whose object is stored and whose last step is recorded.
-
-        With it, that the steps up to it are to be checked, if so.
-        """
-
-        def record(connection: Connection) -> None:
-            progress.insert_checkpoint(connection, checkpoint, at=self._at())
-            if check is not None:
-                spot_check_rows.keep_check(connection, check)
-
-        await self._write("checkpoint", checkpoint.job_id, record)
-
-    async def pending_checks(self) -> list[PendingCheck]:
-        """Spot checks that are to be made."""
-        return await self._database.run(spot_check_rows.read_checks)
-
-    async def forget_check(self, check: PendingCheck) -> None:
-        """It has been made, or cannot be."""
-        await self._database.run(lambda c: spot_check_rows.forget_check(c, check))
-
-    async def pin_checkpoint(self, job_id: str, version: int | None) -> CheckpointRecord:
-        """It is kept for good; None is the newest. A second time changes nothing.
-
-        Raises NotFound `CHECKPOINT_UNKNOWN`, Conflict `ADAPTER_NOT_READY`, QuotaExceeded `QUOTA_PINNED`.
-        """
-        return await self._write(
-            "event", job_id, lambda c: pins.pin_checkpoint(c, job_id, version, at=self._at())
-        )
-
-    async def unpin_checkpoint(self, job_id: str, version: int) -> CheckpointRecord:
-        """It goes as retention says. Raises NotFound `CHECKPOINT_UNKNOWN`, Conflict `ADAPTER_NOT_READY`."""
-        return await self._write(
-            "event", job_id, lambda c: pins.unpin_checkpoint(c, job_id, version, at=self._at())
-        )
-
-    async def mark_checked(self, job_id: str, version: int) -> None:
-        """A spot check found that the checkpoint follows from the one before."""
-        await self._database.run(lambda c: quarantine_rows.mark_checked(c, job_id, version, at=self._at()))
-
-    async def retire_checkpoints(self, job_id: str, versions: Collection[int]) -> None:
-        """They leave the record; their objects are to be deleted after that."""
-        await self._write(
-            "retirement",
-            job_id,
-            lambda c: progress.delete_checkpoints(c, job_id, versions, at=self._at()),
-        )
-
-    async def storage_keys(self) -> set[str]:
-        """Every object that a job or a checkpoint names."""
-        return await self._database.run(progress.read_storage_keys)
 
     async def steps(self, job_id: str, *, after: int = 0, limit: int = 1000) -> list[StepRecord]:
         return await self._database.run(lambda c: progress.read_steps(c, job_id, after=after, limit=limit))
@@ -369,12 +281,6 @@ class JobStore:
 
     async def best_evaluation(self, job_id: str) -> EvaluationRecord | None:
         return await self._database.run(lambda c: evaluations.find_best(c, job_id))
-
-    async def checkpoints(self, job_id: str) -> list[CheckpointRecord]:
-        return await self._database.run(lambda c: progress.read_checkpoints(c, job_id))
-
-    async def latest_checkpoint(self, job_id: str) -> CheckpointRecord | None:
-        return await self._database.run(lambda c: progress.newest_checkpoint(c, job_id))
 
     # Events
 
@@ -395,53 +301,19 @@ class JobStore:
                 connection, job_id, at=self._at(), kind=kind, message=message, data=data, level=level
             )
 
-        return await self._write("event", job_id, add)
+        return await self._writes.run("event", job_id, add)
 
     async def events(self, job_id: str, *, after: int = 0, limit: int = 1000) -> list[EventRecord]:
         return await self._database.run(lambda c: trail.read_events(c, job_id, after=after, limit=limit))
 
     async def changed(self, job_id: str, *, after: int, timeout_seconds: float) -> bool:
         """Wait until the job has an event above id `after`: True; False if the deadline comes first."""
-        deadline = time.monotonic() + timeout_seconds
-        while True:
-            wake = self._wakes.setdefault(
-                job_id, asyncio.Event()
-            )  # before looking, or a commit could slip by
-            if await self._database.run(lambda c: trail.last_event_id(c, job_id)) > after:
-                return True
-            try:
-                await asyncio.wait_for(wake.wait(), deadline - time.monotonic())
-            except TimeoutError:
-                return False
+        return await self._writes.changed(job_id, after=after, timeout_seconds=timeout_seconds)
 
     def _at(self) -> str:
         return clock.rfc3339(self._now())
-
-    async def _write(self, what: str, job_id: str, work: Callable[[Connection], Result]) -> Result:
-        def write(connection: Connection) -> Result:
-            result = work(connection)
-            crash_points.reach(f"store.{what}.uncommitted")
-            return result
-
-        def committed() -> None:
-            crash_points.reach(f"store.{what}.committed")
-            self._wake_soon(job_id)
-
-        result = await self._database.run(write, committed=committed)
-        if isinstance(result, JobRecord):
-            self.memory.note_jobs([result])
-        return result
 
     async def _noted(self, work: Callable[[Connection], JobRecord]) -> JobRecord:
         job = await self._database.run(work)
         self.memory.note_jobs([job])
         return job
-
-    def _wake_soon(self, job_id: str) -> None:
-        """Called in the database's thread, so that a commit wakes watchers even if its caller is gone."""
-        self._loop.call_soon_threadsafe(self._wake, job_id)
-
-    def _wake(self, job_id: str) -> None:
-        wake = self._wakes.pop(job_id, None)
-        if wake is not None:
-            wake.set()

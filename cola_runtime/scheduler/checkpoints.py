@@ -135,7 +135,7 @@ class CheckpointShelf:
         One above the recorded version is left out, since its last steps never became part of the record. One
         that is damaged, or not of the job's update chain, leaves the record: event `checkpoint.refused`.
         """
-        found = await self._store.checkpoints(record.job_id)
+        found = await self._store.checkpoints.of(record.job_id)
         for checkpoint in reversed([each for each in found if each.version <= record.version]):
             links = await self._store.links(record.job_id, checkpoint.version)
             try:
@@ -154,7 +154,7 @@ class CheckpointShelf:
         await self._store.add_event(
             checkpoint.job_id, "checkpoint.refused", message, data=data, level="warning"
         )
-        await self._store.retire_checkpoints(checkpoint.job_id, [checkpoint.version])
+        await self._store.checkpoints.retire(checkpoint.job_id, [checkpoint.version])
 
     def _check_stored(
         self, record: CheckpointRecord, plan: TrainingPlan, links: Sequence[RecordedLink]
@@ -230,7 +230,7 @@ class CheckpointShelf:
             sha256=whole.sha256,
         )
         check = self.to_check(record)
-        await until_available(lambda: self._store.record_checkpoint(record, check=check))
+        await until_available(lambda: self._store.checkpoints.record(record, check=check))
         self.on_recorded(record)  # first: whoever wakes by the next line may ask what is to be checked
         self._book.checkpointed(lease, version)
         await self.retire(lease.job_id)

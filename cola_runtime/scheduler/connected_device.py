@@ -1,4 +1,4 @@
-"""What the coordinator knows of one device that has dialled in."""
+"""What the coordinator knows of one device that has dialled in, and tells it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cola_runtime.errors import ProtocolError
+from cola_runtime.jobs.plan import TrainingPlan
 from cola_runtime.proto import control_pb2
 from cola_runtime.scheduler.device_gate import Admission
 from cola_runtime.scheduler.placement import Demand, Offer
+from cola_runtime.transport.control import lease_grant, lease_to_proto
+from cola_runtime.transport.frames import DType, TensorAddress, WireTensor
 from cola_runtime.transport.stream import FrameStream
+from cola_runtime.types import Lease, TensorKind
+
+UNABLE_REASONS = (
+    "ADAPTER_MODULE_UNKNOWN", "ADAPTER_MODULE_INVALID", "ADAPTER_INVALID", "DEVICE_OUT_OF_MEMORY"
+)  # fmt: skip
+"""A device that refuses a lease so will refuse it again, as long as its process is what it is."""
 
 UNKNOWN_MEMORY_BYTES = 1 << 30
 """What a device is taken to have free until its first heartbeat, which comes at once."""
@@ -65,3 +74,46 @@ class ConnectedDevice:
             memory_bytes=self.free_bytes - max(0, placed - self.resident_bytes),
             jobs=jobs,
         )
+
+    async def grant(
+        self,
+        lease: Lease,
+        plan: TrainingPlan,
+        *,
+        checkpoint: bytes | None,
+        gradient_endpoint: str,
+        chain: bytes = b"",
+    ) -> None:
+        """Have it train the plan's adapter, or its shard, from its seed or from a checkpoint.
+
+        Its taps come from `gradient_endpoint`. `chain` is the checkpoint's recorded link.
+        """
+        message = lease_grant(
+            lease,
+            plan.adapter,
+            optimizer=plan.optimizer,
+            schedule=plan.schedule,
+            checkpoint_bytes=len(checkpoint or b""),
+            checkpoint_every=plan.checkpoint_every,
+            gradient_endpoint=gradient_endpoint,
+            max_staleness=plan.max_staleness,
+            shards=plan.shards,
+            chain=chain,
+        )
+        async with self.sending:
+            if checkpoint is not None:
+                address = TensorAddress(
+                    job_id=lease.job_id, epoch=lease.epoch, version=0, kind=TensorKind.BLOB
+                )
+                content = WireTensor(dtype=DType.UINT8, shape=(len(checkpoint),), data=memoryview(checkpoint))
+                await self.stream.send_tensor(address, content)
+            await self.stream.send_control(message)
+
+    async def end(self, lease: Lease) -> None:
+        """Have it forget the adapter."""
+        ending = control_pb2.LeaseEnd(lease=lease_to_proto(lease))
+        await self.stream.send_control(control_pb2.DeviceControl(lease_end=ending))
+
+    async def request_checkpoint(self, lease: Lease) -> None:
+        request = control_pb2.CheckpointRequest(lease=lease_to_proto(lease))
+        await self.stream.send_control(control_pb2.DeviceControl(checkpoint_request=request))

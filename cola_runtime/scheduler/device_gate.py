@@ -8,11 +8,11 @@ from datetime import datetime
 from typing import Any
 
 from cola_runtime.errors import Unauthenticated
+from cola_runtime.job_choices import TrustClass
 from cola_runtime.jobs.device_recall import DeviceRecall
 from cola_runtime.jobs.registry import DeviceRegistry
 from cola_runtime.transport.certificates import read_certificate
 from cola_runtime.transport.handshake import gradient_ticket
-from cola_runtime.types import TrustClass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import enum
 import logging
-from collections.abc import Coroutine
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 from cola_runtime.errors import ColaError, JobFailed, Unavailable
 from cola_runtime.jobs.plan import TrainingPlan
@@ -15,8 +12,9 @@ from cola_runtime.jobs.records import JobRecord, StepRecord
 from cola_runtime.jobs.state import JobState, Trigger
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.reasons import REASONS
+from cola_runtime.rows import Row
+from cola_runtime.scheduler.connected_device import UNABLE_REASONS
 from cola_runtime.scheduler.deadlines import Pace, seconds_until
-from cola_runtime.scheduler.device_pool import UNABLE_REASONS
 from cola_runtime.scheduler.evaluation import Evaluations
 from cola_runtime.scheduler.job_data import JobData
 from cola_runtime.scheduler.leases import LeaseLost
@@ -25,43 +23,16 @@ from cola_runtime.scheduler.patience import is_outage, until_available
 from cola_runtime.scheduler.phases import JobPhase
 from cola_runtime.scheduler.primitives import AdapterPrimitives, LeasedAdapter, StepOutcome, TakenStep
 from cola_runtime.scheduler.slots import JobSlots
+from cola_runtime.scheduler.stops import Stop, Stopped, StopRequest
 from cola_runtime.trace.spans import SpanRecorder
-from cola_runtime.types import Lease, Row
+from cola_runtime.types import Lease
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 MAX_LOSSES_WITHOUT_PROGRESS = 8  # leases lost in a row at one version before the job is failed
 RETRY_PAUSE_SECONDS = 0.1
 ENTERING, LEASING = "concurrent jobs", "a device"  # what a job waits for first, as spans' names
-AT_COORDINATORS_END = "since the coordinator stops: it goes on from a checkpoint of this version"
-AT_REQUEST = "at its tenant's request"
 INTERNAL_MESSAGE = "the service failed; its log has the cause. Submit the job again."
-
-
-class Stop(enum.Enum):
-    """What a tenant asked for, or the operator; acted on at the next step boundary."""
-
-    PAUSE = JobState.PAUSED
-    CANCEL = JobState.CANCELLED
-    DRAIN = JobState.QUEUED  # the coordinator stops; the job goes on when there is one again
-
-    @property
-    def trigger(self) -> Trigger:
-        return _TRIGGERS[self]
-
-    def told(self, why: str) -> str:
-        """For the job's trail; `why` ends the sentence."""
-        return f"{self.value} {why}"
-
-
-_TRIGGERS = {Stop.PAUSE: Trigger.PAUSE, Stop.CANCEL: Trigger.CANCEL, Stop.DRAIN: Trigger.REQUEUE}
-
-
-class _Stopped(Exception):
-    def __init__(self, stop: Stop) -> None:
-        self.stop = stop
 
 
 class _Moved(Exception):
@@ -101,10 +72,7 @@ class JobDriver:
             deadline = asyncio.get_running_loop().time() + seconds_until(record.deadline_at)
             self._pace = Pace(deadline=deadline, steps=plan.schedule.total_steps)
         self._watch = LossWatch(record.job_id, plan.watchdog, store)
-        self._stop: Stop | None = None
-        self._why_stopped = ""
-        self._stop_asked = asyncio.Event()
-        self._stopping = False
+        self.stop = StopRequest()
         self._waiting = "waiting for a device"
         if plan.shards > 1:
             self._waiting = f"waiting for {plan.shards} devices at once, one for each shard"
@@ -113,37 +81,21 @@ class JobDriver:
     @property
     def phase(self) -> str:
         """What the job does or waits for."""
-        if self._stop is None:
+        if self.stop.asked is None:
             return self._phase.text
-        return f"{self._phase.text}; it is {self._stop.value} at the next step boundary"
+        return f"{self._phase.text}; it is {self.stop.asked.value} at the next step boundary"
 
     @property
     def leases(self) -> bool:
         """It waits for a device, or for one to build or restore its adapter."""
         return self._phase.name in ("", ENTERING, LEASING)
 
-    def ask(self, stop: Stop, *, why: str = AT_REQUEST) -> None:
-        """Stop at the next step boundary; a cancel overrides a pause, and either a drain. `why` ends a
-        sentence.
-        """
-        if self._stop is None or stop is Stop.CANCEL or self._stop is Stop.DRAIN:
-            self._stop, self._why_stopped = stop, why
-            self._stop_asked.set()
-
-    def withdraw_pause(self) -> bool:
-        """Go on although a pause was asked for; False when it is too late, or a cancel was asked for."""
-        if self._stop is Stop.CANCEL or self._stopping:
-            return False
-        self._stop = None
-        self._stop_asked.clear()
-        return True
-
     async def run(self) -> None:
         """Drive the job to a terminal state or to paused. Never raises but on cancellation of the task."""
         try:
             await self._run_in_slot()
             await self._succeed()
-        except _Stopped as stopped:
+        except Stopped as stopped:
             await self._end_by(stopped.stop)
         except Diverged as diverged:
             await self._give_up(diverged)
@@ -165,7 +117,7 @@ class JobDriver:
             of_a_step = self._primitives.base_seconds(self._data.microbatches(self._version))
             due = self._pace.due(self._version, base_seconds=of_a_step)
         entering = self._slots.enter(self._tenant_id, self._job_id, priority=self._plan.priority, due=due)
-        await self._unless_stopped(entering)
+        await self.stop.unless_asked(entering)
         try:
             await self._run_leases()
         finally:
@@ -178,7 +130,7 @@ class JobDriver:
         if record.state is not JobState.RUNNING:
             await self._move(Trigger.START, message="started")
         while True:
-            self._check_stop()
+            self.stop.check()
             try:
                 await self._run_lease()
                 return
@@ -190,7 +142,7 @@ class JobDriver:
     async def _run_lease(self) -> None:
         self._phase.enter(LEASING, self._waiting)
         record = await self._store.job(self._job_id)
-        adapter = await self._unless_stopped(self._primitives.open(record, self._plan))
+        adapter = await self.stop.unless_asked(self._primitives.open(record, self._plan))
         try:
             await self._train(adapter)
         finally:
@@ -259,7 +211,7 @@ class JobDriver:
             following == self._plan.schedule.total_steps
             or following % self._plan.checkpoint_every == 0
             or self._evaluations.due(following)
-            or self._stop is not None
+            or self.stop.asked is not None
             or bool(self._primitives.move_asked(adapter))
         )
         if waits or not self._plan.max_staleness:
@@ -281,10 +233,10 @@ class JobDriver:
 
     async def _stop_at_boundary(self, adapter: LeasedAdapter) -> None:
         leaving = self._primitives.draining(adapter.lease)
-        if (self._stop is not None or leaving) and adapter.version > 0:
+        if (self.stop.asked is not None or leaving) and adapter.version > 0:
             self._phase.enter("checkpoint", "making a checkpoint before it stops or moves")
             await self._primitives.checkpoint(adapter)
-        self._check_stop()
+        self.stop.check()
         if leaving:
             raise LeaseLost(adapter.lease, "DEVICE_DRAINING", f"{_named(adapter.lease)} is leaving")
 
@@ -295,27 +247,6 @@ class JobDriver:
         why = self._primitives.move_asked(adapter)
         if why:
             raise _Moved(why)
-
-    def _check_stop(self) -> None:
-        if self._stop is not None:
-            self._stopping = True
-            raise _Stopped(self._stop)
-
-    async def _unless_stopped(self, opening: Coroutine[Any, Any, T]) -> T:
-        """Await an opening, but give up as soon as the tenant asks to stop."""
-        task = asyncio.create_task(opening)
-        try:
-            while not task.done():
-                asked = asyncio.create_task(self._stop_asked.wait())
-                futures: set[asyncio.Task[Any]] = {task, asked}
-                await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
-                asked.cancel()
-                if not task.done():
-                    self._check_stop()
-            return task.result()
-        finally:
-            if task.cancel():
-                await asyncio.wait({task})
 
     async def _note_move(self, why: str) -> None:
         await until_available(lambda: self._store.add_event(self._job_id, "lease.moved", why))
@@ -352,7 +283,7 @@ class JobDriver:
     async def _end_by(self, stop: Stop) -> None:
         record = await until_available(lambda: self._store.job(self._job_id))
         if stop is not Stop.DRAIN or record.state is JobState.RUNNING:  # else it waits in the queue already
-            await self._move(stop.trigger, message=stop.told(self._why_stopped))
+            await self._move(stop.trigger, message=stop.told(self.stop.why))
 
     async def _give_up(self, diverged: Diverged) -> None:
         """Fail or pause, as the job asks; its last checkpoint is kept."""

@@ -6,11 +6,11 @@ import asyncio
 from dataclasses import dataclass
 from typing import Any
 
+from cola_runtime.job_choices import Metric
 from cola_runtime.jobs.records import EvaluationRecord
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.scheduler.job_data import JobData
 from cola_runtime.scheduler.primitives import AdapterPrimitives, LeasedAdapter
-from cola_runtime.types import Metric
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

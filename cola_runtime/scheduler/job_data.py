@@ -13,9 +13,10 @@ from cola_runtime.data.metrics import evaluate
 from cola_runtime.data.tokenize import TokenizedDataset, Tokenizer, longest_row
 from cola_runtime.jobs.plan import DataSize
 from cola_runtime.jobs.records import JobRecord
+from cola_runtime.rows import Row
 from cola_runtime.spec import JobSpec
 from cola_runtime.storage.objects import ObjectStorage
-from cola_runtime.types import BaseModelDescription, Row
+from cola_runtime.types import BaseModelDescription
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -53,6 +53,11 @@ class LeaseBook:
         entry = self._open.get(job_id)
         return None if entry is None or entry.lost is not None else entry.lease
 
+    def holds(self, device_id: str, part: Lease) -> bool:
+        """The device holds a lease that is not lost, or the part of one, that `part` is."""
+        current = self.current(part.job_id)
+        return current is not None and current.covers(part) and part.device_id == device_id
+
     def applied(self, event: StepApplied) -> None:
         entry = self._entry(event.lease)
         if entry is not None:

@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 
 from cola_runtime.config import SchedulerSettings
 from cola_runtime.errors import ColaError, Unavailable
+from cola_runtime.job_choices import Priority
+from cola_runtime.rows import Row
 from cola_runtime.scheduler.even_steps import EvenSteps
 from cola_runtime.scheduler.packing import measured, split_rows
 from cola_runtime.scheduler.policy import FairQueue
@@ -25,7 +27,7 @@ from cola_runtime.scheduler.tickets import Computed, Flight, Ticket
 from cola_runtime.scheduler.waiting import Due, Share, Standing, Waiting, padded_tokens
 from cola_runtime.trace.report import QUEUED
 from cola_runtime.trace.spans import SpanRecorder
-from cola_runtime.types import BankUse, BaseStep, BaseStepResult, Priority, Row, Segment
+from cola_runtime.types import BankUse, BaseStep, BaseStepResult, Segment
 
 logger = logging.getLogger(__name__)
 

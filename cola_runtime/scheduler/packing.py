@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cola_runtime.types import Row
+from cola_runtime.rows import Row
 
 STEP_TOKENS = 64  # what a further base step costs, in computed tokens (docs/scheduling.md)
 MOST_LENGTHS = 20  # that are told apart, evenly by their logarithm; others count as the next longer one

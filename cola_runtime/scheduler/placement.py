@@ -13,8 +13,8 @@ from math import log2, prod
 
 from cola_runtime.adapters.optimizer_state import training_bytes
 from cola_runtime.adapters.shapes import weight_shapes
+from cola_runtime.job_choices import TrustClass
 from cola_runtime.jobs.plan import TrainingPlan
-from cola_runtime.types import TrustClass
 
 DEVICE_MEMORY = "DEVICE_MEMORY"  # why a job waits
 LEAST_GAIN = 0.25

@@ -16,11 +16,13 @@ from typing import Any, TypeVar
 from cola_runtime import crash_points
 from cola_runtime.adapter_spec import LeaseTerms
 from cola_runtime.data.held_out import HeldOutPrompts
+from cola_runtime.encodings import TapPlan
 from cola_runtime.errors import ColaError, NotFound
 from cola_runtime.jobs.bank_size import limited_bytes
 from cola_runtime.jobs.plan import TrainingPlan
 from cola_runtime.jobs.records import CheckpointRecord, JobRecord
 from cola_runtime.jobs.store import JobStore
+from cola_runtime.rows import Row
 from cola_runtime.scheduler.checkpoints import CheckpointShelf
 from cola_runtime.scheduler.device_pool import DevicePool
 from cola_runtime.scheduler.leases import LeaseBook, LeaseLost
@@ -30,7 +32,7 @@ from cola_runtime.scheduler.replicas import Replica, ReplicaSet
 from cola_runtime.scheduler.spot_checks import SpotChecks
 from cola_runtime.scheduler.tickets import Computed
 from cola_runtime.scheduler.waiting import Due
-from cola_runtime.types import Gang, Lease, Row, Segment, StepApplied, TapPlan
+from cola_runtime.types import Gang, Lease, Segment, StepApplied
 from cola_runtime.update_chain import RecordedLink
 
 logger = logging.getLogger(__name__)
@@ -143,9 +145,9 @@ class AdapterPrimitives:
         while True:
             # not while placing: others may have a device already
             await self._replicas.wait_ready()
-            await self._pool.wait_able(job_id, demand, plan.shards)
-            async with self._pool.placing:
-                device_ids = self._pool.pick(job_id, demand, plan.shards)
+            await self._pool.choice.wait_able(job_id, demand, plan.shards)
+            async with self._pool.choice.placing:
+                device_ids = self._pool.choice.pick(job_id, demand, plan.shards)
                 replica = self._replicas.place(job_id, plan) if device_ids else None
                 if replica is not None:
                     lease = await self._store.grant_lease(job_id, *device_ids, replica=replica.name)
@@ -164,7 +166,8 @@ class AdapterPrimitives:
             if usable is not None:
                 blob = await asyncio.to_thread(self._checkpoints.read_shard, usable, plan, number)
             chain = links[number].digest if links else b""
-            await self._pool.grant(part, of_shard, checkpoint=blob, gradient_endpoint=endpoint, chain=chain)
+            device = self._pool.device(part)
+            await device.grant(part, of_shard, checkpoint=blob, gradient_endpoint=endpoint, chain=chain)
 
     async def forward(self, adapter: LeasedAdapter, rows: Sequence[Row]) -> Loss:
         """Losses of rows under the adapter's current version; nothing is trained."""
@@ -279,7 +282,7 @@ class AdapterPrimitives:
 
     def _would_stay(self, adapter: LeasedAdapter) -> bool:
         lease, plan = adapter.lease, adapter.plan
-        devices = self._pool.pick(lease.job_id, Demand.of(plan), plan.shards)
+        devices = self._pool.choice.pick(lease.job_id, Demand.of(plan), plan.shards)
         return tuple(devices) == lease.device_ids and self._replicas.of(lease.job_id) is adapter.replica
 
     def recorded(self, adapter: LeasedAdapter) -> None:
@@ -294,7 +297,7 @@ class AdapterPrimitives:
         """Return when a checkpoint of the adapter's current version is stored and recorded."""
         if not self._book.has_checkpoint(adapter.lease, adapter.version):
             for part in adapter.lease.parts:
-                await self._pool.request_checkpoint(part)
+                await self._pool.device(part).request_checkpoint(part)
         await self.wait_checkpoint(adapter)
 
     async def wait_checkpoint(self, adapter: LeasedAdapter) -> None:

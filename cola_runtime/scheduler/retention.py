@@ -41,20 +41,20 @@ async def retire(
     if settings.keep_last is None and settings.max_bytes_per_job is None:
         return
     best = await until_available(lambda: store.best_evaluation(job_id))
-    checkpoints = await until_available(lambda: store.checkpoints(job_id))
+    checkpoints = await until_available(lambda: store.checkpoints.of(job_id))
     kept = {*keep, *(each.version for each in checkpoints if each.pinned)}
     kept |= set() if best is None else {best.step}
     gone = superfluous(checkpoints, keep=kept, settings=settings)
     if gone:
         versions = [record.version for record in gone]
-        await until_available(lambda: store.retire_checkpoints(job_id, versions))
+        await until_available(lambda: store.checkpoints.retire(job_id, versions))
         for record in gone:
             await asyncio.to_thread(_delete, record, storage)
 
 
 async def collect_orphans(store: JobStore, storage: ObjectStorage) -> int:
     """Delete the objects that no record names, and return how many. Only while nothing else stores any."""
-    named = await store.storage_keys()
+    named = await store.checkpoints.storage_keys()
     stems = {key.removesuffix(INDEX_SUFFIX) for key in named if key.endswith(INDEX_SUFFIX)}
     orphans = [
         key

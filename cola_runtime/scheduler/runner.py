@@ -5,22 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from pydantic import ValidationError
-
 from cola_runtime.config import RetentionSettings, SpotCheckSettings
-from cola_runtime.errors import ColaError, Conflict, InvalidInput
+from cola_runtime.errors import ColaError, Conflict
 from cola_runtime.gradients.planner import Costs
-from cola_runtime.jobs.plan import as_recorded, job_taps, job_workload, training_plan
+from cola_runtime.jobs.plan import as_recorded, job_taps, job_workload, stored_spec, training_plan
 from cola_runtime.jobs.records import JobRecord, TenantTerms
 from cola_runtime.jobs.state import ACTIVE_STATES, TERMINAL_STATES, TRANSITIONS, JobState, Trigger
 from cola_runtime.jobs.store import JobStore
-from cola_runtime.scheduler.checkpoints import CheckpointShelf, read_checkpoint
+from cola_runtime.scheduler.checkpoints import CheckpointShelf
 from cola_runtime.scheduler.deadlines import DeadlineWatch
 from cola_runtime.scheduler.device_pool import DevicePool, DeviceStatus
-from cola_runtime.scheduler.driver import AT_COORDINATORS_END, AT_REQUEST, INTERNAL_MESSAGE, JobDriver, Stop
+from cola_runtime.scheduler.driver import INTERNAL_MESSAGE, JobDriver
+from cola_runtime.scheduler.generation import Generation
 from cola_runtime.scheduler.job_data import load_job_data
 from cola_runtime.scheduler.leases import LeaseBook
 from cola_runtime.scheduler.patience import until_available
@@ -30,9 +29,9 @@ from cola_runtime.scheduler.quarantine import QuarantineDesk
 from cola_runtime.scheduler.replicas import Replica, ReplicaSet, ReplicaStatus
 from cola_runtime.scheduler.slots import JobSlots
 from cola_runtime.scheduler.spot_checks import SpotChecks
+from cola_runtime.scheduler.stops import AT_COORDINATORS_END, AT_REQUEST, Stop
 from cola_runtime.scheduler.trace_desk import TraceDesk
 from cola_runtime.scheduler.waiting import Share
-from cola_runtime.spec import JobSpec
 from cola_runtime.storage.objects import ObjectStorage
 from cola_runtime.trace.spans import SpanRecorder
 from cola_runtime.types import BaseModelDescription, Lease
@@ -111,6 +110,12 @@ class JobRunner:
             )
             for name, served in self._base_models.items()
         }
+        self.generation = Generation(
+            {name: served.replicas for name, served in self._base_models.items()},
+            book=book,
+            store=store,
+            storage=storage,
+        )
         self._slots = JobSlots()
         self._drivers: dict[str, JobDriver] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -141,17 +146,17 @@ class JobRunner:
 
     async def _take_up_checks(self) -> None:
         """Those that the last coordinator did not get to; of a base model that is not served they wait."""
-        for check in await self._store.pending_checks():
+        for check in await self._store.checkpoints.pending_checks():
             record = await self._store.job(check.job_id)
             served = self._base_models.get(record.base_model)
             if served is None:
                 continue
             replica = served.replicas.named(check.replica)
             try:
-                plan = training_plan(_stored_spec(record), served.description, total_steps=record.total_steps)
+                plan = training_plan(stored_spec(record), served.description, total_steps=record.total_steps)
             except ColaError as error:
                 logger.warning("not checked: %s", error, extra={"event": "spot_check.not_taken_up"})
-                await self._store.forget_check(check)
+                await self._store.checkpoints.forget_check(check)
             else:
                 self._checks.take_up(check, plan, replica)
 
@@ -169,7 +174,7 @@ class JobRunner:
         """Stop every job at its next step boundary, with a checkpoint; what begins now waits for `open`."""
         self._draining = True
         for driver in self._drivers.values():
-            driver.ask(Stop.DRAIN, why=AT_COORDINATORS_END)
+            driver.stop.ask(Stop.DRAIN, why=AT_COORDINATORS_END)
         if self._tasks:
             await asyncio.wait(self._tasks.values(), timeout=timeout_seconds)
 
@@ -193,7 +198,7 @@ class JobRunner:
     async def resume(self, job_id: str) -> None:
         """Go on from the last checkpoint; a pause that has not taken effect yet is withdrawn."""
         driver = self._drivers.get(job_id)
-        if driver is not None and driver.withdraw_pause():
+        if driver is not None and driver.stop.withdraw_pause():
             return
         if job_id in self._tasks:
             await asyncio.wait({self._tasks[job_id]}, timeout=STOP_TIMEOUT_SECONDS)
@@ -245,34 +250,7 @@ class JobRunner:
             return f"{lease.devices} builds or restores its adapter"
         if not self._base_models[job.base_model].replicas.ready:
             return f"no replica of base model {job.base_model} answers; the job goes on when one does"
-        return ": ".join(filter(None, (driver.phase, self._pool.unable(job.job_id))))
-
-    async def generate(
-        self,
-        job_id: str | None,
-        prompt_ids: Sequence[int],
-        *,
-        base_model: str,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        stop_ids: Sequence[int],
-    ) -> tuple[list[int], int]:
-        """New tokens and the adapter version that made them (0 for the bare base model)."""
-        version, checkpoint = 0, None
-        if job_id is not None:
-            version, checkpoint = await self._adapter_to_ask(await self._store.job(job_id))
-        replica = self._base_models[base_model].replicas.to_ask(job_id)
-        [tokens] = await replica.base.generate(
-            job_id,
-            [list(prompt_ids)],
-            checkpoint=checkpoint,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            stop_ids=list(stop_ids),
-        )
-        return tokens, version
+        return ": ".join(filter(None, (driver.phase, self._pool.choice.unable(job.job_id))))
 
     def devices(self) -> list[DeviceStatus]:
         return self._pool.statuses()
@@ -304,7 +282,7 @@ class JobRunner:
             driver = await until_available(lambda: self._driver(record))
             self._drivers[record.job_id] = driver  # who asks from here on to stop it asks the driver
             if self._draining:
-                driver.ask(Stop.DRAIN, why=AT_COORDINATORS_END)
+                driver.stop.ask(Stop.DRAIN, why=AT_COORDINATORS_END)
             if (await until_available(lambda: self._store.job(record.job_id))).state in ACTIVE_STATES:
                 await driver.run()
         except ColaError as error:
@@ -320,10 +298,10 @@ class JobRunner:
             self._tasks.pop(record.job_id, None)
 
     async def _driver(self, record: JobRecord) -> JobDriver:
-        spec, served = _stored_spec(record), self._base_models[record.base_model]
+        spec, served = stored_spec(record), self._base_models[record.base_model]
         description = served.replicas.description
         plan = training_plan(spec, description, total_steps=record.total_steps)
-        self.set_terms(record.tenant_id, await self._store.terms(record.tenant_id))
+        self.set_terms(record.tenant_id, await self._store.accounts.terms(record.tenant_id))
         data = await load_job_data(record, spec, description, self._storage)
         asked = as_recorded(spec, record.encoding)
         taps, _ = job_taps(asked, description, plan.adapter, data.size, served.costs)
@@ -354,22 +332,9 @@ class JobRunner:
             return  # it has ended, or is paused already
         driver = self._drivers.get(job_id)
         if driver is not None:
-            driver.ask(stop, why=why)
+            driver.stop.ask(stop, why=why)
         else:
             await self._store.transition(job_id, stop.trigger, message=stop.told(why))
-
-    async def _adapter_to_ask(self, record: JobRecord) -> tuple[int, bytes | None]:
-        """The version to generate with; a job that holds no lease brings its newest checkpoint."""
-        if self._book.current(record.job_id) is not None:
-            return record.version, None
-        checkpoint = await self._store.latest_checkpoint(record.job_id)
-        if checkpoint is None:
-            raise Conflict(
-                "ADAPTER_NOT_READY",
-                "the job has no checkpoint to generate from yet",
-                remedy="Wait for its first checkpoint: `cola jobs checkpoints`.",
-            )
-        return checkpoint.version, await asyncio.to_thread(read_checkpoint, self._storage, checkpoint)
 
     async def _take_checkpoint(self, lease: Lease, version: int, content: bytes, sha256: str) -> None:
         if not self._checks.arrived(lease, content):
@@ -378,17 +343,3 @@ class JobRunner:
     async def _dismiss_device(self, device_id: str) -> None:
         """Its streams end at every replica of every base model."""
         await asyncio.gather(*(served.replicas.dismiss(device_id) for served in self._base_models.values()))
-
-
-def _stored_spec(record: JobRecord) -> JobSpec:
-    """Raises InvalidInput `STORED_SPEC_INVALID` for what another version accepted and this one does not."""
-    try:
-        return JobSpec.model_validate_json(record.spec_json)
-    except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise InvalidInput(
-            "STORED_SPEC_INVALID",
-            f"another version of the service accepted the job's spec, and this one refuses it: {wrong}",
-            where="job",
-            remedy="Correct the spec and submit it again; the job's checkpoints are kept.",
-        ) from error

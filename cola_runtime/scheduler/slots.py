@@ -9,9 +9,9 @@ import asyncio
 from bisect import bisect_left, insort
 from dataclasses import dataclass, field
 
+from cola_runtime.job_choices import Priority
 from cola_runtime.scheduler.policy import NOT_DUE
 from cola_runtime.scheduler.waiting import Due
-from cola_runtime.types import Priority
 
 
 @dataclass(slots=True, order=True)

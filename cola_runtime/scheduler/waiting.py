@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
+from cola_runtime.job_choices import Priority
 from cola_runtime.scheduler.packing import PaddedRow
-from cola_runtime.types import Gang, Priority
+from cola_runtime.types import Gang
 
 Class = tuple[bool, Gang | None]
 """(train, gang): only microbatches of one class share a base step."""

@@ -14,12 +14,15 @@ from cola_runtime.data.held_out import held_out_prompts
 from cola_runtime.data.metrics import metrics_of
 from cola_runtime.data.report import DatasetReport, dataset_report
 from cola_runtime.data.tokenize import TokenizedDataset, Tokenizer, longest_row
+from cola_runtime.encodings import TapPlan
 from cola_runtime.errors import InvalidInput
 from cola_runtime.jobs.bank_size import limited_bytes
 from cola_runtime.jobs.plan import DataSize, TrainingPlan, job_taps, training_plan
+from cola_runtime.rows import Row
 from cola_runtime.server.base_models import BaseModels
-from cola_runtime.spec import JobSpec, parse_job_spec
-from cola_runtime.types import BaseModelDescription, Row, TapPlan
+from cola_runtime.spec import JobSpec
+from cola_runtime.spec_parsing import parse_job_spec
+from cola_runtime.types import BaseModelDescription
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

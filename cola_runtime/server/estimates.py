@@ -13,6 +13,7 @@ from math import prod
 
 from cola_runtime.adapters.shapes import weight_shapes
 from cola_runtime.data.cursor import walked_steps
+from cola_runtime.encodings import Encoding
 from cola_runtime.gradients.planner import ITEM_BYTES, Costs
 from cola_runtime.gradients.wire_size import tap_bytes
 from cola_runtime.jobs.bank_size import bank_bytes
@@ -27,7 +28,7 @@ from cola_runtime.transport.wire_size import (
     update_end_bytes,
     weights_wire_bytes,
 )
-from cola_runtime.types import BaseModelDescription, Encoding
+from cola_runtime.types import BaseModelDescription
 
 MOST_WALKED_STEPS = 20_000  # of a longer job these are counted, and the others taken to be alike
 FLOPS_PER_PARAMETER = 4.0  # of a token: forward, and backward to the activations of a frozen base model

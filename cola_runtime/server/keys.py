@@ -64,7 +64,7 @@ async def create_key(
     with contextlib.suppress(Conflict):  # the tenant exists already
         await store.create_tenant(tenant)
     tenant_id = next(each.tenant_id for each in await store.tenants() if each.name == tenant)
-    terms = await store.change_terms(tenant_id, changes or TermChanges())
+    terms = await store.accounts.change_terms(tenant_id, changes or TermChanges())
     life = timedelta(seconds=expires_in_seconds) if expires_in_seconds else None
     key = await store.create_key(tenant, scopes=wanted, expires_in=life)
     if audited_as:

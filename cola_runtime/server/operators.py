@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from cola_runtime.errors import Conflict, InvalidInput
+from cola_runtime.job_choices import TrustClass
 from cola_runtime.jobs.device_rows import DeviceRecord, TokenRecord
 from cola_runtime.jobs.quarantine_rows import Quarantine
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.server.limits import Limits
 from cola_runtime.transport.certificates import Authority, requested_key_sha256
 from cola_runtime.transport.handshake import check_device_id
-from cola_runtime.types import TrustClass
 
 DAY_SECONDS = 86_400
 

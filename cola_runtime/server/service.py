@@ -7,17 +7,13 @@ object is simply not there.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
-from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from cola_runtime.adapters.adapter_files import adapter_folder
-from cola_runtime.adapters.checkpoint_format import checkpoint_weights
 from cola_runtime.data.report import DatasetReport
-from cola_runtime.errors import Conflict, NotFound, QuotaExceeded, Unavailable
+from cola_runtime.errors import Conflict, Unavailable
 from cola_runtime.gradients.planner import Costs
 from cola_runtime.jobs.database import OUTAGES
 from cola_runtime.jobs.recall import Recall
@@ -26,7 +22,6 @@ from cola_runtime.jobs.records import (
     EvaluationRecord,
     EventRecord,
     JobRecord,
-    NewJob,
     StepRecord,
     Tenant,
     TenantTerms,
@@ -34,15 +29,15 @@ from cola_runtime.jobs.records import (
 )
 from cola_runtime.jobs.state import JobState
 from cola_runtime.jobs.store import JobStore
-from cola_runtime.scheduler.checkpoints import read_checkpoint
 from cola_runtime.scheduler.device_pool import DeviceStatus
 from cola_runtime.scheduler.runner import JobRunner, ServiceStatistics
-from cola_runtime.server.admission import Admission, CheckedJob, Submission
+from cola_runtime.server.admission import Admission, Submission
 from cola_runtime.server.base_models import BaseModels
 from cola_runtime.server.estimates import JobEstimate, Situation, estimate_job
+from cola_runtime.server.exports import adapter_files, no_best, pick_checkpoint
+from cola_runtime.server.job_creation import JobCreation
 from cola_runtime.server.limits import Limits
 from cola_runtime.server.prompts import Completion, Prompts
-from cola_runtime.spec import JobSpec
 from cola_runtime.storage.objects import ObjectStorage
 from cola_runtime.trace.report import EXPORT
 from cola_runtime.types import BaseModelDescription
@@ -80,11 +75,10 @@ class FineTuningService:
         self.limits = limits or Limits()
         self._storage = storage
         self._runner = runner
+        self._creation = JobCreation(store=store, storage=storage, runner=runner, limits=self.limits)
         self._base_models = BaseModels(base_models, costs or {})
         self._admission = Admission(self._base_models)
         self._prompts = Prompts(self._base_models, self.limits)
-        self._creations: set[asyncio.Task[JobRecord]] = set()
-        self._admitting: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by tenant
 
     async def check_dataset(self, tenant: Tenant, submission: Submission) -> DatasetReport:
         """The checks of `submit`; nothing is created."""
@@ -93,12 +87,12 @@ class FineTuningService:
     async def estimate(self, tenant: Tenant, submission: Submission) -> JobEstimate:
         """What the job would take, after the checks of `submit`; nothing is created."""
         checked = await self._admission.check(submission)
-        await self._check_quota(tenant.tenant_id, "", steps=checked.report.steps)
+        await self._creation.check_quota(tenant.tenant_id, "", steps=checked.report.steps)
         devices, name = self._runner.devices(), checked.spec.base_model
         situation = Situation(
             costs=self._base_models.costs(name),
-            terms=await self.store.terms(tenant.tenant_id),
-            loads=await self.store.loads(name),
+            terms=await self.store.accounts.terms(tenant.tenant_id),
+            loads=await self.store.accounts.loads(name),
             tenant_id=tenant.tenant_id,
             seconds_per_token=self._runner.seconds_per_token(name),
             replicas=sum(each.base_model == name for each in self._runner.statistics().replicas),
@@ -110,11 +104,7 @@ class FineTuningService:
     async def submit(self, tenant: Tenant, submission: Submission) -> JobRecord:
         """A queued job, already handed to the runner. Whatever is wrong, nothing was created."""
         checked = await self._admission.check(submission)
-        new = _new_job(tenant, submission, checked)
-        creation = asyncio.create_task(self._create_and_start(new, submission, checked))
-        self._creations.add(creation)
-        creation.add_done_callback(self._creations.discard)
-        return await asyncio.shield(creation)  # a caller who leaves now leaves a whole job, not half of one
+        return await self._creation.create(tenant, submission, checked)
 
     def terms_changed(self, tenant_id: str, terms: TenantTerms) -> None:
         """An operator has set them; the scheduler goes by them from now on."""
@@ -206,7 +196,7 @@ class FineTuningService:
     async def checkpoints(self, tenant: Tenant, ref: str) -> tuple[list[CheckpointRecord], int | None]:
         """Checkpoints by version; and the best evaluation's step."""
         job = await self._recorded(tenant, ref)
-        return await self.store.checkpoints(job.job_id), await self._best_step(job)
+        return await self.store.checkpoints.of(job.job_id), await self._best_step(job)
 
     async def pin(self, tenant: Tenant, ref: str, *, version: int | None) -> CheckpointRecord:
         """Keep a checkpoint (None: the newest) for good; a second time changes nothing.
@@ -214,12 +204,12 @@ class FineTuningService:
         Raises NotFound `CHECKPOINT_UNKNOWN`, Conflict `ADAPTER_NOT_READY`, QuotaExceeded `QUOTA_PINNED`.
         """
         job = await self._recorded(tenant, ref)
-        return await self.store.pin_checkpoint(job.job_id, version)
+        return await self.store.checkpoints.pin(job.job_id, version)
 
     async def unpin(self, tenant: Tenant, ref: str, *, version: int) -> CheckpointRecord:
         """It goes when retention says, which may be now. Raises NotFound `CHECKPOINT_UNKNOWN`."""
         job = await self._recorded(tenant, ref)
-        unpinned = await self.store.unpin_checkpoint(job.job_id, version)
+        unpinned = await self.store.checkpoints.unpin(job.job_id, version)
         await self._runner.retire(job.job_id)
         return unpinned
 
@@ -239,10 +229,10 @@ class FineTuningService:
         if version == BEST:
             version = await self._best_step(job)
             if version is None:
-                raise _no_best(job)
-        checkpoint = _pick(await self.store.checkpoints(job.job_id), job, version)
+                raise no_best(job)
+        checkpoint = pick_checkpoint(await self.store.checkpoints.of(job.job_id), job, version)
         begin = time.monotonic()
-        files = await asyncio.to_thread(self._adapter_files, checkpoint, job)
+        files = await asyncio.to_thread(adapter_files, self._storage, checkpoint, job)
         end, version = time.monotonic(), checkpoint.version
         self._runner.spans.add("exports", EXPORT, begin=begin, end=end, job=job.job_id, version=version)
         return files
@@ -264,7 +254,7 @@ class FineTuningService:
         encoded = await self._prompts.encode(
             name, prompt, max_new_tokens=max_new_tokens, temperature=temperature
         )
-        tokens, version = await self._runner.generate(
+        tokens, version = await self._runner.generation.generate(
             job.job_id if job else None,
             encoded.token_ids,
             base_model=name,
@@ -277,11 +267,11 @@ class FineTuningService:
 
     async def usage(self, tenant: Tenant) -> Usage:
         """What the tenant's jobs have used."""
-        return await self.store.usage(tenant.tenant_id)
+        return await self.store.accounts.usage(tenant.tenant_id)
 
     async def usage_of_all(self) -> list[Usage]:
         """Of every tenant. For operators."""
-        return await self.store.usage_of_all()
+        return await self.store.accounts.usage_of_all()
 
     async def start_trace(self) -> None:
         """Record what the whole service does. For operators: it shows all tenants' jobs."""
@@ -308,121 +298,5 @@ class FineTuningService:
         best = await self.store.best_evaluation(job.job_id)
         return None if best is None else best.step
 
-    async def _check_quota(self, tenant_id: str, idempotency_key: str, *, steps: int) -> None:
-        """Raises QuotaExceeded `QUOTA_JOBS`, `QUOTA_STEPS`; a repeated request is no new job."""
-        most = self.limits.active_jobs
-        active = await self.store.active_jobs(tenant_id, but_key=idempotency_key)
-        if active is None:
-            return
-        if active >= most:
-            raise QuotaExceeded(
-                "QUOTA_JOBS",
-                "the tenant has as many active jobs as it may have",
-                limit=most,
-                actual=active + 1,
-                remedy="Wait for one to end, or cancel one: `cola jobs cancel`.",
-            )
-        cap = (await self.store.terms(tenant_id)).total_steps
-        if cap is not None:
-            taken = await self.store.steps_of_tenant(tenant_id)
-            if taken + steps > cap:
-                raise QuotaExceeded(
-                    "QUOTA_STEPS",
-                    f"the tenant's jobs have {taken} steps and this one would add {steps}",
-                    limit=cap,
-                    actual=taken + steps,
-                    remedy="Ask for fewer steps, cancel a job, or ask the operator for more.",
-                )
-
-    async def _create_and_start(self, new: NewJob, submission: Submission, checked: CheckedJob) -> JobRecord:
-        async with self._admitting[new.tenant_id]:  # two at once would both be the last that is allowed
-            await self._check_quota(new.tenant_id, submission.idempotency_key, steps=new.total_steps)
-            job = await self._create(new, submission)
-        if job.job_id == new.job_id:
-            await self.store.add_event(
-                job.job_id, "encoding.chosen", checked.taps_reason, data={"encoding": str(checked.taps)}
-            )
-        await self._runner.start(job.job_id)
-        return job
-
-    async def _create(self, new: NewJob, submission: Submission) -> JobRecord:
-        """Objects first, record after. Unless the record is ours, the objects go again."""
-        contents = {new.training_key: submission.training}
-        if new.evaluation_key is not None and submission.evaluation is not None:
-            contents[new.evaluation_key] = submission.evaluation
-        created: JobRecord | None = None
-        try:
-            for key, content in contents.items():
-                await asyncio.to_thread(self._storage.put, key, content)
-            created = await self.store.create_job(new)
-            return created
-        finally:
-            if created is None or created.job_id != new.job_id:
-                for key in contents:
-                    await asyncio.to_thread(self._storage.delete, key)
-
-    def _adapter_files(self, checkpoint: CheckpointRecord, job: JobRecord) -> dict[str, bytes]:
-        spec, _version, weights = checkpoint_weights(read_checkpoint(self._storage, checkpoint))
-        task = JobSpec.model_validate_json(job.spec_json).task.kind
-        return adapter_folder(spec, weights, job.base_model, task=task)
-
     def _page(self, limit: int) -> int:
         return min(limit, self.limits.page) if limit > 0 else self.limits.page
-
-
-def _new_job(tenant: Tenant, submission: Submission, checked: CheckedJob) -> NewJob:
-    spec_json = checked.spec.model_dump_json()
-    job = NewJob(
-        tenant_id=tenant.tenant_id,
-        name=checked.spec.name,
-        base_model=checked.spec.base_model,
-        spec_json=spec_json,
-        total_steps=checked.report.steps,
-        encoding=str(checked.taps),
-        training_key="",
-        request_digest=_digest(spec_json.encode(), submission.training, submission.evaluation),
-        training_name=submission.training_name,
-        evaluation_name=submission.evaluation_name,
-        idempotency_key=submission.idempotency_key or None,
-        deadline_seconds=None if checked.spec.deadline is None else checked.spec.deadline.seconds,
-    )
-    return replace(
-        job,
-        training_key=f"datasets/{job.job_id}/training.jsonl",
-        evaluation_key=None if submission.evaluation is None else f"datasets/{job.job_id}/evaluation.jsonl",
-    )
-
-
-def _digest(*parts: bytes | None) -> str:
-    """One digest over parts whose borders cannot be moved."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(b"-" if part is None else hashlib.sha256(part).digest())
-    return digest.hexdigest()
-
-
-def _no_best(job: JobRecord) -> NotFound:
-    return NotFound(
-        "BEST_UNKNOWN",
-        f"job {job.name} has no evaluation, so none of its versions is the best",
-        remedy="Submit with held-out rows, or export by version: `cola jobs checkpoints`.",
-    )
-
-
-def _pick(checkpoints: Sequence[CheckpointRecord], job: JobRecord, version: int | None) -> CheckpointRecord:
-    if not checkpoints:
-        raise Conflict(
-            "ADAPTER_NOT_READY",
-            f"job {job.name} has no checkpoint yet (it is {job.state})",
-            remedy="Wait for its first checkpoint: `cola jobs logs --follow`.",
-        )
-    if version is None:
-        return checkpoints[-1]
-    for checkpoint in checkpoints:
-        if checkpoint.version == version:
-            return checkpoint
-    raise NotFound(
-        "CHECKPOINT_UNKNOWN",
-        f"job {job.name} has no checkpoint of version {version}",
-        remedy=f"It has: {', '.join(str(each.version) for each in checkpoints)}.",
-    )

@@ -35,9 +35,11 @@ from cola_runtime.adapters.adapter import initial_weights
 from cola_runtime.adapters.shapes import weight_shapes
 from cola_runtime.base_model.accelerator import HOST, Accelerator
 from cola_runtime.base_model.model import TappedModel
+from cola_runtime.encodings import Encoding, TapPlan
 from cola_runtime.gradients.taps import Tap
+from cola_runtime.rows import Row
 from cola_runtime.testing.record import interleaved
-from cola_runtime.types import BaseStep, Encoding, Gang, Lease, Membership, Row, Segment, Site, TapPlan
+from cola_runtime.types import BaseStep, Gang, Lease, Membership, Segment, Site
 
 RANK, ALPHA, WIDE_RANK = 8, 16.0, 64
 UNSENT_TAPS = 64

@@ -26,12 +26,13 @@ from cola_runtime.data.cursor import step_rows, total_steps
 from cola_runtime.data.formats import parse_dataset
 from cola_runtime.data.tokenize import Tokenizer, longest_row
 from cola_runtime.jobs.plan import training_plan
+from cola_runtime.rows import Row
 from cola_runtime.runtime.coordinator import RunningService, running_service
 from cola_runtime.spec import JobSpec
 from cola_runtime.testing.ordinary_modules import train_ordinary
 from cola_runtime.testing.peft_reference import Recipe, relative_difference, train_alone
 from cola_runtime.testing.sequence_reference import train_sequence_alone
-from cola_runtime.types import BaseModelDescription, Row, TensorKey, TensorKind
+from cola_runtime.types import BaseModelDescription, TensorKey, TensorKind
 
 JOB_TIMEOUT_SECONDS = 3600.0
 

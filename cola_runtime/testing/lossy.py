@@ -14,17 +14,17 @@ from cola_runtime.adapter_spec import AdapterKind, AdapterPart, AdapterSpec
 from cola_runtime.adapters.checkpoint_format import TrainingDefinition
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.device.session import AdapterSession
+from cola_runtime.encodings import TapPlan
 from cola_runtime.gradients.accumulate import GradientAccumulator
 from cola_runtime.gradients.compression import Compressed, Int8Blocks, TapCompressor, dequantized
 from cola_runtime.gradients.taps import Tap, TapSink
+from cola_runtime.rows import Row
 from cola_runtime.types import (
     BaseStep,
     LearningRateSchedule,
     Lease,
     OptimizerHyperparameters,
-    Row,
     Segment,
-    TapPlan,
     TensorKey,
 )
 

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cola_runtime.job_choices import Priority
+from cola_runtime.rows import Row
 from cola_runtime.scheduler.loop import SchedulerLoop
 from cola_runtime.scheduler.packing import measured
-from cola_runtime.types import BaseStep, BaseStepResult, Lease, Priority, Row, Segment, SegmentLoss
+from cola_runtime.types import BaseStep, BaseStepResult, Lease, Segment, SegmentLoss
 
 STEP_SECONDS = 0.05
 TOKEN_SECONDS = 0.0072

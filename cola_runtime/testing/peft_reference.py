@@ -15,13 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cola_runtime.adapter_spec import AdapterSpec, LoraKind
 from cola_runtime.adapters.schedule import learning_rate
-from cola_runtime.types import (
-    LearningRateSchedule,
-    OptimizerHyperparameters,
-    Row,
-    TensorKey,
-    TensorKind,
-)
+from cola_runtime.rows import Row
+from cola_runtime.types import LearningRateSchedule, OptimizerHyperparameters, TensorKey, TensorKind
 
 _FACTORS = {TensorKind.LORA_A: "lora_A", TensorKind.LORA_B: "lora_B"}
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from cola_runtime.demo.memory import memory_bytes
-from cola_runtime.types import Row
+from cola_runtime.rows import Row
 
 START_SECONDS = 600.0
 

@@ -19,6 +19,7 @@ from cola_runtime.adapters.schedule import learning_rate
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.data.metrics import evaluate
 from cola_runtime.jobs.plan import training_plan
+from cola_runtime.rows import Row
 from cola_runtime.spec import JobSpec
 from cola_runtime.task_spec import CausalLmTask, ClassificationTask
 from cola_runtime.testing.exactness import (
@@ -41,7 +42,7 @@ from cola_runtime.testing.peft_reference import (
     torch_optimizer,
 )
 from cola_runtime.testing.sequence_reference import sequence_model, sequence_output
-from cola_runtime.types import BaseModelDescription, Row, TensorKey, TensorKind
+from cola_runtime.types import BaseModelDescription, TensorKey, TensorKind
 
 WAIT_SECONDS = 7200.0
 _EVALUATED_ROWS = 32  # at a time

@@ -20,9 +20,10 @@ from torch.nn.utils.rnn import pad_sequence
 from cola_runtime.adapter_spec import AdapterSpec
 from cola_runtime.adapters.schedule import learning_rate
 from cola_runtime.image_processing import PROCESSOR_FILE
+from cola_runtime.rows import EncodedImage, Row
 from cola_runtime.testing.ordinary_modules import add_adapter, wide_norms
 from cola_runtime.testing.peft_reference import Recipe, TrainedAlone, descend, torch_optimizer
-from cola_runtime.types import EncodedImage, Row, TensorKey, TensorKind
+from cola_runtime.types import TensorKey, TensorKind
 
 _FIRST = "channels_first"
 

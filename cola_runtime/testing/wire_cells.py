@@ -22,6 +22,7 @@ from cola_runtime.base_model.stacks.protocol import CohortRows, SiteStack, Span
 from cola_runtime.base_model.stacks.taps import GroupTaps, OwnGradients
 from cola_runtime.base_model.tap_carrier import DirectCarrier, Recipients
 from cola_runtime.base_model.workspace import Workspace
+from cola_runtime.encodings import Compression, Encoding, TapPlan
 from cola_runtime.gradients.accumulate import GradientAccumulator
 from cola_runtime.gradients.compression import TapCompressor
 from cola_runtime.gradients.planner import encodings_of
@@ -30,7 +31,7 @@ from cola_runtime.transport.frames import DType, Frame, TensorAddress
 from cola_runtime.transport.packs import ReceivedPack
 from cola_runtime.transport.reader import FrameLimits, FrameReader, ReceivedTensor
 from cola_runtime.transport.tensors import parcels, tap_from_wire, tensors_from_wire, vector_from_wire
-from cola_runtime.types import Compression, Encoding, Lease, Site, TapPlan, TensorKey, TensorKind
+from cola_runtime.types import Lease, Site, TensorKey, TensorKind
 
 LEASE = Lease(job_id="job-" + "0" * 32, epoch=1, device_id="here")
 ADDRESS = TensorAddress(LEASE.job_id, LEASE.epoch, version=0, kind=TensorKind.BLOB)
@@ -137,9 +138,9 @@ class _Group:
     def _stack(self, taps: GroupTaps) -> SiteStack:
         layout = AdapterLayout.of(self._spec)
         (piece,) = layout.pieces
-        flat = layout.flatten(self._weights, self._spec, self._dtype)
-        rows = CohortRows(Span(0, 1), (self._scaling,))
-        return GatheredStack(piece, (flat,), rows, tuple(range(len(self._sites))), taps, Workspace()).stack()
+        blocks = layout.blocks(layout.flatten(self._weights, self._spec, self._dtype))
+        rows, positions = CohortRows(Span(0, 1), (self._scaling,)), tuple(range(len(self._sites)))
+        return GatheredStack(piece.layout, (blocks,), rows, positions, taps, Workspace()).stack()
 
     def _add(self, messages: Sequence[bytes]) -> float:
         """What a device does with them; returns its CPU seconds."""

@@ -11,8 +11,9 @@ import torch
 from cola_runtime.adapters.checkpoint_format import TrainingDefinition
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.device.session import AdapterSession
+from cola_runtime.encodings import Encoding
 from cola_runtime.testing.peft_reference import Recipe, relative_difference, train_alone
-from cola_runtime.types import Encoding, LearningRateSchedule, OptimizerHyperparameters
+from cola_runtime.types import LearningRateSchedule, OptimizerHyperparameters
 from tests.base_model.conftest import TinyFolder
 from tests.base_model.kind_samples import BOUNDS, assert_exact, mixed_kinds
 from tests.base_model.merged_samples import SUM, collaborator

@@ -11,9 +11,10 @@ import torch
 
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.base_model.workspace import Workspace
+from cola_runtime.encodings import Encoding
 from cola_runtime.gradients.taps import Tap
 from cola_runtime.testing.peft_reference import relative_difference
-from cola_runtime.types import BaseStep, Encoding, Segment
+from cola_runtime.types import BaseStep, Segment
 from tests.base_model.conftest import TinyFolder
 from tests.base_model.mixed_samples import Tenant, four_tenants, gradients_of, install_all, run_segments
 

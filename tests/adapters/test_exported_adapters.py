@@ -22,9 +22,10 @@ from cola_runtime.adapters.folder_files import CONFIG_FILE, WEIGHTS_FILE
 from cola_runtime.adapters.peft_files import read_peft_folder
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.errors import InvalidInput
+from cola_runtime.rows import Row
 from cola_runtime.testing.ordinary_modules import wide_norms
 from cola_runtime.testing.tiny_models import ModelKind, save_tiny_model, tiny_sites
-from cola_runtime.types import BaseStep, Lease, Row, Segment, Site, TensorKey
+from cola_runtime.types import BaseStep, Lease, Segment, Site, TensorKey
 from tests.adapters.adapter_samples import KINDS, LORA, MODULE, spec_of, trained_weights, write_folder
 
 pytestmark = pytest.mark.usefixtures("bent_is_registered", "one_thread")

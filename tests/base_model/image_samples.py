@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from cola_runtime.base_model.model import TappedModel
-from cola_runtime.types import Image, Row
+from cola_runtime.rows import Image, Row
 
 NO_TOKENS, NO_WEIGHTS = np.empty(0, np.int32), np.empty(0, np.float32)
 

@@ -20,9 +20,10 @@ from cola_runtime.adapter_spec import (
 from cola_runtime.adapters.adapter import initial_weights
 from cola_runtime.adapters.site_kinds import unfit
 from cola_runtime.base_model.model import TappedModel
+from cola_runtime.encodings import Encoding
 from cola_runtime.testing.ordinary_modules import add_adapter, wide_norms
 from cola_runtime.testing.peft_reference import batch_loss, relative_difference
-from cola_runtime.types import Encoding, Site
+from cola_runtime.types import Site
 from tests.base_model.mixed_samples import (
     Tenant,
     Weights,

@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM
 from cola_runtime.adapter_spec import AdapterKind, AdapterPart, AdapterSpec
 from cola_runtime.adapters.adapter import initial_weights
 from cola_runtime.base_model.model import TappedModel
+from cola_runtime.encodings import Encoding
+from cola_runtime.rows import Row
 from cola_runtime.testing.ordinary_modules import OrdinaryAdapter, wide_norms
 from cola_runtime.testing.peft_reference import batch_loss
-from cola_runtime.types import Encoding, Gang, Membership, Row, Segment, Site, SiteKind, TensorKey
+from cola_runtime.types import Gang, Membership, Segment, Site, SiteKind, TensorKey
 from tests.base_model.mixed_samples import Tenant, Weights, random_row
 
 MEAN = Gang(name="group/a-name-that-nobody-guesses", combine="mean")

@@ -12,21 +12,12 @@ from torch import Tensor
 from cola_runtime.adapter_spec import AdapterSpec, lora_spec
 from cola_runtime.adapters.adapter import initial_weights
 from cola_runtime.base_model.model import TappedModel
+from cola_runtime.encodings import Encoding, TapPlan
 from cola_runtime.gradients.accumulate import GradientAccumulator
 from cola_runtime.gradients.taps import Tap
+from cola_runtime.rows import Row
 from cola_runtime.testing.peft_reference import adapter_parameters, batch_loss, peft_model
-from cola_runtime.types import (
-    BaseStep,
-    BaseStepResult,
-    Encoding,
-    Lease,
-    Row,
-    Segment,
-    Site,
-    TapPlan,
-    TensorKey,
-    TensorKind,
-)
+from cola_runtime.types import BaseStep, BaseStepResult, Lease, Segment, Site, TensorKey, TensorKind
 
 Weights = dict[TensorKey, Tensor]
 

@@ -13,12 +13,14 @@ from torch import nn
 from cola_runtime.adapter_spec import AdapterSpec, HeadKind, LoraKind, head_part
 from cola_runtime.base_model import checkpointing
 from cola_runtime.base_model.model import TappedModel
+from cola_runtime.encodings import Encoding
 from cola_runtime.errors import InvalidInput
 from cola_runtime.gradients.taps import Tap
+from cola_runtime.rows import Row
 from cola_runtime.testing.architectures import save_causal_model, save_encoder_decoder
 from cola_runtime.testing.live_bytes import LiveBytes
 from cola_runtime.testing.tiny_models import save_tiny_model
-from cola_runtime.types import BaseStep, Encoding, Gang, Membership, Row
+from cola_runtime.types import BaseStep, Gang, Membership
 from tests.base_model.kind_samples import everywhere, mixed_kinds, random_weights
 from tests.base_model.mixed_samples import Tenant, install_all, run_segments
 from tests.base_model.mixed_samples import tenant as lora_tenant

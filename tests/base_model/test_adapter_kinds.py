@@ -13,8 +13,9 @@ from cola_runtime.adapter_spec import AdapterPart, ModuleKind
 from cola_runtime.adapters import module_registry
 from cola_runtime.adapters.module_registry import register_adapter_module
 from cola_runtime.base_model.model import TappedModel
+from cola_runtime.encodings import Encoding
 from cola_runtime.testing.peft_reference import batch_loss, relative_difference
-from cola_runtime.types import Encoding, TensorKey, TensorKind
+from cola_runtime.types import TensorKey, TensorKind
 from tests.base_model.conftest import TinyFolder
 from tests.base_model.kind_samples import BOUNDS, KINDS, assert_exact, everywhere, mixed_kinds, tenant
 from tests.base_model.mixed_samples import gradients_of, install_all, run_segments

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from cola_runtime.base_model.model import TappedModel
+from cola_runtime.encodings import Encoding
 from cola_runtime.errors import InvalidInput
 from cola_runtime.testing.architectures import CAUSAL, save_causal_model
-from cola_runtime.types import Encoding
 from tests.base_model.kind_samples import BOUNDS, assert_exact, mixed_kinds
 
 # Bloom's softmax is in float32 whatever the model's type.

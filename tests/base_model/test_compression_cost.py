@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from cola_runtime.adapter_spec import AdapterKind, LinearKind, LoraKind
+from cola_runtime.encodings import Compression, Encoding, TapPlan
 from cola_runtime.testing.lossy import compression_cost
-from cola_runtime.types import Compression, Encoding, TapPlan
 from tests.base_model.conftest import TinyFolder
 
 BFLOAT16, INT8, LOW_RANK = Compression.BFLOAT16, Compression.INT8, Compression.LOW_RANK

@@ -21,11 +21,12 @@ from cola_runtime.base_model.stacks.cohorts import GroupPlaces, group_stacks
 from cola_runtime.base_model.tap_carrier import DirectCarrier, TapOutlet
 from cola_runtime.base_model.tapped import TappedModules
 from cola_runtime.base_model.workspace import Workspace
+from cola_runtime.encodings import Encoding
 from cola_runtime.errors import InvalidInput
 from cola_runtime.gradients.taps import Tap
 from cola_runtime.testing.ordinary_modules import add_adapter
 from cola_runtime.testing.peft_reference import relative_difference
-from cola_runtime.types import Encoding, Gang, Membership, Site
+from cola_runtime.types import Gang, Membership, Site
 from tests.base_model.kind_samples import KINDS, NONLINEAR, tenant
 from tests.base_model.mixed_samples import Tenant, Weights, gradients_of
 

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from cola_runtime.adapters.site_modules import site_kind
 from cola_runtime.base_model.model import TappedModel
+from cola_runtime.encodings import Encoding
 from cola_runtime.testing.architectures import save_causal_model, save_encoder_decoder
 from cola_runtime.testing.ordinary_modules import add_adapter, wide_norms
-from cola_runtime.types import Encoding, Site, SiteKind, TensorKind
+from cola_runtime.types import Site, SiteKind, TensorKind
 from tests.base_model.conftest import TinyFolder
 from tests.base_model.kind_samples import BOUNDS, KINDS, NONLINEAR, assert_exact, everywhere
 from tests.base_model.mixed_samples import Tenant, install_all, run_segments

@@ -16,11 +16,14 @@ from cola_runtime.adapter_spec import AdapterPart, AdapterSpec, LoraKind
 from cola_runtime.adapters.dropout import SegmentDropout
 from cola_runtime.adapters.targets import resolve_target_sites
 from cola_runtime.base_model.model import TappedModel
+from cola_runtime.encodings import Encoding
 from cola_runtime.errors import InvalidInput
+from cola_runtime.job_choices import Task
+from cola_runtime.rows import Row
 from cola_runtime.testing.architectures import SEQUENCE_TO_SEQUENCE, save_encoder_decoder
 from cola_runtime.testing.ordinary_modules import OrdinaryAdapter, add_adapter
 from cola_runtime.testing.peft_reference import relative_difference
-from cola_runtime.types import Encoding, Row, Site, Task
+from cola_runtime.types import Site
 from tests.base_model.kind_samples import BOUNDS, mixed_kinds
 from tests.base_model.mixed_samples import (
     Tenant,

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from cola_runtime.base_model.mixed_pass import MixedPass
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.base_model.near_sizes import near_sizes
+from cola_runtime.rows import Row
 from cola_runtime.testing.peft_reference import relative_difference
-from cola_runtime.types import Row, Segment
+from cola_runtime.types import Segment
 from tests.base_model.conftest import TinyFolder
 from tests.base_model.mixed_samples import four_tenants, gradients_of, install_all, run_segments
 

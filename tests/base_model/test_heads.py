@@ -24,17 +24,12 @@ from cola_runtime.adapters.checkpoint_format import TrainingDefinition
 from cola_runtime.base_model.body import PatchedBody
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.device.session import AdapterSession
+from cola_runtime.encodings import Encoding
 from cola_runtime.errors import InvalidInput
+from cola_runtime.rows import Row
 from cola_runtime.testing.peft_reference import Recipe, relative_difference
 from cola_runtime.testing.sequence_reference import sequence_model, sequence_output, train_sequence_alone
-from cola_runtime.types import (
-    Encoding,
-    LearningRateSchedule,
-    OptimizerHyperparameters,
-    Row,
-    TensorKey,
-    TensorKind,
-)
+from cola_runtime.types import LearningRateSchedule, OptimizerHyperparameters, TensorKey, TensorKind
 from tests.base_model.conftest import TinyFolder
 from tests.base_model.mixed_samples import (
     Tenant,

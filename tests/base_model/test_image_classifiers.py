@@ -21,13 +21,16 @@ from cola_runtime.adapters.dropout import SegmentDropout
 from cola_runtime.base_model.images import ImageInput
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.base_model.service import BaseModelService
+from cola_runtime.encodings import Encoding
 from cola_runtime.errors import InvalidInput
 from cola_runtime.image_processing import PROCESSOR_FILE
+from cola_runtime.job_choices import Task
+from cola_runtime.rows import EncodedImage, Row
 from cola_runtime.testing.architectures import IMAGES, WITHOUT_ATTENTION, save_image_classifier
 from cola_runtime.testing.ordinary_modules import OrdinaryAdapter
 from cola_runtime.testing.peft_reference import relative_difference
 from cola_runtime.testing.sequence_reference import sequence_model, sequence_output
-from cola_runtime.types import BaseStep, EncodedImage, Encoding, Row, Site, Task
+from cola_runtime.types import BaseStep, Site
 from tests.base_model.image_samples import image_row
 from tests.base_model.kind_samples import BOUNDS, KINDS, NONLINEAR, ZERO, fitting, random_weights
 from tests.base_model.mixed_samples import (

@@ -8,7 +8,7 @@ import pytest
 
 from cola_runtime.base_model import load
 from cola_runtime.base_model.kept_choice import KeptAttention
-from cola_runtime.config import BaseModelSettings
+from cola_runtime.config import BaseModelSettings, HostSettings
 from cola_runtime.runtime.actors import BaseModelActor
 from cola_runtime.testing.tiny_models import save_tiny_model
 
@@ -43,7 +43,7 @@ async def test_a_second_start_takes_the_first_ones_attention_whatever_is_faster_
     async def started(faster: str) -> str:
         monkeypatch.setattr(load, "_trial_seconds", lambda _, name, *rest: 1.0 if name == faster else 2.0)
         settings = BaseModelSettings(name="tiny", path=model)
-        actor = BaseModelActor(settings, tmp_path / "cache", "token", ())
+        actor = BaseModelActor(settings, tmp_path / "cache", "token", (), hosts=HostSettings())
         return (await actor._service.describe()).details["attention"]
 
     assert [await started("eager"), await started("sdpa")] == ["eager", "eager"]

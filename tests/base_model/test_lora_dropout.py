@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM
 from cola_runtime.adapter_spec import AdapterPart, AdapterSpec, LinearKind, LoraKind
 from cola_runtime.adapters.dropout import SegmentDropout
 from cola_runtime.base_model.model import TappedModel
+from cola_runtime.encodings import Encoding
 from cola_runtime.gradients.taps import Tap
 from cola_runtime.testing.ordinary_modules import OrdinaryAdapter, wide_norms
 from cola_runtime.testing.peft_reference import batch_loss, relative_difference
-from cola_runtime.types import BaseStep, Encoding, Segment, Site, TensorKind
+from cola_runtime.types import BaseStep, Segment, Site, TensorKind
 from tests.base_model.conftest import TinyFolder
 from tests.base_model.mixed_samples import (
     Tenant,

@@ -9,10 +9,11 @@ import torch
 
 from cola_runtime.base_model.loss_scales import GROWTH_INTERVAL, LossScales
 from cola_runtime.base_model.model import TappedModel
+from cola_runtime.encodings import Encoding
 from cola_runtime.errors import InvalidInput
 from cola_runtime.gradients.taps import Tap
 from cola_runtime.testing.architectures import save_encoder_decoder
-from cola_runtime.types import BaseStep, Encoding, Lease, LossScaling, Membership, Segment
+from cola_runtime.types import BaseStep, Lease, LossScaling, Membership, Segment
 from tests.base_model.conftest import TinyFolder
 from tests.base_model.kind_samples import mixed_kinds
 from tests.base_model.merged_samples import SUM

@@ -9,8 +9,9 @@ import torch
 
 from cola_runtime.adapter_spec import AdapterKind, LinearizedLoraKind, LinearKind, LoraKind
 from cola_runtime.base_model.model import TappedModel
+from cola_runtime.encodings import Encoding
 from cola_runtime.testing.peft_reference import relative_difference
-from cola_runtime.types import Encoding, Gang
+from cola_runtime.types import Gang
 from tests.base_model.conftest import TinyFolder
 from tests.base_model.merged_samples import (
     MEAN,

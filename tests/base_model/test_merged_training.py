@@ -13,16 +13,10 @@ from cola_runtime.adapters.adapter import initial_weights
 from cola_runtime.adapters.checkpoint_format import TrainingDefinition
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.device.session import AdapterSession
+from cola_runtime.encodings import Encoding, TapPlan
+from cola_runtime.rows import Row
 from cola_runtime.testing.peft_reference import relative_difference
-from cola_runtime.types import (
-    BaseStep,
-    Encoding,
-    LearningRateSchedule,
-    OptimizerHyperparameters,
-    Row,
-    Segment,
-    TapPlan,
-)
+from cola_runtime.types import BaseStep, LearningRateSchedule, OptimizerHyperparameters, Segment
 from tests.base_model.conftest import TinyFolder
 from tests.base_model.merged_samples import (
     MEAN,

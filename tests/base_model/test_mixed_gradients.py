@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from cola_runtime.base_model.model import TappedModel
+from cola_runtime.encodings import Encoding
 from cola_runtime.testing.peft_reference import relative_difference
-from cola_runtime.types import Encoding
 from tests.base_model.conftest import TinyFolder
 from tests.base_model.mixed_samples import (
     four_tenants,

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from cola_runtime.base_model.model import TappedModel
-from cola_runtime.types import Encoding, Row, SegmentLoss
+from cola_runtime.encodings import Encoding
+from cola_runtime.rows import Row
+from cola_runtime.types import SegmentLoss
 from tests.base_model.conftest import TinyFolder
 from tests.base_model.mixed_samples import (
     Tenant,

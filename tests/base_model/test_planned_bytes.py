@@ -14,18 +14,11 @@ from cola_runtime.adapter_spec import (
     MlpKind,
 )
 from cola_runtime.base_model.model import TappedModel
+from cola_runtime.encodings import Compression, Encoding, TapPlan
 from cola_runtime.gradients.compression import TapCompressor
 from cola_runtime.gradients.planner import Workload, encodings_of, group_effort
 from cola_runtime.transport.tensors import to_wire
-from cola_runtime.types import (
-    PRODUCT_FLOPS,
-    Compression,
-    Encoding,
-    LossScaling,
-    Segment,
-    TapPlan,
-    TensorKind,
-)
+from cola_runtime.types import PRODUCT_FLOPS, LossScaling, Segment, TensorKind
 from tests.base_model.conftest import TinyFolder
 from tests.base_model.mixed_samples import install_all, run_segments
 from tests.base_model.test_adapter_kinds import everywhere

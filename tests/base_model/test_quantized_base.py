@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from cola_runtime.base_model.model import TappedModel
+from cola_runtime.encodings import Encoding
 from cola_runtime.errors import InvalidInput
 from cola_runtime.jobs.plan import training_plan
 from cola_runtime.spec import JobSpec
@@ -20,7 +21,7 @@ from cola_runtime.testing.architectures import save_causal_model
 from cola_runtime.testing.live_bytes import LiveBytes
 from cola_runtime.testing.ordinary_modules import add_adapter
 from cola_runtime.testing.peft_reference import batch_loss, relative_difference
-from cola_runtime.types import BaseStep, Encoding, Membership, Site, SiteKind
+from cola_runtime.types import BaseStep, Membership, Site, SiteKind
 from tests.base_model.conftest import TinyFolder
 from tests.base_model.kind_samples import BOUNDS, ZERO, mixed_kinds
 from tests.base_model.merged_samples import SUM

@@ -10,8 +10,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cola_runtime.base_model.model import TappedModel
+from cola_runtime.encodings import Encoding, TapPlan
 from cola_runtime.gradients.taps import Tap
-from cola_runtime.types import BaseStep, Encoding, Row, Segment, Site, TapPlan, TensorKind
+from cola_runtime.rows import Row
+from cola_runtime.types import BaseStep, Segment, Site, TensorKind
 from tests.base_model.conftest import TinyFolder
 from tests.base_model.mixed_samples import four_tenants, install_all, run_segments, tenant
 

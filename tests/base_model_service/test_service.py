@@ -23,22 +23,21 @@ from cola_runtime.base_model.updates import Update
 from cola_runtime.device.agent import DeviceAgent
 from cola_runtime.device.config import DeviceConfig
 from cola_runtime.device.session import AdapterSession
+from cola_runtime.encodings import Encoding, TapPlan
 from cola_runtime.errors import Conflict, Fenced
+from cola_runtime.rows import Row
 from cola_runtime.testing.tiny_models import save_tiny_model
 from cola_runtime.types import (
     BaseEvent,
     BaseStep,
-    Encoding,
     Gang,
     LearningRateSchedule,
     Lease,
     Membership,
     OptimizerHyperparameters,
-    Row,
     Segment,
     StepApplied,
     StepRefused,
-    TapPlan,
     TensorKey,
 )
 from tests.device.fake_coordinator import TOKEN, WAIT_SECONDS, FakeCoordinator

@@ -14,7 +14,6 @@ def test_a_module_that_cannot_be_imported_ends_the_command_before_anything_start
     cola: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     monkeypatch.setattr("cola_runtime.config.set_thread_environment", lambda threads: None)
-    monkeypatch.setattr("cola_runtime.config.keep_own_ray_private", lambda token: None)
     monkeypatch.setenv("COLA_JOIN_TOKEN", "secret")
     monkeypatch.setenv("COLA_DATA_DIR", str(tmp_path / "data"))
     ran = cola(command, "--adapter-module", "json", "--adapter-module", "no_such.adapters")
@@ -26,7 +25,6 @@ def test_a_module_that_cannot_be_imported_ends_the_command_before_anything_start
 def test_a_job_store_that_is_damaged_ends_serve_before_ray_starts(
     cola: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cola_runtime.config.keep_own_ray_private", lambda token: None)
     monkeypatch.setattr("cola_runtime.runtime.coordinator.Cluster", None)
     folder = tmp_path / "data"
     folder.mkdir()

@@ -155,7 +155,7 @@ def test_generate_goes_through_the_tokenizer(client: Client, spec: JobSpec, serv
     answer = handle.generate("abc", max_new_tokens=3)
     assert (answer.text, answer.completion_tokens, answer.adapter_version) == ("cba", 3, 3)
     assert client.generate("xy").text == "yx"
-    assert [call["job_id"] for call in served.runner.generated] == [handle.job_id, None]
+    assert [call["job_id"] for call in served.runner.generation.generated] == [handle.job_id, None]
 
 
 def test_generate_renders_chat_messages_with_the_models_template(client: Client) -> None:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from cola_runtime.data.cursor import step_indices, step_rows, steps_per_pass, total_steps
 from cola_runtime.errors import InvalidInput
+from cola_runtime.rows import Row
 from cola_runtime.spec import JobSpec
-from cola_runtime.types import Row
 
 
 def spec(**fields: Any) -> JobSpec:

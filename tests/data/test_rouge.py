@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from cola_runtime.data.metrics import evaluate
 from cola_runtime.data.rouge import longest_common_subsequence, rouge_l
+from cola_runtime.job_choices import Metric
 from cola_runtime.task_spec import CausalLmTask, SequenceToSequenceTask
-from cola_runtime.types import Metric
 
 WORDS = st.lists(st.sampled_from("abcd"), max_size=90)
 

@@ -16,9 +16,9 @@ from cola_runtime.data.records import Message
 from cola_runtime.data.report import dataset_report
 from cola_runtime.data.tokenize import Tokenizer, longest_row
 from cola_runtime.errors import InvalidInput
+from cola_runtime.rows import Row
 from cola_runtime.spec import JobSpec
 from cola_runtime.testing.tiny_models import EOS, TURN_END, TURN_START, byte_tokenizer
-from cola_runtime.types import Row
 
 SaveTokenizer = Callable[..., Path]
 

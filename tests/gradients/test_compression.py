@@ -10,6 +10,7 @@ import xxhash
 
 from cola_runtime.adapter_spec import AdapterPart, AdapterSpec, LinearKind
 from cola_runtime.adapters.adapter import initial_weights
+from cola_runtime.encodings import Compression
 from cola_runtime.errors import ProtocolError
 from cola_runtime.gradients import int8_layout
 from cola_runtime.gradients.accumulate import GradientAccumulator
@@ -24,7 +25,7 @@ from cola_runtime.testing.tiny_models import tiny_sites
 from cola_runtime.transport.frames import DType, TensorAddress, tensor_frames
 from cola_runtime.transport.reader import FrameLimits, FrameReader, ReceivedTensor
 from cola_runtime.transport.tensors import from_wire, tap_from_wire, to_wire
-from cola_runtime.types import Compression, Lease, TensorKey, TensorKind
+from cola_runtime.types import Lease, TensorKey, TensorKind
 
 JOB = "job-" + "0123456789abcdef" * 2
 LEASE = Lease(job_id=JOB, epoch=1, device_id="d")

@@ -18,12 +18,13 @@ from cola_runtime.adapter_spec import (
     LoraKind,
 )
 from cola_runtime.adapters.adapter import initial_weights, site_adapters
+from cola_runtime.encodings import Compression, Encoding
 from cola_runtime.errors import ProtocolError
 from cola_runtime.gradients.accumulate import GradientAccumulator
 from cola_runtime.gradients.compression import Int8Blocks, TapCompressor
 from cola_runtime.gradients.planner import Workload, group_effort
 from cola_runtime.gradients.taps import activation_tensors, product_tensors, used_rows
-from cola_runtime.types import Compression, Encoding, Lease, Site, SiteKind, TensorKey, TensorKind
+from cola_runtime.types import Lease, Site, SiteKind, TensorKey, TensorKind
 
 WORDS, OUTPUTS, PADDING = 11, 5, 2
 EMBEDDING = Site(

@@ -18,12 +18,14 @@ from cola_runtime.adapter_spec import (
     MlpKind,
     ModuleKind,
 )
+from cola_runtime.encodings import Compression, Encoding, TapPlan
 from cola_runtime.errors import InvalidInput
 from cola_runtime.gradients.planner import Costs, Workload, check_encoding, group_effort, plan_taps
 from cola_runtime.jobs.plan import DataSize, as_recorded, job_taps
+from cola_runtime.rows import Row
 from cola_runtime.spec import JobSpec
 from cola_runtime.testing.tiny_models import tiny_sites
-from cola_runtime.types import BaseModelDescription, Compression, Encoding, Row, Site, SiteKind, TapPlan
+from cola_runtime.types import BaseModelDescription, Site, SiteKind
 
 SITES = tiny_sites("llama")
 ACTIVATIONS, WEIGHT, ADAPTER = Encoding.ACTIVATIONS, Encoding.WEIGHT_GRADIENT, Encoding.ADAPTER_GRADIENT

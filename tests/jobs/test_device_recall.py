@@ -10,6 +10,7 @@ import pytest
 from job_samples import HandClock
 
 from cola_runtime.errors import ColaError, Unavailable
+from cola_runtime.job_choices import TrustClass
 from cola_runtime.jobs import device_recall
 from cola_runtime.jobs.device_recall import DeviceRecall
 from cola_runtime.jobs.store import JobStore
@@ -18,7 +19,6 @@ from cola_runtime.scheduler.device_gate import Admission, DeviceGate
 from cola_runtime.scheduler.patience import until_available
 from cola_runtime.transport.certificates import Authority, certificate_request, new_key
 from cola_runtime.transport.certificates import requested_key_sha256 as key_of
-from cola_runtime.types import TrustClass
 from tests.outages import database_away
 from tests.postgres import PostgresServer
 

@@ -83,7 +83,7 @@ async def test_a_cancelled_writer_still_wakes_the_watchers(store: JobStore, tena
 
     watch = asyncio.create_task(store.changed(job.job_id, after=last, timeout_seconds=2))
     await asyncio.sleep(0.05)  # the watcher has looked, found nothing and waits
-    writer = asyncio.create_task(store._write("event", job.job_id, write_slowly))
+    writer = asyncio.create_task(store._writes.run("event", job.job_id, write_slowly))
     await asyncio.to_thread(began.wait, 5)
     writer.cancel()
     await asyncio.sleep(0)

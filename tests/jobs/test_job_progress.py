@@ -81,12 +81,12 @@ async def test_an_older_or_invented_epoch_is_fenced(store: JobStore, tenant: Ten
     for lease in (old, replace(old, epoch=3)):
         for attempt in (
             store.record_step(step(lease, 1)),
-            store.record_checkpoint(checkpoint(lease, 0)),
+            store.checkpoints.record(checkpoint(lease, 0)),
             store.rewind(lease, 0),
         ):
             with pytest.raises(Fenced):
                 await attempt
-    assert await store.checkpoints(old.job_id) == []
+    assert await store.checkpoints.of(old.job_id) == []
 
 
 @pytest.mark.parametrize("trigger", [Trigger.PAUSE, Trigger.REQUEUE, Trigger.CANCEL])
@@ -121,13 +121,13 @@ async def test_a_rewind_recounts_what_remains_and_keeps_what_was_spent(
     old = await running(store, tenant)
     for number in (1, 2, 3):
         await store.record_step(step(old, number, loss=4.0 - number))
-        await store.record_checkpoint(checkpoint(old, number))
+        await store.checkpoints.record(checkpoint(old, number))
     lease = await store.grant_lease(old.job_id, "device-2")
     job = await store.rewind(lease, 1)
     assert (job.version, job.last_loss, job.tokens, job.label_tokens) == (1, 3.0, 10, 5)
     assert (job.bytes_up, job.bytes_down, job.base_seconds, job.device_seconds) == (300, 150, 0.75, 0.375)
     assert [each.step for each in await store.steps(old.job_id)] == [1]
-    assert [each.version for each in await store.checkpoints(old.job_id)] == [1]
+    assert [each.version for each in await store.checkpoints.of(old.job_id)] == [1]
     event = (await store.events(old.job_id))[-1]
     assert (event.kind, event.level, event.data) == (
         "job.rewound",
@@ -161,26 +161,26 @@ async def test_the_newest_checkpoint_is_the_one_of_the_highest_version(
     store: JobStore, tenant: Tenant
 ) -> None:
     lease = await running(store, tenant)
-    assert await store.latest_checkpoint(lease.job_id) is None
+    assert await store.checkpoints.latest(lease.job_id) is None
     for number in range(1, 4):
         await store.record_step(step(lease, number))
     for version in (3, 0, 1):
-        await store.record_checkpoint(checkpoint(lease, version))
-    latest = await store.latest_checkpoint(lease.job_id)
+        await store.checkpoints.record(checkpoint(lease, version))
+    latest = await store.checkpoints.latest(lease.job_id)
     assert latest == replace(checkpoint(lease, 3), created_at="2026-01-02T03:04:05.000000Z")
-    assert [each.version for each in await store.checkpoints(lease.job_id)] == [0, 1, 3]
+    assert [each.version for each in await store.checkpoints.of(lease.job_id)] == [0, 1, 3]
 
 
 async def test_a_checkpoint_comes_after_its_step_and_once(store: JobStore, tenant: Tenant) -> None:
     lease = await running(store, tenant)
     with pytest.raises(Conflict) as caught:
-        await store.record_checkpoint(checkpoint(lease, 1))
+        await store.checkpoints.record(checkpoint(lease, 1))
     assert caught.value.reason == "CHECKPOINT_AHEAD"
     await store.record_step(step(lease, 1))
-    await store.record_checkpoint(checkpoint(lease, 1))
+    await store.checkpoints.record(checkpoint(lease, 1))
     events = await store.events(lease.job_id)
-    await store.record_checkpoint(checkpoint(lease, 1))
+    await store.checkpoints.record(checkpoint(lease, 1))
     assert await store.events(lease.job_id) == events
     with pytest.raises(Conflict) as caught:
-        await store.record_checkpoint(checkpoint(lease, 1, sha256="b" * 64))
+        await store.checkpoints.record(checkpoint(lease, 1, sha256="b" * 64))
     assert caught.value.reason == "CHECKPOINT_EXISTS"

@@ -26,8 +26,8 @@ async def test_the_greatest_caps(store: JobStore, tenant: Tenant) -> None:
         total_steps=MOST_CAP,
         pinned_bytes=MOST_CAP,
     )
-    await store.change_terms(tenant.tenant_id, most)
-    terms = await store.terms(tenant.tenant_id)
+    await store.accounts.change_terms(tenant.tenant_id, most)
+    terms = await store.accounts.terms(tenant.tenant_id)
     assert (terms.concurrent_jobs, terms.pinned_bytes) == (MOST_CAP, MOST_CAP)
 
 
@@ -46,7 +46,7 @@ async def test_a_step_of_billions_of_bytes_and_tokens_is_summed(store: JobStore,
     lease = await running(store, tenant)
     for number in (1, 2):
         await store.record_step(step(lease, number, tokens=2**31 - 1))
-    [used] = await store.usage_of_all()
+    [used] = await store.accounts.usage_of_all()
     assert (used.tokens, type(used.tokens)) == (2**32 - 2, int)
     again = await store.grant_lease(lease.job_id, "device-2")
     assert (await store.rewind(again, 1)).tokens == 2**31 - 1

@@ -18,7 +18,7 @@ async def worked(store: JobStore, job_id: str, device: str, versions: range) -> 
     lease = await store.grant_lease(job_id, device)
     for version in versions:
         await store.record_step(step(lease, version))
-        await store.record_checkpoint(checkpoint(lease, version))
+        await store.checkpoints.record(checkpoint(lease, version))
     return lease
 
 
@@ -29,7 +29,7 @@ async def a_job(store: JobStore, tenant: Tenant) -> str:
 
 
 async def versions(store: JobStore, job_id: str) -> list[int]:
-    return [each.version for each in await store.checkpoints(job_id)]
+    return [each.version for each in await store.checkpoints.of(job_id)]
 
 
 async def test_its_unchecked_checkpoints_go_and_all_that_follow_from_them(
@@ -40,7 +40,7 @@ async def test_its_unchecked_checkpoints_go_and_all_that_follow_from_them(
     await worked(store, job_id, "evil", range(3, 6))
     await worked(store, job_id, "good", range(6, 8))
     await worked(store, anothers, "evil-twin", range(1, 3))
-    await store.mark_checked(job_id, 3)
+    await store.checkpoints.mark_checked(job_id, 3)
     first, changed = await store.devices.quarantine("evil", "SPOT_CHECK_FAILED", "it lied")
     assert (first, changed) == (True, [job_id])
     assert await versions(store, job_id) == [1, 2, 3], "version 3 was checked, 4 was not"
@@ -58,7 +58,7 @@ async def test_a_checkpoint_that_was_under_way_when_it_was_put_out_is_not_record
     await store.devices.quarantine("evil", "SPOT_CHECK_FAILED", "it lied")
     await store.record_step(step(lease, 3))
     with pytest.raises(Fenced):
-        await store.record_checkpoint(checkpoint(lease, 3))
+        await store.checkpoints.record(checkpoint(lease, 3))
     assert await versions(store, job_id) == []
 
 

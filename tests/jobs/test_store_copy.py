@@ -13,6 +13,7 @@ from sqlalchemy import Connection, select, text
 from test_pins import checkpoint
 
 from cola_runtime.errors import ColaError, Unavailable
+from cola_runtime.job_choices import TrustClass
 from cola_runtime.jobs import database, schema, store_copy
 from cola_runtime.jobs.audit import AuditEntry
 from cola_runtime.jobs.database import Database
@@ -20,7 +21,6 @@ from cola_runtime.jobs.records import EvaluationRecord, TermChanges
 from cola_runtime.jobs.spot_check_rows import PendingCheck
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.jobs.store_copy import StorePlace, copy_store
-from cola_runtime.types import TrustClass
 from tests.postgres import PostgresServer
 
 
@@ -46,7 +46,7 @@ async def filled(place: StorePlace) -> str:
         place.folder.mkdir()
     store = await JobStore.open(place.url)
     tenant = await store.create_tenant("acme")
-    await store.change_terms(tenant.tenant_id, TermChanges(weight=1 / 3, concurrent_jobs=2**40))
+    await store.accounts.change_terms(tenant.tenant_id, TermChanges(weight=1 / 3, concurrent_jobs=2**40))
     key = await store.create_key("acme")
     lease = await running(store, tenant)
     await store.record_step(step(lease, 1))
@@ -70,7 +70,7 @@ async def filled(place: StorePlace) -> str:
         shards=(1,),
         replica="tiny/0",
     )
-    await store.record_checkpoint(checkpoint(lease, 1), check=pending)
+    await store.checkpoints.record(checkpoint(lease, 1), check=pending)
     for number in range(8):
         await store.add_event(lease.job_id, "note", "\N{SNOWMAN} 'quoted'", data={"number": number / 7})
     await store.create_job(new_job(tenant, name="another"))

@@ -8,7 +8,7 @@ import pytest
 
 from cola_runtime.errors import InvalidInput
 from cola_runtime.jobs.plan import TrainingPlan, training_plan
-from cola_runtime.spec import parse_job_spec
+from cola_runtime.spec_parsing import parse_job_spec
 from cola_runtime.transport import control
 from cola_runtime.types import BaseModelDescription, Site, SiteKind
 

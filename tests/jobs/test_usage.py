@@ -33,9 +33,9 @@ async def test_usage_is_what_all_jobs_of_the_tenant_have_recorded(store: JobStor
         bytes_up=200,
         bytes_down=100,
     )
-    assert await store.usage(other.tenant_id) == of_other
-    assert [each.tenant for each in await store.usage_of_all()] == ["acme", "other"]
-    assert (await store.usage(tenant.tenant_id)).tokens == 40
+    assert await store.accounts.usage(other.tenant_id) == of_other
+    assert [each.tenant for each in await store.accounts.usage_of_all()] == ["acme", "other"]
+    assert (await store.accounts.usage(tenant.tenant_id)).tokens == 40
 
 
 async def test_steps_that_are_made_again_count_once_but_their_seconds_and_bytes_were_spent(
@@ -47,14 +47,14 @@ async def test_steps_that_are_made_again_count_once_but_their_seconds_and_bytes_
     await store.record_evaluation(replace(evaluation(lease, 2), tokens=7, base_seconds=0.5))
     lease = await store.grant_lease(lease.job_id, "device-2")
     await store.rewind(lease, 1)
-    rewound = await store.usage(tenant.tenant_id)
+    rewound = await store.accounts.usage(tenant.tenant_id)
     assert (rewound.steps, rewound.repeated_steps, rewound.tokens, rewound.evaluation_tokens) == (1, 1, 10, 0)
     await store.record_step(step(lease, 2))
-    again = await store.usage(tenant.tenant_id)
+    again = await store.accounts.usage(tenant.tenant_id)
     assert (again.steps, again.repeated_steps, again.tokens) == (2, 1, 20)
     assert (again.base_seconds, again.bytes_up) == (3 * 0.25 + 0.5, 300)
 
 
 async def test_a_tenant_without_jobs_has_used_nothing(store: JobStore, tenant: Tenant) -> None:
-    found = await store.usage(tenant.tenant_id)
+    found = await store.accounts.usage(tenant.tenant_id)
     assert (found.jobs, found.tokens, found.base_seconds) == (0, 0, 0.0)

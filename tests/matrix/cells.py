@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cola_runtime.types import Encoding, Task
+from cola_runtime.encodings import Encoding
+from cola_runtime.job_choices import Task
 from tests.base_model.kind_samples import KINDS, NONLINEAR
 
 MODES = ("unmerged", "merged")

@@ -19,6 +19,9 @@ from cola_runtime.adapters.checkpoint_format import TrainingDefinition
 from cola_runtime.adapters.site_kinds import unfit
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.device.session import AdapterSession
+from cola_runtime.encodings import Encoding
+from cola_runtime.job_choices import Task
+from cola_runtime.rows import Row
 from cola_runtime.testing.architectures import (
     WITHOUT_ATTENTION,
     save_causal_model,
@@ -30,15 +33,12 @@ from cola_runtime.testing.peft_reference import batch_loss, relative_difference
 from cola_runtime.testing.sequence_reference import sequence_model, sequence_output
 from cola_runtime.testing.tiny_models import save_tiny_model
 from cola_runtime.types import (
-    Encoding,
     Gang,
     LearningRateSchedule,
     Membership,
     OptimizerHyperparameters,
-    Row,
     Segment,
     Site,
-    Task,
     TensorKey,
 )
 from tests.base_model.image_samples import image_row

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cola_runtime.types import Encoding, Task
+from cola_runtime.encodings import Encoding
+from cola_runtime.job_choices import Task
 from tests.matrix.cells import MODES, SETTINGS, cells
 from tests.matrix.conftest import Results
 from tests.matrix.engine import Setting, gradient_errors, trajectory_errors

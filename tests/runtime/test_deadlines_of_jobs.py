@@ -14,7 +14,8 @@ from cola_runtime.client.values import Event
 from cola_runtime.errors import InvalidInput
 from cola_runtime.scheduler.policy import FairQueue
 from cola_runtime.scheduler.waiting import Waiting
-from cola_runtime.spec import JobSpec, parse_job_spec
+from cola_runtime.spec import JobSpec
+from cola_runtime.spec_parsing import parse_job_spec
 from cola_runtime.testing.exactness import four_tenants, service_for, tenant_client
 from cola_runtime.testing.in_process import running_in_process
 from cola_runtime.testing.tiny_models import save_tiny_model

@@ -13,7 +13,8 @@ import torch
 
 from cola_runtime.errors import InvalidInput
 from cola_runtime.jobs import plan
-from cola_runtime.spec import JobSpec, parse_job_spec
+from cola_runtime.spec import JobSpec
+from cola_runtime.spec_parsing import parse_job_spec
 from cola_runtime.testing.exactness import (
     Weights,
     exported_weights,

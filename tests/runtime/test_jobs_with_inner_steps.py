@@ -19,13 +19,14 @@ from cola_runtime.data.tokenize import Tokenizer
 from cola_runtime.errors import JobFailed
 from cola_runtime.gradients import surrogate
 from cola_runtime.jobs.plan import TrainingPlan, training_plan
+from cola_runtime.rows import Row
 from cola_runtime.spec import JobSpec
 from cola_runtime.testing.exactness import exported_weights, largest_difference, service_for, tenant_client
 from cola_runtime.testing.in_process import running_in_process
 from cola_runtime.testing.ordinary_modules import OrdinaryAdapter
 from cola_runtime.testing.peft_reference import batch_loss
 from cola_runtime.testing.tiny_models import save_tiny_model
-from cola_runtime.types import Row, Site, TensorKey
+from cola_runtime.types import Site, TensorKey
 
 WAIT_SECONDS = 60.0
 STEPS = 4

@@ -12,6 +12,7 @@ from cola_runtime.base_model.model import TappedModel
 from cola_runtime.client.asynchronous import AsyncClient
 from cola_runtime.client.values import Job
 from cola_runtime.config import PlannerSettings, ServiceSettings
+from cola_runtime.encodings import Encoding, TapPlan
 from cola_runtime.testing.exactness import (
     MixedJob,
     exported_weights,
@@ -23,7 +24,7 @@ from cola_runtime.testing.exactness import (
 )
 from cola_runtime.testing.in_process import running_in_process
 from cola_runtime.testing.tiny_models import save_tiny_model
-from cola_runtime.types import BaseStep, Encoding, TapPlan
+from cola_runtime.types import BaseStep
 
 WAIT_SECONDS = 60.0
 

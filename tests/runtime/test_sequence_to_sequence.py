@@ -18,7 +18,8 @@ from cola_runtime.adapters.attach import attach_adapter
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.data.rouge import rouge_l
 from cola_runtime.errors import InvalidInput
-from cola_runtime.spec import JobSpec, parse_job_spec
+from cola_runtime.spec import JobSpec
+from cola_runtime.spec_parsing import parse_job_spec
 from cola_runtime.testing.exactness import (
     MixedJob,
     exported_weights,

@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification
 from cola_runtime.adapters.adapter_files import HEAD_FILE
 from cola_runtime.errors import InvalidInput
 from cola_runtime.jobs.plan import training_plan
+from cola_runtime.rows import Row
 from cola_runtime.spec import JobSpec
 from cola_runtime.testing.exactness import (
     MixedJob,
@@ -31,7 +32,6 @@ from cola_runtime.testing.exactness import (
 from cola_runtime.testing.in_process import running_in_process
 from cola_runtime.testing.sequence_reference import sequence_model, sequence_output
 from cola_runtime.testing.tiny_models import save_tiny_model
-from cola_runtime.types import Row
 
 STEPS = 12
 WAIT_SECONDS = 60.0

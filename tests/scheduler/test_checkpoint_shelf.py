@@ -86,10 +86,10 @@ async def shelf(tmp_path: Path) -> AsyncIterator[Shelf]:
 
 async def test_half_a_checkpoint_is_none(shelf: Shelf) -> None:
     await shelf.hand_on(1)
-    assert await shelf.store.checkpoints(shelf.lease.job_id) == []
+    assert await shelf.store.checkpoints.of(shelf.lease.job_id) == []
     assert not shelf.book.has_checkpoint(shelf.lease, 0)
     await shelf.hand_on(0)
-    (record,) = await shelf.store.checkpoints(shelf.lease.job_id)
+    (record,) = await shelf.store.checkpoints.of(shelf.lease.job_id)
     assert shelf.book.has_checkpoint(shelf.lease, 0)
     assert record.bytes == sum(len(checkpoint_of(plan)) for plan in PLAN.of_shards())
 
@@ -101,12 +101,12 @@ async def test_halves_of_two_leases_do_not_make_one(shelf: Shelf) -> None:
     await shelf.hand_on(1)
     with pytest.raises(LeaseLost):
         await shelf.hand_on(1, lease=older)
-    assert await shelf.store.checkpoints(older.job_id) == []
+    assert await shelf.store.checkpoints.of(older.job_id) == []
 
 
 async def test_each_device_gets_its_part_back_and_readers_the_whole(shelf: Shelf) -> None:
     await asyncio.gather(shelf.hand_on(0), shelf.hand_on(1))
-    (record,) = await shelf.store.checkpoints(shelf.lease.job_id)
+    (record,) = await shelf.store.checkpoints.of(shelf.lease.job_id)
     for number, plan in enumerate(PLAN.of_shards()):
         assert shelf.shelf.read_shard(record, PLAN, number) == checkpoint_of(plan)
     assert read_checkpoint(shelf.storage, record) == checkpoint_of(PLAN)
@@ -115,7 +115,7 @@ async def test_each_device_gets_its_part_back_and_readers_the_whole(shelf: Shelf
 
 async def test_a_checkpoint_of_another_adapter_or_division_is_refused(shelf: Shelf) -> None:
     await asyncio.gather(shelf.hand_on(0), shelf.hand_on(1))
-    (record,) = await shelf.store.checkpoints(shelf.lease.job_id)
+    (record,) = await shelf.store.checkpoints.of(shelf.lease.job_id)
     part = replace_kind(PLAN)
     for other in (replace(PLAN, shards=3), replace(PLAN, shards=1), part):
         with pytest.raises(Conflict) as caught:
@@ -131,7 +131,7 @@ def replace_kind(plan: TrainingPlan) -> TrainingPlan:
 
 async def test_a_damaged_shard_is_found_by_whoever_reads(shelf: Shelf) -> None:
     await asyncio.gather(shelf.hand_on(0), shelf.hand_on(1))
-    (record,) = await shelf.store.checkpoints(shelf.lease.job_id)
+    (record,) = await shelf.store.checkpoints.of(shelf.lease.job_id)
     shard = next(key for key in shelf.storage.list("checkpoints/") if key.endswith("-1.safetensors"))
     shelf.storage.put(shard, shelf.storage.get(shard)[:-1] + b"\x01")
     shelf.shelf.read_shard(record, PLAN, 0)

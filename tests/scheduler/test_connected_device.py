@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+from cola_runtime.job_choices import TrustClass
 from cola_runtime.proto import control_pb2
 from cola_runtime.scheduler.connected_device import UNKNOWN_MEMORY_BYTES, ConnectedDevice
 from cola_runtime.scheduler.device_gate import Admission
 from cola_runtime.scheduler.placement import Demand
-from cola_runtime.types import TrustClass
 
 ADMISSION = Admission(trust=TrustClass.COMMUNITY)
 DEMANDS = {"a": Demand(numbers=10, memory_bytes=300), "b": Demand(numbers=5, memory_bytes=100)}

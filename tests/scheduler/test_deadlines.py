@@ -6,10 +6,10 @@ import asyncio
 
 import pytest
 
+from cola_runtime.job_choices import Priority
 from cola_runtime.scheduler.deadlines import PACE_STEPS, Pace
 from cola_runtime.scheduler.slots import JobSlots
 from cola_runtime.scheduler.waiting import Due
-from cola_runtime.types import Priority
 
 
 def test_a_job_must_be_served_by_when_its_remaining_work_fits_one_and_a_half_times() -> None:

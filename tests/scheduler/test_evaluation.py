@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 
 from cola_runtime.data.held_out import HeldOutPrompts
+from cola_runtime.encodings import Encoding, TapPlan
+from cola_runtime.job_choices import Metric
 from cola_runtime.jobs.plan import TrainingPlan
 from cola_runtime.jobs.records import EvaluationRecord
+from cola_runtime.rows import Row
 from cola_runtime.scheduler.evaluation import EarlyStop, Evaluations, improves
 from cola_runtime.scheduler.job_data import JobData
 from cola_runtime.scheduler.primitives import LeasedAdapter, Loss
 from cola_runtime.spec import JobSpec
-from cola_runtime.types import Encoding, Lease, Metric, Row, TapPlan
+from cola_runtime.types import Lease
 
 LEASE = Lease(job_id="job-1", epoch=1, device_id="d0")
 ROW = Row(tokens=np.zeros(3, np.int32), weights=np.ones(3, np.float32))

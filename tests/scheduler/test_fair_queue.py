@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_queue import PlainQueue
 
+from cola_runtime.job_choices import Priority
 from cola_runtime.scheduler.ordered import SortedKeys
 from cola_runtime.scheduler.packing import PaddedRow
 from cola_runtime.scheduler.policy import LEAD, FairQueue
 from cola_runtime.scheduler.waiting import Due, Share, Waiting, padded_tokens
-from cola_runtime.types import Gang, Priority
+from cola_runtime.types import Gang
 
 GANGS = [None, Gang(name="group/one", combine="mean"), Gang(name="group/two", combine="mean")]
 LONGEST = 60

@@ -11,12 +11,13 @@ import pytest
 
 from cola_runtime.config import SchedulerSettings
 from cola_runtime.data.held_out import HeldOutPrompts
+from cola_runtime.encodings import Encoding, TapPlan
 from cola_runtime.errors import NotFound
 from cola_runtime.scheduler.leases import LeaseBook, LeaseLost
 from cola_runtime.scheduler.loop import SchedulerLoop
 from cola_runtime.scheduler.primitives import AdapterPrimitives, LeasedAdapter
 from cola_runtime.scheduler.replicas import Replica
-from cola_runtime.types import Encoding, Lease, TapPlan
+from cola_runtime.types import Lease
 
 LEASE = Lease(job_id="job-1", epoch=1, device_id="d0")
 PROMPTS = ((1,), (2, 2), (3, 3, 3, 3, 3))

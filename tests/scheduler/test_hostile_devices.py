@@ -15,6 +15,7 @@ import pytest
 
 from cola_runtime.config import DeviceSettings
 from cola_runtime.errors import ColaError, ProtocolError, Unauthenticated
+from cola_runtime.job_choices import TrustClass
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.proto import control_pb2
 from cola_runtime.scheduler.device_gate import DeviceGate
@@ -32,7 +33,7 @@ from cola_runtime.transport.frames import (
 )
 from cola_runtime.transport.handshake import introduce
 from cola_runtime.transport.reader import FrameLimits, ReceivedTensor
-from cola_runtime.types import Lease, TensorKind, TrustClass
+from cola_runtime.types import Lease, TensorKind
 
 OWN = Lease(job_id="job-" + "0a" * 16, epoch=2, device_id="evil")
 ANOTHERS = Lease(job_id="job-" + "0b" * 16, epoch=1, device_id="good")

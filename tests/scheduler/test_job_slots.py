@@ -8,10 +8,10 @@ import re
 
 import pytest
 
+from cola_runtime.job_choices import Priority
 from cola_runtime.scheduler.policy import NOT_DUE
 from cola_runtime.scheduler.slots import JobSlots
 from cola_runtime.scheduler.waiting import Due
-from cola_runtime.types import Priority
 
 TENANT = "acme"
 LATE, IN_TIME = 0.0, 1e12  # latest starts, before and after any moment of the loop's clock

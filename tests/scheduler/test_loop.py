@@ -12,10 +12,11 @@ import pytest
 
 from cola_runtime.config import SchedulerSettings
 from cola_runtime.errors import Unavailable
+from cola_runtime.rows import Row
 from cola_runtime.scheduler.loop import SchedulerLoop
 from cola_runtime.scheduler.tickets import Computed
 from cola_runtime.scheduler.waiting import Due
-from cola_runtime.types import BaseStep, BaseStepResult, Gang, Lease, Row, Segment, SegmentLoss
+from cola_runtime.types import BaseStep, BaseStepResult, Gang, Lease, Segment, SegmentLoss
 
 
 class SteppedBase:

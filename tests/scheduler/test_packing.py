@@ -9,6 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cola_runtime.rows import Row
 from cola_runtime.scheduler.packing import (
     MOST_LENGTHS,
     STEP_TOKENS,
@@ -19,7 +20,6 @@ from cola_runtime.scheduler.packing import (
     padded_row,
     split_rows,
 )
-from cola_runtime.types import Row
 
 MICROBATCHES = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 5)), min_size=1, max_size=12)
 

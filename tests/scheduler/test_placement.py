@@ -6,9 +6,10 @@ import random
 from dataclasses import replace
 
 from cola_runtime.device.session import AdapterSession
+from cola_runtime.job_choices import TrustClass
 from cola_runtime.jobs.plan import TrainingPlan
 from cola_runtime.scheduler.placement import LEAST_GAIN, Demand, Move, Offer, place, rebalance
-from cola_runtime.types import LearningRateSchedule, OptimizerHyperparameters, TrustClass
+from cola_runtime.types import LearningRateSchedule, OptimizerHyperparameters
 from tests.device.adapter_samples import definition
 
 SMALL = Demand(numbers=1 << 20, memory_bytes=20 << 20)

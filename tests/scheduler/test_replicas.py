@@ -11,6 +11,7 @@ import pytest
 from cola_runtime.config import SchedulerSettings
 from cola_runtime.errors import Unavailable
 from cola_runtime.jobs.plan import TrainingPlan
+from cola_runtime.rows import Row
 from cola_runtime.scheduler import replicas
 from cola_runtime.scheduler.leases import LeaseBook
 from cola_runtime.scheduler.loop import SchedulerLoop
@@ -27,7 +28,6 @@ from cola_runtime.types import (
     LearningRateSchedule,
     Lease,
     OptimizerHyperparameters,
-    Row,
     Segment,
     SegmentLoss,
     StepRefused,

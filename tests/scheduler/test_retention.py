@@ -110,7 +110,7 @@ async def trained(store: JobStore, *, steps: int, best: int | None = None) -> Le
 
 async def stored(store: JobStore, storage: ObjectStorage, each: CheckpointRecord) -> CheckpointRecord:
     storage.put(each.storage_key, b"content")
-    await store.record_checkpoint(each)
+    await store.checkpoints.record(each)
     return each
 
 
@@ -125,7 +125,7 @@ async def test_what_is_retired_leaves_record_and_storage(store: JobStore, tmp_pa
     settings = RetentionSettings(keep_last=1)
     await retire(lease.job_id, store=store, storage=storage, settings=settings)
     assert storage.list("checkpoints/") == [kept.storage_key]
-    assert [each.version for each in await store.checkpoints(lease.job_id)] == [6]
+    assert [each.version for each in await store.checkpoints.of(lease.job_id)] == [6]
     assert (await store.events(lease.job_id))[-1].data == {"versions": [2, 4]}
     await retire(lease.job_id, store=store, storage=storage, settings=settings)
     assert (await store.events(lease.job_id))[-1].data == {"versions": [2, 4]}, "nothing more to say"
@@ -137,7 +137,7 @@ async def test_the_best_evaluations_checkpoint_stays(store: JobStore, tmp_path: 
     for version in (1, 2, 3):
         await stored(store, storage, record(version, job_id=lease.job_id))
     await retire(lease.job_id, store=store, storage=storage, settings=RetentionSettings(keep_last=1))
-    assert [each.version for each in await store.checkpoints(lease.job_id)] == [1, 3]
+    assert [each.version for each in await store.checkpoints.of(lease.job_id)] == [1, 3]
 
 
 async def test_a_pinned_checkpoint_stays_until_it_is_unpinned(store: JobStore, tmp_path: Path) -> None:
@@ -145,13 +145,13 @@ async def test_a_pinned_checkpoint_stays_until_it_is_unpinned(store: JobStore, t
     lease = await trained(store, steps=4)
     for version in (1, 2, 3, 4):
         await stored(store, storage, record(version, job_id=lease.job_id))
-    await store.pin_checkpoint(lease.job_id, 2)
+    await store.checkpoints.pin(lease.job_id, 2)
     settings = RetentionSettings(keep_last=1)
     await retire(lease.job_id, store=store, storage=storage, settings=settings, keep={3})
-    assert [each.version for each in await store.checkpoints(lease.job_id)] == [2, 3, 4]
-    await store.unpin_checkpoint(lease.job_id, 2)
+    assert [each.version for each in await store.checkpoints.of(lease.job_id)] == [2, 3, 4]
+    await store.checkpoints.unpin(lease.job_id, 2)
     await retire(lease.job_id, store=store, storage=storage, settings=settings)
-    assert [each.version for each in await store.checkpoints(lease.job_id)] == [4]
+    assert [each.version for each in await store.checkpoints.of(lease.job_id)] == [4]
     assert len(storage.list("checkpoints/")) == 1
 
 

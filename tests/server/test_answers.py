@@ -72,10 +72,10 @@ def test_a_prompt_out_of_bounds_is_refused(
     with pytest.raises(InvalidInput) as caught:
         client.generate(prompt, **options)  # type: ignore[arg-type]
     assert caught.value.reason == reason
-    assert served.runner.generated == []
+    assert served.runner.generation.generated == []
 
 
 def test_new_tokens_fit_into_the_rest_of_the_context(client: Client, served: Served) -> None:
     client.generate("a" * 250, max_new_tokens=64)
-    assert served.runner.generated[0]["max_new_tokens"] == 6
-    assert served.runner.generated[0]["stop_ids"]
+    assert served.runner.generation.generated[0]["max_new_tokens"] == 6
+    assert served.runner.generation.generated[0]["stop_ids"]

@@ -15,12 +15,12 @@ from torch import nn
 
 from cola_runtime.adapters import module_registry
 from cola_runtime.client.sdk import Client
+from cola_runtime.encodings import Encoding
 from cola_runtime.errors import Conflict, InvalidInput, QuotaExceeded, Unavailable
 from cola_runtime.jobs.plan import training_plan
 from cola_runtime.server.admission import Submission
 from cola_runtime.server.limits import Limits
 from cola_runtime.spec import JobSpec
-from cola_runtime.types import Encoding
 
 LONG_ROW = json.dumps({"prompt": "a" * 300, "completion": "b"}).encode()
 

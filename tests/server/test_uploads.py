@@ -177,7 +177,7 @@ class Drip:
 
 
 async def test_an_upload_that_drips_ends_too() -> None:
-    limits = Limits(chunk_seconds=0.05, upload_bytes_per_second=10_000)
+    limits = Limits(chunk_seconds=0.5, upload_bytes_per_second=10_000)  # no loop is that late
     with pytest.raises(Unavailable) as caught:
         await asyncio.wait_for(receive_submission(Drip(), limits), 5)  # type: ignore[arg-type]
     assert (caught.value.reason, caught.value.limit) == ("STREAM_STALLED", "10000 bytes a second")

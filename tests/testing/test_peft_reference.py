@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from cola_runtime.adapter_spec import lora_spec
 from cola_runtime.adapters.adapter import initial_weights
+from cola_runtime.rows import Row
 from cola_runtime.testing.peft_reference import (
     Recipe,
     adapter_parameters,
@@ -16,13 +17,7 @@ from cola_runtime.testing.peft_reference import (
     train_alone,
 )
 from cola_runtime.testing.tiny_models import save_tiny_model, tiny_sites
-from cola_runtime.types import (
-    LearningRateSchedule,
-    OptimizerHyperparameters,
-    Row,
-    TensorKey,
-    TensorKind,
-)
+from cola_runtime.types import LearningRateSchedule, OptimizerHyperparameters, TensorKey, TensorKind
 
 torch.set_num_threads(1)
 A, B = TensorKind.LORA_A, TensorKind.LORA_B

@@ -64,7 +64,11 @@ def test_every_point_is_at_one_place_in_the_source() -> None:
         for path in PACKAGE.rglob("*.py")
         for name in re.findall(r'crash_points\.reach\(f?"([^"]+)"\)', path.read_text(encoding="utf-8"))
     ]
-    writes = re.findall(r'_write\(\s*"(\w+)"', (PACKAGE / "jobs/store.py").read_text(encoding="utf-8"))
+    writes = [
+        name
+        for path in (PACKAGE / "jobs").glob("*.py")
+        for name in re.findall(r'_writes\.run\(\s*"(\w+)"', path.read_text(encoding="utf-8"))
+    ]
     moments = [name for name in found if "{what}" in name]
     expected = {name.replace("{what}", write) for name in moments for write in writes}
     expected |= set(found) - set(moments)

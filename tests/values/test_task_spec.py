@@ -8,11 +8,13 @@ import pytest
 
 from cola_runtime.adapter_spec import HeadKind
 from cola_runtime.errors import InvalidInput
+from cola_runtime.job_choices import Task
 from cola_runtime.jobs.plan import training_plan
-from cola_runtime.spec import JobSpec, parse_job_spec
+from cola_runtime.spec import JobSpec
+from cola_runtime.spec_parsing import parse_job_spec
 from cola_runtime.task_spec import CausalLmTask
 from cola_runtime.testing.tiny_models import HIDDEN, tiny_sites
-from cola_runtime.types import BaseModelDescription, SiteKind, Task
+from cola_runtime.types import BaseModelDescription, SiteKind
 
 
 def spec(**fields: Any) -> JobSpec:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cola_runtime.base_model.tap_carrier import Delivery, Recipients, TapCarrier
+from cola_runtime.encodings import Encoding
 from cola_runtime.gradients.taps import (
     Tap,
     activation_tensors,
@@ -19,7 +20,7 @@ from cola_runtime.gradients.taps import (
     product_tensors,
     used_rows,
 )
-from cola_runtime.types import Encoding, Site, TensorKey, TensorKind
+from cola_runtime.types import Site, TensorKey, TensorKind
 
 OwnGradients = Callable[[], Mapping[TensorKey, Tensor]]
 """The kind's own gradients, [S, ...] each, scaled, in the wire's dtype. Called only when needed."""
