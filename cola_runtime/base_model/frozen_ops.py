@@ -24,8 +24,10 @@ def rms_norm(h_ND: Tensor, weight_D: Tensor, eps: float, out_ND: Tensor, space: 
     wide_ND = _widened(h_ND, "norm.wide", space)
     norm_N1 = torch.linalg.vector_norm(wide_ND, dim=1, keepdim=True)
     inverse_N1: Tensor = norm_N1.square_().div_(h_ND.shape[1]).add_(eps).rsqrt_()
-    _scale_rows(h_ND, wide_ND, inverse_N1, out_ND)
-    out_ND.mul_(weight_D)
+    if wide_ND is h_ND:
+        torch.mul(h_ND, inverse_N1, out=out_ND).mul_(weight_D)
+    else:  # an operation in 16 bits takes longer than one in float32
+        out_ND.copy_(wide_ND.mul_(inverse_N1).mul_(weight_D))
     return inverse_N1
 
 
@@ -36,37 +38,48 @@ def _cuda() -> Any:
     return cuda_ops
 
 
-def _scale_rows(h_ND: Tensor, wide_ND: Tensor, inverse_N1: Tensor, out_ND: Tensor) -> None:
-    if wide_ND is h_ND:
-        torch.mul(h_ND, inverse_N1, out=out_ND)
-    else:
-        out_ND.copy_(wide_ND.mul_(inverse_N1))
+class ResidualGradient:
+    """The gradient of the residual stream, [N, D], on its way down through the norms.
 
+    On a processor it is summed in at least float32, which is faster there than in 16 bits.
+    """
 
-def add_rms_norm_backward(
-    dh_ND: Tensor, grad_ND: Tensor, h_ND: Tensor, inverse_N1: Tensor, weight_D: Tensor, space: Workspace
-) -> None:
-    """In place: dh += i (w g) - h i^3 mean(w g h), i the inverse root; overwrites grad."""
-    if h_ND.is_cuda:
-        _cuda().add_rms_norm_backward(dh_ND, grad_ND, h_ND, inverse_N1, weight_D)
-        return
-    grad_ND.mul_(weight_D)
-    product_ND = space.tensor("norm.product", tuple(h_ND.shape), inverse_N1.dtype)
-    wide_grad_ND = _widened(grad_ND, "norm.wide_grad", space)
-    wide_h_ND = _widened(h_ND, "norm.wide", space)
-    torch.mul(wide_grad_ND, wide_h_ND, out=product_ND)
-    slope_N1 = product_ND.sum(dim=1, keepdim=True).mul_(inverse_N1.pow(3)).div_(-h_ND.shape[1])
-    if wide_h_ND is h_ND:
-        dh_ND.addcmul_(grad_ND, inverse_N1).addcmul_(h_ND, slope_N1)
-    else:
-        wide_h_ND.mul_(slope_N1).addcmul_(wide_grad_ND, inverse_N1)
-        dh_ND.add_(grad_ND.copy_(wide_h_ND))
+    def __init__(self, like_ND: Tensor, space: Workspace) -> None:
+        """Zero; `like_ND` in the model's dtype."""
+        self._space = space
+        dtype = like_ND.dtype if like_ND.is_cuda else _wide(like_ND)
+        self._sum_ND = space.tensor("dh", tuple(like_ND.shape), dtype).zero_()
+        self.rounded_ND = self._rounded(like_ND.dtype)  # in the model's dtype, valid until more is added
+
+    def add_rms_norm_backward(
+        self, grad_ND: Tensor, h_ND: Tensor, inverse_N1: Tensor, weight_D: Tensor
+    ) -> None:
+        """+= i (w g) - h i^3 mean(w g h), i the inverse root; may overwrite grad."""
+        if h_ND.is_cuda:
+            _cuda().add_rms_norm_backward(self._sum_ND, grad_ND, h_ND, inverse_N1, weight_D)
+            return
+        scaled_ND = _widened(grad_ND, "norm.wide_grad", self._space).mul_(weight_D)
+        wide_h_ND = _widened(h_ND, "norm.wide", self._space)
+        product_ND = self._space.tensor("norm.product", tuple(h_ND.shape), inverse_N1.dtype)
+        torch.mul(scaled_ND, wide_h_ND, out=product_ND)
+        slope_N1 = product_ND.sum(dim=1, keepdim=True).mul_(inverse_N1.pow(3)).div_(-h_ND.shape[1])
+        self._sum_ND.addcmul_(scaled_ND, inverse_N1).addcmul_(wide_h_ND, slope_N1)
+        self.rounded_ND = self._rounded(h_ND.dtype)
+
+    def _rounded(self, dtype: torch.dtype) -> Tensor:
+        if dtype == self._sum_ND.dtype:
+            return self._sum_ND
+        return self._space.tensor("dh.rounded", tuple(self._sum_ND.shape), dtype).copy_(self._sum_ND)
 
 
 def _widened(tensor: Tensor, name: str, space: Workspace) -> Tensor:
     """The tensor in at least float32: itself, or a copy in a buffer."""
-    wide = torch.promote_types(tensor.dtype, torch.float32)
+    wide = _wide(tensor)
     return tensor if wide == tensor.dtype else space.tensor(name, tuple(tensor.shape), wide).copy_(tensor)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def rotate(x_BTHE: Tensor, cos_TE: Tensor, sin_TE: Tensor, out_BHTE: Tensor) -> None:

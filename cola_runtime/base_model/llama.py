@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cola_runtime.base_model.attention import AttentionRecord, CausalAttention, Rotary
 from cola_runtime.base_model.frozen_ops import (
-    add_rms_norm_backward,
+    ResidualGradient,
     rms_norm,
     silu,
     swiglu_backward,
@@ -142,16 +142,14 @@ class LlamaBody:
     def backward(self, grad_ND: Tensor) -> None:
         step = self._step
         assert step is not None and step.last_ND is not None and step.last_inverse_N1 is not None
-        dh_ND = self._buffer("dh", grad_ND.shape[1], grad_ND).zero_()
-        add_rms_norm_backward(
-            dh_ND, grad_ND, step.last_ND, step.last_inverse_N1, self._model.norm.weight, self._space
-        )
+        dh = ResidualGradient(grad_ND, self._space)
+        dh.add_rms_norm_backward(grad_ND, step.last_ND, step.last_inverse_N1, self._model.norm.weight)
         while step.inputs_ND:
             depth, h_ND = step.inputs_ND.popitem()  # the deepest left
             record = step.records.pop(depth, None) or self._recomputed(self._layers[depth], h_ND, step)
-            if self._mlp_backward(self._layers[depth], record, step, dh_ND):
-                self._attention_backward(self._layers[depth], record, step, dh_ND)
-        grads_BTD = [dh_ND.view(*step.shape, -1)]
+            if self._mlp_backward(self._layers[depth], record, step, dh):
+                self._attention_backward(self._layers[depth], record, step, dh)
+        grads_BTD = [dh.rounded_ND.view(*step.shape, -1)]
         for stack, kept in zip(step.stacks.get(self._embedding, []), step.embedding_kept, strict=True):
             stack.backward(step.tokens_BT1, kept, grads_BTD, None)
 
@@ -226,38 +224,36 @@ class LlamaBody:
         act_NF = self._buffer("act", record.up_NF.shape[1], record.up_NF)
         return torch.mul(record.silu_NF, record.up_NF, out=act_NF)
 
-    def _mlp_backward(self, layer: LlamaLayer, record: _LayerRecord, step: _Step, dh_ND: Tensor) -> bool:
+    def _mlp_backward(
+        self, layer: LlamaLayer, record: _LayerRecord, step: _Step, dh: ResidualGradient
+    ) -> bool:
         """In place: dh becomes the gradient between attention and MLP. False if nothing below is adapted."""
-        grad_NF = self._input_gradient(layer.down, self._activated(record), [dh_ND], record, step)
+        grad_NF = self._input_gradient(layer.down, self._activated(record), [dh.rounded_ND], record, step)
         if grad_NF is None:
             return False
         grad_gate_NF, grad_up_NF = (
-            self._buffer(name, grad_NF.shape[1], dh_ND) for name in ("grad_gate", "grad_up")
+            self._buffer(name, grad_NF.shape[1], grad_NF) for name in ("grad_gate", "grad_up")
         )
         swiglu_backward(grad_NF, record.gate_NF, record.up_NF, record.silu_NF, grad_gate_NF, grad_up_NF)
         grads = [grad_gate_NF, grad_up_NF]
         dx_ND = self._input_gradient(layer.gate_up, record.middle_x_ND, grads, record, step)
         if dx_ND is None:
             return False
-        add_rms_norm_backward(
-            dh_ND, dx_ND, record.middle_ND, record.middle_inverse_N1, layer.mlp_norm_D, self._space
-        )
+        dh.add_rms_norm_backward(dx_ND, record.middle_ND, record.middle_inverse_N1, layer.mlp_norm_D)
         return True
 
     def _attention_backward(
-        self, layer: LlamaLayer, record: _LayerRecord, step: _Step, dh_ND: Tensor
+        self, layer: LlamaLayer, record: _LayerRecord, step: _Step, dh: ResidualGradient
     ) -> None:
         """In place: dh becomes the gradient of the layer's input, unless nothing below is adapted."""
-        grad_ND = self._input_gradient(layer.output, record.mixed_ND, [dh_ND], record, step)
+        grad_ND = self._input_gradient(layer.output, record.mixed_ND, [dh.rounded_ND], record, step)
         if grad_ND is None:
             return
-        grad_NW = self._buffer("grad_qkv", sum(layer.qkv.products[0].widths), dh_ND)
+        grad_NW = self._buffer("grad_qkv", sum(layer.qkv.products[0].widths), grad_ND)
         self._attend_backward(grad_ND, record.attention, step, grad_NW)
         dx_ND = self._input_gradient(layer.qkv, record.x_ND, [grad_NW], record, step)
         if dx_ND is not None:
-            add_rms_norm_backward(
-                dh_ND, dx_ND, record.h_ND, record.inverse_N1, layer.attention_norm_D, self._space
-            )
+            dh.add_rms_norm_backward(dx_ND, record.h_ND, record.inverse_N1, layer.attention_norm_D)
 
     def _input_gradient(
         self,

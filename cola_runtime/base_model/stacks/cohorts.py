@@ -15,14 +15,14 @@ from torch import Tensor
 from cola_runtime.adapter_spec import input_dropout
 from cola_runtime.adapters.adapter import torch_dtype
 from cola_runtime.adapters.dropout import SegmentDropout
-from cola_runtime.base_model.layout import Piece
 from cola_runtime.base_model.segments import Cohort, Member
-from cola_runtime.base_model.stacks.protocol import CohortRows, Kept, SiteStack
+from cola_runtime.base_model.stacks.protocol import CohortRows, Kept, PartLayout, SiteStack
 from cola_runtime.base_model.stacks.taps import GroupTaps
 from cola_runtime.base_model.tap_carrier import Recipients, TapOutlet
 from cola_runtime.base_model.workspace import Workspace
 from cola_runtime.gradients.taps import TapSink
-from cola_runtime.types import Row, Site
+from cola_runtime.rows import Row
+from cola_runtime.types import Site
 
 Stacks = dict[int, list[SiteStack]]
 """Input group -> the stacks of every cohort's parts that have sites there."""
@@ -42,21 +42,22 @@ def group_stacks(
     """The stacks of one mixed batch."""
     stacks: Stacks = {}
     for number, cohort in enumerate(cohorts):
-        flats = gathered_flats(cohort, number, space)
+        layout = cohort.members[0].adapter.layout
+        blocks = [layout.blocks(flat) for flat in gathered_flats(cohort, number, space)]
         scalings = part_scalings(cohort, number, space)
-        for piece in cohort.members[0].adapter.layout.pieces:
+        for piece in layout.pieces:
             for group, sites in piece.layout.groups.items():
                 of_source = group in places.source_groups
                 rows = _rows(cohort, piece.part, of_source=of_source, train=outlet is not None)
                 gathered = GatheredStack(
-                    piece,
-                    flats,
+                    piece.layout,
+                    tuple(of_segment[piece.blocks] for of_segment in blocks),
                     rows,
                     tuple(places.positions[site.index] for site in sites),
                     None if outlet is None else cohort_taps(cohort, sites[0], scalings[piece.part], outlet),
                     space,
                 )
-                lasts = len(flats) == 1  # views of the bank itself, or of the step's copy of it
+                lasts = len(blocks) == 1  # views of the bank itself, or of the step's copy of it
                 stacks.setdefault(group, []).append(gathered.stack() if lasts else gathered)
     return stacks
 
@@ -69,8 +70,8 @@ class GatheredStack:
     every resident adapter's memory once more, and more for each size of cohort that it was ever part of.
     """
 
-    piece: Piece
-    flats: tuple[Tensor, ...]  # of each segment, in the bank; or one [S, P] of all
+    layout: PartLayout
+    blocks: tuple[Sequence[Tensor], ...]  # of each segment, [P] each; or [S, P] each, of all
     rows: CohortRows
     positions: tuple[int, ...]
     taps: GroupTaps | None
@@ -84,22 +85,20 @@ class GatheredStack:
 
     def stack(self) -> SiteStack:
         """The kind's own stack; of several segments valid until another one is gathered."""
-        (views,) = self.piece.layout.views(self._blocks()).values()
-        return self.piece.layout.stack(views, self.rows, self.positions, self.taps)
+        (views,) = self.layout.views(self._gathered()).values()
+        return self.layout.stack(views, self.rows, self.positions, self.taps)
 
-    def _blocks(self) -> list[Tensor]:
-        """The piece's blocks, [S, P] each, dense."""
-        by_segment = [self.piece.blocks(flat) for flat in self.flats]
-        if len(by_segment) == 1:
-            return [block if block.ndim == 2 else block[None] for block in by_segment[0]]
-        segments, sizes = len(by_segment), self.piece.layout.block_sizes
-        memory = self.space.tensor("gathered", (segments * sum(sizes),), self.flats[0].dtype)
-        blocks = [
-            block.view(segments, -1) for block in torch.split(memory, [segments * size for size in sizes])
-        ]
-        for block, parts in zip(blocks, zip(*by_segment, strict=True), strict=True):
-            torch.stack(parts, out=block)
-        return blocks
+    def _gathered(self) -> list[Tensor]:
+        """The part's blocks, [S, P] each, dense."""
+        if len(self.blocks) == 1:
+            return [block if block.ndim == 2 else block[None] for block in self.blocks[0]]
+        segments, sizes = len(self.blocks), self.layout.block_sizes
+        memory = self.space.tensor("gathered", (segments * sum(sizes),), self.blocks[0][0].dtype)
+        gathered = memory.split_with_sizes([segments * size for size in sizes])
+        dense = [block_P.view(segments, -1) for block_P in gathered]
+        for block_SP, parts_P in zip(dense, zip(*self.blocks, strict=True), strict=True):
+            torch.stack(parts_P, out=block_SP)
+        return dense
 
 
 def gathered_flats(cohort: Cohort, number: int, space: Workspace) -> tuple[Tensor, ...]:
