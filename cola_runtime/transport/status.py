@@ -28,6 +28,8 @@ ABORT_SECONDS = 30.0  # a slow peer may have messages before it
 MAX_STATUS_BYTES = 6000  # gRPC allows 8 KiB of trailing metadata, and base64 adds a third
 
 _DETAILS_KEY = "grpc-status-details-bin"
+_OVERWRITTEN = (grpc.StatusCode.INTERNAL, "Internal error from Core")
+"""What grpcio's asyncio client says instead of the server's status if it still wrote (grpc issue 36066)."""
 _KIND_BY_NAME = {kind.__name__: kind for kind in errors.KINDS}
 _KIND_BY_CODE = {
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidInput,
@@ -143,6 +145,12 @@ def _decoded(status: status_pb2.Status) -> ColaError:
 
 def _foreign(rpc_error: grpc.RpcError) -> ColaError:
     code = rpc_error.code()
+    if (code, rpc_error.details()) == _OVERWRITTEN:
+        return errors.Unavailable(
+            "STREAM_LOST",
+            "the call ended while a message was written, and gRPC lost why",
+            remedy="Try again.",
+        )
     kind = _KIND_BY_CODE.get(code, ColaError)
     name = code.name if isinstance(code, grpc.StatusCode) else "UNKNOWN"
     remedy = "Check the address and that the service runs, then try again." if kind.retryable else ""

@@ -91,6 +91,16 @@ async def test_a_status_that_is_not_ours_becomes_the_nearest_error() -> None:
     assert back.retryable
 
 
+def test_a_call_whose_status_grpc_overwrote_may_be_made_again() -> None:
+    """As grpcio's asyncio client reports a write that met the end of its call."""
+    nothing = grpc.aio.Metadata()
+    overwritten = grpc.aio.AioRpcError(
+        grpc.StatusCode.INTERNAL, nothing, nothing, details="Internal error from Core"
+    )
+    back = error_from_rpc(overwritten)
+    assert (back.reason, back.retryable) == ("STREAM_LOST", True)
+
+
 def test_a_synchronous_client_reads_errors_too() -> None:
     with grpc.insecure_channel("127.0.0.1:1") as channel, pytest.raises(grpc.RpcError) as caught:
         channel.unary_unary("/t.T/C")(b"", timeout=5)
