@@ -203,6 +203,7 @@ async def running_coordinator(
                     await runner.close()
         finally:
             await doors.close()
+            pool.close()
     finally:
         await store.close()
 
