@@ -9,6 +9,8 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import combinations, zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -134,7 +136,7 @@ class DeviceSettings(_Settings):
 
 
 class HostSettings(_Settings):
-    """What one host may have under way at the public ports (docs/security.md)."""
+    """What one host may have under way at the coordinator's ports, and at each base model's."""
 
     calls: Annotated[int, Field(ge=1)] = 1024
     unknown_calls: Annotated[int, Field(ge=1)] = 512
@@ -325,16 +327,25 @@ def offer_tls_1_3_only() -> None:
     os.environ.update(TLS_ENVIRONMENT)
 
 
-def keep_own_ray_private(token: Path) -> None:
-    """Fix that a Ray which this process starts listens on loopback only and answers who has its token only.
+@contextmanager
+def own_ray_environment(token: Path) -> Iterator[None]:
+    """While it lasts, a Ray that this process starts is on loopback and answers who has its token only.
 
-    Before ray is imported, which reads it then. `token` is the file that holds it when Ray starts (the one
-    that Ray would make, in `~/.ray`, is everybody's to read), unless the environment names another.
+    `token` is the file that holds it (the one that Ray would make, in `~/.ray`, is everybody's to read),
+    unless the environment names another. Afterwards the environment is as before: the next one has its own.
     """
+    before = dict(os.environ)
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # on those systems Ray keeps to loopback anyway
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if "RAY_AUTH_TOKEN" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(token.resolve()))
+    try:
+        yield
+    finally:
+        for name in ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+            os.environ.pop(name, None)
+            if name in before:
+                os.environ[name] = before[name]
 
 
 def _load(model: type[S], file: dict[str, Any], flags: dict[str, Any], *, source: str) -> S:

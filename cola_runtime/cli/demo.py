@@ -24,11 +24,6 @@ def demo(
     from rich.console import Console
 
     from cola_runtime.cli.output import print_json
-    from cola_runtime.config import keep_own_ray_private, service_settings
-    from cola_runtime.demo import SERVICE_FOLDER
-
-    settings = service_settings(data_dir=output / SERVICE_FOLDER)
-    keep_own_ray_private(settings.ray_token)  # before ray is imported
     from cola_runtime.demo.run import DEFAULT_STEPS, run_demo
     from cola_runtime.demo.summary import summary
 

@@ -75,7 +75,7 @@ def serve(
     as_json: JsonFlag = False,
 ) -> None:
     """Run the service until Ctrl-C. At first start it prints a key for a first tenant, once."""
-    from cola_runtime.config import keep_own_ray_private, offer_tls_1_3_only, service_settings
+    from cola_runtime.config import offer_tls_1_3_only, service_settings
 
     offer_tls_1_3_only()  # before grpc is imported
 
@@ -100,8 +100,6 @@ def serve(
         ray_address=ray_address,
         adapter_modules=adapter_module,
     )
-    if settings.ray_address is None:
-        keep_own_ray_private(settings.ray_token)  # before ray is imported
     from cola_runtime.runtime import coordinator
 
     coordinator.serve(

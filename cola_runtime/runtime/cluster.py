@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from types import TracebackType
 from typing import Any, Literal
 
 import ray
 from pydantic import SecretStr
+from ray._private import ray_constants
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # its stub is partial
 from ray.exceptions import RayError
 
-from cola_runtime.config import BaseModelSettings, JoinSettings, ServiceSettings
+from cola_runtime.config import BaseModelSettings, JoinSettings, ServiceSettings, own_ray_environment
 from cola_runtime.errors import ColaError, InvalidInput, Unavailable
 from cola_runtime.runtime.actors import RemoteBaseModel, base_model_handle, device_handle
 from cola_runtime.runtime.certified import Identify, base_model_identity
@@ -33,12 +35,31 @@ class Cluster:
     def __init__(self, settings: ServiceSettings) -> None:
         self._settings = settings
         self._base_models: list[Any] = []
+        self._own = ExitStack()  # of a Ray of our own
 
     def __enter__(self) -> Cluster:
         if self._settings.ray_address:
             require_head(self._settings.ray_address)
             ray.init(address=self._settings.ray_address, configure_logging=False)
         else:
+            self._start_own()
+        try:
+            for chosen in self._settings.base_models:
+                chosen_accelerator(chosen, ray.cluster_resources())
+        except ColaError:
+            self._leave()
+            raise
+        return self
+
+    def _start_own(self) -> None:
+        """Ray read its environment when it was imported, perhaps long ago: it is told to look again."""
+        with ExitStack() as unless_started:
+            unless_started.enter_context(own_ray_environment(self._settings.ray_token))
+            before = ray_constants.ENABLE_RAY_CLUSTER
+            unless_started.callback(setattr, ray_constants, "ENABLE_RAY_CLUSTER", before)
+            ray_constants.ENABLE_RAY_CLUSTER = False
+            Config.initialize("")
+            AuthenticationTokenLoader.instance().reset_cache()
             ray.init(
                 address="local",
                 num_cpus=0,  # actors are placed by the resources below; Ray keeps no idle workers for CPUs
@@ -50,20 +71,18 @@ class Cluster:
                 configure_logging=False,
                 object_store_memory=256 << 20,
             )
-        try:
-            for chosen in self._settings.base_models:
-                chosen_accelerator(chosen, ray.cluster_resources())
-        except ColaError:
-            ray.shutdown()
-            raise
-        return self
+            self._own = unless_started.pop_all()
+
+    def _leave(self) -> None:
+        ray.shutdown()
+        self._own.close()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for handle in self._base_models:
             ray.kill(handle)
-        ray.shutdown()
+        self._leave()
 
     async def start_base_models(self, join_token: str) -> list[BaseModelPort]:
         """Place every replica of every base model and wait until all answer: the replicas in order.

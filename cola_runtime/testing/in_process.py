@@ -103,7 +103,8 @@ async def running_replica(
         model, name=chosen.name, join_token=JOIN_TOKEN, retained_dir=settings.data_dir / "retained"
     )
     identity = base_model_identity(settings, chosen)
-    await service.start(chosen.bind, credentials=device_port_credentials(identity) if identity else None)
+    credentials = device_port_credentials(identity) if identity else None
+    await service.start(chosen.bind, credentials=credentials, hosts=settings.hosts)
     try:
         yield service
     finally:

@@ -33,6 +33,13 @@ TRY = "import socket; socket.create_connection(('{}', {}), 3); print('connected'
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 
+@pytest.fixture(autouse=True)
+def _of_no_ray_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service that ran in this process left its token's place in the environment, which children get."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @asynccontextmanager
 async def served(folder: Path, model: Path) -> AsyncIterator[SoakFleet]:
     """`cola serve` with a Ray of its own, and a `cola device`, as processes."""

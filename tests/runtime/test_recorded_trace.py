@@ -15,7 +15,7 @@ from recorded_steps import when_recorded
 from cola_runtime.client.asynchronous import AsyncClient
 from cola_runtime.errors import Conflict, PermissionDenied
 from cola_runtime.jobs.records import StepRecord
-from cola_runtime.server import service as server
+from cola_runtime.server import exports
 from cola_runtime.testing.exactness import four_tenants, service_for, tenant_client
 from cola_runtime.testing.in_process import running_in_process
 from cola_runtime.testing.tiny_models import save_tiny_model
@@ -40,14 +40,14 @@ async def test_a_trace_shows_every_process_and_base_steps_that_go_on_during_an_e
     torch.set_num_threads(1)
     model = save_tiny_model("gpt2", tmp_path / "model")
     settings = service_for(tmp_path / "service", model=model, name="tiny", dtype="float32")
-    went_on, read = threading.Event(), server.read_checkpoint
+    went_on, read = threading.Event(), exports.read_checkpoint
 
     def read_slowly(*arguments: Any) -> bytes:
         """Not before six further steps are recorded: an export that held them up would never end."""
         assert went_on.wait(WAIT_SECONDS), "the base model waited for the export"
         return read(*arguments)
 
-    monkeypatch.setattr(server, "read_checkpoint", read_slowly)
+    monkeypatch.setattr(exports, "read_checkpoint", read_slowly)
     job = four_tenants("tiny", steps=STEPS, encoding="auto")[0]
     async with running_in_process(settings) as (service, _), await tenant_client(service, "alice") as client:
         await client.start_trace()

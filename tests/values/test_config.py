@@ -11,7 +11,7 @@ from cola_runtime.config import (
     ServiceSettings,
     client_settings,
     join_settings,
-    keep_own_ray_private,
+    own_ray_environment,
     service_settings,
 )
 from cola_runtime.errors import InvalidInput
@@ -151,12 +151,13 @@ def test_a_services_own_ray_is_told_to_stay_on_loopback_and_to_ask_for_a_token(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "environ", {})
-    keep_own_ray_private(tmp_path / "ray-token")
-    assert os.environ == {
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(tmp_path / "ray-token"),
-    }
+    with own_ray_environment(tmp_path / "ray-token"):
+        assert os.environ == {
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(tmp_path / "ray-token"),
+        }
+    assert os.environ == {}
 
 
 @pytest.mark.parametrize("name", ["RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"])
@@ -164,6 +165,7 @@ def test_a_token_of_ray_that_the_environment_names_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(os, "environ", {name: "the operator's"})
-    keep_own_ray_private(tmp_path / "ray-token")
-    named = {each: value for each, value in os.environ.items() if each.startswith("RAY_AUTH_TOKEN")}
-    assert named == {name: "the operator's"}
+    with own_ray_environment(tmp_path / "ray-token"):
+        named = {each: value for each, value in os.environ.items() if each.startswith("RAY_AUTH_TOKEN")}
+        assert named == {name: "the operator's"}
+    assert os.environ == {name: "the operator's"}
