@@ -92,6 +92,20 @@ class FakeTrace:
         return trace_bytes(chrome_trace([process], began=0.0, ended=2.0))
 
 
+class FakeGeneration:
+    """Notes what it is asked for."""
+
+    def __init__(self) -> None:
+        self.generated: list[dict[str, Any]] = []
+
+    async def generate(
+        self, job_id: str | None, prompt_ids: Sequence[int], **options: Any
+    ) -> tuple[list[int], int]:
+        """The prompt backwards, so that a test sees that tokens went through."""
+        self.generated.append({"job_id": job_id, **options})
+        return list(reversed(prompt_ids))[: options["max_new_tokens"]], 3 if job_id else 0
+
+
 class FakeRunner:
     """Moves jobs between states when asked, and trains nothing by itself."""
 
@@ -99,10 +113,10 @@ class FakeRunner:
         self._store = store
         self.started: list[str] = []
         self.retired: list[str] = []
-        self.generated: list[dict[str, Any]] = []
         self.terms: dict[str, TenantTerms] = {}
         self.spans = SpanRecorder()
         self.trace = FakeTrace()
+        self.generation = FakeGeneration()
 
     async def start(self, job_id: str) -> None:
         self.started.append(job_id)
@@ -131,13 +145,6 @@ class FakeRunner:
 
     def seconds_per_token(self, base_model: str) -> float | None:
         return 0.01
-
-    async def generate(
-        self, job_id: str | None, prompt_ids: Sequence[int], **options: Any
-    ) -> tuple[list[int], int]:
-        """The prompt backwards, so that a test sees that tokens went through."""
-        self.generated.append({"job_id": job_id, **options})
-        return list(reversed(prompt_ids))[: options["max_new_tokens"]], 3 if job_id else 0
 
     def devices(self) -> list[DeviceStatus]:
         return [
@@ -270,7 +277,7 @@ class Served:
         encoded = encode_checkpoint(content)
         key = f"checkpoints/{job_id}/{job.version}"
         ObjectStorage(f"file://{self.objects}").put(key, encoded)
-        await self.store.record_checkpoint(
+        await self.store.checkpoints.record(
             CheckpointRecord(
                 job_id=job_id,
                 version=job.version,

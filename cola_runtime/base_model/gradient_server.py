@@ -17,6 +17,7 @@ from cola_runtime.base_model.device_link import DeviceLink
 from cola_runtime.base_model.retained import RetainedSteps
 from cola_runtime.base_model.sent_taps import SentTaps
 from cola_runtime.base_model.updates import LeasedAdapter, LeaseTable, Update
+from cola_runtime.config import HostSettings
 from cola_runtime.errors import ColaError, NotFound, ProtocolError, Unavailable
 from cola_runtime.gradients.compression import Compressed
 from cola_runtime.proto import control_pb2
@@ -26,6 +27,7 @@ from cola_runtime.transport.concurrency import until_first_ends
 from cola_runtime.transport.endpoints import GRADIENTS, serve_streams
 from cola_runtime.transport.frames import TensorAddress
 from cola_runtime.transport.handshake import check_ticket, receive_hello
+from cola_runtime.transport.host_calls import HostCalls
 from cola_runtime.transport.reader import FrameLimits, ReceivedTensor
 from cola_runtime.transport.stream import FrameStream, ReceivedControl
 from cola_runtime.transport.tensors import parcels
@@ -71,11 +73,21 @@ class GradientServer:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._server: grpc.aio.Server | None = None
 
-    async def start(self, bind: str, *, credentials: grpc.ServerCredentials | None = None) -> str:
-        """Listen; returns host:port."""
+    async def start(
+        self,
+        bind: str,
+        *,
+        credentials: grpc.ServerCredentials | None = None,
+        hosts: HostSettings | None = None,
+    ) -> str:
+        """Listen; returns host:port. A host's streams count as at the coordinator's ports, by themselves."""
         self._loop = asyncio.get_running_loop()
         self._server, endpoint = await serve_streams(
-            bind, {GRADIENTS: self._serve_device}, credentials=credentials, where="base_models.bind"
+            bind,
+            {GRADIENTS: self._serve_device},
+            credentials=credentials,
+            where="base_models.bind",
+            interceptors=(HostCalls(hosts or HostSettings()),),
         )
         return endpoint
 

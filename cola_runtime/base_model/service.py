@@ -26,6 +26,7 @@ from cola_runtime.base_model.model import TappedModel
 from cola_runtime.base_model.retained import RetainedSteps
 from cola_runtime.base_model.retained_files import RetainedFiles
 from cola_runtime.base_model.updates import Update
+from cola_runtime.config import HostSettings
 from cola_runtime.errors import ColaError, NotFound
 from cola_runtime.gradients.compression import TapCompressor
 from cola_runtime.gradients.taps import Tap
@@ -78,9 +79,15 @@ class BaseModelService:
         self._deviations: dict[str, float] = {}  # of replays under way, by their lease's job
         self._installing: set[asyncio.Task[None]] = set()
 
-    async def start(self, bind: str, *, credentials: grpc.ServerCredentials | None = None) -> str:
+    async def start(
+        self,
+        bind: str,
+        *,
+        credentials: grpc.ServerCredentials | None = None,
+        hosts: HostSettings | None = None,
+    ) -> str:
         """Listen for devices; returns the gradient endpoint, host:port."""
-        self._endpoint = await self._server.start(bind, credentials=credentials)
+        self._endpoint = await self._server.start(bind, credentials=credentials, hosts=hosts)
         return self._endpoint
 
     async def stop(self) -> None:

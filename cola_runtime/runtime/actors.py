@@ -16,6 +16,7 @@ from cola_runtime.adapters.module_registry import import_adapter_modules
 from cola_runtime.config import (
     TLS_ENVIRONMENT,
     BaseModelSettings,
+    HostSettings,
     JoinSettings,
     ServiceSettings,
     crash_setting,
@@ -46,8 +47,10 @@ class BaseModelActor:
         join_token: str,
         adapter_modules: Sequence[str],
         identity: Identity | None = None,
+        *,
+        hosts: HostSettings,
     ) -> None:
-        self._identity = identity
+        self._identity, self._hosts = identity, hosts
         set_thread_environment(settings.threads)
         crash_points.arm(crash_setting())
         keep_freed_memory()
@@ -85,7 +88,7 @@ class BaseModelActor:
             from cola_runtime.transport.tls import device_port_credentials
 
             credentials = device_port_credentials(self._identity) if self._identity else None
-            self._endpoint = await self._service.start(self._bind, credentials=credentials)
+            self._endpoint = await self._service.start(self._bind, credentials=credentials, hosts=self._hosts)
         description = await self._service.describe()
         return replace(description, gradient_endpoint=self._advertise or self._endpoint)
 
@@ -222,7 +225,14 @@ def base_model_handle(
     return (
         ray.remote(BaseModelActor)
         .options(**options)
-        .remote(chosen, settings.cache_dir.resolve(), join_token, settings.adapter_modules, identity)
+        .remote(
+            chosen,
+            settings.cache_dir.resolve(),
+            join_token,
+            settings.adapter_modules,
+            identity,
+            hosts=settings.hosts,
+        )
     )
 
 

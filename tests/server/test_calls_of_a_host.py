@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -24,8 +24,10 @@ from cola_runtime.transport.handshake import receive_hello
 from cola_runtime.transport.host_calls import HostCalls, host_of
 from cola_runtime.transport.reader import FrameLimits
 from cola_runtime.transport.status import error_from_rpc
+from tests.addresses import relay_from
 
 CALLS, UNKNOWN = 12, 5
+ROUNDS, A_ROUND = 30, 50  # streams
 SECONDS = 10.0
 OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1),)
 
@@ -91,18 +93,7 @@ def listening(served: Served, limits: HostSettings) -> Iterator[Port]:
 @contextmanager
 def from_address(served: Served, address: str, port: int) -> Iterator[str]:
     """An endpoint whose connections come to the port from this address."""
-
-    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while content := await reader.read(1 << 16):
-            writer.write(content)
-            await writer.drain()
-        writer.close()
-
-    async def join(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        onward = await asyncio.open_connection("127.0.0.1", port, local_addr=(address, 0))
-        await asyncio.gather(copy(reader, onward[1]), copy(onward[0], writer), return_exceptions=True)
-
-    server = served.run(asyncio.start_server(join, "127.0.0.1", 0))
+    server = served.run(relay_from(address, port))
     try:
         yield f"grpc://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     finally:
@@ -140,12 +131,14 @@ def test_a_host_that_fills_its_share_leaves_other_hosts_theirs(
 def port_is_free(port: Port, calls: int) -> None:
     """Wait until the server has noticed that a peer has gone."""
 
-    async def wait() -> None:
-        async with asyncio.timeout(SECONDS):
-            while port.calls._calls.total() > calls:  # noqa: ASYNC110 (a counter has no event)
-                await asyncio.sleep(0.01)
+    port.served.run(until(lambda: port.calls._calls.total() <= calls))
 
-    port.served.run(wait())
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Of a counter, which has no event."""
+    async with asyncio.timeout(SECONDS):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
 
 def test_calls_that_do_not_say_whose_they_are_leave_room_for_those_that_do(
@@ -171,9 +164,7 @@ def strangers(served: Served, port: Port, count: int) -> Iterator[None]:
         channels = [grpc.aio.insecure_channel(port.target, options=OWN_CONNECTION) for _ in range(count)]
         calls = [channel.stream_stream(DEVICES.path)() for channel in channels]
         await asyncio.gather(*(call.wait_for_connection() for call in calls))
-        async with asyncio.timeout(SECONDS):
-            while port.calls._unknown.total() < count:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+        await until(lambda: port.calls._unknown.total() >= count)
         yield
         for channel in channels:
             await channel.close()
@@ -182,6 +173,29 @@ def strangers(served: Served, port: Port, count: int) -> Iterator[None]:
     served.run(opened.__aenter__())
     yield
     served.run(opened.__aexit__(None, None, None))
+
+
+def test_streams_that_are_reset_as_soon_as_they_are_served_use_up_nobodys_share(
+    served: Served, port: Port, client: Client, spec: JobSpec
+) -> None:
+    """Rapid reset: each round's calls are counted, some refused, and all forgotten when they are reset.
+
+    A handler that ended without giving its place back would shut its host out within a round.
+    """
+    job_id = client.submit(spec, training=ROWS).job_id
+
+    async def flood() -> None:
+        async with grpc.aio.insecure_channel(port.target, options=OWN_CONNECTION) as channel:
+            for _ in range(ROUNDS):
+                calls = [channel.stream_stream(DEVICES.path)() for _ in range(A_ROUND)]
+                await until(lambda: port.calls._unknown.total() == UNKNOWN)
+                for call in calls:
+                    call.cancel()
+                await until(lambda: port.calls._calls.total() == 0)
+
+    served.run(flood())
+    for _ in range(CALLS):
+        port.watch(job_id)
 
 
 def test_who_comes_through_a_proxy_that_is_named_has_no_cap_here(
