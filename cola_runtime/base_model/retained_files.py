@@ -29,6 +29,7 @@ from cola_runtime.transport.tensors import Parcel
 from cola_runtime.types import Lease, TensorKey, TensorKind
 
 KEPT_SECONDS = 86_400.0  # of a lease that nobody has asked to forget, since its last step
+SWEEP_SECONDS = 3600.0
 
 Sent = tuple[TensorAddress, Parcel] | control_pb2.GradientControl
 
@@ -58,12 +59,14 @@ class RetainedFiles:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="retained-files")
-        self._later(self._forget_old)
+        self._swept = -math.inf
+        self._sweep()
 
     def write(self, part: Lease, version: int, step: KeptStep) -> Future[None]:
         """Of the step that leaves `version`, which is whole. Done when it is there, or cannot be."""
         sent, norms, weights_P = tuple(step.sent), step.norms, step.weights_P
         assert weights_P is not None, "written when they have come"
+        self._sweep()
         return self._later(lambda: _write(self._path(part, version), sent, norms, weights_P))
 
     def read(self, part: Lease, versions: Sequence[int]) -> dict[int, KeptStep]:
@@ -97,6 +100,12 @@ class RetainedFiles:
                 logger.warning("retained steps: %s", error, extra={"event": "spot_check.files_failed"})
 
         return self._thread.submit(attempt)
+
+    def _sweep(self) -> None:
+        """Also of a process that runs on: nobody may have told it of a lease that ended while it was away."""
+        if time.monotonic() - self._swept >= SWEEP_SECONDS:
+            self._swept = time.monotonic()
+            self._later(self._forget_old)
 
     def _forget_old(self) -> None:
         oldest = time.time() - KEPT_SECONDS

@@ -54,18 +54,20 @@ class QuarantineDesk:
         """Its streams end, it is not let in again, and its jobs go back to before what it may have spoilt."""
         registry = self._store.devices
         first, doubtful = await until_available(lambda: registry.quarantine(device_id, reason, message))
-        why = f"it is in quarantine: {reason}"
-        await self._pool.dismiss(device_id, why)
+        under_way = [self._end_all_of(device_id, reason, message, doubtful)]
+        if first:
+            logger.error("device %s put out: %s", device_id, message, extra={"event": "device.quarantined"})
+            # At once, not behind streams that end: a coordinator that stops meanwhile has written it down.
+            under_way.append(self._tell(device_id, f"{reason}: {message}"))
+        await asyncio.gather(*under_way)
+
+    async def _end_all_of(self, device_id: str, reason: str, message: str, doubtful: list[str]) -> None:
+        await self._pool.dismiss(device_id, f"it is in quarantine: {reason}")
         for job_id in doubtful:  # also those that went on elsewhere, from what it had made
             lease = self._book.current(job_id)
             if lease is not None:
                 self._book.lose(lease, reason="DEVICE_QUARANTINED", message=f"{device_id}: {message}")
-        if first:
-            logger.error("device %s put out: %s", device_id, message, extra={"event": "device.quarantined"})
-            entry = AuditEntry(
-                kind="device.quarantined",
-                actor="coordinator",
-                subject=device_id,
-                message=f"{reason}: {message}",
-            )
-            await until_available(lambda: self._store.audit.add(entry))
+
+    async def _tell(self, device_id: str, message: str) -> None:
+        entry = AuditEntry(kind="device.quarantined", actor="coordinator", subject=device_id, message=message)
+        await until_available(lambda: self._store.audit.write(entry))

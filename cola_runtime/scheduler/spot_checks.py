@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -41,6 +42,10 @@ TOLERANCE = 1e-5
 CHECK_SECONDS = 600.0
 CHECKER_SECONDS = 30.0  # to wait for a trusted device
 CHECKPOINT_SECONDS = 60.0
+BACK_SECONDS = 120.0  # for a replica that is lost before or in a replay to be back
+RETRY_SECONDS = 0.5
+LOST = frozenset({"BASE_MODEL_LOST", "DEVICE_LOST", "DEVICE_LINK_LOST"})
+"""What ends an attempt, and says nothing of the steps: another replay may get to its end."""
 
 logger = logging.getLogger(__name__)
 _random = random.SystemRandom()
@@ -222,15 +227,15 @@ class SpotChecks:
         passed = [await self._check_shard(interval, number) for number in interval.shards]
         if all(passed) and len(passed) == len(interval.lease.device_ids):
             job_id, last = interval.lease.job_id, interval.last
-            await until_available(lambda: self._store.mark_checked(job_id, last))
-        await until_available(lambda: self._store.forget_check(interval.pending))
+            await until_available(lambda: self._store.checkpoints.mark_checked(job_id, last))
+        await until_available(lambda: self._store.checkpoints.forget_check(interval.pending))
         await self._forget(interval)
 
     async def _check_shard(self, interval: Interval, number: int) -> bool:
         """It came to the same result. If it came to another, its device has been put out."""
         try:
             async with self._one_at_a_time, asyncio.timeout(CHECK_SECONDS):
-                deviation = await self._deviation(interval, number)
+                deviation = await self._made_again(interval, number)
         except (ColaError, LeaseLost, TimeoutError) as error:
             message = f"not checked: {error or 'it took too long'}"
             await self._tell(interval, number, "undecided", message)
@@ -266,6 +271,19 @@ class SpotChecks:
             )
         )
 
+    async def _made_again(self, interval: Interval, number: int) -> float:
+        """As `_deviation`: a replica or a checker that dies meanwhile costs the attempt, not the check."""
+        until: float | None = None
+        while True:
+            try:
+                return await self._deviation(interval, number)
+            except (ColaError, LeaseLost) as error:
+                until = until or time.monotonic() + BACK_SECONDS
+                if error.reason not in LOST or time.monotonic() > until:
+                    raise
+                logger.info("replay again: %s", error, extra={"event": "spot_check.again"})
+            await asyncio.sleep(RETRY_SECONDS)
+
     async def _deviation(self, interval: Interval, number: int) -> float:
         """Of a shard's replay from what its device sent and handed on. Raises ColaError, LeaseLost."""
         start, end = await self._ends(interval, number)
@@ -283,11 +301,15 @@ class SpotChecks:
             await self._end(lease, interval.replica)
 
     async def _replay(self, interval: Interval, number: int, lease: Lease, start: bytes | None) -> float:
+        if not interval.replica.ready:  # what it last said of its port holds no more
+            raise Unavailable(
+                "BASE_MODEL_LOST", f"base model replica {interval.replica.name} is not back yet"
+            )
         part, plan = interval.lease.parts[number], interval.plan.of_shards()[number]
         replay = Replay(lease=part, first=interval.first, last=interval.last)
         terms = LeaseTerms(spec=plan.adapter, max_staleness=plan.max_staleness, replay=replay)
         await interval.replica.base.lease(lease, terms)
-        await self._pool.grant(
+        await self._pool.device(lease).grant(
             lease,
             replace(plan, checkpoint_every=0),
             checkpoint=start,
@@ -295,12 +317,12 @@ class SpotChecks:
         )
         last = await self._book.wait_version(lease, interval.last, timeout_seconds=CHECK_SECONDS)
         if interval.last != plan.schedule.total_steps:  # of that one the device makes a checkpoint unasked
-            await self._pool.request_checkpoint(lease)
+            await self._pool.device(lease).request_checkpoint(lease)
         return last.deviation
 
     async def _ends(self, interval: Interval, number: int) -> tuple[bytes | None, bytes]:
         """The shard's checkpoints that its steps began from (None: from the seed) and led to."""
-        records = {each.version: each for each in await self._store.checkpoints(interval.lease.job_id)}
+        records = {each.version: each for each in await self._store.checkpoints.of(interval.lease.job_id)}
         found: list[bytes | None] = []
         for version in (interval.first, interval.last):
             if version == 0:
@@ -316,7 +338,7 @@ class SpotChecks:
     async def _checker(self, device_id: str) -> str:
         """A trusted device other than this one."""
         async with asyncio.timeout(CHECKER_SECONDS):
-            return await self._pool.wait_trusted_beside(device_id)
+            return await self._pool.choice.wait_trusted_beside(device_id)
 
     async def _end(self, lease: Lease, replica: Replica) -> None:
         for ending in (self._pool.end(lease), replica.base.end_lease(lease.job_id, lease.epoch)):
@@ -329,7 +351,7 @@ class SpotChecks:
         job_id, epoch, last = interval.end
         try:
             await interval.replica.base.forget_steps(job_id, epoch, before=last)
-        except ColaError as error:  # with the base model they are gone
+        except ColaError as error:  # its files go after a day
             logger.info("retained steps not let go: %s", error, extra={"event": "spot_check.not_forgotten"})
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from cola_runtime.base_model import retained_files
 from cola_runtime.base_model.gradient_server import GradientServer
 from cola_runtime.base_model.retained import RetainedSteps
-from cola_runtime.base_model.retained_files import RetainedFiles
+from cola_runtime.base_model.retained_files import KEPT_SECONDS, RetainedFiles
 from cola_runtime.errors import NotFound
 from cola_runtime.proto import control_pb2
 from cola_runtime.transport.frames import TensorAddress
@@ -129,6 +132,21 @@ async def test_a_lease_that_goes_beyond_the_bound_leaves_no_files(tmp_path: Path
         await keep(kept, version)
     files.close()
     assert not list(tmp_path.iterdir())  # noqa: ASYNC240
+
+
+async def test_a_process_that_runs_on_lets_go_of_leases_that_nobody_has_asked_for_since_a_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = RetainedFiles(tmp_path)
+    kept = RetainedSteps(files=files)
+    await keep(kept, 3)
+    [folder] = tmp_path.iterdir()  # noqa: ASYNC240
+    long_ago = time.time() - KEPT_SECONDS - 1.0
+    os.utime(folder, (long_ago, long_ago))
+    monkeypatch.setattr(retained_files, "SWEEP_SECONDS", 0.0)
+    await keep(kept, 3, lease=replace(LEASE, epoch=LEASE.epoch + 1))
+    files.close()
+    assert [each.name for each in tmp_path.iterdir()] == [f"{LEASE.job_id}-{LEASE.epoch + 1}"]  # noqa: ASYNC240
 
 
 async def test_norms_that_differ_are_told_by_how_much() -> None:

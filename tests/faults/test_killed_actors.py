@@ -9,17 +9,28 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from cola_runtime.client.asynchronous import AsyncClient
 from cola_runtime.client.job_handle import AsyncJobHandle
-from cola_runtime.config import DeviceSettings
+from cola_runtime.config import DeviceSettings, SpotCheckSettings
 from cola_runtime.crash_points import BASE_MODEL_POINTS
 from cola_runtime.runtime.coordinator import running_service
+from cola_runtime.scheduler.spot_checks import Interval, SpotChecks
 from cola_runtime.testing.exactness import MixedJob, service_for, tenant_client
-from tests.faults.judging import MODEL, Accept, Faultless, fault_job, judge, train_faultless
+from tests.faults.judging import (
+    CHECKPOINT_EVERY,
+    MODEL,
+    STEPS,
+    Accept,
+    Faultless,
+    fault_job,
+    judge,
+    train_faultless,
+)
 from tests.faults.processes import reach
 
 JOB_SECONDS = 600.0
@@ -31,10 +42,13 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 
 @asynccontextmanager
-async def serving(model: Path, folder: Path) -> AsyncIterator[AsyncClient]:
+async def serving(model: Path, folder: Path, **changes: object) -> AsyncIterator[AsyncClient]:
     """On Ray, with two devices."""
     settings = service_for(folder, model=model, name=MODEL, dtype="float32").model_copy(
-        update={"devices": DeviceSettings(count=2, heartbeat_seconds=0.5, lease_timeout_seconds=5.0)}
+        update={
+            "devices": DeviceSettings(count=2, heartbeat_seconds=0.5, lease_timeout_seconds=5.0),
+            **changes,
+        }
     )
     async with running_service(settings) as service, await tenant_client(service, "alice") as client:
         yield client
@@ -108,6 +122,40 @@ async def test_actors_that_are_killed_or_hang_lose_nothing(
         await judged("base model", f"SIGSTOP for {HANG_SECONDS:g} s, then SIGCONT", handle, fault)
     for outcome in found:
         accept(outcome)
+
+
+async def test_a_base_model_that_dies_in_a_spot_check_makes_it_when_it_is_back(
+    model: Path, tmp_path: Path, faultless: Faultless, accept: Accept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its next process replays what the files hold of the steps that it remembered."""
+    deaths: list[float] = []
+    replay = SpotChecks._replay
+
+    async def die_in_the_second(self: SpotChecks, interval: Interval, *rest: Any) -> float:
+        if interval.first > 0 and not deaths:
+            deaths.append(time.time())
+            os.kill(base_model_pid(), signal.SIGKILL)
+        return await replay(self, interval, *rest)
+
+    monkeypatch.setattr(SpotChecks, "_replay", die_in_the_second)
+    checks = SpotCheckSettings(trusted=1.0)
+    async with serving(model, tmp_path, spot_checks=checks) as client:
+        handle = await started(client, fault_job(), at=1)
+        await handle.wait(JOB_SECONDS)
+        events = [event async for event in handle.events(follow=False)]
+        outcome = await judge(
+            handle,
+            faultless,
+            part="base model",
+            case="SIGKILL in a spot check",
+            faults=deaths,
+            data_dir=tmp_path,
+        )
+    told = [event for event in events if event.kind.startswith("spot_check")]
+    assert {event.kind for event in told} == {"spot_check.passed"}, told
+    assert all("all bits" in event.message for event in told)
+    assert {event.data["last"] for event in told} == set(range(CHECKPOINT_EVERY, STEPS + 1, CHECKPOINT_EVERY))
+    accept(outcome)
 
 
 async def hang(pid: int) -> None:

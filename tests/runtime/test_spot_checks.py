@@ -26,6 +26,7 @@ from cola_runtime.device.worker import DeviceWorker
 from cola_runtime.errors import Unauthenticated
 from cola_runtime.runtime.coordinator import RunningService
 from cola_runtime.scheduler import spot_checks
+from cola_runtime.scheduler.spot_checks import Interval, SpotChecks
 from cola_runtime.spec import JobSpec
 from cola_runtime.testing.exactness import service_for
 from cola_runtime.testing.in_process import running_in_process
@@ -237,6 +238,28 @@ async def test_steps_are_checked_at_the_replica_that_made_them_when_the_job_has_
         assert all("all bits" in each.message for each in passed)
 
 
+async def test_a_replica_that_is_away_when_steps_are_to_be_replayed_costs_no_check(
+    honest: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its actor's own death: tests/faults/test_killed_actors.py."""
+    monkeypatch.setattr(spot_checks, "RETRY_SECONDS", 0.02)
+    replay, attempts = SpotChecks._replay, []
+
+    async def away_at_first(self: SpotChecks, interval: Interval, *rest: Any) -> float:
+        attempts.append(interval.first)
+        interval.replica.ready = len(attempts) > 2
+        return await replay(self, interval, *rest)
+
+    monkeypatch.setattr(SpotChecks, "_replay", away_at_first)
+    async with yard(tmp_path, model) as at:
+        await at.community("garage")
+        handle = await at.submit()
+        await handle.wait(WAIT_SECONDS)
+        assert await last_checkpoint(handle) == honest
+        told = [kind for kind in await kinds(handle) if kind.startswith("spot_check")]
+        assert (told, attempts) == (3 * ["spot_check.passed"], [0, 0, 0, 2, 4])
+
+
 async def test_who_is_put_out_has_no_stream_left_at_any_replica_and_the_job_goes_on_at_the_other(
     honest: str, model: Path, tmp_path: Path, liar: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,8 +346,8 @@ def honest_shards(model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
             found = sorted((each.data["first"], each.data["device_id"]) for each in checked)
             assert found == [(first, name) for first in (0, 2, 4) for name in ("garage", "shed")]
             assert all("all bits" in each.message for each in checked)
-            assert await at.service.store.pending_checks() == []
-            records = await at.service.store.checkpoints(handle.job_id)
+            assert await at.service.store.checkpoints.pending_checks() == []
+            records = await at.service.store.checkpoints.of(handle.job_id)
             assert all(each.checked_at for each in records)
             return await last_checkpoint(handle)
 
