@@ -108,7 +108,8 @@ class RpcHandlers:
                     if not noted:
                         await self._note(rule, call, request, response)
                         noted = True
-                    await asyncio.wait_for(context.write(response), self._limits.chunk_seconds)
+                    async with asyncio.timeout(self._limits.chunk_seconds):
+                        await context.write(response)
             except TimeoutError:
                 await abort_with(context, _too_slow(self._limits.chunk_seconds))
             except Exception as error:  # the outermost line of a call

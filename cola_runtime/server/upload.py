@@ -94,7 +94,8 @@ async def _in_time(
     received_bytes, began = 0, time.monotonic()
     while True:
         try:
-            request = await asyncio.wait_for(anext(iterator), seconds)
+            async with asyncio.timeout(seconds):
+                request = await anext(iterator)
             received_bytes += request.ByteSize()
             late = time.monotonic() - began - seconds
             if received_bytes < late * limits.upload_bytes_per_second:
