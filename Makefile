@@ -38,8 +38,9 @@ fuzz: setup ## 100,000 bad frames and requests, state machines; no crash, hang o
 traps: setup ## every trap of docs/traps.md put back into a copy of the source, and the test that catches it
 	$(BIN)/python -m pytest tests/traps --traps -q $(PYTEST_ARGS)
 
+# Three processes on two cores, since cases wait; what goes together in one of them says tests/faults/conftest.py.
 faults: setup ## every crash point, stream fault and killed process: what each cost, and the table
-	$(BIN)/python -m pytest tests/faults --faults -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/faults --faults --numprocesses 3 -q $(PYTEST_ARGS)
 
 many-jobs: setup ## 10,000 jobs of one tenant beside another tenant's: eight minutes
 	$(BIN)/python -m pytest tests/faults --many-jobs -q $(PYTEST_ARGS)

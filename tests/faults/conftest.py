@@ -1,4 +1,7 @@
-"""Prints what every fault cost when all of them were tried, and leaves it under benchmarks/results."""
+"""Prints what every fault cost when all of them were tried, and leaves it under benchmarks/results.
+
+An outcome travels with its test's report, so that the table is the same whichever process ran the test.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,13 @@ import json
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 from cola_runtime.testing.record import record
 from cola_runtime.testing.tiny_models import save_tiny_model
@@ -18,7 +24,18 @@ from tests.faults.judging import Accept, Faultless, Outcome, fault_job, train_fa
 from tests.faults.processes import Zygote
 
 HERE = Path(__file__).parent
-OUTCOMES = pytest.StashKey[list[Outcome]]()
+TOGETHER = {  # what is tried one after the other in one process, by file; every other test goes where it may
+    **dict.fromkeys(
+        ("test_killed_actors.py", "test_ray_ports.py", "test_replicas_on_ray.py", "test_soak.py"),
+        "services on Ray",  # of all Ray cases two at a time: with three at once they recover late
+    ),
+    "test_ray_faults.py": "Ray",
+    "test_network_faults.py": "network",  # which share what is made once, as the others below
+    "test_database_faults.py": "database",
+    "test_crash_points.py": "crash points",
+}
+OUTCOME = "outcome"
+OUTCOMES = pytest.StashKey[list[tuple[int, dict[str, Any]]]]()
 STARTED = pytest.StashKey[float]()
 COLUMNS = (
     "part", "case", "faults", "steps_lost", "applied_twice", "bit_identical", "recovery_seconds",
@@ -29,6 +46,31 @@ COLUMNS = (
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[OUTCOMES] = []
     config.stash[STARTED] = time.time()
+    config.pluginmanager.register(Gatherer(config.stash[OUTCOMES]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling | None:
+    """Of several processes; what `--dist` says holds where not all faults are tried."""
+    return TogetherScheduling(config, log) if config.getoption("--faults") else None
+
+
+class TogetherScheduling(LoadScopeScheduling):
+    """What belongs together first, in the order of its size, then single tests."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return TOGETHER.get(Path(nodeid.split("::")[0]).name, nodeid)
+
+
+class Gatherer:
+    """Takes the outcomes out of the reports, in the process that has the terminal."""
+
+    def __init__(self, outcomes: list[tuple[int, dict[str, Any]]]) -> None:
+        self._outcomes = outcomes
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call":
+            self._outcomes.extend(tuple(value) for name, value in report.user_properties if name == OUTCOME)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -56,8 +98,8 @@ def faultless(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Faultles
 
 
 @pytest.fixture(scope="session")
-def zygote() -> Iterator[Zygote]:
-    forking = Zygote()
+def zygote(model: Path) -> Iterator[Zygote]:
+    forking = Zygote(model)
     yield forking
     forking.close()
 
@@ -66,33 +108,34 @@ def zygote() -> Iterator[Zygote]:
 def accept(request: pytest.FixtureRequest) -> Accept:
     """Call with each case's outcome. A plain run, on a machine of any load, does not judge the time."""
 
+    place = request.session.items.index(request.node)
+
     def take(outcome: Outcome) -> None:
-        request.config.stash[OUTCOMES].append(outcome)
+        request.node.user_properties.append((OUTCOME, (place, outcome.fields())))
         assert outcome.good if request.config.getoption("--faults") else outcome.kept, outcome
 
     return take
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    outcomes = config.stash[OUTCOMES]
+    outcomes = [fields for _, fields in sorted(config.stash[OUTCOMES], key=itemgetter(0))]
     if not config.getoption("--faults") or not outcomes:
         return
     terminalreporter.section("faults: what each cost")
-    rows = [[_text(outcome.fields()[column]) for column in COLUMNS] for outcome in outcomes]
+    rows = [[_text(outcome[column]) for column in COLUMNS] for outcome in outcomes]
     widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
     for row in (list(COLUMNS), *rows):
         line = "  ".join(value.ljust(width) for value, width in zip(row, widths, strict=True))
         terminalreporter.write_line(line)
-    good = sum(outcome.good for outcome in outcomes)
+    good = sum(outcome["good"] for outcome in outcomes)
     terminalreporter.write_line(f"{good} of {len(outcomes)} cases: nothing lost or twice, same bits, in time")
     _save(outcomes, datetime.fromtimestamp(config.stash[STARTED], UTC))
 
 
-def _save(outcomes: list[Outcome], started: datetime) -> None:
+def _save(outcomes: list[dict[str, Any]], started: datetime) -> None:
     folder = Path("benchmarks/results")
     folder.mkdir(parents=True, exist_ok=True)
-    results = {"cases": [outcome.fields() for outcome in outcomes]}
-    content = record("faults", results, seed=0, started=started)
+    content = record("faults", {"cases": outcomes}, seed=0, started=started)
     (folder / "faults.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from ipaddress import ip_address
 
 import pytest
 
@@ -66,8 +67,8 @@ class Cable:
 @contextmanager
 def cable() -> Iterator[Cable]:
     """Skips where this user may not make namespaces, also in CI: that is a right, not an omission."""
-    name, third = secrets.token_hex(3), secrets.randbelow(250) + 1
-    laid = Cable(f"cola-{name}", f"ch{name}", f"cd{name}", f"10.213.{third}.1", f"10.213.{third}.2")
+    name, network = secrets.token_hex(3), ip_address("10.213.0.0") + 4 * secrets.randbelow(1 << 14)
+    laid = Cable(f"cola-{name}", f"ch{name}", f"cd{name}", str(network + 1), str(network + 2))
     try:
         ip("netns", "add", laid.namespace)
     except (OSError, subprocess.CalledProcessError) as error:

@@ -34,9 +34,12 @@ LOOK_AGAIN_SECONDS = 0.02
 class Zygote:
     """Forks quickly what takes seconds to import."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: Path) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, str(PROGRAM)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, str(PROGRAM), str(model)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
 
     def fork(self, **order: Any) -> int:

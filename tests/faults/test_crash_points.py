@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from cola_runtime.crash_points import BASE_MODEL_POINTS, COORDINATOR_POINTS, DEVICE_POINTS
-from tests.faults.judging import Accept, Faultless, Outcome, fault_job, judge
-from tests.faults.processes import Fleet, Zygote, finish, fleet, submit
+from tests.faults.fleet_jobs import outcome_of
+from tests.faults.judging import Accept, Faultless, Outcome, fault_job
+from tests.faults.processes import Fleet, Zygote, fleet, submit
 
 TIMES = {  # at which time the point is in the middle of the job; 1 where it is not named
     "store.transition.uncommitted": 2,
@@ -116,7 +117,4 @@ async def test_a_device_that_dies_loses_nothing(
 async def trained(at: Fleet, faultless: Faultless, *, part: str, case: str) -> Outcome:
     async with at.client() as client:
         handle = await submit(client, fault_job())
-        handle = await finish(client, handle.job_id)
-        return await judge(
-            handle, faultless, part=part, case=case, faults=at.faults, data_dir=at.settings.data_dir
-        )
+    return await outcome_of(at, handle, faultless, of=(part, case), faults=at.faults)

@@ -78,7 +78,8 @@ async def _crash_and_break(at: Attacked) -> None:
         links = session._links._links
         [(endpoint, link)] = links.items()
         await link.close()
-        await _until(lambda: links.get(endpoint, link) is not link)
+        # It is dialled again, unless the coordinator has heard of it first and ended the lease.
+        await _until(lambda: links.get(endpoint) is not link)
         session._links._ended.set_exception(Unavailable("STREAM_LOST", "its control stream breaks"))
         await _until(lambda: agent._session not in (None, session))
         assert holder.device_id in await _connected(at)

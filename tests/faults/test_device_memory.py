@@ -9,8 +9,9 @@ from pathlib import Path
 from cola_runtime.client.job_handle import AsyncJobHandle
 from cola_runtime.spec import JobSpec
 from cola_runtime.testing.exactness import MixedJob
-from tests.faults.judging import Accept, fault_job, judge, train_faultless
-from tests.faults.processes import Zygote, finish, fleet, submit
+from tests.faults.fleet_jobs import outcome_of
+from tests.faults.judging import Accept, fault_job, train_faultless
+from tests.faults.processes import Zygote, fleet, submit
 
 SPARE_BYTES = 4 << 20  # for what is not the adapter, which takes 17 MiB
 
@@ -36,16 +37,7 @@ async def test_a_device_without_memory_says_so_and_the_job_goes_to_another(
             assert lost == "DEVICE_OUT_OF_MEMORY"
             assert "DEVICE_OUT_OF_MEMORY" in (await handle.refresh()).waiting_reason
             at.start_device("device-1")
-            handle = await finish(client, handle.job_id)
-            outcome = await judge(
-                handle,
-                faultless,
-                part="device",
-                case="no memory",
-                faults=[fault],
-                data_dir=at.settings.data_dir,
-            )
-    accept(outcome)
+            accept(await outcome_of(at, handle, faultless, of=("device", "no memory"), faults=[fault]))
 
 
 def leave_memory(pid: int, spare_bytes: int) -> None:

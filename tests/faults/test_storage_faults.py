@@ -20,8 +20,9 @@ from cola_runtime.jobs.database import Database
 from cola_runtime.storage import objects
 from cola_runtime.testing.exactness import service_for, tenant_client
 from cola_runtime.testing.in_process import running_in_process
+from tests.faults.fleet_jobs import outcome_of, training
 from tests.faults.judging import MODEL, WAIT_SECONDS, Accept, Faultless, fault_job, judge
-from tests.faults.processes import Fleet, Zygote, finish, fleet, reach, submit, until
+from tests.faults.processes import Fleet, Zygote, reach, until
 
 OUTAGE_SECONDS = 3.0
 SMALL_FILE_BYTES = 4096
@@ -116,53 +117,26 @@ async def test_a_disk_that_takes_no_more_for_a_while_fails_no_job(
     zygote: Zygote, model: Path, tmp_path: Path, faultless: Faultless, accept: Accept
 ) -> None:
     """The kernel refuses to let the coordinator's files grow: its database and its objects alike."""
-    async with fleet(zygote, tmp_path, model) as at:
-        at.start_device("device-0")
-        await at.start_coordinator()
-        async with at.client() as client:
-            handle = await submit(client, fault_job())
-            await reach(handle, 4)
-            fault = time.time()
-            resource.prlimit(at.coordinator, resource.RLIMIT_FSIZE, (SMALL_FILE_BYTES, -1))
-            await asyncio.sleep(OUTAGE_SECONDS)
-            resource.prlimit(at.coordinator, resource.RLIMIT_FSIZE, (-1, -1))
-            handle = await finish(client, handle.job_id)
-            outcome = await judge(
-                handle,
-                faultless,
-                part="storage",
-                case="no file may grow",
-                faults=[fault],
-                data_dir=at.settings.data_dir,
-            )
-    accept(outcome)
+    async with training(zygote, tmp_path, model) as (at, _, handle):
+        fault = time.time()
+        resource.prlimit(at.coordinator, resource.RLIMIT_FSIZE, (SMALL_FILE_BYTES, -1))
+        await asyncio.sleep(OUTAGE_SECONDS)
+        resource.prlimit(at.coordinator, resource.RLIMIT_FSIZE, (-1, -1))
+        accept(await outcome_of(at, handle, faultless, of=("storage", "no file may grow"), faults=[fault]))
 
 
 async def test_a_coordinator_whose_file_descriptors_are_used_up_goes_on_with_those_that_it_has(
     zygote: Zygote, model: Path, tmp_path: Path, faultless: Faultless, accept: Accept
 ) -> None:
     """By connections that say nothing: no checkpoint can be stored meanwhile, and nobody new is served."""
-    async with fleet(zygote, tmp_path, model) as at:
-        at.start_device("device-0")
-        await at.start_coordinator()
-        async with at.client() as client, another_connection(at) as newcomer:
-            handle = await submit(client, fault_job())
-            await reach(handle, 4)
-            async with no_descriptor_left(at) as fault:
-                assert (await client.describe()).devices, "who is connected is served"
-                with pytest.raises(TimeoutError):
-                    await asyncio.wait_for(newcomer.describe(), OUTAGE_SECONDS)
-            assert (await newcomer.describe()).devices
-            handle = await finish(client, handle.job_id)
-            outcome = await judge(
-                handle,
-                faultless,
-                part="storage",
-                case="no file descriptor left",
-                faults=[fault],
-                data_dir=at.settings.data_dir,
-            )
-    accept(outcome)
+    async with training(zygote, tmp_path, model) as (at, client, handle), another_connection(at) as newcomer:
+        async with no_descriptor_left(at) as fault:
+            assert (await client.describe()).devices, "who is connected is served"
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(newcomer.describe(), OUTAGE_SECONDS)
+        assert (await newcomer.describe()).devices
+        of = ("storage", "no file descriptor left")
+        accept(await outcome_of(at, handle, faultless, of=of, faults=[fault]))
 
 
 @asynccontextmanager

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from cola_runtime.config import DeviceSettings, TlsSettings
+from cola_runtime.scheduler import primitives
 from cola_runtime.testing.chaos import LASTING, Chaos, FaultKind, StreamFault, Way
 from cola_runtime.testing.chaos_proxy import byte_proxy, frame_proxy
 from cola_runtime.testing.exactness import service_for
-from tests.faults.judging import MODEL, WAIT_SECONDS, Accept, Faultless, fault_job, judge
+from tests.faults.judging import MODEL, WAIT_SECONDS, Accept, Faultless, Outcome, fault_job, judge
 from tests.faults.proxied import client_of, harmed_service, tls_settings
 
 PROXIES = {"bytes": byte_proxy, "frames": frame_proxy}
@@ -22,11 +23,12 @@ HEALS_AFTER_SECONDS = {"coordinator": 5.0, "base model": 18.0}  # later than a s
 OF_TLS = frozenset({
     FaultKind.CUT, FaultKind.HALF_CLOSE, FaultKind.DUPLICATE, FaultKind.REORDER, FaultKind.CORRUPT
 })  # fmt: skip
-AT = {  # a unit in the middle of the job, on each link and way
-    ("base model", "frames"): 12,
-    ("base model", "bytes"): 12,
-    ("coordinator", "frames"): 3,
-    ("coordinator", "bytes"): 8,
+AT = {  # a unit in the middle of the job; of frames, weights to the base model and taps from it
+    ("base model", "frames", Way.TO_SERVER): 11,
+    ("base model", "frames", Way.TO_CLIENT): 12,
+    **{("base model", "bytes", way): 12 for way in Way},
+    **{("coordinator", "frames", way): 3 for way in Way},
+    **{("coordinator", "bytes", way): 8 for way in Way},
 }
 
 
@@ -88,19 +90,39 @@ async def heal(case: StreamCase, chaos: Chaos) -> float:
 async def test_a_faulty_stream_costs_no_step(
     case: StreamCase, model: Path, tmp_path: Path, faultless: Faultless, accept: Accept
 ) -> None:
-    chaos = Chaos(
-        StreamFault(kind=case.kind, way=case.way, at=AT[case.link, case.proxy], bytes_per_second=50_000)
-    )
+    at = AT[case.link, case.proxy, case.way]
+    chaos = Chaos(StreamFault(kind=case.kind, way=case.way, at=at, bytes_per_second=50_000))
+    outcome, _ = await harmed(case, chaos, model, tmp_path, faultless)
+    accept(outcome)
+
+
+@pytest.mark.parametrize("way", Way)
+async def test_a_lost_end_of_a_step_is_noticed_when_the_step_has_taken_too_long(
+    way: Way, model: Path, tmp_path: Path, faultless: Faultless, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing follows it that would show a gap, on a stream that no network loses a frame of."""
+    monkeypatch.setattr(primitives, "APPLY_TIMEOUT_SECONDS", 2.0)  # of 600, which a slow device may take
+    case = StreamCase(link="base model", proxy="frames", kind=FaultKind.DROP, way=way)
+    chaos = Chaos(StreamFault(kind=case.kind, way=way, at=AT["base model", "frames", way] + 1))
+    outcome, lost = await harmed(case, chaos, model, tmp_path, faultless)
+    assert outcome.kept, outcome
+    assert lost == ["LEASE_TIMEOUT"]
+
+
+async def harmed(
+    case: StreamCase, chaos: Chaos, model: Path, folder: Path, faultless: Faultless
+) -> tuple[Outcome, list[str]]:
+    """The outcome of a job whose stream suffers it, and why it lost its leases."""
     devices = DeviceSettings(
         count=1, heartbeat_seconds=0.5, lease_timeout_seconds=3.0, listen="127.0.0.1:0" if case.tls else None
     )
-    tls = tls_settings(tmp_path) if case.tls else TlsSettings()
-    settings = service_for(tmp_path, model=model, name=MODEL, dtype="float32").model_copy(
+    tls = tls_settings(folder) if case.tls else TlsSettings()
+    settings = service_for(folder, model=model, name=MODEL, dtype="float32").model_copy(
         update={"devices": devices, "tls": tls}
     )
     async with (
         harmed_service(settings, {case.link: (PROXIES[case.proxy], chaos)}) as service,
-        client_of(service, ca=tmp_path / "ca.pem" if case.tls else None) as client,
+        client_of(service, ca=folder / "ca.pem" if case.tls else None) as client,
     ):
         healing = asyncio.create_task(heal(case, chaos))
         handle = await client.submit(fault_job().spec, training=fault_job().training)
@@ -110,6 +132,7 @@ async def test_a_faulty_stream_costs_no_step(
         faults = [healing.result()] if healing.done() else []
         healing.cancel()
         outcome = await judge(
-            handle, faultless, part="stream", case=case.name, faults=faults, data_dir=tmp_path
+            handle, faultless, part="stream", case=case.name, faults=faults, data_dir=folder
         )
-    accept(outcome)
+        events = [event async for event in handle.events(follow=False)]
+    return outcome, [str(event.data["reason"]) for event in events if event.kind == "lease.lost"]

@@ -1,7 +1,8 @@
 """A program that forks a coordinator or a device for every order on its standard input.
 
-Importing torch takes seconds and forking takes none; a coordinator here holds its base model in its own
-process. What is forked knows nothing of the process that gave the order, and may die as it likes.
+Importing torch and opening a first model take seconds and forking takes none; a coordinator here holds its
+base model in its own process. What is forked knows nothing of the process that gave the order, and may die as
+it likes.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import tqdm
 
 from cola_runtime import crash_points
+from cola_runtime.base_model.model import TappedModel
 from cola_runtime.config import ServiceSettings
 from cola_runtime.device.agent import DeviceAgent
 from cola_runtime.device.config import DeviceConfig
@@ -71,7 +74,15 @@ def obey(order: dict[str, Any]) -> None:
         asyncio.run(train(DeviceConfig(**order["config"])))
 
 
-def main() -> None:
+def import_what_a_base_model_needs(model: Path) -> None:
+    """By opening one: transformers imports a thousand modules then, six seconds of a processor."""
+    torch.set_num_threads(1)
+    tqdm.tqdm.monitor_interval = 0  # a thread, which no fork would have
+    TappedModel.load(model, dtype="float32", attention="sdpa")
+
+
+def main(model: Path) -> None:
+    import_what_a_base_model_needs(model)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the dead leave no zombies: who has a pid is alive
     for line in sys.stdin:
         pid = os.fork()
@@ -86,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))

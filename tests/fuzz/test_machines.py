@@ -24,12 +24,13 @@ from hypothesis.stateful import (
 from sqlalchemy import Connection
 
 from cola_runtime.errors import Conflict, ProtocolError, Unauthenticated
+from cola_runtime.job_choices import TrustClass
 from cola_runtime.jobs import schema
 from cola_runtime.jobs.store import JobStore
 from cola_runtime.scheduler.leases import LeaseBook, LeaseLost
 from cola_runtime.transport.frames import DType, TensorAddress, WireTensor, tensor_frames
 from cola_runtime.transport.reader import FrameLimits, FrameReader, ReceivedTensor
-from cola_runtime.types import Lease, StepApplied, TensorKind, TrustClass
+from cola_runtime.types import Lease, StepApplied, TensorKind
 
 JOBS = ("job-a", "job-b")
 DEVICES = ("d0", "d1")

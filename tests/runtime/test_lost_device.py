@@ -8,11 +8,13 @@ import signal
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from cola_runtime.client.asynchronous import AsyncClient
 from cola_runtime.client.job_handle import AsyncJobHandle
+from cola_runtime.config import ServiceSettings
 from cola_runtime.runtime.coordinator import RunningService, running_service
 from cola_runtime.testing.exactness import (
     MixedJob,
@@ -24,6 +26,7 @@ from cola_runtime.testing.exactness import (
     train_reference,
 )
 from cola_runtime.testing.tiny_models import save_tiny_model
+from tests.faults.test_ray_ports import is_loopback, listening
 
 STEPS = 24
 KILL_AT = 9
@@ -45,6 +48,7 @@ async def test_a_killed_device_costs_only_the_steps_since_the_last_checkpoint(tm
     ]
     settings = service_for(tmp_path / "service", model=model, name="llama", dtype="float32", token_budget=128)
     async with running_service(settings) as service, AsyncExitStack() as stack:
+        _check_ray_is_private(settings)
         handles = [await _submit(service, job, stack) for job in jobs]
         await _kill_when_under_way(handles, service, stack)
         for handle, job in zip(handles, jobs, strict=True):
@@ -59,6 +63,14 @@ async def test_a_killed_device_costs_only_the_steps_since_the_last_checkpoint(tm
         assert sum(losses > 0 for losses in lost) < len(handles), (
             f"tenants of the other device went on: {lost}"
         )
+
+
+def _check_ray_is_private(settings: ServiceSettings) -> None:
+    """Of a service in a process of somebody else, who imported ray long ago, as of `cola serve`."""
+    ours = psutil.Process().children(recursive=True)
+    assert [at for process, *at in listening(ours) if not is_loopback(at[0])] == []
+    [raylet] = [process for process in ours if process.name() == "raylet"]
+    assert raylet.environ()["RAY_AUTH_TOKEN_PATH"] == str(settings.ray_token.resolve())
 
 
 async def _submit(service: RunningService, job: MixedJob, stack: AsyncExitStack) -> AsyncJobHandle:
