@@ -477,14 +477,16 @@ async def test_a_second_stream_of_one_device_replaces_the_first(fabric: Fabric) 
 async def test_a_dismissed_device_loses_its_stream_at_once_and_its_old_ticket_opens_none(
     fabric: Fabric,
 ) -> None:
-    stream = await _impostor(fabric, "d9")
+    # One ticket for both: a ticket asked for in a later second than the dismissal's is a new one.
+    old = gradient_ticket(TOKEN, "d9")
+    stream = await _impostor(fabric, "d9", ticket=old)
     fabric.server.dismiss("d9")
     assert await stream.receive(timeout_seconds=WAIT_SECONDS) == [], "ended by the server"
     await fabric.until(
         lambda: DeviceLinkChanged(device_id="d9", connected=False, parked=False) in fabric.events
     )
     with pytest.raises(Unauthenticated) as refused:
-        await _impostor(fabric, "d9")
+        await _impostor(fabric, "d9", ticket=old)
     assert refused.value.reason == "TICKET_WRONG"
     await (await _impostor(fabric, "d8")).close()
     later = gradient_ticket(TOKEN, "d9", now=time.time() + 2)
