@@ -76,8 +76,10 @@ def serve(
 ) -> None:
     """Run the service until Ctrl-C. At first start it prints a key for a first tenant, once."""
     from cola_runtime.config import offer_tls_1_3_only, service_settings
+    from cola_runtime.machine import share_heaps
 
     offer_tls_1_3_only()  # before grpc is imported
+    share_heaps()  # before there are threads
 
     settings = service_settings(
         file,
