@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from cola_runtime.base_model.gradient_server import GradientServer
-from cola_runtime.config import HostSettings
+from cola_runtime.config import BaseModelSettings, HostSettings
 from cola_runtime.device.config import DeviceConfig
 from cola_runtime.device.enrolment import Dial
 from cola_runtime.device.gradient_link import GradientLink
 from cola_runtime.errors import QuotaExceeded
+from cola_runtime.runtime.actors import BaseModelActor
 from cola_runtime.testing.exactness import service_for
 from cola_runtime.testing.in_process import JOIN_TOKEN, running_replica
 from cola_runtime.testing.tiny_models import save_tiny_model
@@ -115,6 +116,19 @@ async def test_a_base_model_has_the_limits_of_the_services_settings(tmp_path: Pa
     settings = settings.model_copy(update={"hosts": HostSettings(calls=1)})
     async with running_replica(settings, settings.base_models[0]) as base:
         endpoint = (await base.describe()).gradient_endpoint
-        first = await attach(endpoint, "first")
-        assert (await refusal(endpoint, "second")).limit == "1"
-        await first.close()
+        await _takes_one_stream(endpoint)
+
+
+async def test_a_base_models_actor_has_the_limits_that_it_is_made_with(tmp_path: Path) -> None:
+    settings = BaseModelSettings(name="tiny", path=save_tiny_model("gpt2", tmp_path / "model"), dtype="float32")
+    actor = BaseModelActor(settings, tmp_path / "cache", JOIN_TOKEN, (), hosts=HostSettings(calls=1))
+    try:
+        await _takes_one_stream((await actor.describe()).gradient_endpoint)
+    finally:
+        await actor._service.stop()
+
+
+async def _takes_one_stream(endpoint: str) -> None:
+    first = await attach(endpoint, "first")
+    assert (await refusal(endpoint, "second")).limit == "1"
+    await first.close()
