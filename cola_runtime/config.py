@@ -299,15 +299,22 @@ def child_environment(**changes: str) -> dict[str, str]:
     return {**os.environ, **changes}
 
 
+SPINS = "1000"
+
+
 def set_thread_environment(threads: int) -> None:
     """Fix how numeric libraries use threads, before they are imported (Ray presets OMP_NUM_THREADS).
 
-    Threads that wait must sleep: where they spin, two threads beside one other busy process are ten times
-    slower than one (docs/performance.md).
+    A thread that waits spins for some ten microseconds and then sleeps. Where it spins on, two threads beside
+    one other busy process are ten times slower than one; where it sleeps at once, two threads on idle cores
+    are no faster than one (docs/performance.md).
     """
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ["GOMP_SPINCOUNT"] = SPINS
+    os.environ["OMP_WAIT_POLICY"] = (
+        "ACTIVE"  # or a process with several pools of threads would not spin at all
+    )
 
 
 def is_loopback(endpoint: str) -> bool:

@@ -120,7 +120,9 @@ async def test_a_base_model_has_the_limits_of_the_services_settings(tmp_path: Pa
 
 
 async def test_a_base_models_actor_has_the_limits_that_it_is_made_with(tmp_path: Path) -> None:
-    settings = BaseModelSettings(name="tiny", path=save_tiny_model("gpt2", tmp_path / "model"), dtype="float32")
+    settings = BaseModelSettings(
+        name="tiny", path=save_tiny_model("gpt2", tmp_path / "model"), dtype="float32"
+    )
     actor = BaseModelActor(settings, tmp_path / "cache", JOIN_TOKEN, (), hosts=HostSettings(calls=1))
     try:
         await _takes_one_stream((await actor.describe()).gradient_endpoint)
