@@ -1,4 +1,7 @@
-"""A bounded, numbered log of events with a long poll, for one reader that remembers how far it has read."""
+"""A bounded, numbered log of events with a long poll, for one reader that remembers how far it has read.
+
+What the reader has read is forgotten: a base model that runs for weeks holds the events of a moment.
+"""
 
 from __future__ import annotations
 
@@ -30,19 +33,22 @@ class EventLog:
     ) -> tuple[int, list[BaseEvent]]:
         """The last number and the events above `number`; none if nothing came in time.
 
-        Raises Conflict EVENTS_LOST when some were dropped, or when this is a younger log.
+        A reader that begins, again or for the first time, says 0 and gets what is kept. Raises Conflict
+        EVENTS_LOST when some above `number` were dropped, or when this is a younger log.
         """
-        if number == self._last:
-            await self._wait(timeout_seconds)
         first = self._last - len(self._events)
-        if not first <= number <= self._last:
+        if number and not first <= number <= self._last:
             raise Conflict(
                 "EVENTS_LOST",
                 f"events {first + 1} to {self._last} are kept",
                 actual=number,
                 remedy="Begin at 0.",
             )
-        return self._last, list(self._events)[number - first :]
+        for _ in range(number - first):
+            self._events.popleft()
+        if not self._events:
+            await self._wait(timeout_seconds)
+        return self._last, list(self._events)
 
     async def _wait(self, timeout_seconds: float) -> None:
         self._changed.clear()

@@ -71,11 +71,27 @@ async def test_two_readers_are_both_woken() -> None:
     assert await asyncio.wait_for(asyncio.gather(*polls), 5) == [(1, [event(1)])] * 2
 
 
-async def test_dropped_events_are_told_and_the_kept_ones_given() -> None:
+async def test_dropped_events_are_told_and_a_reader_that_begins_again_gets_the_kept_ones() -> None:
     log = EventLog(capacity=3)
-    for number in range(1, 6):
+    log.append(event(1))
+    assert await log.after(0) == (1, [event(1)])
+    for number in range(2, 6):
         log.append(event(number))
-    assert await log.after(2) == (5, [event(3), event(4), event(5)])
     with pytest.raises(Conflict) as caught:
         await log.after(1)
     assert caught.value.reason == "EVENTS_LOST"
+    kept = [event(3), event(4), event(5)]
+    assert await log.after(0) == (5, kept)
+    assert await log.after(2) == (5, kept), "its answer was lost on the way"
+    with pytest.raises(Conflict):
+        await log.after(6)
+
+
+async def test_what_was_read_is_forgotten() -> None:
+    log = EventLog()
+    for number in range(1, 6):
+        log.append(event(number))
+    assert await log.after(3) == (5, [event(4), event(5)])
+    assert await log.after(0) == (5, [event(4), event(5)])
+    log.append(event(6))
+    assert await log.after(5) == (6, [event(6)])
