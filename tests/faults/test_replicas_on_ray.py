@@ -34,6 +34,7 @@ LONG_STEPS = 20_000  # until it is cancelled
 STEPS = 6
 PAUSE_SECONDS = 0.1  # of a long job between two steps, so that what starts meanwhile has the processor
 WAIT_SECONDS = 90.0
+DIFFERENCE = 2e-6  # in float64; what is left is stock Llama's norms, which are in float32 in any dtype
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def _slow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings_for(folder: Path, models: dict[str, Path]) -> ServiceSettings:
-    settings = service_for(folder, model=models["tiny"], name="tiny", dtype="float32")
+    settings = service_for(folder, model=models["tiny"], name="tiny", dtype="float64")
     [tiny] = settings.base_models
     other = tiny.model_copy(update={"name": "other", "path": models["other"]})
     return settings.model_copy(
@@ -142,7 +143,7 @@ async def test_a_replica_that_dies_gives_its_jobs_to_the_other_and_gets_some_bac
             base = next(each for each in service.base_models if each.name == name)
             folder = await done.download_adapter(tmp_path / f"adapter-{name}")
             alone = train_reference(wanted, base, models[name], attention="sdpa")
-            assert largest_difference(exported_weights(folder, base), alone) <= 2e-5
+            assert largest_difference(exported_weights(folder, base), alone) <= DIFFERENCE
         assert [each.base_steps > 0 for each in await replicas(clients[0], "other")] == [True]
         for handle, home in zip(handles, homes, strict=True):
             await handle.cancel()
