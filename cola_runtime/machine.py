@@ -15,6 +15,8 @@ RECORDED_PACKAGES = ("torch", "transformers", "peft", "ray", "grpcio")
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of glibc's mallopt
 HEAPS = 2
+ALIGNMENT_BYTES = 64
+"""Of what matrix products read. On some processors (AMD, with MKL) their last bits depend on it."""
 KEPT_BYTES = 256 << 20
 MAPPED_BYTES = 32 << 20  # the most that glibc allows
 

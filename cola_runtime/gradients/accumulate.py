@@ -21,6 +21,7 @@ from cola_runtime.errors import ProtocolError
 from cola_runtime.gradients.compression import product_of_factors
 from cola_runtime.gradients.packed import PackedKeys
 from cola_runtime.gradients.surrogate import KeptTaps
+from cola_runtime.machine import ALIGNMENT_BYTES
 from cola_runtime.types import Site, TensorKey, TensorKind
 
 
@@ -195,7 +196,7 @@ class GradientAccumulator:
             raise _invalid(site.name, "a floating point dtype", str(tensor.dtype))
         _check_shape(site, tensor, (site.out_features, site.in_features + 1))
         with torch.no_grad():
-            product = tensor.to(self._dtype)
+            product = _aligned(tensor.to(self._dtype))
             self._add_all(adapter.gradient_of_product(product[:, :-1], product[:, -1], weights))
 
     def _add_input(self, site: Site, tensor: Tensor, weights: Mapping[TensorKey, Tensor]) -> None:
@@ -211,7 +212,7 @@ class GradientAccumulator:
         else:
             _check_tap(site, tensor, _open_rows(group), site.in_features)
         self._reserve(tensor)
-        group.input_NI = tensor if site.takes_ids else tensor.to(self._dtype)
+        group.input_NI = tensor if site.takes_ids else _aligned(tensor.to(self._dtype))
         for index in list(group.waiting):
             self._pair(group, group.sites[index], group.waiting.pop(index), weights)
 
@@ -230,7 +231,7 @@ class GradientAccumulator:
         self, group: _InputGroup, site: Site, grad_NO: Tensor, weights: Mapping[TensorKey, Tensor]
     ) -> None:
         assert group.input_NI is not None
-        grad_NO = grad_NO.to(self._dtype)
+        grad_NO = _aligned(grad_NO.to(self._dtype))
         with torch.no_grad():
             self._add_all(self._adapters[site.index].gradient(group.input_NI, grad_NO, weights))
         if self._kept is not None:
@@ -294,6 +295,11 @@ def _open_rows(group: _InputGroup) -> int | None:
     if group.input_NI is not None:
         return len(group.input_NI)
     return next((len(gradient) for gradient in group.waiting.values()), None)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """A copy where it lies anywhere in a message: the same taps give the same bits, wherever they arrive."""
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT_BYTES else tensor
 
 
 def _product(site: Site, factors_FK: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cola_runtime.errors import ProtocolError
+from cola_runtime.machine import ALIGNMENT_BYTES
 from cola_runtime.transport.frames import (
     DTYPES,
     HEADER_BYTES,
@@ -135,7 +136,8 @@ class FrameReader:
     def _whole(self, header: Header, payload: memoryview) -> ReceivedTensor:
         """A tensor of one chunk, which is what a small one is: the same checks, no bookkeeping."""
         _check_room(self.limits, header, open_tensors=0, open_bytes=0)
-        data = memoryview(bytearray(payload))
+        data = _buffer(len(payload))
+        data[:] = payload
         return ReceivedTensor(
             tensor_address(header), DTYPES[header.dtype], header.shape, data, HEADER_BYTES + len(payload)
         )
@@ -151,8 +153,7 @@ class FrameReader:
 
     def _begin(self, name: _Name, header: Header) -> _OpenTensor:
         _check_room(self.limits, header, open_tensors=len(self._open), open_bytes=self._open_bytes)
-        data = memoryview(np.empty(header.total_bytes, np.uint8))  # type: ignore[arg-type]
-        opened = _OpenTensor(header, data, time.monotonic())
+        opened = _OpenTensor(header, _buffer(header.total_bytes), time.monotonic())
         self._open[name] = opened
         self._open_bytes += header.total_bytes
         return opened
@@ -164,6 +165,13 @@ class FrameReader:
         return ReceivedTensor(
             tensor_address(header), DTYPES[header.dtype], header.shape, opened.data, opened.wire_bytes
         )
+
+
+def _buffer(nbytes: int) -> memoryview:
+    """Uninitialized, at a multiple of `ALIGNMENT_BYTES`."""
+    memory = np.empty(nbytes + ALIGNMENT_BYTES, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT_BYTES
+    return memoryview(memory[start : start + nbytes])  # type: ignore[arg-type]
 
 
 def _control(header: Header, payload: memoryview) -> ControlPayload:

@@ -107,6 +107,35 @@ def test_both_encodings_give_the_same_gradient():
         torch.testing.assert_close(by_activations.gradients()[key], gradient, rtol=1e-12, atol=1e-12)
 
 
+def at_offset(tensor, numbers):
+    """A copy that begins so many numbers behind a multiple of 64 bytes."""
+    memory = torch.empty(tensor.numel() + 32, dtype=tensor.dtype)
+    first = -memory.data_ptr() % 64 // tensor.itemsize + numbers
+    return memory[first : first + tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize("encoding", ["activations", "weight_gradient"])
+def test_gradients_do_not_depend_on_where_in_memory_the_taps_lie(encoding):
+    """On some processors a product's last bits do; two devices must agree, and a device with its replay."""
+    spec = make_spec(dtype="float32")
+    weights = random_weights(spec)
+    tap = one_tap(spec, rows=37, dtype=torch.float32)
+    if encoding == "weight_gradient":
+        tap = {
+            TensorKey(site.index, TensorKind.WEIGHT_GRADIENT): torch.randn(
+                site.out_features, site.in_features + 1
+            )
+            for site in spec.sites
+        }
+    found = []
+    for offset in range(16):
+        accumulator = GradientAccumulator(spec)
+        add_all(accumulator, ((key, at_offset(tensor, offset)) for key, tensor in tap.items()), weights)
+        found.append(accumulator.gradient_vector().clone())
+    assert found[0].any()
+    assert all(torch.equal(gradient_P, found[0]) for gradient_P in found[1:])
+
+
 def test_bfloat16_taps_are_widened_before_they_are_multiplied():
     spec = make_spec(dtype="float32")
     weights = random_weights(spec)

@@ -10,6 +10,7 @@ import torch
 import xxhash
 
 from cola_runtime.errors import ProtocolError
+from cola_runtime.machine import ALIGNMENT_BYTES
 from cola_runtime.transport import frames
 from cola_runtime.transport.frames import (
     HEADER_BYTES,
@@ -92,6 +93,16 @@ def test_the_receiver_owns_its_buffer() -> None:
     (again,) = FrameReader(FrameLimits()).feed(message)
     assert isinstance(again, ReceivedTensor)
     assert torch.equal(from_wire(again), tensor)
+
+
+@pytest.mark.parametrize("numbers", [1, 5, 300_001])  # the last one in chunks
+def test_a_received_tensor_begins_where_matrix_products_want_it(numbers: int) -> None:
+    for _ in range(8):
+        reader = FrameReader(FrameLimits())
+        (received,) = [item for frame in encode(torch.ones(numbers)) for item in reader.feed(frame)]
+        assert isinstance(received, ReceivedTensor)
+        assert from_wire(received).data_ptr() % ALIGNMENT_BYTES == 0
+        assert from_wire(received).sum() == numbers
 
 
 def test_one_message_may_hold_many_frames_and_control_between_them() -> None:
