@@ -299,22 +299,21 @@ def child_environment(**changes: str) -> dict[str, str]:
     return {**os.environ, **changes}
 
 
-SPINS = "1000"
+SPINS = "1000"  # of a thread that waits, before it sleeps
 
 
 def set_thread_environment(threads: int) -> None:
     """Fix how numeric libraries use threads, before they are imported (Ray presets OMP_NUM_THREADS).
 
-    A thread that waits spins for some ten microseconds and then sleeps. Where it spins on, two threads beside
+    A thread that waits spins `SPINS` times and then sleeps. Where it spins on, two threads beside
     one other busy process are ten times slower than one; where it sleeps at once, two threads on idle cores
     are no faster than one (docs/performance.md).
     """
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
     os.environ["GOMP_SPINCOUNT"] = SPINS
-    os.environ["OMP_WAIT_POLICY"] = (
-        "ACTIVE"  # or a process with several pools of threads would not spin at all
-    )
+    # A passive one would not let a process with several pools of threads spin at all.
+    os.environ["OMP_WAIT_POLICY"] = "ACTIVE"
 
 
 def is_loopback(endpoint: str) -> bool:
