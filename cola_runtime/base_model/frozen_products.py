@@ -1,8 +1,8 @@
-"""The matrix products of frozen weights, plain or with weights laid out once for the processor.
+"""The matrix products of frozen weights: the BLAS library's, oneDNN's, or with weights laid out once for it.
 
 On a CPU a bfloat16 product first lays its weight out in tiles, each time, which costs about as much as the
 product of a few hundred tokens (docs/performance.md). A frozen weight can keep the tiles, one copy for each
-direction.
+direction. In float32 torch asks MKL, which on other makers' processors takes twice as long as oneDNN.
 Shapes: N rows x tokens, I in_features, O out_features.
 """
 
@@ -23,6 +23,7 @@ TILED_FOR_TOKENS = 512  # what the layout is chosen for; it serves any number
 _TRIAL_TOKENS = 256
 _TRIAL_WEIGHTS = 8
 _TRIAL_ROUNDS = 3
+CLEARLY_FASTER = 0.8
 
 
 class FrozenProduct(Protocol):
@@ -72,17 +73,13 @@ class PlainProduct:
         return space.tensor(name, (len(x_NI), len(self._weight_OI)), x_NI.dtype)
 
 
-class TiledProduct:
-    """Keeps the weight in oneDNN's layout for each direction: twice its memory beside the weight itself.
-
-    The weight must not change.
-    """
+class CompiledProduct:
+    """Reads the weight where it lies, too, but through oneDNN instead of the BLAS library."""
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, widths: list[int]):
         self.widths = widths
         self._bias_O = bias_O
-        self._forward = _tiles(weight_OI)
-        self._backward = _tiles(weight_OI.t())
+        self._forward, self._backward = weight_OI, weight_OI.t()
 
     def project(self, x_NI: Tensor, space: Workspace, name: str) -> Tensor:
         return _product(x_NI, self._forward, self._bias_O)
@@ -98,24 +95,40 @@ class TiledProduct:
         return _sum(so_far_NI, grad_NO, self._backward)
 
 
-def tiles_pay(weight_OI: Tensor) -> bool:
-    """Whether kept tiles make such a weight's products faster on this machine, by a short trial.
+class TiledProduct(CompiledProduct):
+    """Keeps the weight in oneDNN's layout for each direction: twice its memory beside the weight itself.
 
-    Never in another dtype: a bfloat16 weight is the one that merging may not change.
+    The weight must not change.
     """
-    if (
-        weight_OI.dtype != torch.bfloat16
-        or weight_OI.device.type != "cpu"
-        or not hasattr(_mkldnn, "_reorder_linear_weight")
-    ):
-        return False
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, widths: list[int]):
+        super().__init__(weight_OI, bias_O, widths)
+        self._forward, self._backward = _tiles(weight_OI), _tiles(weight_OI.t())
+
+
+ProductKind = type[PlainProduct] | type[CompiledProduct]
+
+
+def fastest_product(weight_OI: Tensor, *, keep_tiles: bool) -> ProductKind:
+    """What makes such a weight's products fastest on this machine, by a short trial.
+
+    Plain ones unless others take `CLEARLY_FASTER` of their time: last bits depend on it, and so the next
+    start should choose the same. Tiles are for bfloat16 alone, whose weights merging may not change.
+    """
+    other = _OTHERS.get(weight_OI.dtype) if weight_OI.device.type == "cpu" else None
+    if other is TiledProduct and not keep_tiles:
+        other = None
+    if other is None or not hasattr(_mkldnn, "_linear_pointwise"):
+        return PlainProduct
     weights_OI = [weight_OI.clone() for _ in range(_TRIAL_WEIGHTS)]  # more than a cache keeps of them
     x_NI = weight_OI.new_ones(_TRIAL_TOKENS, weight_OI.shape[1])
-    seconds = {kind: _best_seconds([kind(w, None, [len(w)]) for w in weights_OI], x_NI) for kind in _KINDS}
-    return seconds[TiledProduct] < seconds[PlainProduct]
+    plain, others = (
+        _best_seconds([kind(w, None, [len(w)]) for w in weights_OI], x_NI) for kind in (PlainProduct, other)
+    )
+    return other if others < CLEARLY_FASTER * plain else PlainProduct
 
 
-_KINDS: tuple[type[PlainProduct] | type[TiledProduct], ...] = (PlainProduct, TiledProduct)
+_OTHERS: dict[torch.dtype, ProductKind] = {torch.bfloat16: TiledProduct, torch.float32: CompiledProduct}
 
 
 def _best_seconds(products: Sequence[FrozenProduct], x_NI: Tensor) -> float:
@@ -134,13 +147,13 @@ def _tiles(weight_OI: Tensor) -> Tensor:
     return tiles
 
 
-def _product(x_NI: Tensor, tiles: Tensor, bias_O: Tensor | None) -> Tensor:
+def _product(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     (whole_NI,) = whole_tiles(x_NI)
-    out: Tensor = _mkldnn._linear_pointwise(whole_NI, tiles, bias_O, "none", [], "")
+    out: Tensor = _mkldnn._linear_pointwise(whole_NI, weight_OI, bias_O, "none", [], "")
     return out[: len(x_NI)]
 
 
-def _sum(base_NO: Tensor, x_NI: Tensor, tiles: Tensor) -> Tensor:
+def _sum(base_NO: Tensor, x_NI: Tensor, weight_OI: Tensor) -> Tensor:
     whole_NI, whole_NO = whole_tiles(x_NI, base_NO)
-    out: Tensor = _mkldnn._linear_pointwise.binary(whole_NI, whole_NO, tiles, None, "add")
+    out: Tensor = _mkldnn._linear_pointwise.binary(whole_NI, whole_NO, weight_OI, None, "add")
     return out[: len(x_NI)]

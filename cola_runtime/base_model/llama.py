@@ -22,7 +22,7 @@ from cola_runtime.base_model.frozen_ops import (
     silu,
     swiglu_backward,
 )
-from cola_runtime.base_model.frozen_products import PlainProduct, TiledProduct, tiles_pay
+from cola_runtime.base_model.frozen_products import fastest_product
 from cola_runtime.base_model.llama_weights import LlamaLayer, Projection, llama_layers
 from cola_runtime.base_model.row_groups import RowGroups, row_groups
 from cola_runtime.base_model.segments import MixedBatch
@@ -87,8 +87,7 @@ class LlamaBody:
         self._space = space
         self._checkpointing = checkpointing
         gate_OI = self._model.layers[0].mlp.gate_proj.weight.detach()
-        make = TiledProduct if keep_tiles and tiles_pay(gate_OI) else PlainProduct
-        self._layers = llama_layers(model, groups, make)
+        self._layers = llama_layers(model, groups, fastest_product(gate_OI, keep_tiles=keep_tiles))
         self._eps = float(model.config.rms_norm_eps)
         self._attention = CausalAttention(
             heads=model.config.num_attention_heads,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cola_runtime.base_model.frozen_products import FrozenProduct, PlainProduct, TiledProduct
+from cola_runtime.base_model.frozen_products import FrozenProduct, ProductKind
 from cola_runtime.base_model.site_groups import SiteGroup
 
 
@@ -45,10 +45,7 @@ class LlamaLayer:
         return self.qkv, self.output, self.gate_up, self.down
 
 
-MakeProduct = type[PlainProduct] | type[TiledProduct]
-
-
-def llama_layers(model: Any, groups: Sequence[SiteGroup], make: MakeProduct) -> list[LlamaLayer]:
+def llama_layers(model: Any, groups: Sequence[SiteGroup], make: ProductKind) -> list[LlamaLayer]:
     of = {group.sites[0].name: group for group in groups}
     return [
         LlamaLayer(
@@ -64,13 +61,13 @@ def llama_layers(model: Any, groups: Sequence[SiteGroup], make: MakeProduct) -> 
     ]
 
 
-def _fused(group: SiteGroup, make: MakeProduct) -> Projection:
+def _fused(group: SiteGroup, make: ProductKind) -> Projection:
     assert group.fused_weight is not None  # `is_plain_llama` has looked
     product = make(group.fused_weight, group.fused_bias, group.widths)
     return Projection(group.sites[0].input_group, (product,))
 
 
-def _apart(group: SiteGroup, make: MakeProduct) -> Projection:
+def _apart(group: SiteGroup, make: ProductKind) -> Projection:
     modules: Sequence[Any] = group.modules
     products = [
         make(module.weight.detach(), None if module.bias is None else module.bias.detach(), [width])

@@ -12,12 +12,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cola_runtime.base_model.frozen_products import (
+    FrozenProduct,
+    PlainProduct,
+    ProductKind,
+    fastest_product,
+)
 from cola_runtime.base_model.segments import Labels
 from cola_runtime.base_model.whole_tiles import whole_rows
 from cola_runtime.base_model.workspace import Workspace
 
 CHUNK_LABELS = 512  # of one product; 100 MB of float32 logits for a vocabulary of 49,152
 CUDA_CHUNK_LABELS = 4096
+_TRIAL_WORDS = 2048  # of the vocabulary
 BLOCK_LABELS = 8  # of one softmax: what it reads twice stays in the cache
 
 
@@ -28,13 +35,24 @@ class VocabularyProjection:
     weight_VD: Tensor
     bias_V: Tensor | None
     hidden_scale: float = 1.0
+    kind: ProductKind = PlainProduct
 
     @staticmethod
     def of(model: Any, *, hidden_scale: float = 1.0) -> VocabularyProjection:
         head = model.get_output_embeddings()
         biases = [getattr(head, "bias", None), getattr(model, "final_logits_bias", None)]
         given = [bias.detach().reshape(-1) for bias in biases if bias is not None]
-        return VocabularyProjection(head.weight.detach(), sum(given) if given else None, hidden_scale)
+        weight_VD = head.weight.detach()
+        return VocabularyProjection(
+            weight_VD,
+            sum(given) if given else None,
+            hidden_scale,
+            fastest_product(weight_VD[:_TRIAL_WORDS], keep_tiles=False),
+        )
+
+    @property
+    def product(self) -> FrozenProduct:
+        return self.kind(self.weight_VD, self.bias_V, [len(self.weight_VD)])
 
 
 def label_loss(
@@ -55,12 +73,13 @@ def label_loss(
         assert head is not None  # `row_refusal` has looked
         chunk = slice(start, start + chunk_labels)
         positions_C = labels.positions_K[chunk]
-        whole_LV = _logits(_scaled(_labelled(hidden_ND, positions_C, space), head), head, space)
+        whole_LD = _scaled(_labelled(hidden_ND, positions_C, space), head)
+        whole_LV = head.product.project(whole_LD, space, "loss.logits")
         logits_CV = whole_LV[: len(positions_C)]
         scales_C = labels.scales_K[chunk].to(wide) * head.hidden_scale
         losses_and_slopes(logits_CV, labels.targets_K[chunk], losses_K[chunk], scales_C, space)
         if grad_ND is not None:
-            grad_LD = torch.mm(whole_LV, head.weight_VD)
+            grad_LD = head.product.gradient(whole_LV, space, "loss.hidden_gradient")
             grad_ND.index_copy_(0, positions_C, grad_LD[: len(positions_C)])
     return losses_K, grad_ND
 
@@ -83,12 +102,6 @@ def _labelled(hidden_ND: Tensor, positions_C: Tensor, space: Workspace) -> Tenso
 
 def _scaled(hidden_CD: Tensor, head: VocabularyProjection) -> Tensor:
     return hidden_CD if head.hidden_scale == 1.0 else hidden_CD.mul_(head.hidden_scale)
-
-
-def _logits(hidden_CD: Tensor, head: VocabularyProjection, space: Workspace) -> Tensor:
-    logits_CV = space.tensor("loss.logits", (len(hidden_CD), len(head.weight_VD)), hidden_CD.dtype)
-    torch.mm(hidden_CD, head.weight_VD.t(), out=logits_CV)
-    return logits_CV if head.bias_V is None else logits_CV.add_(head.bias_V)
 
 
 def _losses_and_slopes(

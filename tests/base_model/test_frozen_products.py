@@ -1,4 +1,4 @@
-"""Frozen weights that are kept in the processor's layout give the numbers of the plain ones."""
+"""Products by oneDNN, of weights as they are or in its layout, give the numbers of the plain ones."""
 
 from __future__ import annotations
 
@@ -6,8 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from cola_runtime.base_model import llama
-from cola_runtime.base_model.frozen_products import FrozenProduct, PlainProduct, TiledProduct, tiles_pay
+from cola_runtime.base_model import frozen_products, llama
+from cola_runtime.base_model.frozen_products import (
+    CompiledProduct,
+    FrozenProduct,
+    PlainProduct,
+    ProductKind,
+    TiledProduct,
+    fastest_product,
+)
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.base_model.workspace import Workspace
 from tests.base_model.conftest import TinyFolder
@@ -15,25 +22,27 @@ from tests.base_model.mixed_samples import four_tenants, gradients_of, install_a
 
 N, I, O = 24, 96, 160  # noqa: E741 (the shape suffixes of the project)
 DTYPE = torch.bfloat16
-pytestmark = pytest.mark.skipif(
+has_bfloat16 = pytest.mark.skipif(
     "mkldnn::_reorder_linear_weight" not in torch._C._dispatch_get_all_op_names()
     or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
     reason="this processor has no bfloat16 products",
 )
 
 
-def drawn(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DTYPE)
+def drawn(*shape: int, seed: int, dtype: torch.dtype = DTYPE) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def answers(product: FrozenProduct) -> list[Tensor]:
-    space, x_NI, base_NO, grad_NO = Workspace(), drawn(N, I, seed=1), drawn(N, O, seed=2), drawn(N, O, seed=3)
+def answers(product: FrozenProduct, dtype: torch.dtype = DTYPE) -> list[Tensor]:
+    space, x_NI = Workspace(), drawn(N, I, seed=1, dtype=dtype)
+    base_NO, grad_NO = drawn(N, O, seed=2, dtype=dtype), drawn(N, O, seed=3, dtype=dtype)
     projected = product.project(x_NI, space, "projected").clone()
     added = product.add_projected(base_NO, x_NI, space, "added").clone()
     gradient = product.gradient(grad_NO, space, "gradient").clone()
     return [projected, added, gradient, product.add_gradient(gradient.clone(), base_NO)]
 
 
+@has_bfloat16
 @pytest.mark.parametrize("bias_O", [None, drawn(O, seed=4)], ids=["no bias", "bias"])
 def test_tiles_give_the_plain_products_numbers(bias_O: Tensor | None) -> None:
     weight_OI = drawn(O, I, seed=0)
@@ -42,12 +51,54 @@ def test_tiles_give_the_plain_products_numbers(bias_O: Tensor | None) -> None:
         torch.testing.assert_close(found, expected, rtol=2**-7, atol=2**-5)  # a rounding of bfloat16
 
 
-def test_only_bfloat16_is_tried() -> None:
-    assert not tiles_pay(torch.ones(O, I))
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
+def test_onednns_products_of_float32_are_the_plain_ones(with_bias: bool) -> None:
+    weight_OI = drawn(O, I, seed=0, dtype=torch.float32)
+    bias_O = drawn(O, seed=4, dtype=torch.float32) if with_bias else None
+    plain, compiled = (kind(weight_OI, bias_O, [O]) for kind in (PlainProduct, CompiledProduct))
+    for found, expected in zip(answers(compiled, torch.float32), answers(plain, torch.float32), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_onednns_products_see_a_weight_that_was_merged_into() -> None:
+    weight_OI, x_NI = drawn(O, I, seed=0, dtype=torch.float32), drawn(N, I, seed=1, dtype=torch.float32)
+    product, space = CompiledProduct(weight_OI, None, [O]), Workspace()
+    before_NO = product.project(x_NI, space, "y").clone()
+    weight_OI.mul_(2.0)
+    torch.testing.assert_close(product.project(x_NI, space, "y"), 2.0 * before_NO)
+    grad_NO = drawn(N, O, seed=3, dtype=torch.float32)
+    torch.testing.assert_close(product.gradient(grad_NO, space, "g"), grad_NO @ weight_OI)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "keep_tiles", "expected"),
+    [
+        (torch.float64, True, PlainProduct),
+        (torch.bfloat16, False, PlainProduct),
+        (torch.bfloat16, True, TiledProduct),
+        (torch.float32, False, CompiledProduct),
+    ],
+)
+@pytest.mark.parametrize("faster", [True, False])
+def test_another_product_is_taken_only_where_it_is_clearly_faster(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    dtype: torch.dtype,
+    keep_tiles: bool,
+    expected: ProductKind,
+    faster: bool,
+) -> None:
+    def seconds(products: list[FrozenProduct], _x_NI: Tensor) -> float:
+        return 1.0 if type(products[0]) is PlainProduct else 0.79 if faster else 0.81
+
+    monkeypatch.setattr(frozen_products, "_best_seconds", seconds)
+    found = fastest_product(torch.ones(O, I, dtype=dtype), keep_tiles=keep_tiles)
+    assert found is (expected if faster else PlainProduct)
 
 
 def loaded(tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch, *, tiled: bool) -> TappedModel:
-    monkeypatch.setattr(llama, "tiles_pay", lambda _weight: tiled)
+    kind = TiledProduct if tiled else PlainProduct
+    monkeypatch.setattr(llama, "fastest_product", lambda _weight, keep_tiles: kind)
     return TappedModel.load(tiny_folder("llama", "bfloat16"), dtype="bfloat16", attention="eager", threads=1)
 
 
@@ -60,6 +111,7 @@ def norms(model: TappedModel) -> list[float]:
     return [float(gradient.norm()) for gradients in found for gradient in gradients.values()]
 
 
+@has_bfloat16
 def test_a_mixed_step_is_the_same_with_tiles(
     tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ from tests.base_model.mixed_samples import four_tenants, install_all, run_segmen
 
 KINDS = ["llama", "gpt2"]
 SHAPE: dict[str, Any] = {"rank": 4, "lengths": (12, 9), "dtype": "float32"}
-PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addmm_", "baddbmm_"}
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addmm_", "baddbmm_", "_linear_pointwise"}
 
 
 class CountedProducts(TorchDispatchMode):
