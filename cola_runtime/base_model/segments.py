@@ -114,10 +114,10 @@ def mixed_batch(
 ) -> MixedBatch:
     """Order the segments into cohorts (stably: equal compositions give equal batches) and place their rows.
 
-    `flat`: rows of text end to end, for a body that tells them apart. `padded_length`: of a rectangle, to how
-    many tokens, for the longest row's.
+    `flat`: rows of text end to end, for a body that tells them apart. `padded_length`: to how many tokens the
+    rows of a rectangle, or the segments of a cohort laid flat, for the longest one's.
     """
-    places = _flat(members) if flat else _rectangle(members, padded_length)
+    places = (_flat if flat else _rectangle)(members, padded_length)
     ordered = [member for cohort in places.cohorts for member in cohort.members]
     rows = [row for member in ordered for row in member.segment.rows]
     types_BT = _token_types(rows, places.shape)
@@ -160,7 +160,7 @@ def _rectangle(members: Sequence[Member], padded_length: Callable[[int], int]) -
     return _Places(tuple(cohorts), np.arange(row) * longest, (row, longest))
 
 
-def _flat(members: Sequence[Member]) -> _Places:
+def _flat(members: Sequence[Member], padded_length: Callable[[int], int]) -> _Places:
     """A cohort's segments are of near sizes, and padded behind their last rows."""
     buckets: dict[object, list[Member]] = {}
     for member in members:
@@ -171,7 +171,7 @@ def _flat(members: Sequence[Member]) -> _Places:
     for bucket in buckets.values():
         sizes = [sum(len(row.tokens) for row in member.segment.rows) for member in bucket]
         for part in near_sizes(sizes, further=COHORT_TOKENS):
-            first, longest = place, max(sizes[number] for number in part)
+            first, longest = place, padded_length(max(sizes[number] for number in part))
             for number in part:
                 lengths = [len(row.tokens) for row in bucket[number].segment.rows]
                 starts += (place + start for start in accumulate(lengths[:-1], initial=0))

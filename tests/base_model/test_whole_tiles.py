@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cola_runtime.base_model.frozen_products import TiledProduct
-from cola_runtime.base_model.whole_tiles import TILE_ROWS, whole_rows, whole_tiles
+from cola_runtime.base_model.whole_tiles import TILE_ROWS, near_length, whole_rows, whole_tiles
 from cola_runtime.base_model.workspace import Workspace
 
 I, O = 64, 48  # noqa: E741 (the shape suffixes of the project)
@@ -17,6 +17,13 @@ def test_only_bfloat16_products_of_the_processor_are_rounded_up() -> None:
     assert whole_rows(32, torch.empty(1, dtype=torch.bfloat16)) == 32
     assert whole_rows(17, torch.empty(1, dtype=torch.float32)) == 17
     assert whole_rows(17, torch.empty(1, dtype=torch.bfloat16, device="meta")) == 17
+
+
+def test_only_lengths_that_products_are_compiled_for_are_rounded_up() -> None:
+    host = torch.device("cpu")
+    assert [near_length(torch.bfloat16, host)(length) for length in (1, 4, 41)] == [4, 4, 44]
+    assert near_length(torch.float32, host)(41) == 41
+    assert near_length(torch.bfloat16, torch.device("meta"))(41) == 41
 
 
 def test_rows_without_memory_behind_them_stay_as_they_are() -> None:
