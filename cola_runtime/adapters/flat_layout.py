@@ -2,7 +2,8 @@
 
 What is done to every number alike (clip, AdamW, SGD, a copy, a tensor on the wire) is one operation on the
 vector instead of one per tensor, with the same bits: an element-wise operation gives an element the same
-value wherever it stands.
+value wherever it stands. Views of it are made in one call, too: each of torch's lets go of the interpreter,
+and where another thread computes, it may be long in coming back.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from math import prod
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors as flatten_dense_tensors
+from torch._utils import _unflatten_dense_tensors as unflatten_dense_tensors
 
 from cola_runtime.adapter_spec import AdapterSpec
 from cola_runtime.adapters.shapes import Shape, weight_shapes
@@ -25,6 +28,7 @@ class FlatLayout:
         self.shapes: dict[TensorKey, Shape] = weight_shapes(spec)
         self.sizes = [prod(shape) for shape in self.shapes.values()]
         self.starts = [0, *accumulate(self.sizes)]  # of each tensor, then P
+        self._examples = [torch.empty(shape, device="meta") for shape in self.shapes.values()]
 
     @property
     def numel(self) -> int:
@@ -33,9 +37,11 @@ class FlatLayout:
 
     def views(self, flat_P: Tensor) -> dict[TensorKey, Tensor]:
         """Every tensor in its shape, on the vector's own memory."""
-        parts = torch.split(flat_P, self.sizes)
-        return {key: part.view(shape) for (key, shape), part in zip(self.shapes.items(), parts, strict=True)}
+        views = unflatten_dense_tensors(flat_P, self._examples)  # type: ignore[no-untyped-call]
+        return dict(zip(self.shapes, views, strict=True))
 
     def flat(self, tensors: dict[TensorKey, Tensor]) -> Tensor:
         """A new vector with a copy of every tensor."""
-        return torch.cat([tensors[key].detach().reshape(-1) for key in self.shapes])
+        in_order = [tensors[key].detach() for key in self.shapes]
+        flat_P: Tensor = flatten_dense_tensors(in_order)  # type: ignore[no-untyped-call]
+        return flat_P if len(in_order) > 1 else flat_P.clone()  # of one it is a view

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from cola_runtime.adapter_spec import AdapterSpec
@@ -63,7 +63,7 @@ class ShardInbox:
         pending, self._pending = self._pending or _Pending(end.version), None
         self._check(pending, end)
         assert pending.weights_P is not None  # `_check` has looked
-        _check_sizes(pending.version, self._layout.views(pending.weights_P))
+        self._check_sizes(pending.version, pending.weights_P)
         self.version, self.end, self._complete_P = end.version, end, pending.weights_P
         return pending.wire_bytes
 
@@ -107,15 +107,18 @@ class ShardInbox:
                 "STEP_OUT_OF_ORDER", "an update out of turn", limit=self.version + 1, actual=end.version
             )
 
-
-def _check_sizes(version: int, weights: Mapping[TensorKey, Tensor]) -> None:
-    norms = zip(weights, tensor_norms(weights.values()).tolist(), strict=True)
-    key, norm = max(norms, key=lambda each: each[1] if each[1] == each[1] else math.inf)
-    if norm <= MAX_WEIGHT_NORM:
-        return
-    finite = all(bool(weight.isfinite().all()) for weight in weights.values())
-    raise InvalidInput(
-        "UPDATE_TOO_LARGE" if finite else "NON_FINITE_ADAPTER",
-        f"{key.kind.name} of site {key.site} at version {version} has the norm {norm:g}",
-        limit=f"{MAX_WEIGHT_NORM:g}",
-    )
+    def _check_sizes(self, version: int, weights_P: Tensor) -> None:
+        """Tensor by tensor only where all of them together are too large: none is larger than they are."""
+        if float(torch.linalg.vector_norm(weights_P)) <= MAX_WEIGHT_NORM:
+            return
+        weights = self._layout.views(weights_P)
+        norms = zip(weights, tensor_norms(weights.values()).tolist(), strict=True)
+        key, norm = max(norms, key=lambda each: each[1] if each[1] == each[1] else math.inf)
+        if norm <= MAX_WEIGHT_NORM:
+            return
+        finite = bool(weights_P.isfinite().all())
+        raise InvalidInput(
+            "UPDATE_TOO_LARGE" if finite else "NON_FINITE_ADAPTER",
+            f"{key.kind.name} of site {key.site} at version {version} has the norm {norm:g}",
+            limit=f"{MAX_WEIGHT_NORM:g}",
+        )

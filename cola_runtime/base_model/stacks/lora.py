@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors as flatten_dense_tensors
 
 from cola_runtime.adapter_spec import LoraKind
 from cola_runtime.adapters.features import input_weight, outer, output_matrix, output_weight, times
@@ -57,7 +58,7 @@ class LoraLayout:
         self, a_RI: Sequence[Tensor], b_OR: Sequence[Tensor], scaling: float, dtype: torch.dtype
     ) -> Tensor:
         """`flatten` of one A [R, I] and one B [O, R] per site."""
-        flat = torch.cat([factor.reshape(-1) for factor in (*a_RI, *b_OR)])
+        flat: Tensor = flatten_dense_tensors([*a_RI, *b_OR])  # type: ignore[no-untyped-call]
         flat = flat.to(torch.promote_types(flat.dtype, dtype))
         flat[self._a_numel :] *= scaling
         return flat.to(dtype)
