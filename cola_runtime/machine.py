@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib.metadata
 import os
 import platform
@@ -18,11 +19,13 @@ HEAPS = 2
 ALIGNMENT_BYTES = 64
 """Of what matrix products read. On some processors (AMD, with MKL) their last bits depend on it."""
 KEPT_BYTES = 256 << 20
+KEPT_ACTIVATION_BYTES = 1 << 30
+"""Of a base model's process: a base step's activations come and go with it."""
 MAPPED_BYTES = 32 << 20  # the most that glibc allows
 
 
-def keep_freed_memory() -> None:
-    """Let this process reuse what it frees, up to `KEPT_BYTES`, instead of giving it back to the system.
+def keep_freed_memory(kept_bytes: int = KEPT_BYTES) -> None:
+    """Let this process reuse what it frees, up to `kept_bytes`, instead of giving it back to the system.
 
     By default glibc unmaps buffers above 128 KiB and trims its heap: messages of 1 MiB then get fresh pages,
     which the kernel zeroes one by one, for a fifth of a stream's CPU. Without glibc nothing happens.
@@ -30,7 +33,7 @@ def keep_freed_memory() -> None:
     if platform.libc_ver()[0] == "glibc":
         glibc = ctypes.CDLL(None)
         glibc.mallopt(_M_MMAP_THRESHOLD, MAPPED_BYTES)
-        glibc.mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
+        glibc.mallopt(_M_TRIM_THRESHOLD, kept_bytes)
 
 
 def share_heaps() -> None:
@@ -42,6 +45,16 @@ def share_heaps() -> None:
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, HEAPS)
+
+
+def keep_started_objects() -> None:
+    """Tell the garbage collector that what is there now stays: the modules and a loaded model.
+
+    Else it looks at all of it again from time to time, while every other thread waits: 0.2 s for the 400,000
+    objects of a base model's process.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def is_memory_refused(error: BaseException) -> bool:

@@ -14,16 +14,16 @@ from cola_runtime import crash_points
 from cola_runtime.adapter_spec import LeaseTerms
 from cola_runtime.adapters.module_registry import import_adapter_modules
 from cola_runtime.config import (
-    TLS_ENVIRONMENT,
     BaseModelSettings,
     HostSettings,
     JoinSettings,
     ServiceSettings,
+    actor_environment,
     crash_setting,
     set_thread_environment,
 )
 from cola_runtime.errors import Unavailable
-from cola_runtime.machine import keep_freed_memory
+from cola_runtime.machine import KEPT_ACTIVATION_BYTES, keep_freed_memory, keep_started_objects
 from cola_runtime.trace.spans import ProcessSpans
 from cola_runtime.transport.certificates import Identity
 from cola_runtime.types import (
@@ -53,7 +53,7 @@ class BaseModelActor:
         self._identity, self._hosts = identity, hosts
         set_thread_environment(settings.threads)
         crash_points.arm(crash_setting())
-        keep_freed_memory()
+        keep_freed_memory(KEPT_ACTIVATION_BYTES)
         from cola_runtime.base_model.kept_choice import KeptAttention
         from cola_runtime.base_model.model import TappedModel
         from cola_runtime.base_model.pretrained import resolve_base_model
@@ -76,6 +76,7 @@ class BaseModelActor:
         )
         if settings.attention == "auto":
             kept.keep(model.tried_attention)
+        keep_started_objects()
         self._service = BaseModelService(
             model, name=settings.name, join_token=join_token, retained_dir=cache_dir / "retained"
         )
@@ -132,6 +133,7 @@ class DeviceActor:
         from cola_runtime.device.agent import DeviceAgent
         from cola_runtime.device.config import DeviceConfig
 
+        keep_started_objects()
         config = DeviceConfig(
             device_id=self._device_id,
             coordinator_endpoint=self._settings.coordinator,
@@ -220,7 +222,7 @@ def base_model_handle(
         "resources": {"cola_base_model": 1},
         "max_restarts": -1,
         "max_concurrency": 64,
-        "runtime_env": {"env_vars": TLS_ENVIRONMENT},
+        "runtime_env": {"env_vars": actor_environment()},
     }
     return (
         ray.remote(BaseModelActor)
@@ -242,5 +244,6 @@ def device_handle(settings: JoinSettings, device_id: str, identity: Identity | N
         "num_cpus": 0,
         "resources": {"cola_device": 1},
         "max_restarts": -1,
+        "runtime_env": {"env_vars": actor_environment()},
     }
     return ray.remote(DeviceActor).options(**options).remote(settings, device_id, identity)
