@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -21,9 +22,9 @@ from cola_runtime.base_model.workspace import Workspace
 _mkldnn = torch.ops.mkldnn
 TILED_FOR_TOKENS = 512  # what the layout is chosen for; it serves any number
 _TRIAL_TOKENS = 256
-_TRIAL_WEIGHTS = 8
+_TRIAL_SIZE = 1024  # inputs and outputs
+_TRIAL_WEIGHTS = 8  # more than a cache keeps of them
 _TRIAL_ROUNDS = 3
-CLEARLY_FASTER = 0.8
 
 
 class FrozenProduct(Protocol):
@@ -107,28 +108,37 @@ class TiledProduct(CompiledProduct):
 
 
 ProductKind = type[PlainProduct] | type[CompiledProduct]
+CLEARLY_FASTER = 0.8
+"""Of a plain product's time. In float32 last bits depend on the choice, which the next start should make again;
+kept tiles take twice their weight's memory, and where they saved a tenth of a product they saved no time."""
 
 
 def fastest_product(weight_OI: Tensor, *, keep_tiles: bool) -> ProductKind:
-    """What makes such a weight's products fastest on this machine, by a short trial.
+    """What makes such a weight's products fastest on this machine, by a short trial, once in a process.
 
-    Plain ones unless others take `CLEARLY_FASTER` of their time: last bits depend on it, and so the next
-    start should choose the same. Tiles are for bfloat16 alone, whose weights merging may not change.
+    Tiles are for bfloat16 alone, whose weights merging may not change.
     """
-    other = _OTHERS.get(weight_OI.dtype) if weight_OI.device.type == "cpu" else None
-    if other is TiledProduct and not keep_tiles:
-        other = None
-    if other is None or not hasattr(_mkldnn, "_linear_pointwise"):
+    other = _OTHERS.get(weight_OI.dtype)
+    if other is None or weight_OI.device.type != "cpu" or not hasattr(_mkldnn, "_linear_pointwise"):
         return PlainProduct
-    weights_OI = [weight_OI.clone() for _ in range(_TRIAL_WEIGHTS)]  # more than a cache keeps of them
-    x_NI = weight_OI.new_ones(_TRIAL_TOKENS, weight_OI.shape[1])
-    plain, others = (
-        _best_seconds([kind(w, None, [len(w)]) for w in weights_OI], x_NI) for kind in (PlainProduct, other)
-    )
-    return other if others < CLEARLY_FASTER * plain else PlainProduct
+    if other is TiledProduct and not keep_tiles:
+        return PlainProduct
+    return other if _is_faster(weight_OI.dtype) else PlainProduct
 
 
 _OTHERS: dict[torch.dtype, ProductKind] = {torch.bfloat16: TiledProduct, torch.float32: CompiledProduct}
+
+
+@cache
+def _is_faster(dtype: torch.dtype) -> bool:
+    """With weights of one size, whatever the model's: every process on a machine should find the same."""
+    other = _OTHERS[dtype]
+    weights_OI = [torch.ones(_TRIAL_SIZE, _TRIAL_SIZE, dtype=dtype) for _ in range(_TRIAL_WEIGHTS)]
+    x_NI = torch.ones(_TRIAL_TOKENS, _TRIAL_SIZE, dtype=dtype)
+    plain, others = (
+        _best_seconds([kind(w, None, [len(w)]) for w in weights_OI], x_NI) for kind in (PlainProduct, other)
+    )
+    return others < CLEARLY_FASTER * plain
 
 
 def _best_seconds(products: Sequence[FrozenProduct], x_NI: Tensor) -> float:

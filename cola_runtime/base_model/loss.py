@@ -24,7 +24,6 @@ from cola_runtime.base_model.workspace import Workspace
 
 CHUNK_LABELS = 512  # of one product; 100 MB of float32 logits for a vocabulary of 49,152
 CUDA_CHUNK_LABELS = 4096
-_TRIAL_WORDS = 2048  # of the vocabulary
 BLOCK_LABELS = 8  # of one softmax: what it reads twice stays in the cache
 
 
@@ -47,7 +46,7 @@ class VocabularyProjection:
             weight_VD,
             sum(given) if given else None,
             hidden_scale,
-            fastest_product(weight_VD[:_TRIAL_WORDS], keep_tiles=False),
+            fastest_product(weight_VD, keep_tiles=False),
         )
 
     @property
