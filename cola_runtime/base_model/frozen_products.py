@@ -109,8 +109,9 @@ class TiledProduct(CompiledProduct):
 
 ProductKind = type[PlainProduct] | type[CompiledProduct]
 CLEARLY_FASTER = 0.8
-"""Of a plain product's time. In float32 last bits depend on the choice, which the next start should make again;
-kept tiles take twice their weight's memory, and where they saved a tenth of a product they saved no time."""
+"""Of a plain product's time. In float32 last bits depend on the choice, which the next start should make
+again; kept tiles take twice their weight's memory, for nothing where they save a tenth of a product.
+"""
 
 
 def fastest_product(weight_OI: Tensor, *, keep_tiles: bool) -> ProductKind:
