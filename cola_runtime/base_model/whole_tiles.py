@@ -2,7 +2,8 @@
 
 For every number of rows oneDNN compiles a bfloat16 product anew, which takes 1 to 30 ms, and it works in
 tiles of 16 rows whatever their number is. So a product is asked for whole tiles: what lies behind the rows in
-their buffer is computed too, in rows that nobody reads.
+their buffer is computed too, in rows that nobody reads. An adapter's products have no room for that, since
+their rows lie between others': there the cohorts' lengths are padded.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cola_runtime.base_model import frozen_products, llama
+from cola_runtime.base_model import frozen_products, llama, loss
 from cola_runtime.base_model.frozen_products import (
     CompiledProduct,
     FrozenProduct,
@@ -97,10 +97,14 @@ def test_another_product_is_taken_only_where_it_is_faster(
     assert found is (expected if faster else PlainProduct)
 
 
-def loaded(tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch, *, tiled: bool) -> TappedModel:
-    kind = TiledProduct if tiled else PlainProduct
+def loaded(
+    tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch, kind: ProductKind, dtype: str
+) -> TappedModel:
+    """With such products in the layers and, unless it is tiles, in the vocabulary's projection."""
     monkeypatch.setattr(llama, "fastest_product", lambda _weight, keep_tiles: kind)
-    return TappedModel.load(tiny_folder("llama", "bfloat16"), dtype="bfloat16", attention="eager", threads=1)
+    of_head = PlainProduct if kind is TiledProduct else kind
+    monkeypatch.setattr(loss, "fastest_product", lambda _weight, keep_tiles: of_head)
+    return TappedModel.load(tiny_folder("llama", dtype), dtype=dtype, attention="eager", threads=1)
 
 
 def norms(model: TappedModel) -> list[float]:
@@ -116,5 +120,16 @@ def norms(model: TappedModel) -> list[float]:
 def test_a_mixed_step_is_the_same_with_tiles(
     tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with_tiles, without = (norms(loaded(tiny_folder, monkeypatch, tiled=tiled)) for tiled in (True, False))
+    with_tiles, without = (
+        norms(loaded(tiny_folder, monkeypatch, kind, "bfloat16")) for kind in (TiledProduct, PlainProduct)
+    )
     assert with_tiles == pytest.approx(without, rel=0.05)
+
+
+def test_a_mixed_step_in_float32_is_the_same_by_onednn(
+    tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled, plain = (
+        norms(loaded(tiny_folder, monkeypatch, kind, "float32")) for kind in (CompiledProduct, PlainProduct)
+    )
+    assert compiled == pytest.approx(plain, rel=1e-4)

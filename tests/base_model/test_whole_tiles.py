@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from cola_runtime.base_model.frozen_products import TiledProduct
+from cola_runtime.base_model.model import TappedModel
 from cola_runtime.base_model.whole_tiles import TILE_ROWS, near_length, whole_rows, whole_tiles
 from cola_runtime.base_model.workspace import Workspace
+from tests.base_model.conftest import TinyFolder
+from tests.base_model.mixed_samples import install_all, run_segments, tenant
 
 I, O = 64, 48  # noqa: E741 (the shape suffixes of the project)
 
@@ -24,6 +27,17 @@ def test_only_lengths_that_products_are_compiled_for_are_rounded_up() -> None:
     assert [near_length(torch.bfloat16, host)(length) for length in (1, 4, 41)] == [4, 4, 44]
     assert near_length(torch.float32, host)(41) == 41
     assert near_length(torch.bfloat16, torch.device("meta"))(41) == 41
+
+
+@pytest.mark.parametrize(("dtype", "computed"), [("bfloat16", 12), ("float32", 9)])
+def test_a_steps_cohorts_are_padded_to_near_lengths(
+    tiny_folder: TinyFolder, dtype: str, computed: int
+) -> None:
+    model = TappedModel.load(tiny_folder("llama", dtype), dtype=dtype, attention="eager", threads=1)
+    member = tenant(0, model.sites, rank=4, lengths=(9,), dtype="float32")
+    install_all(model, [member])
+    result, _ = run_segments(model, [member.segment()])
+    assert (result.real_tokens, result.computed_tokens) == (9, computed)
 
 
 def test_rows_without_memory_behind_them_stay_as_they_are() -> None:
