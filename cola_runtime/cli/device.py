@@ -130,7 +130,9 @@ def default_device_id(host: str) -> str:
 
 async def _serve(config: DeviceConfig, enrolment: Enrolment | None) -> None:
     from cola_runtime.device.agent import DeviceAgent
+    from cola_runtime.machine import keep_started_objects
 
+    keep_started_objects()
     agent, stop = DeviceAgent(config, enrolment=enrolment), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
