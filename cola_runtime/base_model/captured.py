@@ -298,4 +298,5 @@ def _cohort_structure(cohort: Cohort) -> object:
         len(cohort.members),
         cohort.taps,
         adapter.spec.dtype,
+        cohort.gradient_dtypes,
     )

@@ -19,15 +19,37 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cola_runtime.adapter_spec import AdapterSpec
 from cola_runtime.base_model.accelerator import HOST, Accelerator
 from cola_runtime.base_model.bank import BankedAdapter
 from cola_runtime.base_model.near_sizes import near_sizes
 from cola_runtime.base_model.stacks.protocol import Span
 from cola_runtime.encodings import TapPlan
+from cola_runtime.gradients.travelling_dtypes import own_gradient_dtype, product_dtype
 from cola_runtime.rows import Image, Row
-from cola_runtime.types import Segment
+from cola_runtime.types import UNSCALED, Segment
 
 COHORT_TOKENS = 32  # what a further cohort costs a flat batch, in computed tokens (docs/performance.md)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientDtypes:
+    """In which dtypes an adapter's gradients travel."""
+
+    own: tuple[torch.dtype, ...]  # of each part, under `adapter_gradient`
+    product: torch.dtype  # under `weight_gradient`
+
+    @staticmethod
+    def of(spec: AdapterSpec, base_dtype: torch.dtype, *, loss_scaled: bool = False) -> GradientDtypes:
+        base = str(base_dtype).removeprefix("torch.")
+        own = [
+            own_gradient_dtype(part.kind, base=base, adapter=spec.dtype, loss_scaled=loss_scaled)
+            for part in spec.parts
+        ]
+        product = product_dtype(base=base, adapter=spec.dtype, loss_scaled=loss_scaled)
+        return GradientDtypes(
+            own=tuple(getattr(torch, dtype) for dtype in own), product=getattr(torch, product)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,10 +66,15 @@ class Member:
         """What a pass divides the segment's sum of losses by."""
         return self.segment.loss_denominator / self.loss_scale
 
+    @property
+    def gradient_dtypes(self) -> GradientDtypes:
+        scaled = self.segment.loss_scaling != UNSCALED
+        return GradientDtypes.of(self.adapter.spec, self.adapter.flat.dtype, loss_scaled=scaled)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cohort:
-    """Segments that stack: equal layout, tap plan, wire dtype and padded tokens; contiguous in the batch."""
+    """Segments that stack: equal layout, tap plan, dtypes and padded tokens; contiguous in the batch."""
 
     members: tuple[Member, ...]
     span: Span
@@ -55,6 +82,10 @@ class Cohort:
     @property
     def taps(self) -> TapPlan:
         return self.members[0].segment.taps
+
+    @property
+    def gradient_dtypes(self) -> GradientDtypes:
+        return self.members[0].gradient_dtypes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,8 +213,7 @@ def _flat(members: Sequence[Member], padded_length: Callable[[int], int]) -> _Pl
 
 
 def _stacking_key(member: Member) -> tuple[object, ...]:
-    segment, adapter = member.segment, member.adapter
-    return adapter.layout, segment.taps, adapter.spec.dtype
+    return member.adapter.layout, member.segment.taps, member.adapter.spec.dtype, member.gradient_dtypes
 
 
 def _sources(sources: Sequence[NDArray[np.int32]], accelerator: Accelerator) -> Sources | None:

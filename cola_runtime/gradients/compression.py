@@ -41,8 +41,7 @@ def quantized(tensor: Tensor) -> Int8Blocks:
     """
     elements = tensor.numel()
     missing = int8_layout.blocks(elements) * int8_layout.BLOCK_VALUES - elements
-    wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-    values = functional.pad(wide.reshape(-1), (0, missing)).view(-1, int8_layout.BLOCK_VALUES)
+    values = functional.pad(_wide(tensor).reshape(-1), (0, missing)).view(-1, int8_layout.BLOCK_VALUES)
     scales = (values.abs().amax(dim=1, keepdim=True) / _LEVELS).to(torch.bfloat16)
     levels = (values / scales).nan_to_num_(0.0).round_().clamp_(-_LEVELS, _LEVELS)
     payload = torch.empty(int8_layout.payload_bytes(elements), dtype=torch.uint8)
@@ -105,7 +104,7 @@ class TapCompressor:
         if compression is Compression.NONE:
             return tensors
         if compression is Compression.LOW_RANK:
-            return {_factors_key(key): self._factors(lease, key, tensor) for key, tensor in tensors.items()}
+            return {_factors_key(key): self._factors(lease, key, _wide(t)) for key, t in tensors.items()}
         narrowed = _narrowed if compression is Compression.BFLOAT16 else quantized
         return {key: narrowed(t) if t.is_floating_point() else t for key, t in tensors.items()}
 
@@ -126,6 +125,10 @@ class TapCompressor:
         feedback.q_IK = wanted_OI.T @ p_OK
         feedback.error_OI = wanted_OI.addmm_(p_OK, feedback.q_IK.T, alpha=-1.0)
         return torch.cat([p_OK, feedback.q_IK])
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _narrowed(tensor: Tensor) -> Tensor:

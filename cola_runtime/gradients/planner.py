@@ -16,8 +16,8 @@ whatever the encoding):
 
 At an embedding d_in is 1, an id of four bytes, but for what is V wide: P and G.
 
-Activations travel in the base model's dtype, everything else in the adapter's, also g under loss scaling;
-compression narrows both.
+Activations travel in the base model's dtype, gradients in the adapter's, or where that loses nothing in the
+base model's (`travelling_dtypes.py`); what was under a loss scale in the adapter's. Compression narrows all.
 Left out: what every encoding costs alike (weights on their way back, the optimizer) and frame headers (88
 bytes a tensor). N counts every token: those whose g is zero are dropped on the way, which the coordinator
 cannot foresee.
@@ -44,6 +44,7 @@ from cola_runtime.adapters.shapes import site_weight_shapes
 from cola_runtime.encodings import Compression, Encoding, TapPlan
 from cola_runtime.errors import InvalidInput
 from cola_runtime.gradients import int8_layout
+from cola_runtime.gradients.travelling_dtypes import own_gradient_dtype, product_dtype
 from cola_runtime.types import Site
 
 AUTO = "auto"
@@ -182,18 +183,23 @@ def group_effort(
     group: _Group, workload: Workload, encoding: Encoding, *, dtype: str, compression: Compression
 ) -> Effort:
     """One optimizer step's cost of an input group's taps in one encoding."""
-    wide = workload.base_dtype if encoding is Encoding.ACTIVATIONS else dtype
-    number_bytes = _bytes_a_number(wide, compression)
     first = group[0][1][0]
     tokens = workload.tokens if first.positions is None else workload.rows * first.positions
     of_parts = [_part_effort(kind, sites, tokens, encoding, compression=compression) for kind, sites in group]
-    once = sum(of_parts, Effort())  # bytes_up counts numbers until here
-    bytes_up = once.bytes_up * number_bytes
+    once = sum(of_parts, Effort())
+    dtypes = [
+        travelling_dtype(kind, encoding, workload, dtype=dtype, compression=compression) for kind, _ in group
+    ]
+    bytes_up = sum(
+        of_part.bytes_up * _bytes_a_number(travelling, compression)
+        for of_part, travelling in zip(of_parts, dtypes, strict=True)
+    )
     if encoding is Encoding.ACTIVATIONS and first.takes_ids:
         bytes_up += len(group) * tokens * ID_BYTES
     if encoding is Encoding.ACTIVATIONS and workload.loss_scaled:
         outputs = sum(site.out_features for _, sites in group for site in sites)
-        bytes_up += tokens * outputs * (_bytes_a_number(dtype, compression) - number_bytes)
+        wider = _bytes_a_number(dtype, compression) - _bytes_a_number(workload.base_dtype, compression)
+        bytes_up += tokens * outputs * wider
     return Effort(
         workload.microbatches * bytes_up,
         workload.microbatches * once.base_flops,
@@ -201,9 +207,24 @@ def group_effort(
     )
 
 
+def travelling_dtype(
+    kind: AdapterKind, encoding: Encoding, workload: Workload, *, dtype: str, compression: Compression
+) -> str:
+    """Of a kind's taps before they are rounded (but of g under loss scaling); `dtype` is the adapter's."""
+    if encoding is Encoding.ACTIVATIONS:
+        return workload.base_dtype
+    if compression is Compression.LOW_RANK:  # its factors are made in the adapter's
+        return dtype
+    base, scaled = workload.base_dtype, workload.loss_scaled
+    if encoding is Encoding.WEIGHT_GRADIENT:
+        return product_dtype(base=base, adapter=dtype, loss_scaled=scaled)
+    return own_gradient_dtype(kind, base=base, adapter=dtype, loss_scaled=scaled)
+
+
 def _part_effort(
     kind: AdapterKind, sites: Sequence[Site], tokens: float, encoding: Encoding, *, compression: Compression
 ) -> Effort:
+    """`bytes_up` counts numbers here."""
     inputs, outputs = sites[0].in_features, sum(site.out_features for site in sites)
     takes_ids = sites[0].takes_ids
     touched = [replace(site, in_features=1) for site in sites] if takes_ids else sites  # by one row of x

@@ -9,7 +9,7 @@ from cola_runtime.adapter_spec import AdapterKind, AdapterSpec, HeadKind, Linear
 from cola_runtime.adapters.shapes import site_weight_shapes
 from cola_runtime.encodings import Compression, Encoding, TapPlan
 from cola_runtime.gradients import int8_layout
-from cola_runtime.gradients.planner import ID_BYTES, ITEM_BYTES, LOW_RANK, Workload
+from cola_runtime.gradients.planner import ID_BYTES, ITEM_BYTES, LOW_RANK, Workload, travelling_dtype
 from cola_runtime.types import Site, TensorKind
 
 
@@ -30,17 +30,20 @@ def _of_group(
     kind: AdapterKind, sites: Sequence[Site], plan: TapPlan, workload: Workload, dtype: str
 ) -> Iterator[int]:
     encoding = plan.encoding_of(sites[0].input_group)
-    if isinstance(kind, HeadKind) or encoding is Encoding.ADAPTER_GRADIENT:
+    if isinstance(kind, HeadKind):
+        encoding = Encoding.ADAPTER_GRADIENT
+    travelling = travelling_dtype(kind, encoding, workload, dtype=dtype, compression=plan.compression)
+    if encoding is Encoding.ADAPTER_GRADIENT:
         for site in sites:
             for key, shape in site_weight_shapes(kind, site).items():
                 if not _stands_still(kind, key.kind):
-                    yield _payload(prod(shape), dtype, plan.compression)
+                    yield _payload(prod(shape), travelling, plan.compression)
     elif encoding is Encoding.WEIGHT_GRADIENT:
         for site in sites:
             rows, columns = site.out_features, site.in_features + 1
             low_rank = plan.compression is Compression.LOW_RANK
             numbers = min(LOW_RANK, rows, columns) * (rows + columns) if low_rank else rows * columns
-            yield _payload(numbers, dtype, plan.compression)
+            yield _payload(numbers, travelling, plan.compression)
     else:
         yield from _activations(sites, plan, workload, dtype)
 

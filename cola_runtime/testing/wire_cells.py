@@ -17,6 +17,7 @@ from torch import Tensor
 from cola_runtime.adapter_spec import AdapterKind, AdapterPart, AdapterSpec
 from cola_runtime.adapters.adapter import initial_weights
 from cola_runtime.base_model.layout import AdapterLayout
+from cola_runtime.base_model.segments import GradientDtypes
 from cola_runtime.base_model.stacks.cohorts import GatheredStack
 from cola_runtime.base_model.stacks.protocol import CohortRows, SiteStack, Span
 from cola_runtime.base_model.stacks.taps import GroupTaps, OwnGradients
@@ -115,11 +116,13 @@ class _Group:
             compressed = self._compressor.compress(LEASE, plan.compression, tap.tensors)
             frames.extend(frame for parcel in parcels(compressed) for frame in parcel.frames(ADDRESS))
 
+        dtypes = GradientDtypes.of(self._spec, self._dtype)
         taps = _TimedTaps(
             plan.encoding,
             site=self._sites[0],
             recipients=Recipients(segments=[0], loss_scales=[1.0], sink=sink),
-            scalings_S=torch.tensor([self._scaling], dtype=torch.float32),
+            scalings_S=torch.tensor([self._scaling], dtype=dtypes.own[0]),
+            product_dtype=dtypes.product,
             carrier=DirectCarrier(),
         )
         stack = self._stack(taps)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cola_runtime.adapter_spec import LoraKind
 from cola_runtime.adapters.checkpoint_format import TrainingDefinition
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.device.session import AdapterSession
@@ -15,7 +16,7 @@ from cola_runtime.encodings import Encoding
 from cola_runtime.testing.peft_reference import Recipe, relative_difference, train_alone
 from cola_runtime.types import LearningRateSchedule, OptimizerHyperparameters
 from tests.base_model.conftest import TinyFolder
-from tests.base_model.kind_samples import BOUNDS, assert_exact, mixed_kinds
+from tests.base_model.kind_samples import BOUNDS, assert_exact, everywhere, mixed_kinds
 from tests.base_model.merged_samples import SUM, collaborator
 from tests.base_model.mixed_samples import (
     Tenant,
@@ -172,3 +173,27 @@ def test_taps_arrive_in_host_memory_and_stay_as_they_were(tiny_folder: TinyFolde
         for key, tensor in tap.tensors.items():
             assert tensor.device.type == "cpu"
             assert torch.equal(tensor, copy[key])
+
+
+def test_neighbours_do_not_decide_in_which_dtype_a_tenants_gradients_travel(
+    tiny_folder: TinyFolder, accelerator: str
+) -> None:
+    """Equal layouts with s = 2, 1.5 and 1 would stack. Three times, since a pass that comes again is
+    captured; then the middle one has s = 4: of the same rows, and yet another pass.
+    """
+    tapped = loaded(tiny_folder("llama", "bfloat16"), "bfloat16", accelerator)
+    wide, narrow = {torch.float32}, {torch.bfloat16}
+    for alphas, expected in (((8, 6, 4), [narrow, wide, narrow]), ((8, 16, 4), [narrow] * 3)):
+        tenants = [
+            replace(
+                everywhere(1, LoraKind(rank=4, alpha=alpha), tapped.sites, "float32"), job_id=f"job-{number}"
+            )
+            for number, alpha in enumerate(alphas)
+        ]
+        install_all(tapped, tenants)
+        for _ in range(3):
+            _, taps = run_segments(tapped, [member.segment() for member in tenants])
+            dtypes = [
+                {t.dtype for tap in taps if tap.segment == s for t in tap.tensors.values()} for s in range(3)
+            ]
+            assert dtypes == expected

@@ -17,6 +17,7 @@ from cola_runtime.base_model.model import TappedModel
 from cola_runtime.encodings import Compression, Encoding, TapPlan
 from cola_runtime.gradients.compression import TapCompressor
 from cola_runtime.gradients.planner import Workload, encodings_of, group_effort
+from cola_runtime.gradients.wire_size import tap_bytes
 from cola_runtime.transport.tensors import to_wire
 from cola_runtime.types import PRODUCT_FLOPS, LossScaling, Segment, TensorKind
 from tests.base_model.conftest import TinyFolder
@@ -25,7 +26,9 @@ from tests.base_model.test_adapter_kinds import everywhere
 
 KINDS: list[AdapterKind] = [
     LoraKind(rank=3),
+    LoraKind(rank=4),
     LinearKind(bias=True),
+    LinearKind(scaling=1.5),
     MlpKind(hidden=5),
     LinearizedLoraKind(rank=2),
     LinearizedLoraKind(rank=2, initial_b="zero"),
@@ -60,8 +63,10 @@ def test_every_input_group_sends_the_bytes_that_were_planned(
     )
     _, taps = run_segments(tapped, [segment])
     compressor = TapCompressor()
+    found_sizes: list[int] = []
     for tap in taps:
         sent = compressor.compress(member.lease, compression, tap.tensors)
+        found_sizes += [len(to_wire(tensor).data) for tensor in sent.values()]
         sites = [site for site in tapped.catalogue if site.index in {key.site for key in tap.tensors}]
         rows = {len(t) for k, t in tap.tensors.items() if k.kind.name == "INPUT"} or {
             len(member.rows[0].tokens)
@@ -72,6 +77,10 @@ def test_every_input_group_sends_the_bytes_that_were_planned(
         # int8: every tensor has a last block that is not full
         slack = 2 * len(sent) if compression is Compression.INT8 else 0
         assert abs(found - effort.bytes_up) <= slack
+    if encoding is not Encoding.ACTIVATIONS:  # of those, tokens without a gradient are not sent
+        whole = Workload(tokens=1, microbatches=1, base_dtype="bfloat16")
+        sizes = tap_bytes(member.spec, segment.taps, whole)
+        assert sorted(found_sizes) == sorted(size for of_group in sizes for size in of_group)
 
 
 @pytest.mark.parametrize("compression", [Compression.NONE, Compression.BFLOAT16])

@@ -173,7 +173,7 @@ def test_a_tap_at_an_embedding_is_planned_as_an_id_and_a_gradient_a_token() -> N
     assert efforts[Encoding.ACTIVATIONS].bytes_up == 2 * 100 * (4 + 2 * OUTPUTS)
     assert efforts[Encoding.ADAPTER_GRADIENT].bytes_up == 2 * 4 * 3 * (WORDS + OUTPUTS)
     assert efforts[Encoding.ADAPTER_GRADIENT].base_flops == 2 * 2 * 100 * 3 * (1 + OUTPUTS)
-    assert efforts[Encoding.WEIGHT_GRADIENT].bytes_up == 2 * 4 * OUTPUTS * (WORDS + 1)
+    assert efforts[Encoding.WEIGHT_GRADIENT].bytes_up == 2 * 2 * OUTPUTS * (WORDS + 1)  # no scaling in it
 
 
 def test_a_convolutions_taps_are_planned_by_its_own_positions() -> None:

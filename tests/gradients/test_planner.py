@@ -58,8 +58,10 @@ def chosen(kind: AdapterKind, workload: Workload, costs: Costs | None = None, si
     [
         (LoraKind(rank=8), work(2048), ADAPTER),
         (LoraKind(rank=8), work(7), ACTIVATIONS),
-        (LoraKind(rank=8), work(15, dtype="bfloat16"), ACTIVATIONS),  # two bytes against four
-        (LoraKind(rank=8), work(17, dtype="bfloat16"), ADAPTER),
+        (LoraKind(rank=8), work(7, dtype="bfloat16"), ACTIVATIONS),
+        (LoraKind(rank=8), work(9, dtype="bfloat16"), ADAPTER),
+        (LoraKind(rank=8, alpha=12), work(15, dtype="bfloat16"), ACTIVATIONS),  # two bytes against four
+        (LoraKind(rank=8, alpha=12), work(17, dtype="bfloat16"), ADAPTER),
         (LinearKind(), work(500), ACTIVATIONS),  # N (d_in + d_out) against d_in d_out: even at 512
         (LinearKind(), work(600), ADAPTER),
         (MlpKind(hidden=64), work(60), ACTIVATIONS),
@@ -160,9 +162,9 @@ def test_low_rank_is_the_weight_gradient_of_full_rank_kinds_only() -> None:
 
 
 def test_compression_moves_the_break_even() -> None:
-    """bfloat16 narrows a float32 gradient but not bfloat16 activations."""
+    """bfloat16 narrows a float32 gradient (s = 1.5) but not bfloat16 activations."""
     costs, workload = Costs(link_bytes_per_second=1e6), work(12, dtype="bfloat16")
-    spec = everywhere(LoraKind(rank=8), square(1024))
+    spec = everywhere(LoraKind(rank=8, alpha=12), square(1024))
     assert plan_taps(spec, workload, costs)[0].encoding is ACTIVATIONS
     assert plan_taps(spec, workload, costs, compression=Compression.BFLOAT16)[0].encoding is ADAPTER
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from cola_runtime.adapter_spec import input_dropout
-from cola_runtime.adapters.adapter import torch_dtype
 from cola_runtime.adapters.dropout import SegmentDropout
 from cola_runtime.base_model.segments import Cohort, Member
 from cola_runtime.base_model.stacks.protocol import CohortRows, Kept, PartLayout, SiteStack
@@ -115,14 +114,14 @@ def gathered_flats(cohort: Cohort, number: int, space: Workspace) -> tuple[Tenso
 
 
 def part_scalings(cohort: Cohort, number: int, space: Workspace) -> list[Tensor]:
-    """Of each part of the adapters: s of every segment, [S], in the wire's dtype; on CUDA in buffers."""
-    dtype = torch_dtype(cohort.members[0].adapter.spec)
+    """Of each part of the adapters: s of every segment, [S], in its gradients' dtype; on CUDA in buffers."""
     values = zip(*(_scalings(member) for member in cohort.members), strict=True)
-    made = [torch.tensor(of_part, dtype=dtype) for of_part in values]
+    dtypes = cohort.gradient_dtypes.own
+    made = [torch.tensor(of_part, dtype=dtype) for of_part, dtype in zip(values, dtypes, strict=True)]
     if space.device.type != "cuda":
         return made
     return [
-        space.tensor(f"cohort{number}.scalings{part}", tuple(scalings_S.shape), dtype).copy_(
+        space.tensor(f"cohort{number}.scalings{part}", tuple(scalings_S.shape), scalings_S.dtype).copy_(
             scalings_S.pin_memory(), non_blocking=True
         )
         for part, scalings_S in enumerate(made)
@@ -178,6 +177,7 @@ def cohort_taps(cohort: Cohort, site: Site, scalings_S: Tensor, outlet: TapOutle
         site=site,
         recipients=recipients_of(cohort, outlet.sink),
         scalings_S=scalings_S,
+        product_dtype=cohort.gradient_dtypes.product,
         carrier=outlet.carrier,
     )
 

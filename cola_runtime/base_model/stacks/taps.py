@@ -23,7 +23,7 @@ from cola_runtime.gradients.taps import (
 from cola_runtime.types import Site, TensorKey, TensorKind
 
 OwnGradients = Callable[[], Mapping[TensorKey, Tensor]]
-"""The kind's own gradients, [S, ...] each, scaled, in the wire's dtype. Called only when needed."""
+"""The kind's own gradients, [S, ...] each, scaled, in the dtype they travel in. Called only when needed."""
 
 
 class GroupTaps:
@@ -36,9 +36,11 @@ class GroupTaps:
         site: Site,
         recipients: Recipients,
         scalings_S: Tensor,
+        product_dtype: torch.dtype,
         carrier: TapCarrier,
     ) -> None:
-        self.scalings_S = scalings_S  # s of each segment, in the wire's dtype
+        self.scalings_S = scalings_S  # s of each segment, in the dtype that own gradients travel in
+        self._product_dtype = product_dtype
         self._encoding = encoding
         self._site = site  # any of those that share x
         self._recipients = recipients
@@ -46,7 +48,7 @@ class GroupTaps:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of gradients on the wire."""
+        """Of the kind's own gradients on the wire, and of whatever was under a loss scale."""
         return self.scalings_S.dtype
 
     def emit(self, x_SMI: Tensor, grads_SMO: Mapping[int, Tensor], own: OwnGradients) -> None:
@@ -65,12 +67,12 @@ class GroupTaps:
             tensors = (
                 activation_tensors(x_MI, grads, rows[s])
                 if activations
-                else product_tensors(x_MI, grads, self._site, self.dtype)
+                else product_tensors(x_MI, grads, self._site, self._product_dtype)
             )
             recipients.sink(Tap(segment, self._unscaled(tensors, recipients.loss_scales[s])))
 
     def scale(self, grad: Tensor) -> Tensor:
-        """s times a gradient [S, ...], in the wire's dtype; a new tensor."""
+        """s times a gradient [S, ...], in the dtype it travels in; a new tensor."""
         return grad.to(self.dtype) * self.scalings_S.view(-1, *(1,) * (grad.ndim - 1))
 
     def _emit_stacked(self, x_SMI: Tensor, grads_SMO: Mapping[int, Tensor]) -> None:
@@ -79,7 +81,7 @@ class GroupTaps:
         Which rows are used is found out where the copies arrive: here it would stop the accelerator.
         """
         if self._encoding is Encoding.WEIGHT_GRADIENT:
-            self._carry(product_tensors(x_SMI, grads_SMO, self._site, self.dtype))
+            self._carry(product_tensors(x_SMI, grads_SMO, self._site, self._product_dtype))
             return
         sites = list(grads_SMO)
         tensors = [any_used(list(grads_SMO.values())), *map(_copied, (x_SMI, *grads_SMO.values()))]
@@ -105,7 +107,7 @@ class GroupTaps:
             to.sink(Tap(to.segments[s], tap))
 
     def _unscaled(self, tensors: dict[TensorKey, Tensor], scale: float) -> dict[TensorKey, Tensor]:
-        """Divided by the segment's loss scale, exactly: in the wire's dtype, which is wider than float16."""
+        """Divided by the segment's loss scale, exactly: in the adapter's dtype, wider than float16."""
         if scale == 1.0:
             return tensors
         return {
