@@ -1,6 +1,6 @@
 """Tokens a second of the whole runtime against peft, with K tenants on this machine.
 
-    python benchmarks/throughput.py [--quick] [--json] [--seed N]
+    python benchmarks/throughput.py [--quick] [--json] [--seed N] [--accelerator cuda]
 
 SmolLM2-135M, LoRA r = 8 on all seven projections, AdamW; every tenant is one sender of a real chat set, with
 one row a step. All sides train the same rows and end with saved adapters; loading the base model is in none.
@@ -14,34 +14,36 @@ runtime's base model runs with one thread, with two, and as two replicas of one 
 all processes of a side) is looked at when the last adapter is saved: a look costs CPU that both sides need.
 Peft's sequential rate does not depend on the number of tenants: it is measured before and after the runtime
 (--quick: before), and the better one counts. Row lengths vary by a quarter around their mean.
+--accelerator cuda: the base model, one replica of one thread, is on a CUDA device, and so is peft; eight rows
+of 512 tokens a step, which peft pads to the longest, or one of 128. Devices are still CPU processes, four
+fewer than cores. Where a sender's messages are used up, the next senders' follow.
 --quick: 16 tenants in bfloat16, a few steps.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
+import os
 import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cola_runtime.base_model.accelerator import Accelerator
 from cola_runtime.base_model.pretrained import prepare_smollm2
 from cola_runtime.client.asynchronous import AsyncClient
 from cola_runtime.config import BaseModelSettings, DeviceSettings, SchedulerSettings, ServiceSettings
-from cola_runtime.data.formats import parse_dataset
-from cola_runtime.data.tokenize import Tokenizer
-from cola_runtime.demo.datasets import chat_messages_by_sender
 from cola_runtime.demo.memory import memory_bytes
 from cola_runtime.rows import Row
 from cola_runtime.runtime.coordinator import running_service
 from cola_runtime.spec import JobSpec
+from cola_runtime.testing.chat_rows import chat_datasets, tokenized
 from cola_runtime.testing.exactness import tenant_client
 from cola_runtime.testing.peft_rivals import (
     PeftSetting,
@@ -58,7 +60,6 @@ CACHE = Path(".cache/models")
 RANK, ALPHA, LEARNING_RATE = 8, 16.0, 1e-3
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 JOB_TIMEOUT_SECONDS = 3600.0
-SPREAD = 0.25  # of a row's length around the mean
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +71,10 @@ class Case:
     peft_tenants: int  # whose training gives peft's rate
     processes: tuple[int, ...]
     twice: bool = True  # peft's rate, before and behind the runtime's
+    rows_per_step: int = 1
+    accelerator: str = "cpu"  # of the base model, and of peft
+    devices: int = 2
+    token_budget: int = 2048
     shapes: tuple[tuple[int, int], ...] = (
         (1, 1),
         (1, 2),
@@ -78,7 +83,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.tokens}_{self.dtype}"
+        rows = "" if self.rows_per_step == 1 else f"_{self.rows_per_step}_rows"
+        return f"{self.tokens}_{self.dtype}{rows}"
 
 
 CASES = (
@@ -105,6 +111,25 @@ QUICK_CASES = (
     ),
 )
 
+FULL_CUDA_CASE = Case(
+    dtype="bfloat16",
+    tokens=512,
+    tenants=(1, 4, 16, 64),
+    steps=12,
+    peft_tenants=4,
+    processes=(2, 4),
+    rows_per_step=8,
+    accelerator="cuda",
+    devices=max(2, (os.cpu_count() or 1) - 4),
+    token_budget=32_768,
+    shapes=((1, 1),),
+)
+CUDA_CASES = (FULL_CUDA_CASE, replace(FULL_CUDA_CASE, tokens=128, tenants=(16, 64), rows_per_step=1))
+QUICK_CUDA_CASES = (
+    replace(FULL_CUDA_CASE, tenants=(16,), steps=4, peft_tenants=2, processes=(), twice=False),
+)
+CASES_OF = {"cpu": (CASES, QUICK_CASES), "cuda": (CUDA_CASES, QUICK_CUDA_CASES)}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
@@ -116,24 +141,36 @@ class Served:
 
 
 def main() -> None:
-    arguments = argument_parser(__doc__ or "").parse_args()
+    parser = argument_parser(__doc__ or "")
+    parser.add_argument("--accelerator", choices=tuple(CASES_OF), default="cpu")
+    arguments = parser.parse_args()
+    accelerator = Accelerator.of(arguments.accelerator)
     started = datetime.now(UTC)
     path = prepare_smollm2(CACHE)
-    cases = QUICK_CASES if arguments.quick else CASES
+    cases = CASES_OF[arguments.accelerator][arguments.quick]
     results = {case.name: run_case(path, case, seed=arguments.seed) for case in cases}
     first = results[cases[0].name]
     summary = {
         "speedup_over_peft_sequential": first["speedup_over_peft_sequential"],
         "base_busy": first["base_busy"],
+        "accelerator": accelerator.description,
         "rank": RANK,
         "cases": results,
     }
-    emit(record("throughput", summary, seed=arguments.seed, started=started), arguments.json)
+    name = "throughput_cuda" if accelerator.is_cuda else "throughput"
+    emit(record(name, summary, seed=arguments.seed, started=started), arguments.json)
 
 
 def run_case(path: Path, case: Case, *, seed: int) -> dict[str, Any]:
-    datasets = chat_datasets(path, case, seed=seed)
-    rows = [tokenized(path, dataset) for dataset in datasets]
+    datasets = chat_datasets(
+        path,
+        tenants=max(case.tenants),
+        rows=case.steps * case.rows_per_step,
+        tokens=case.tokens,
+        estimate=case.accelerator == "cuda",
+        seed=seed,
+    )
+    rows = tokenized(path, datasets)
     setting = PeftSetting(
         model=path,
         dtype=case.dtype,
@@ -141,8 +178,11 @@ def run_case(path: Path, case: Case, *, seed: int) -> dict[str, Any]:
         rank=RANK,
         alpha=ALPHA,
         learning_rate=LEARNING_RATE,
+        rows_per_step=case.rows_per_step,
+        accelerator=case.accelerator,
     )
-    setting = fastest(setting, rows[0][: 3 if case.twice else 2], trials=2 if case.twice else 1)
+    tried = (3 if case.twice else 2) * case.rows_per_step
+    setting = fastest(setting, rows[0][:tried], trials=2 if case.twice else 1)
     few = rows[: case.peft_tenants]
     before = sequential(setting, few)
     runtime = {shape: asyncio.run(serve_all(path, case, datasets, shape=shape)) for shape in case.shapes}
@@ -182,10 +222,12 @@ def run_case(path: Path, case: Case, *, seed: int) -> dict[str, Any]:
 
 def sequential(setting: PeftSetting, tenants: Sequence[Sequence[Row]]) -> dict[str, float]:
     """Tokens a second of each way to train one tenant after another."""
-    return {
+    rates = {
         "to_its_end": one_after_another(setting, tenants).tokens_per_second,
         "in_turns": taking_turns(setting, tenants).tokens_per_second,
     }
+    Accelerator.of(setting.accelerator).give_back()
+    return rates
 
 
 async def serve_all(
@@ -203,22 +245,24 @@ async def serve_all(
                         "name": SMOLLM2,
                         "path": path,
                         "dtype": case.dtype,
+                        "accelerator": case.accelerator,
                         "threads": threads,
                         "replicas": replicas,
                     }
                 ),
             ),
-            devices=DeviceSettings(count=2),
-            scheduler=SchedulerSettings(token_budget=2048),
+            devices=DeviceSettings(count=case.devices),
+            scheduler=SchedulerSettings(token_budget=case.token_budget),
         )
         async with running_service(settings) as service, AsyncExitStack() as stack:
             clients = [
                 await stack.enter_async_context(await tenant_client(service, f"tenant-{number}"))
                 for number in range(max(case.tenants))
             ]
-            await train(clients[:replicas], datasets, steps=2, folder=Path(folder) / "warm")
+            await train(case, clients[:replicas], datasets, steps=2, folder=Path(folder) / "warm")
             return {
                 count: await train(
+                    case,
                     clients[:count],
                     datasets,
                     steps=case.steps,
@@ -229,6 +273,7 @@ async def serve_all(
 
 
 async def train(
+    case: Case,
     clients: Sequence[AsyncClient],
     datasets: Sequence[bytes],
     *,
@@ -240,7 +285,7 @@ async def train(
     started = time.perf_counter()
     jobs = await asyncio.gather(
         *(
-            train_one(client, dataset, steps=steps, folder=folder / str(number))
+            train_one(case, client, dataset, steps=steps, folder=folder / str(number))
             for number, (client, dataset) in enumerate(zip(clients, datasets, strict=False))
         )
     )
@@ -253,14 +298,14 @@ async def train(
     )
 
 
-async def train_one(client: AsyncClient, dataset: bytes, *, steps: int, folder: Path) -> int:
+async def train_one(case: Case, client: AsyncClient, dataset: bytes, *, steps: int, folder: Path) -> int:
     """Tokens trained on."""
     spec = JobSpec.model_validate(
         {
             "name": f"chat-{steps}",
             "base_model": SMOLLM2,
             "steps": steps,
-            "rows_per_step": 1,
+            "rows_per_step": case.rows_per_step,
             "shuffle": False,
             "adapter": {"rank": RANK, "alpha": ALPHA, "target_modules": "all-linear"},
             "optimizer": {"learning_rate": LEARNING_RATE},
@@ -271,37 +316,6 @@ async def train_one(client: AsyncClient, dataset: bytes, *, steps: int, folder: 
     job = await handle.wait(JOB_TIMEOUT_SECONDS)
     await handle.download_adapter(folder)
     return job.tokens
-
-
-def chat_datasets(path: Path, case: Case, *, seed: int) -> list[bytes]:
-    """Of the senders who write most, rows of about `case.tokens` tokens: each some messages in a row."""
-    senders = sorted(chat_messages_by_sender().values(), key=lambda texts: -sum(map(len, texts)))
-    tokenizer = Tokenizer(path)
-    datasets = []
-    for number, messages in enumerate(senders[: max(case.tenants)]):
-        random = np.random.default_rng([seed, number])
-        lines: list[str] = []
-        words: list[str] = []
-        wanted = case.tokens * random.uniform(1 - SPREAD, 1 + SPREAD)
-        for message in messages:
-            words += message.split()
-            if _length(tokenizer, " ".join(words)) >= wanted:
-                lines.append(json.dumps({"text": " ".join(words)}))
-                words, wanted = [], case.tokens * random.uniform(1 - SPREAD, 1 + SPREAD)
-            if len(lines) == case.steps:
-                break
-        datasets.append("\n".join(lines).encode())
-    return datasets
-
-
-def _length(tokenizer: Tokenizer, text: str) -> int:
-    dataset = parse_dataset(json.dumps({"text": text}).encode(), file_name="row.jsonl")
-    return tokenizer.tokenize(dataset, max_length=4096).rows[0].length
-
-
-def tokenized(path: Path, dataset: bytes) -> tuple[Row, ...]:
-    parsed = parse_dataset(dataset, file_name="training.jsonl")
-    return Tokenizer(path).tokenize(parsed, max_length=4096).rows
 
 
 def _rate(served: Served) -> float:

@@ -120,7 +120,7 @@ def batch_loss(model: Any, rows: Sequence[Row]) -> Tensor:
     """
     if rows[0].source is not None:
         return _labels_loss(model, rows)
-    tokens, weights, mask = (each.to(getattr(model, "device", "cpu")) for each in _padded(rows))
+    tokens, weights, mask = (each.to(getattr(model, "device", "cpu")) for each in padded(rows))
     logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
     loss = cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     weights = weights[:, 1:].flatten().to(loss.dtype)
@@ -203,7 +203,7 @@ def torch_optimizer(wanted: OptimizerHyperparameters, parameters: Sequence[Tenso
     )
 
 
-def _padded(rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
+def padded(rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, weights and attention mask, each [rows, longest], padded on the right with 0."""
     longest = max(len(row.tokens) for row in rows)
     tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
