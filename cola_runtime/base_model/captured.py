@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cola_runtime.adapter_spec import ModuleKind, input_dropout
 from cola_runtime.base_model.body import Body
-from cola_runtime.base_model.segments import Cohort, MixedBatch
+from cola_runtime.base_model.segments import Cohort, Member, MixedBatch
 from cola_runtime.base_model.stacks.cohorts import Stacks, gathered_flats, part_scalings, recipients_of
 from cola_runtime.base_model.tap_carrier import CopyingCarrier, Delivery, HandOut, Recipients, TapOutlet
 from cola_runtime.base_model.workspace import Workspace
@@ -27,9 +27,10 @@ from cola_runtime.gradients.taps import Tap, TapSink
 
 T = TypeVar("T")
 
-MOST_CAPTURED = 16  # the least recently used is forgotten
-MOST_SEEN = 1024  # structures that are remembered to have come once
+MOST_CAPTURED = 32  # the least recently used is forgotten
+MOST_SEEN = 1024  # structures and families that are remembered
 PARCEL_BYTES = 4 << 20  # taps that are copied together: enough to fill the link, and early on their way
+MOST_FAILURES = 2  # to capture one structure
 _ALIGNMENT = 16
 
 logger = logging.getLogger(__name__)
@@ -41,27 +42,28 @@ class CapturedPasses:
     def __init__(self, body: Body, space: Workspace, carrier: CopyingCarrier) -> None:
         self._body, self._space, self._carrier = body, space, carrier
         self._stream = torch.cuda.Stream(space.device)  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
         self._captured: OrderedDict[object, _Graphs] = OrderedDict()
-        self._seen: OrderedDict[object, bool] = OrderedDict()  # whether it may be captured
+        self._seen: OrderedDict[object, int] = OrderedDict()  # failures of structures, 0 of families
         self._generation = space.generation
 
     def find(
         self, batch: MixedBatch, outlet: TapOutlet | None, stacks: Callable[[TapOutlet], Stacks]
     ) -> CapturedBody | None:
-        """The batch's pass, if it is of a structure that came before; None: compute it as ever."""
-        if outlet is None or not all(map(_capturable, batch.cohorts)):
+        """The batch's pass, if one of its family came before; None: compute it as ever.
+
+        The first of a family loads kernels, which may not be part of a captured pass.
+        """
+        if outlet is None or not all(_capturable(cohort.members[0]) for cohort in batch.cohorts):
             return None
-        if self._generation != self._space.generation:
-            self._captured.clear()  # buffers have moved
-            self._generation = self._space.generation
+        self._forget_moved()
         key = _structure(batch)
         if key not in self._captured:
-            if not self._came_before(key):
+            if self._failures(_family(batch)) is None or (self._failures(key) or 0) >= MOST_FAILURES:
                 return None
-            graphs = self._capture(batch, stacks)
+            graphs = self._captured_now(batch, stacks)
             if graphs is None:
-                self._seen[key] = False
+                self._seen[key] += 1
                 return None
             self._captured[key] = graphs
         self._captured.move_to_end(key)
@@ -73,20 +75,36 @@ class CapturedPasses:
         """Give back the memory of all captured passes."""
         torch.cuda.synchronize(self._space.device)
         self._captured.clear()
-        self._pool = torch.cuda.graph_pool_handle()
 
-    def _came_before(self, key: object) -> bool:
-        if key in self._seen:
-            self._seen.move_to_end(key)
-            return self._seen[key]
-        self._seen[key] = True
+    def _forget_moved(self) -> None:
+        """A captured pass reads and writes buffers where they were."""
+        if self._generation != self._space.generation:
+            self._captured.clear()
+            self._generation = self._space.generation
+
+    def _failures(self, key: object) -> int | None:
+        """How often it could not be captured; None when it has come for the first time."""
+        before = self._seen.setdefault(key, -1)
+        self._seen[key] = max(before, 0)
+        self._seen.move_to_end(key)
         while len(self._seen) > MOST_SEEN:
             self._seen.popitem(last=False)
-        return False
+        return None if before < 0 else before
+
+    def _captured_now(self, batch: MixedBatch, stacks: Callable[[TapOutlet], Stacks]) -> _Graphs | None:
+        """A pass larger than all before makes its buffers grow, and is captured once more where they are."""
+        for _ in range(2):
+            graphs = self._capture(batch, stacks)
+            if graphs is None or self._generation == self._space.generation:
+                return graphs
+            self._forget_moved()
+        return None
 
     def _capture(self, batch: MixedBatch, stacks: Callable[[TapOutlet], Stacks]) -> _Graphs | None:
-        """None where it cannot be captured: then this structure never is."""
+        """None where it cannot be captured."""
         graphs = _Graphs(batch, self._space.device)
+        if not self._captured:  # with its last graph a pool is gone, and none can be captured in it
+            self._pool = torch.cuda.graph_pool_handle()
         compute = torch.cuda.current_stream(self._space.device)
         self._stream.wait_stream(compute)
         try:
@@ -103,16 +121,25 @@ class CapturedPasses:
         finally:
             self._body.finish()
             compute.wait_stream(self._stream)
-        return graphs if self._generation == self._space.generation else None
+        return graphs
 
 
 def common_length(longest: int) -> int:
-    """Rows are padded to one of eight lengths between two powers of two: passes are of few structures then.
+    """Rows are padded to one of four lengths between two powers of two: passes are of few structures then.
 
-    An eighth more at most, and a multiple of 8.
+    A quarter more at most, and a multiple of 8.
     """
-    step = max(8, (1 << (longest.bit_length() - 1)) // 8)
+    step = max(8, (1 << (longest.bit_length() - 1)) // 4)
     return -(-longest // step) * step
+
+
+def common_ghosts(members: Sequence[Member]) -> int:
+    """A cohort that can be captured is filled up to 1, 2, 3, 4, 6, 8, 12, ... segments, for the same end."""
+    if any(member.adapter.gang for member in members) or not all(map(_capturable, members)):
+        return 0
+    count = len(members)
+    step = max(1, (1 << (count.bit_length() - 1)) // 2)
+    return -count % step
 
 
 class CapturedBody:
@@ -279,9 +306,9 @@ class _Recorder:
         self._open = _Collected()
 
 
-def _capturable(cohort: Cohort) -> bool:
+def _capturable(member: Member) -> bool:
     """What draws masks, or computes by autograd, is asked for anew each time."""
-    kinds = [part.kind for part in cohort.members[0].adapter.spec.parts]
+    kinds = [part.kind for part in member.adapter.spec.parts]
     return not any(isinstance(kind, ModuleKind) or input_dropout(kind) for kind in kinds)
 
 
@@ -291,11 +318,18 @@ def _structure(batch: MixedBatch) -> object:
 
 
 def _cohort_structure(cohort: Cohort) -> object:
+    return cohort.span, len(cohort.stacked), _cohort_family(cohort)
+
+
+def _family(batch: MixedBatch) -> object:
+    """Batches with equal ones ask for the same operations but for their sizes."""
+    return tuple(_cohort_family(cohort) for cohort in batch.cohorts)
+
+
+def _cohort_family(cohort: Cohort) -> object:
     adapter = cohort.members[0].adapter
     return (
         adapter.layout,  # by identity
-        cohort.span,
-        len(cohort.members),
         cohort.taps,
         adapter.spec.dtype,
         cohort.gradient_dtypes,

@@ -41,9 +41,9 @@ def head_losses(
     With an outlet, each head's gradient leaves as a tap, always in its own encoding: it is tiny. Where
     `grad_ND` is given, d loss / d hidden is written to the pooled rows, in place.
     """
-    rows = len(batch.lengths)
-    # Images have no tokens of their own: how many states each has, the base model's answer says.
-    starts = batch.starts if batch.flat else np.arange(rows) * (len(hidden_ND) // rows)
+    rows, starts = len(batch.lengths), batch.starts
+    if batch.images_BCHW is not None:  # they have no tokens: how many states each has, the body's answer says
+        starts = np.arange(rows) * (len(hidden_ND) // rows)
     places = pooling.positions(starts, batch.lengths)
     outcomes: dict[int, HeadOutcome] = {}
     next_row = 0

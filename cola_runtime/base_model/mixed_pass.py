@@ -11,7 +11,7 @@ import torch
 from cola_runtime import crash_points
 from cola_runtime.base_model.bank import AdapterBank
 from cola_runtime.base_model.body import Body, LastHidden, PatchedBody, causal_hidden, encoder_hidden
-from cola_runtime.base_model.captured import CapturedPasses, common_length
+from cola_runtime.base_model.captured import CapturedPasses, common_ghosts, common_length
 from cola_runtime.base_model.encoder_decoders import decoder_hidden
 from cola_runtime.base_model.head_loss import HeadOutcome, head_losses
 from cola_runtime.base_model.images import pooled_hidden
@@ -19,7 +19,7 @@ from cola_runtime.base_model.llama import LlamaBody
 from cola_runtime.base_model.load import DTYPES, LoadedModel
 from cola_runtime.base_model.loss import label_loss, segment_loss_sums
 from cola_runtime.base_model.merge import MergedWeights
-from cola_runtime.base_model.segments import Cohort, Member, MixedBatch, mixed_batch
+from cola_runtime.base_model.segments import Cohort, Member, MixedBatch, mixed_batch, no_ghosts
 from cola_runtime.base_model.stacks.cohorts import GroupPlaces, Stacks, group_stacks
 from cola_runtime.base_model.stacks.merged import bias_stacks, tap_stacks
 from cola_runtime.base_model.tap_carrier import CopyingCarrier, DirectCarrier, TapCarrier, TapOutlet
@@ -54,13 +54,20 @@ class MixedPass:
         self._captures = self._captured_passes()
         near = near_length(DTYPES[loaded.dtype], self.accelerator.device)
         self._padded_length = near if self._captures is None else common_length
+        self._ghosts = no_ghosts if self._captures is None else common_ghosts
 
     def compute(self, members: Sequence[Member], sink: TapSink | None) -> tuple[dict[int, SegmentLoss], int]:
         """Position in BaseStep.segments -> loss, and the computed tokens; taps if there is a sink.
 
         The last of them may still be on their way, but not those of a dynamic loss scale, which are judged.
         """
-        batch = mixed_batch(members, self.accelerator, flat=self.lays_flat, padded_length=self._padded_length)
+        batch = mixed_batch(
+            members,
+            self.accelerator,
+            flat=self.lays_flat,
+            padded_length=self._padded_length,
+            ghosts=no_ghosts if sink is None else self._ghosts,
+        )
         outlet = None if sink is None else TapOutlet(sink, self.carrier)
         body, stacks = self._body_and_stacks(batch, outlet)
         train = outlet is not None and bool(stacks)  # heads alone need no backward pass through the body

@@ -78,6 +78,12 @@ class Cohort:
 
     members: tuple[Member, ...]
     span: Span
+    ghosts: int = 0  # places behind the members' that are nobody's: no label, no tap
+
+    @property
+    def stacked(self) -> tuple[Member, ...]:
+        """The members, and at nobody's places the first one again: weights must lie there, whosever."""
+        return self.members + self.members[:1] * self.ghosts
 
     @property
     def taps(self) -> TapPlan:
@@ -136,19 +142,25 @@ def as_it_is(longest: int) -> int:
     return longest
 
 
+def no_ghosts(_members: Sequence[Member]) -> int:
+    return 0
+
+
 def mixed_batch(
     members: Sequence[Member],
     accelerator: Accelerator = HOST,
     *,
     flat: bool = False,
     padded_length: Callable[[int], int] = as_it_is,
+    ghosts: Callable[[Sequence[Member]], int] = no_ghosts,
 ) -> MixedBatch:
     """Order the segments into cohorts (stably: equal compositions give equal batches) and place their rows.
 
     `flat`: rows of text end to end, for a body that tells them apart. `padded_length`: to how many tokens the
-    rows of a rectangle, or the segments of a cohort laid flat, for the longest one's.
+    rows of a rectangle, or the segments of a cohort laid flat, for the longest one's. `ghosts`: how many
+    segments more a rectangle has room for behind a cohort's members.
     """
-    places = (_flat if flat else _rectangle)(members, padded_length)
+    places = _flat(members, padded_length) if flat else _rectangle(members, padded_length, ghosts)
     ordered = [member for cohort in places.cohorts for member in cohort.members]
     rows = [row for member in ordered for row in member.segment.rows]
     types_BT = _token_types(rows, places.shape)
@@ -177,18 +189,26 @@ class _Places:
     shape: tuple[int, int]  # B, T
 
 
-def _rectangle(members: Sequence[Member], padded_length: Callable[[int], int]) -> _Places:
+def _rectangle(
+    members: Sequence[Member],
+    padded_length: Callable[[int], int],
+    ghosts: Callable[[Sequence[Member]], int],
+) -> _Places:
     """A cohort's segments have equally many rows, so that each is as many padded tokens."""
     buckets: dict[object, list[Member]] = {}
     for member in members:
         buckets.setdefault((*_stacking_key(member), len(member.segment.rows)), []).append(member)
-    cohorts, row = [], 0
+    cohorts: list[Cohort] = []
+    real: list[int] = []  # rows that are somebody's
+    row = 0
     for bucket in buckets.values():
-        stop = row + sum(len(member.segment.rows) for member in bucket)
-        cohorts.append(Cohort(members=tuple(bucket), span=Span(row, stop)))
+        of_each, extra = len(bucket[0].segment.rows), ghosts(bucket)
+        real += range(row, row + of_each * len(bucket))
+        stop = row + of_each * (len(bucket) + extra)
+        cohorts.append(Cohort(members=tuple(bucket), span=Span(row, stop), ghosts=extra))
         row = stop
     longest = padded_length(max(len(row.tokens) for member in members for row in member.segment.rows))
-    return _Places(tuple(cohorts), np.arange(row) * longest, (row, longest))
+    return _Places(tuple(cohorts), np.array(real, np.int64) * longest, (row, longest))
 
 
 def _flat(members: Sequence[Member], padded_length: Callable[[int], int]) -> _Places:

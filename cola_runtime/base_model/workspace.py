@@ -34,9 +34,15 @@ class Workspace:
             self._buffers.pop((name, dtype), None)
             del buffer  # freed before the larger one is allocated
             self.generation += 1
-            spare = (TILE_ROWS - 1) * shape[-1] if len(shape) == 2 else 0
-            buffer = self._buffers[name, dtype] = self._allocated(name, numel + spare, dtype)
+            buffer = self._buffers[name, dtype] = self._allocated(name, self._roomy(numel, shape), dtype)
         return buffer[:numel].view(shape)
+
+    def _roomy(self, numel: int, shape: tuple[int, ...]) -> int:
+        """On CUDA up to a quarter more, so that few steps move a buffer: captured passes end with that."""
+        if self._device.type == "cuda":
+            step = max(1, (1 << numel.bit_length()) // 8)
+            return -(-numel // step) * step
+        return numel + ((TILE_ROWS - 1) * shape[-1] if len(shape) == 2 else 0)
 
     def _allocated(self, _name: str, numel: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(numel, dtype=dtype, device=self._device)

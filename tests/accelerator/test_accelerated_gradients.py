@@ -10,6 +10,7 @@ import torch
 
 from cola_runtime.adapter_spec import LoraKind
 from cola_runtime.adapters.checkpoint_format import TrainingDefinition
+from cola_runtime.base_model.captured import CapturedBody
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.device.session import AdapterSession
 from cola_runtime.encodings import Encoding
@@ -197,3 +198,39 @@ def test_neighbours_do_not_decide_in_which_dtype_a_tenants_gradients_travel(
                 {t.dtype for tap in taps if tap.segment == s for t in tap.tensors.values()} for s in range(3)
             ]
             assert dtypes == expected
+
+
+def test_passes_are_captured_again_when_a_larger_one_has_moved_their_buffers(
+    tiny_folder: TinyFolder, cuda: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And all but the first of its family are, with as many ghosts as their cohorts need (on the processor:
+    tests/base_model/test_ghosts.py).
+    """
+    replayed: list[int] = []
+    backward = CapturedBody.backward
+    monkeypatch.setattr(
+        CapturedBody,
+        "backward",
+        lambda body, grad_ND: (replayed.append(len(grad_ND)), backward(body, grad_ND)),
+    )
+    path = tiny_folder("llama", "float64")
+    model = loaded(path, "float64", cuda)
+    kind = LoraKind(rank=4, alpha=8)
+    five = [
+        replace(everywhere(3, kind, model.sites, "float64"), job_id=f"job-{number}") for number in range(5)
+    ]
+    sizes = [(2, 12), (2, 12), (5, 12), (5, 100), (2, 12), (5, 100), (3, 12)]
+    for version, (count, length) in enumerate(sizes):
+        rows = [(random_row(length, seed=10 * version + number),) for number in range(count)]
+        tenants = [replace(retold(member, version), rows=of) for member, of in zip(five, rows, strict=False)]
+        for member in tenants:
+            model.install(member.lease, member.spec, version, member.weights)
+        fresh = loaded(path, "float64", cuda)
+        install_all(fresh, tenants)
+        expected = gradients(fresh, tenants, Encoding.ADAPTER_GRADIENT, 0)
+        for mine, theirs in zip(
+            gradients(model, tenants, Encoding.ADAPTER_GRADIENT, version), expected, strict=True
+        ):
+            assert max(relative_difference(mine, theirs).values()) < 1e-10
+    assert replayed == [2 * 16, 6 * 16, 6 * 112, 2 * 16, 6 * 112, 3 * 16]
+    assert "could not be captured" not in caplog.text

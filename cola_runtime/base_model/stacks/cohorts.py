@@ -106,7 +106,7 @@ def gathered_flats(cohort: Cohort, number: int, space: Workspace) -> tuple[Tenso
     There one copy of whole adapters costs less than asking for many small ones, and batched products take
     blocks that are apart.
     """
-    flats = [member.adapter.flat for member in cohort.members]
+    flats = [member.adapter.flat for member in cohort.stacked]
     if space.device.type != "cuda":
         return tuple(flats)
     memory_SP = space.tensor(f"cohort{number}", (len(flats), len(flats[0])), flats[0].dtype)
@@ -115,7 +115,7 @@ def gathered_flats(cohort: Cohort, number: int, space: Workspace) -> tuple[Tenso
 
 def part_scalings(cohort: Cohort, number: int, space: Workspace) -> list[Tensor]:
     """Of each part of the adapters: s of every segment, [S], in its gradients' dtype; on CUDA in buffers."""
-    values = zip(*(_scalings(member) for member in cohort.members), strict=True)
+    values = zip(*(_scalings(member) for member in cohort.stacked), strict=True)
     dtypes = cohort.gradient_dtypes.own
     made = [torch.tensor(of_part, dtype=dtype) for of_part, dtype in zip(values, dtypes, strict=True)]
     if space.device.type != "cuda":
@@ -136,7 +136,7 @@ def _rows(cohort: Cohort, number: int, *, of_source: bool, train: bool) -> Cohor
     """The cohort's rows as one of its parts sees them."""
     return CohortRows(
         cohort.span,
-        tuple(member.adapter.spec.parts[number].kind.scaling for member in cohort.members),
+        tuple(member.adapter.spec.parts[number].kind.scaling for member in cohort.stacked),
         _dropouts(cohort, number, of_source=of_source) if train else (),
     )
 

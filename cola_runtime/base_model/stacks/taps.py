@@ -102,9 +102,9 @@ class GroupTaps:
     def _hand_out(self, keys: Sequence[TensorKey], to: Recipients, gradients: Sequence[Tensor]) -> None:
         """One dict per segment out of the stacked gradients; views, no copies."""
         by_key = [gradient.unbind(0) for gradient in gradients]
-        for s, tensors in enumerate(zip(*by_key, strict=True)):
-            tap = self._unscaled(dict(zip(keys, tensors, strict=True)), to.loss_scales[s])
-            to.sink(Tap(to.segments[s], tap))
+        stacked = zip(*by_key, strict=True)
+        for segment, scale, tensors in zip(to.segments, to.loss_scales, stacked, strict=False):  # not ghosts
+            to.sink(Tap(segment, self._unscaled(dict(zip(keys, tensors, strict=True)), scale)))
 
     def _unscaled(self, tensors: dict[TensorKey, Tensor], scale: float) -> dict[TensorKey, Tensor]:
         """Divided by the segment's loss scale, exactly: in the adapter's dtype, wider than float16."""
