@@ -40,6 +40,7 @@ from cola_runtime.base_model.pretrained import prepare_smollm2
 from cola_runtime.client.asynchronous import AsyncClient
 from cola_runtime.config import BaseModelSettings, DeviceSettings, SchedulerSettings, ServiceSettings
 from cola_runtime.demo.memory import memory_bytes
+from cola_runtime.machine import keep_started_objects
 from cola_runtime.rows import Row
 from cola_runtime.runtime.coordinator import running_service
 from cola_runtime.spec import JobSpec
@@ -185,6 +186,7 @@ def run_case(path: Path, case: Case, *, seed: int) -> dict[str, Any]:
     setting = fastest(setting, rows[0][:tried], trials=2 if case.twice else 1)
     few = rows[: case.peft_tenants]
     before = sequential(setting, few)
+    print(case.name, "peft", before, flush=True)
     runtime = {shape: asyncio.run(serve_all(path, case, datasets, shape=shape)) for shape in case.shapes}
     after = sequential(setting, few) if case.twice else before
     rates = {name: max(before[name], after[name]) for name in before}
@@ -260,16 +262,13 @@ async def serve_all(
                 for number in range(max(case.tenants))
             ]
             await train(case, clients[:replicas], datasets, steps=2, folder=Path(folder) / "warm")
-            return {
-                count: await train(
-                    case,
-                    clients[:count],
-                    datasets,
-                    steps=case.steps,
-                    folder=Path(folder) / f"adapters-{count}",
-                )
-                for count in case.tenants
-            }
+            keep_started_objects()  # as `cola serve` does, which has no torch and no peft in its process
+            found: dict[int, Served] = {}
+            for count in case.tenants:
+                adapters = Path(folder) / f"adapters-{count}"
+                found[count] = await train(case, clients[:count], datasets, steps=case.steps, folder=adapters)
+                print(case.name, f"{count} tenants, {replicas} x {threads}", _shown(found[count]), flush=True)
+            return found
 
 
 async def train(

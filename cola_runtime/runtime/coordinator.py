@@ -25,6 +25,7 @@ from cola_runtime.jobs.damage import check_whole
 from cola_runtime.jobs.hold import taken_over
 from cola_runtime.jobs.plan import wire_costs
 from cola_runtime.jobs.store import JobStore
+from cola_runtime.machine import keep_started_objects
 from cola_runtime.runtime.certified import Identify, check_listeners, open_doors
 from cola_runtime.runtime.cluster import Cluster
 from cola_runtime.runtime.head_watch import head_address, head_lost
@@ -95,6 +96,7 @@ async def _serve(
     _stop_on_signals(stop)
     async with running_service(settings) as service:
         _stop_on_signals(stop)  # again: Ray put a handler of its own there, which ends the process at once
+        keep_started_objects()
         on_ready(service)
         lost = asyncio.create_task(head_lost(head_address()), name="head-watch")
         stopped = asyncio.create_task(until_stopped(stop, service.store))
