@@ -12,8 +12,9 @@ one row a step. All sides train the same rows and end with saved adapters; loadi
 Every side has both cores and takes its best: peft's threads and attention are tried on one tenant, the
 runtime's base model runs with one thread, with two, and as two replicas of one thread each. Memory (PSS of
 all processes of a side) is looked at when the last adapter is saved: a look costs CPU that both sides need.
-Peft's sequential rate does not depend on the number of tenants: it is measured before and after the runtime
-(--quick: before), and the better one counts. Row lengths vary by a quarter around their mean.
+Peft's sequential rate does not depend on the number of tenants: it is measured before and after each shape of
+the runtime (--quick: before), and a ratio is that of the runtime's fastest shape over the better one of the
+two beside it: a shared machine's speed drifts. Row lengths vary by a quarter around their mean.
 --accelerator cuda: the base model, one replica of one thread, is on a CUDA device, and so is peft; eight rows
 of 512 tokens a step, which peft pads to the longest, or one of 128. Devices are still CPU processes, four
 fewer than cores. Where a sender's messages are used up, the next senders' follow.
@@ -71,7 +72,7 @@ class Case:
     steps: int
     peft_tenants: int  # whose training gives peft's rate
     processes: tuple[int, ...]
-    twice: bool = True  # peft's rate, before and behind the runtime's
+    twice: bool = True  # peft's rate, before and behind each shape's
     rows_per_step: int = 1
     accelerator: str = "cpu"  # of the base model, and of peft
     devices: int = 2
@@ -185,20 +186,26 @@ def run_case(path: Path, case: Case, *, seed: int) -> dict[str, Any]:
     tried = (3 if case.twice else 2) * case.rows_per_step
     setting = fastest(setting, rows[0][:tried], trials=2 if case.twice else 1)
     few = rows[: case.peft_tenants]
-    before = sequential(setting, few)
-    print(case.name, "peft", before, flush=True)
-    runtime = {shape: asyncio.run(serve_all(path, case, datasets, shape=shape)) for shape in case.shapes}
-    after = sequential(setting, few) if case.twice else before
-    rates = {name: max(before[name], after[name]) for name in before}
-    processes = {count: process_each(setting, rows[:count]) for count in case.processes}
-    best = {
-        count: max((of_shape[count] for of_shape in runtime.values()), key=_rate) for count in case.tenants
+    peft = [sequential(setting, few)]
+    runtime: dict[tuple[int, int], dict[int, Served]] = {}
+    for shape in case.shapes:
+        print(case.name, "peft", peft[-1], flush=True)
+        runtime[shape] = asyncio.run(serve_all(path, case, datasets, shape=shape))
+        peft.append(sequential(setting, few) if case.twice else peft[-1])
+    beside = {
+        shape: max(*before.values(), *after.values())
+        for shape, before, after in zip(case.shapes, peft, peft[1:], strict=False)
     }
+    processes = {count: process_each(setting, rows[:count]) for count in case.processes}
+    fastest_shape = {
+        count: max(case.shapes, key=lambda shape: _rate(runtime[shape][count])) for count in case.tenants
+    }
+    best = {count: runtime[shape][count] for count, shape in fastest_shape.items()}
     return {
         "mean_row_tokens": float(np.mean([row.length for of_tenant in rows for row in of_tenant])),
         "steps": case.steps,
         "speedup_over_peft_sequential": {
-            str(count): _rate(served) / max(rates.values()) for count, served in best.items()
+            str(count): _rate(best[count]) / beside[shape] for count, shape in fastest_shape.items()
         },
         "speedup_over_peft_processes": {
             str(count): _rate(best[count]) / trained.tokens_per_second
@@ -211,8 +218,7 @@ def run_case(path: Path, case: Case, *, seed: int) -> dict[str, Any]:
             for (replicas, threads), of_shape in runtime.items()
             for count, served in of_shape.items()
         },
-        "peft_sequential_tokens_per_second": rates,
-        "peft_sequential_before_and_after": {name: [before[name], after[name]] for name in rates},
+        "peft_sequential_tokens_per_second": {name: [each[name] for each in peft] for name in peft[0]},
         "peft_threads": setting.threads,
         "peft_attention": setting.attention,
         "peft_processes": {

@@ -43,7 +43,7 @@ def group_stacks(
     for number, cohort in enumerate(cohorts):
         layout = cohort.members[0].adapter.layout
         blocks = [layout.blocks(flat) for flat in gathered_flats(cohort, number, space)]
-        scalings = part_scalings(cohort, number, space)
+        scalings, dtypes = part_scalings(cohort, number, space), cohort.gradient_dtypes
         for piece in layout.pieces:
             for group, sites in piece.layout.groups.items():
                 of_source = group in places.source_groups
@@ -53,7 +53,9 @@ def group_stacks(
                     tuple(of_segment[piece.blocks] for of_segment in blocks),
                     rows,
                     tuple(places.positions[site.index] for site in sites),
-                    None if outlet is None else cohort_taps(cohort, sites[0], scalings[piece.part], outlet),
+                    None
+                    if outlet is None
+                    else cohort_taps(cohort, sites[0], scalings[piece.part], dtypes.product, outlet),
                     space,
                 )
                 lasts = len(blocks) == 1  # views of the bank itself, or of the step's copy of it
@@ -170,14 +172,16 @@ def _seen(row: Row, *, of_source: bool) -> int | None:
     return len(row.source)
 
 
-def cohort_taps(cohort: Cohort, site: Site, scalings_S: Tensor, outlet: TapOutlet) -> GroupTaps:
+def cohort_taps(
+    cohort: Cohort, site: Site, scalings_S: Tensor, product_dtype: torch.dtype, outlet: TapOutlet
+) -> GroupTaps:
     """Where the taps of one cohort's part at a site's input group go."""
     return GroupTaps(
         cohort.taps.encoding_of(site.input_group),
         site=site,
         recipients=recipients_of(cohort, outlet.sink),
         scalings_S=scalings_S,
-        product_dtype=cohort.gradient_dtypes.product,
+        product_dtype=product_dtype,
         carrier=outlet.carrier,
     )
 

@@ -44,7 +44,7 @@ def tap_stacks(
         ones_S = torch.ones(len(members), dtype=torch_dtype(cohort.members[0].adapter.spec))
         for piece in cohort.members[0].adapter.layout.pieces:
             for group, sites in piece.layout.groups.items():
-                taps = cohort_taps(cohort, sites[0], ones_S, outlet)
+                taps = cohort_taps(cohort, sites[0], ones_S, ones_S.dtype, outlet)
                 places = tuple(positions[site.index] for site in sites)
                 stacks.setdefault(group, []).append(TapStack(rows, places, sites, members, taps))
     return stacks
