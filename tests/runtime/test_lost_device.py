@@ -50,20 +50,19 @@ async def test_a_killed_device_costs_only_the_steps_since_the_last_checkpoint(tm
     async with running_service(settings) as service, AsyncExitStack() as stack:
         _check_ray_is_private(settings)
         handles = [await _submit(service, job, stack) for job in jobs]
-        killed = await _kill_when_under_way(handles, service, stack)
+        killed, held = await _kill_when_under_way(handles, service, stack)
         for handle, job in zip(handles, jobs, strict=True):
             await handle.wait(120)
             await _check_each_step_once(handle)
             folder = await handle.download_adapter(tmp_path / handle.name)
             alone = train_reference(job, service.base_model, model, attention="sdpa")
             assert largest_difference(exported_weights(folder, service.base_model), alone) <= 2e-5
-        held = [await _first_devices(handle) for handle in handles]
         lost = [await _lost_leases(handle) for handle in handles]
+        told = [await _lease_events(handle) for handle in handles]
         assert lost[1] >= 1, "each device had a shard of this one"
         for devices, losses in zip(held, lost, strict=True):
-            told = [await _lease_events(handle) for handle in handles]
             assert (losses > 0) == (killed in devices), f"{killed} killed; held {held}, lost {lost}: {told}"
-        assert any(killed not in devices for devices in held), f"nobody was with the other device: {held}"
+        assert any(killed not in devices for devices in held), f"nobody was with the other device: {told}"
 
 
 def _check_ray_is_private(settings: ServiceSettings) -> None:
@@ -81,16 +80,19 @@ async def _submit(service: RunningService, job: MixedJob, stack: AsyncExitStack)
 
 async def _kill_when_under_way(
     handles: list[AsyncJobHandle], service: RunningService, stack: AsyncExitStack
-) -> str:
-    """SIGKILL the device with the most jobs once every job has applied KILL_AT steps; returns which."""
+) -> tuple[str, list[list[str]]]:
+    """SIGKILL the device with the most jobs once every job has applied KILL_AT steps; returns which one, and
+    with which ones each job was then.
+    """
     watcher: AsyncClient = await stack.enter_async_context(await tenant_client(service, "watcher"))
     async with asyncio.timeout(90):
         async for _event in handles[0].events():
             if min([(await handle.refresh()).version for handle in handles]) >= KILL_AT:
                 break
+    held = [await _devices(handle) for handle in handles]
     device = max((await watcher.describe()).devices, key=lambda device: device.jobs)
     os.kill(device.pid, signal.SIGKILL)
-    return device.device_id
+    return device.device_id, held
 
 
 async def _check_each_step_once(handle: AsyncJobHandle) -> None:
@@ -100,10 +102,11 @@ async def _check_each_step_once(handle: AsyncJobHandle) -> None:
     assert epochs == sorted(epochs), "an older lease never applies after a newer one"
 
 
-async def _first_devices(handle: AsyncJobHandle) -> list[str]:
+async def _devices(handle: AsyncJobHandle) -> list[str]:
+    """Of the job's newest lease."""
     events = [event async for event in handle.events(follow=False)]
-    first = next(event.data for event in events if event.kind == "lease.granted")
-    return list(first.get("device_ids", [first["device_id"]]))
+    newest = [event.data for event in events if event.kind == "lease.granted"][-1]
+    return list(newest.get("device_ids", [newest["device_id"]]))
 
 
 async def _lease_events(handle: AsyncJobHandle) -> list[str]:
