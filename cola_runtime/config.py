@@ -300,6 +300,7 @@ def child_environment(**changes: str) -> dict[str, str]:
 
 
 LARGE_PAGES = "glibc.malloc.hugetlb=1"
+WORKER_NICENESS = "RAY_worker_niceness"  # added to that of Ray's raylet
 SPINS = "1000"  # of a thread that waits, before it sleeps
 
 
@@ -321,10 +322,15 @@ def actor_environment() -> dict[str, str]:
     """Of a process that Ray starts for us: what is read before the first line of Python is.
 
     glibc asks the kernel for large pages: of 4 KiB each, zeroing and mapping fresh ones for messages and
-    tensors took a tenth of all CPU time (docs/performance.md). What the service's own environment says of
-    glibc goes first.
+    tensors took a tenth of all CPU time (docs/performance.md). Ray would start its workers at niceness 15:
+    beside any two busy processes on two cores they got 4 % of a core each, no heartbeat came in time and
+    devices were lost. What the service's own environment says of either goes first.
     """
-    return {**TLS_ENVIRONMENT, "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", LARGE_PAGES)}
+    return {
+        **TLS_ENVIRONMENT,
+        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", LARGE_PAGES),
+        WORKER_NICENESS: os.environ.get(WORKER_NICENESS, "0"),
+    }
 
 
 def is_loopback(endpoint: str) -> bool:

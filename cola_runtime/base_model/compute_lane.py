@@ -10,6 +10,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from cola_runtime.machine import yield_to_streams
+
 T = TypeVar("T")
 
 
@@ -17,7 +19,7 @@ class ComputeLane:
     """Runs one piece of work at a time; within one urgency in the order of calls."""
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "base-model")
+        self._thread = ThreadPoolExecutor(1, "base-model", yield_to_streams)
         self._lock = threading.Lock()
         self._order = itertools.count()
         self._waiting: list[tuple[bool, int, Callable[[], Any], Future[Any]]] = []

@@ -17,6 +17,7 @@ from cola_runtime.device.enrolment import Dial, Enrolment
 from cola_runtime.device.trial import optimizer_speed
 from cola_runtime.device.worker import DeviceWorker
 from cola_runtime.errors import ColaError
+from cola_runtime.machine import yield_to_streams
 from cola_runtime.proto import control_pb2
 from cola_runtime.transport.endpoints import DEVICES, connect
 from cola_runtime.transport.frames import PROTOCOL_VERSION
@@ -42,7 +43,7 @@ class DeviceAgent:
         self._enrolment = enrolment
         self._plain = enrolment is None and config.identity is None  # then the join token says who may join
         self._worker = DeviceWorker()
-        self._thread = ThreadPoolExecutor(1, "device-worker", lambda: torch.set_num_threads(config.threads))
+        self._thread = ThreadPoolExecutor(1, "device-worker", self._begin_thread)
         self._stopping = asyncio.Event()
         self._session: ControlSession | None = None
         self._numbers_per_second = 0.0
@@ -61,6 +62,10 @@ class DeviceAgent:
             with suppress(asyncio.CancelledError):
                 await serving
             self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _begin_thread(self) -> None:
+        torch.set_num_threads(self._config.threads)
+        yield_to_streams()
 
     async def drain(self) -> None:
         """Give every adapter back at its next step boundary, so that nothing is computed again; then stop."""

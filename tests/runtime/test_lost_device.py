@@ -71,6 +71,7 @@ def _check_ray_is_private(settings: ServiceSettings) -> None:
     assert [at for process, *at in listening(ours) if not is_loopback(at[0])] == []
     [raylet] = [process for process in ours if process.name() == "raylet"]
     assert raylet.environ()["RAY_AUTH_TOKEN_PATH"] == str(settings.ray_token.resolve())
+    assert {process.nice() for process in ours} == {psutil.Process().nice()}, "nobody's heartbeats starve"
 
 
 async def _submit(service: RunningService, job: MixedJob, stack: AsyncExitStack) -> AsyncJobHandle:
