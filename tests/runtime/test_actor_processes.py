@@ -38,7 +38,9 @@ async def test_what_computes_comes_behind_the_streams_of_its_process() -> None:
         assert await lane.run(_niceness) == min(ours + COMPUTE_NICENESS, 19)
     finally:
         lane.stop()
-    device = DeviceAgent(DeviceConfig(device_id="device", coordinator_endpoint="127.0.0.1:1", join_token="join"))
+    device = DeviceAgent(
+        DeviceConfig(device_id="device", coordinator_endpoint="127.0.0.1:1", join_token="join")
+    )
     computing = asyncio.get_running_loop().run_in_executor(_thread_of(device), _niceness)
     assert await computing == min(ours + COMPUTE_NICENESS, 19)
     assert _niceness() == ours
