@@ -3,7 +3,8 @@
 On a processor short rows keep their probabilities, and long ones go through a fused kernel, whose memory is
 linear; on an accelerator all rows do, where there is one for the dtype.
 Shapes: B rows, T tokens, H query heads, K key heads, G = H / K, E head size, W = (H + 2 K) E, and
-Z = B K batched products of G T queries with T keys.
+Z = B K batched products of G T = Q queries with U keys: T, or where probabilities are kept the next multiple of
+KEYS, the ones behind the row's being zero and masked.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor
 
 from cola_runtime.base_model.attention_kernels import AttentionKernel, Saved, attention_kernel
-from cola_runtime.base_model.frozen_ops import causal_mask, rotate, rotate_backward
+from cola_runtime.base_model.frozen_ops import causal_mask, rotate, rotate_backward, widened
 from cola_runtime.base_model.workspace import Workspace
 
 LONGEST_KEPT = 512  # tokens, on a processor; above, probabilities would outgrow all other activations
+KEYS = 16  # float32 numbers of the widest vector: a processor takes what is left of them one by one
 aten = torch.ops.aten
 
 
@@ -27,7 +29,7 @@ class Rotary:
 
     cos_TE: Tensor
     sin_TE: Tensor
-    mask_GTT: Tensor  # empty where a kernel is used
+    mask_QU: Tensor  # empty where a kernel is used
     kernel: AttentionKernel | None
 
 
@@ -36,9 +38,9 @@ class AttentionRecord:
     """What the backward pass needs of one layer's attention."""
 
     q_ZQE: Tensor
-    k_ZTE: Tensor
-    v_ZTE: Tensor
-    probabilities_ZQT: Tensor | None  # None where a fused kernel computed it, of q, k and v [B, *, T, E]
+    k_ZUE: Tensor
+    v_ZUE: Tensor
+    probabilities_ZQU: Tensor | None  # None where a fused kernel computed it, of q, k and v [B, *, T, E]
     fused: tuple[AttentionKernel, Saved] | None
 
 
@@ -59,25 +61,33 @@ class CausalAttention:
         kernel = attention_kernel(cos_TE, head_size=self.head_size)
         if not cos_TE.is_cuda and len(cos_TE) <= LONGEST_KEPT:
             kernel = None
-        mask_TT = causal_mask(len(cos_TE) if kernel is None else 0, cos_TE)
-        return Rotary(cos_TE, sin_TE, mask_TT.repeat(self.groups, 1), kernel)
+        tokens = len(cos_TE) if kernel is None else 0
+        mask_QU = causal_mask(tokens, cos_TE, keys=_whole(tokens)).repeat(self.groups, 1)
+        return Rotary(cos_TE, sin_TE, mask_QU, kernel)
 
     def forward(
         self, qkv_BTW: Tensor, rotary: Rotary, out_BTHE: Tensor, slot: str, space: Workspace
     ) -> AttentionRecord:
         """softmax(scaling q k^T + mask) v of rotated q and k; `slot` names the buffers that must survive."""
         rows, tokens, _ = qkv_BTW.shape
-        kept = {
-            name: space.tensor(f"{slot}.{name}", (rows, heads, tokens, self.head_size), qkv_BTW.dtype)
-            for name, heads in (("q", self.heads), ("k", self.key_heads), ("v", self.key_heads))
-        }
+        keys = tokens if rotary.kernel is not None else _whole(tokens)
+        q_BHTE, k_BKUE, v_BKUE = (
+            space.tensor(f"{slot}.{name}", (rows, heads, length, self.head_size), qkv_BTW.dtype)
+            for name, heads, length in (
+                ("q", self.heads, tokens),
+                ("k", self.key_heads, keys),
+                ("v", self.key_heads, keys),
+            )
+        )
         q_BTHE, k_BTKE, v_BTKE = self._heads(qkv_BTW)
-        rotate(q_BTHE, rotary.cos_TE, rotary.sin_TE, kept["q"])
-        rotate(k_BTKE, rotary.cos_TE, rotary.sin_TE, kept["k"])
-        kept["v"].copy_(v_BTKE.transpose(1, 2))
+        rotate(q_BTHE, rotary.cos_TE, rotary.sin_TE, q_BHTE)
+        rotate(k_BTKE, rotary.cos_TE, rotary.sin_TE, k_BKUE[:, :, :tokens])
+        v_BKUE[:, :, :tokens].copy_(v_BTKE.transpose(1, 2))
         if rotary.kernel is not None:
-            return self._attend_fused(rotary.kernel, kept, out_BTHE)
-        return self._attend(kept["q"], kept["k"], kept["v"], rotary, out_BTHE, slot, space)
+            return self._attend_fused(rotary.kernel, q_BHTE, k_BKUE, v_BKUE, out_BTHE)
+        for behind in (k_BKUE[:, :, tokens:], v_BKUE[:, :, tokens:]):
+            behind.zero_()
+        return self._attend(q_BHTE, k_BKUE, v_BKUE, rotary, out_BTHE, slot, space)
 
     def backward(
         self,
@@ -93,16 +103,18 @@ class CausalAttention:
         grad_BHTE.copy_(grad_BTHE.transpose(1, 2))
         if record.fused is not None:
             kernel, saved = record.fused
-            q, k, v = record.q_ZQE, record.k_ZTE, record.v_ZTE
+            q, k, v = record.q_ZQE, record.k_ZUE, record.v_ZUE
             dq, dk, dv = kernel.backward(grad_BHTE, q, k, v, saved, self.scaling)
         else:
-            assert record.probabilities_ZQT is not None
-            dq, dk, dv = self._gradients(grad_BHTE, record, record.probabilities_ZQT, space)
+            assert record.probabilities_ZQU is not None
+            dq, dk, dv = self._gradients(grad_BHTE, record, record.probabilities_ZQU, space)
         q_BTHE, k_BTKE, v_BTKE = self._heads(out_BTW)
         rotate_backward(dq.view(grad_BHTE.shape), rotary.cos_TE, rotary.sin_TE, q_BTHE)
-        key_shape = (shape[0], self.key_heads, shape[1], shape[3])
-        rotate_backward(dk.view(key_shape), rotary.cos_TE, rotary.sin_TE, k_BTKE)
-        v_BTKE.copy_(dv.view(key_shape).transpose(1, 2))
+        dk_BKTE, dv_BKTE = (
+            grad.view(shape[0], self.key_heads, -1, shape[3])[:, :, : shape[1]] for grad in (dk, dv)
+        )
+        rotate_backward(dk_BKTE, rotary.cos_TE, rotary.sin_TE, k_BTKE)
+        v_BTKE.copy_(dv_BKTE.transpose(1, 2))
 
     def _heads(self, qkv_BTW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads_BTXE = qkv_BTW.view(*qkv_BTW.shape[:2], -1, self.head_size)
@@ -110,39 +122,51 @@ class CausalAttention:
         return q_BTHE, k_BTKE, v_BTKE
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, out_BTHE: Tensor, slot: str, space: Workspace
+        self,
+        q_BHTE: Tensor,
+        k_BKUE: Tensor,
+        v_BKUE: Tensor,
+        rotary: Rotary,
+        out_BTHE: Tensor,
+        slot: str,
+        space: Workspace,
     ) -> AttentionRecord:
-        tokens = k.shape[2]
-        products = len(q) * self.key_heads
-        q_ZQE = q.view(products, -1, self.head_size)
-        k_ZTE, v_ZTE = k.flatten(0, 1), v.flatten(0, 1)
-        scores_ZQT = space.tensor(f"{slot}.p", (products, q_ZQE.shape[1], tokens), q.dtype)
-        torch.baddbmm(rotary.mask_GTT, q_ZQE, k_ZTE.transpose(1, 2), alpha=self.scaling, out=scores_ZQT)
-        torch.softmax(scores_ZQT, dim=2, out=scores_ZQT)
-        mixed_ZQE = space.tensor("attention.mixed", tuple(q_ZQE.shape), q.dtype)
-        torch.bmm(scores_ZQT, v_ZTE, out=mixed_ZQE)
-        out_BTHE.copy_(mixed_ZQE.view(q.shape).transpose(1, 2))
-        return AttentionRecord(q_ZQE, k_ZTE, v_ZTE, scores_ZQT, None)
+        products, keys = len(q_BHTE) * self.key_heads, k_BKUE.shape[2]
+        q_ZQE = q_BHTE.view(products, -1, self.head_size)
+        k_ZUE, v_ZUE = k_BKUE.flatten(0, 1), v_BKUE.flatten(0, 1)
+        scores_ZQU = space.tensor(f"{slot}.p", (products, q_ZQE.shape[1], keys), q_BHTE.dtype)
+        torch.baddbmm(rotary.mask_QU, q_ZQE, k_ZUE.transpose(1, 2), alpha=self.scaling, out=scores_ZQU)
+        wide_ZQU = widened(scores_ZQU, "attention.wide", space)
+        torch.softmax(wide_ZQU, dim=2, out=wide_ZQU)
+        if wide_ZQU is not scores_ZQU:  # softmax in 16 bits takes twice as long
+            scores_ZQU.copy_(wide_ZQU)
+        mixed_ZQE = space.tensor("attention.mixed", tuple(q_ZQE.shape), q_BHTE.dtype)
+        torch.bmm(scores_ZQU, v_ZUE, out=mixed_ZQE)
+        out_BTHE.copy_(mixed_ZQE.view(q_BHTE.shape).transpose(1, 2))
+        return AttentionRecord(q_ZQE, k_ZUE, v_ZUE, scores_ZQU, None)
 
     def _gradients(
-        self, grad_BHTE: Tensor, record: AttentionRecord, p_ZQT: Tensor, space: Workspace
+        self, grad_BHTE: Tensor, record: AttentionRecord, p_ZQU: Tensor, space: Workspace
     ) -> tuple[Tensor, Tensor, Tensor]:
         def buffer(name: str, like: Tensor) -> Tensor:
             return space.tensor(f"attention.{name}", tuple(like.shape), like.dtype)
 
         grad_ZQE = grad_BHTE.view(record.q_ZQE.shape)
-        dv_ZTE = torch.bmm(p_ZQT.transpose(1, 2), grad_ZQE, out=buffer("dv", record.v_ZTE))
-        dp_ZQT = torch.bmm(grad_ZQE, record.v_ZTE.transpose(1, 2), out=buffer("dp", p_ZQT))
-        ds_ZQT = buffer("ds", p_ZQT)
-        aten._softmax_backward_data.out(dp_ZQT, p_ZQT, 2, p_ZQT.dtype, grad_input=ds_ZQT)
-        dq_ZQE = torch.bmm(ds_ZQT, record.k_ZTE, out=buffer("dq", record.q_ZQE)).mul_(self.scaling)
-        dk_ZTE = torch.bmm(ds_ZQT.transpose(1, 2), record.q_ZQE, out=buffer("dk", record.k_ZTE))
-        return dq_ZQE, dk_ZTE.mul_(self.scaling), dv_ZTE
+        dv_ZUE = torch.bmm(p_ZQU.transpose(1, 2), grad_ZQE, out=buffer("dv", record.v_ZUE))
+        dp_ZQU = torch.bmm(grad_ZQE, record.v_ZUE.transpose(1, 2), out=buffer("dp", p_ZQU))
+        ds_ZQU = buffer("ds", p_ZQU)
+        aten._softmax_backward_data.out(dp_ZQU, p_ZQU, 2, p_ZQU.dtype, grad_input=ds_ZQU)
+        dq_ZQE = torch.bmm(ds_ZQU, record.k_ZUE, out=buffer("dq", record.q_ZQE)).mul_(self.scaling)
+        dk_ZUE = torch.bmm(ds_ZQU.transpose(1, 2), record.q_ZQE, out=buffer("dk", record.k_ZUE))
+        return dq_ZQE, dk_ZUE.mul_(self.scaling), dv_ZUE
 
     def _attend_fused(
-        self, kernel: AttentionKernel, kept: dict[str, Tensor], out_BTHE: Tensor
+        self, kernel: AttentionKernel, q: Tensor, k: Tensor, v: Tensor, out_BTHE: Tensor
     ) -> AttentionRecord:
-        q, k, v = kept["q"], kept["k"], kept["v"]
         saved = kernel.forward(q, k, v, self.scaling)
         out_BTHE.copy_(saved[0].transpose(1, 2))
         return AttentionRecord(q, k, v, None, (kernel, saved))
+
+
+def _whole(tokens: int) -> int:
+    return -(-tokens // KEYS) * KEYS

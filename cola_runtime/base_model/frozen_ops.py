@@ -21,7 +21,7 @@ def rms_norm(h_ND: Tensor, weight_D: Tensor, eps: float, out_ND: Tensor, space: 
     if h_ND.is_cuda:
         inverse: Tensor = _cuda().rms_norm(h_ND, weight_D, eps, out_ND)
         return inverse
-    wide_ND = _widened(h_ND, "norm.wide", space)
+    wide_ND = widened(h_ND, "norm.wide", space)
     norm_N1 = torch.linalg.vector_norm(wide_ND, dim=1, keepdim=True)
     inverse_N1: Tensor = norm_N1.square_().div_(h_ND.shape[1]).add_(eps).rsqrt_()
     if wide_ND is h_ND:
@@ -58,8 +58,8 @@ class ResidualGradient:
         if h_ND.is_cuda:
             _cuda().add_rms_norm_backward(self._sum_ND, grad_ND, h_ND, inverse_N1, weight_D)
             return
-        scaled_ND = _widened(grad_ND, "norm.wide_grad", self._space).mul_(weight_D)
-        wide_h_ND = _widened(h_ND, "norm.wide", self._space)
+        scaled_ND = widened(grad_ND, "norm.wide_grad", self._space).mul_(weight_D)
+        wide_h_ND = widened(h_ND, "norm.wide", self._space)
         product_ND = self._space.tensor("norm.product", tuple(h_ND.shape), inverse_N1.dtype)
         torch.mul(scaled_ND, wide_h_ND, out=product_ND)
         slope_N1 = product_ND.sum(dim=1, keepdim=True).mul_(inverse_N1.pow(3)).div_(-h_ND.shape[1])
@@ -72,7 +72,7 @@ class ResidualGradient:
         return self._space.tensor("dh.rounded", tuple(self._sum_ND.shape), dtype).copy_(self._sum_ND)
 
 
-def _widened(tensor: Tensor, name: str, space: Workspace) -> Tensor:
+def widened(tensor: Tensor, name: str, space: Workspace) -> Tensor:
     """The tensor in at least float32: itself, or a copy in a buffer."""
     wide = _wide(tensor)
     return tensor if wide == tensor.dtype else space.tensor(name, tuple(tensor.shape), wide).copy_(tensor)
@@ -122,6 +122,6 @@ def swiglu_backward(
     aten.silu_backward.grad_input(grad_NF.mul_(up_NF), gate_NF, grad_input=grad_gate_NF)
 
 
-def causal_mask(tokens: int, like: Tensor) -> Tensor:
-    """[T, T]: 0 where query t may see key u <= t, else -inf."""
-    return like.new_full((tokens, tokens), -torch.inf).triu_(1)
+def causal_mask(tokens: int, like: Tensor, *, keys: int) -> Tensor:
+    """[T, U], U >= T: 0 where query t may see key u <= t, else -inf."""
+    return like.new_full((tokens, keys), -torch.inf).triu_(1)

@@ -147,12 +147,12 @@ class LoraStack:
 
 
 def _scaled_transpose(grad_SRO: Tensor, scalings_S11: Tensor) -> Tensor:
+    """In the wider dtype, dense. To scale what is strided takes a processor three times as long in 16 bits."""
+    if not grad_SRO.is_cuda:
+        return torch.mul(grad_SRO, scalings_S11).transpose(1, 2).contiguous()
     segments, rank, columns = grad_SRO.shape
-    grad_SOR = grad_SRO.transpose(1, 2)
-    if grad_SRO.itemsize < scalings_S11.itemsize:
-        grad_SOR = grad_SOR.contiguous()  # widening what is strided takes longer than both one by one
     out_SOR = grad_SRO.new_empty((segments, columns, rank), dtype=scalings_S11.dtype)
-    return torch.mul(grad_SOR, scalings_S11, out=out_SOR)
+    return torch.mul(grad_SRO.transpose(1, 2), scalings_S11, out=out_SOR)
 
 
 def _matrices(block_SP: Tensor, columns: int) -> Tensor:
