@@ -3,8 +3,8 @@
 On a processor short rows keep their probabilities, and long ones go through a fused kernel, whose memory is
 linear; on an accelerator all rows do, where there is one for the dtype.
 Shapes: B rows, T tokens, H query heads, K key heads, G = H / K, E head size, W = (H + 2 K) E, and
-Z = B K batched products of G T = Q queries with U keys: T, or where probabilities are kept the next multiple of
-KEYS, the ones behind the row's being zero and masked.
+Z = B K batched products of G T = Q queries with U keys: T, or where probabilities are kept the next
+multiple of KEYS, the ones behind the row's being zero and masked.
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ class LoraStack:
 
 
 def _scaled_transpose(grad_SRO: Tensor, scalings_S11: Tensor) -> Tensor:
-    """In the wider dtype, dense. To scale what is strided takes a processor three times as long in 16 bits."""
+    """In the wider dtype, dense. Scaling what is strided takes a processor three times as long in 16 bits."""
     if not grad_SRO.is_cuda:
         return torch.mul(grad_SRO, scalings_S11).transpose(1, 2).contiguous()
     segments, rank, columns = grad_SRO.shape
