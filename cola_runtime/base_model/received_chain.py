@@ -32,9 +32,10 @@ class ReceivedChain:
         be the same. Raises Conflict `UPDATE_NOT_RECORDED`, `UPDATE_REPLACED`, `UPDATE_ROLLED_BACK`,
         `UPDATE_CHAIN_BROKEN`.
         """
-        content = content_digest([bytes_of(weights_P)])
+        weights = [bytes_of(weights_P)]
+        content = content_digest(weights)
         if self._version is None:
-            self._begin(version, content)
+            self._begin(version, weights)
         elif version == self._version:
             if content != self._content:
                 message = f"version {version} came again with other weights"
@@ -52,9 +53,9 @@ class ReceivedChain:
         self._version, self._content = version, content
         return self._head
 
-    def _begin(self, version: int, content: bytes) -> None:
+    def _begin(self, version: int, weights: Sequence[memoryview]) -> None:
         origin = self._origin
-        if origin is not None and (origin.version != version or not origin.holds(content)):
+        if origin is not None and (origin.version != version or not origin.holds(weights)):
             raise Conflict(
                 "UPDATE_NOT_RECORDED",
                 f"the lease begins with version {version}, whose weights are not those of the record",

@@ -30,7 +30,7 @@ from cola_runtime.scheduler.retention import INDEX_SUFFIX, OBJECT_SUFFIX, retire
 from cola_runtime.storage.objects import ObjectStorage
 from cola_runtime.trace.spans import SpanRecorder
 from cola_runtime.types import Lease
-from cola_runtime.update_chain import RecordedLink, content_digest
+from cola_runtime.update_chain import RecordedLink
 
 RECORD_TIMEOUT_SECONDS = 900.0  # its step may wait for a job store that is away; a lost lease ends it at once
 _UNUSABLE = ("CHECKPOINT_DAMAGED", "CHECKPOINT_INVALID", "CHECKPOINT_UNCHAINED", "OBJECT_UNKNOWN")
@@ -265,8 +265,8 @@ def check_chained(content: bytes, link: RecordedLink) -> None:
     Raises Conflict `CHECKPOINT_UNCHAINED`, InvalidInput `CHECKPOINT_INVALID`.
     """
     _, version, weights = checkpoint_weights(content)
-    digest = content_digest(np.ascontiguousarray(each).data.cast("B") for each in weights.values())
-    if version != link.version or not link.holds(digest):
+    parts = [np.ascontiguousarray(each).data.cast("B") for each in weights.values()]
+    if version != link.version or not link.holds(parts):
         raise Conflict(
             "CHECKPOINT_UNCHAINED",
             f"a checkpoint of version {version} does not hold the weights that were recorded",

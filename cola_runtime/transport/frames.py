@@ -33,7 +33,7 @@ from cola_runtime.errors import ProtocolError
 from cola_runtime.gradients import int8_layout
 from cola_runtime.types import JOB_ID_PREFIX, TensorKind
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 MAGIC = b"COLA"
 HEADER_BYTES = 88
 MAX_PAYLOAD_BYTES = 1 << 20

@@ -111,3 +111,16 @@ def test_a_lease_begins_with_the_recorded_weights_and_goes_on_with_their_link() 
         with pytest.raises(Conflict) as caught:
             Ends(origin=recorded).arrive(version, weights(number))
         assert caught.value.reason == "UPDATE_NOT_RECORDED"
+
+
+def test_a_lease_goes_on_behind_a_link_of_the_first_release() -> None:
+    """The digest was made by its code: SHA-256 of these weights."""
+    digest = bytes.fromhex("2d79bb0186b68c21c3a43f4d1defcab40ee80a7f869e1d57fef37a7da648ee42")
+    recorded = RecordedLink(job_id=JOB, epoch=1, version=2, previous=START, digest=digest)
+    ends = Ends(origin=recorded)
+    assert ends.arrive(2, weights(2)) == digest
+    third = content_digest([bytes_of(weights(3))])
+    assert ends.send(3, weights(3)) == next_link(JOB, epoch=2, version=3, previous=digest, content=third)
+    with pytest.raises(Conflict) as caught:
+        Ends(origin=recorded).arrive(2, weights(3))
+    assert caught.value.reason == "UPDATE_NOT_RECORDED"
