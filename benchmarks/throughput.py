@@ -15,7 +15,7 @@ all processes of a side) is looked at when the last adapter is saved: a look cos
 Peft's sequential rate does not depend on the number of tenants: it is measured before and after each shape of
 the runtime (--quick: before), and a ratio is that of the runtime's fastest shape over the better one of the
 two beside it: a shared machine's speed drifts. Row lengths vary by a quarter around their mean.
-Jobs are short, twelve steps, so that beginning and ending one counts; one tenant and 16 train 48 steps each, too.
+Jobs are short, twelve steps, so that beginning and ending one counts; one and 16 tenants also train 48 steps.
 --accelerator cuda: the base model, one replica of one thread, is on a CUDA device, and so is peft; eight rows
 of 512 tokens a step, which peft pads to the longest, or one of 128. Devices are still CPU processes, four
 fewer than cores. Where a sender's messages are used up, the next senders' follow.
