@@ -20,6 +20,7 @@ from cola_runtime.base_model.workspace import Workspace
 
 LONGEST_KEPT = 512  # tokens, on a processor; above, probabilities would outgrow all other activations
 KEYS = 16  # float32 numbers of the widest vector: a processor takes what is left of them one by one
+WIDE_KEYS = 256  # up to so many, softmax in float32 is faster on a processor than in 16 bits
 aten = torch.ops.aten
 
 
@@ -136,9 +137,9 @@ class CausalAttention:
         k_ZUE, v_ZUE = k_BKUE.flatten(0, 1), v_BKUE.flatten(0, 1)
         scores_ZQU = space.tensor(f"{slot}.p", (products, q_ZQE.shape[1], keys), q_BHTE.dtype)
         torch.baddbmm(rotary.mask_QU, q_ZQE, k_ZUE.transpose(1, 2), alpha=self.scaling, out=scores_ZQU)
-        wide_ZQU = widened(scores_ZQU, "attention.wide", space)
+        wide_ZQU = widened(scores_ZQU, "attention.wide", space) if keys <= WIDE_KEYS else scores_ZQU
         torch.softmax(wide_ZQU, dim=2, out=wide_ZQU)
-        if wide_ZQU is not scores_ZQU:  # softmax in 16 bits takes twice as long
+        if wide_ZQU is not scores_ZQU:
             scores_ZQU.copy_(wide_ZQU)
         mixed_ZQE = space.tensor("attention.mixed", tuple(q_ZQE.shape), q_BHTE.dtype)
         torch.bmm(scores_ZQU, v_ZUE, out=mixed_ZQE)
