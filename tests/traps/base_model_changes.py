@@ -87,8 +87,8 @@ BASE_MODEL_CHANGES: tuple[Change, ...] = (
         "test_gradients_of_all_kinds_are_autograds",
         "base_model/attention.py",
         (
-            "        q_ZQE = q.view(products, -1, self.head_size)\n",
-            "        q_ZQE = q.unflatten(1, (self.groups, -1)).transpose(1, 2)\n"
+            "        q_ZQE = q_BHTE.view(products, -1, self.head_size)\n",
+            "        q_ZQE = q_BHTE.unflatten(1, (self.groups, -1)).transpose(1, 2)\n"
             "        q_ZQE = q_ZQE.reshape(products, -1, self.head_size)\n",
         ),
     ),
