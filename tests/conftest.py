@@ -15,6 +15,9 @@ from cola_runtime.config import offer_tls_1_3_only
 from tests.postgres import TEMPLATE, PostgresServer, make_template, postgres_server, programs
 
 offer_tls_1_3_only()  # as `cola serve` does, before any test imports grpc
+# Ray forks what it starts out of this process, where gRPC's threads of earlier tests still run: its handlers
+# at a fork can lock the child for good (grpc/grpc issues 22624, 31885), and nothing here needs them.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 Require = Callable[[str], None]
 
