@@ -323,8 +323,8 @@ def actor_environment() -> dict[str, str]:
 
     glibc asks the kernel for large pages: of 4 KiB each, zeroing and mapping fresh ones for messages and
     tensors took a tenth of all CPU time (docs/performance.md). Ray would start its workers at niceness 15:
-    beside any two busy processes on two cores they got 4 % of a core each, no heartbeat came in time and
-    devices were lost. What the service's own environment says of either goes first.
+    beside two busy processes on two cores they got 3 to 5 % of a core each, too little to be sure of a
+    heartbeat. What the service's own environment says of either goes first.
     """
     return {
         **TLS_ENVIRONMENT,
