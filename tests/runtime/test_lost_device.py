@@ -48,7 +48,9 @@ async def test_a_killed_device_costs_only_the_steps_since_the_last_checkpoint(tm
     ]
     settings = service_for(tmp_path / "service", model=model, name="llama", dtype="float32", token_budget=128)
     async with running_service(settings) as service, AsyncExitStack() as stack:
-        _check_ray_is_private(settings)
+        ours = psutil.Process().children(recursive=True)
+        _check_ray_is_private(ours, settings)
+        assert {process.nice() for process in ours} == {psutil.Process().nice()}, "nobody's heartbeats starve"
         handles = [await _submit(service, job, stack) for job in jobs]
         killed, held = await _kill_when_under_way(handles, service, stack)
         for handle, job in zip(handles, jobs, strict=True):
@@ -65,13 +67,11 @@ async def test_a_killed_device_costs_only_the_steps_since_the_last_checkpoint(tm
         assert any(killed not in devices for devices in held), f"nobody was with the other device: {told}"
 
 
-def _check_ray_is_private(settings: ServiceSettings) -> None:
+def _check_ray_is_private(ours: list[psutil.Process], settings: ServiceSettings) -> None:
     """Of a service in a process of somebody else, who imported ray long ago, as of `cola serve`."""
-    ours = psutil.Process().children(recursive=True)
     assert [at for process, *at in listening(ours) if not is_loopback(at[0])] == []
     [raylet] = [process for process in ours if process.name() == "raylet"]
     assert raylet.environ()["RAY_AUTH_TOKEN_PATH"] == str(settings.ray_token.resolve())
-    assert {process.nice() for process in ours} == {psutil.Process().nice()}, "nobody's heartbeats starve"
 
 
 async def _submit(service: RunningService, job: MixedJob, stack: AsyncExitStack) -> AsyncJobHandle:
