@@ -87,8 +87,9 @@ class BaseModelSettings(_Settings):
     """Keep each layer's input only and compute the layer again in the backward pass: less memory, more time
     (docs/performance.md)."""
     tiled_weights: bool = True
-    """Of a Llama in bfloat16 on a CPU: keep the layers' weights in the processor's own layout too, where a
-    trial finds that faster. Costs twice their memory once more (docs/performance.md)."""
+    """In bfloat16 on a CPU: keep the weights of a Llama's layers and of the vocabulary projection in the
+    processor's own layout too, where a trial finds that faster. Costs twice their memory once more
+    (docs/performance.md)."""
     threads: Annotated[int, Field(ge=1, le=256)] = 1
     replicas: Annotated[int, Field(ge=1, le=64)] = 1
     """Processes that compute it, each with base steps of its own (docs/scheduling.md)."""

@@ -21,7 +21,8 @@ from cola_runtime.base_model.workspace import Workspace
 
 _mkldnn = torch.ops.mkldnn
 TILED_FOR_TOKENS = 512  # what the layout is chosen for; it serves any number
-_TRIAL_TOKENS = 256
+FEW_ROWS = 64  # of x: a short row alone, or two
+_TRIAL_FEW, _TRIAL_MANY = 32, 256  # tokens
 _TRIAL_SIZE = 1024  # inputs and outputs
 _TRIAL_WEIGHTS = 8  # more than a cache keeps of them
 _TRIAL_ROUNDS = 3
@@ -107,11 +108,32 @@ class TiledProduct(CompiledProduct):
         self._forward, self._backward = _tiles(weight_OI), _tiles(weight_OI.t())
 
 
-ProductKind = type[PlainProduct] | type[CompiledProduct]
-CLEARLY_FASTER = 0.8
-"""Of a plain product's time. In float32 last bits depend on the choice, which the next start should make
-again; kept tiles take twice their weight's memory, for nothing where they save a tenth of a product.
-"""
+class TiledForFewRows:
+    """With tiles for at most FEW_ROWS rows, which laying the weight out costs as much as their product;
+    reads it where it lies for more. As much memory as `TiledProduct`.
+    """
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, widths: list[int]):
+        self.widths = widths
+        self._few, self._many = (kind(weight_OI, bias_O, widths) for kind in (TiledProduct, PlainProduct))
+
+    def project(self, x_NI: Tensor, space: Workspace, name: str) -> Tensor:
+        return self._for(x_NI).project(x_NI, space, name)
+
+    def add_projected(self, base_NO: Tensor, x_NI: Tensor, space: Workspace, name: str) -> Tensor:
+        return self._for(x_NI).add_projected(base_NO, x_NI, space, name)
+
+    def gradient(self, grad_NO: Tensor, space: Workspace, name: str) -> Tensor:
+        return self._for(grad_NO).gradient(grad_NO, space, name)
+
+    def add_gradient(self, so_far_NI: Tensor, grad_NO: Tensor) -> Tensor:
+        return self._for(grad_NO).add_gradient(so_far_NI, grad_NO)
+
+    def _for(self, rows: Tensor) -> FrozenProduct:
+        return self._few if len(rows) <= FEW_ROWS else self._many
+
+
+ProductKind = type[PlainProduct] | type[CompiledProduct] | type[TiledForFewRows]
 
 
 def fastest_product(weight_OI: Tensor, *, keep_tiles: bool) -> ProductKind:
@@ -119,27 +141,32 @@ def fastest_product(weight_OI: Tensor, *, keep_tiles: bool) -> ProductKind:
 
     Tiles are for bfloat16 alone, whose weights merging may not change.
     """
-    other = _OTHERS.get(weight_OI.dtype)
-    if other is None or weight_OI.device.type != "cpu" or not hasattr(_mkldnn, "_linear_pointwise"):
+    if weight_OI.device.type != "cpu" or not hasattr(_mkldnn, "_linear_pointwise"):
         return PlainProduct
-    if other is TiledProduct and not keep_tiles:
+    if weight_OI.dtype == torch.float32 and _is_faster(CompiledProduct, torch.float32, _TRIAL_MANY):
+        return CompiledProduct
+    if weight_OI.dtype != torch.bfloat16 or not keep_tiles:
         return PlainProduct
-    return other if _is_faster(weight_OI.dtype) else PlainProduct
+    if _is_faster(TiledProduct, torch.bfloat16, _TRIAL_MANY):
+        return TiledProduct
+    return TiledForFewRows if _is_faster(TiledProduct, torch.bfloat16, _TRIAL_FEW) else PlainProduct
 
 
-_OTHERS: dict[torch.dtype, ProductKind] = {torch.bfloat16: TiledProduct, torch.float32: CompiledProduct}
+CLEARLY_FASTER = 0.85
+"""Of a plain product's time. In float32 last bits depend on the choice, which the next start should make
+again; kept tiles take twice their weight's memory, for nothing where they save a tenth of a product.
+"""
 
 
 @cache
-def _is_faster(dtype: torch.dtype) -> bool:
+def _is_faster(kind: ProductKind, dtype: torch.dtype, tokens: int) -> bool:
     """With weights of one size, whatever the model's: every process on a machine should find the same."""
-    other = _OTHERS[dtype]
     weights_OI = [torch.ones(_TRIAL_SIZE, _TRIAL_SIZE, dtype=dtype) for _ in range(_TRIAL_WEIGHTS)]
-    x_NI = torch.ones(_TRIAL_TOKENS, _TRIAL_SIZE, dtype=dtype)
-    plain, others = (
-        _best_seconds([kind(w, None, [len(w)]) for w in weights_OI], x_NI) for kind in (PlainProduct, other)
+    x_NI = torch.ones(tokens, _TRIAL_SIZE, dtype=dtype)
+    plain, other = (
+        _best_seconds([make(w, None, [len(w)]) for w in weights_OI], x_NI) for make in (PlainProduct, kind)
     )
-    return others < CLEARLY_FASTER * plain
+    return other < CLEARLY_FASTER * plain
 
 
 def _best_seconds(products: Sequence[FrozenProduct], x_NI: Tensor) -> float:
@@ -149,7 +176,7 @@ def _best_seconds(products: Sequence[FrozenProduct], x_NI: Tensor) -> float:
 
 def _timed(product: FrozenProduct, x_NI: Tensor, space: Workspace) -> float:
     started = time.perf_counter()
-    product.project(x_NI, space, "trial")
+    product.gradient(product.project(x_NI, space, "trial.y"), space, "trial.g")
     return time.perf_counter() - started
 
 

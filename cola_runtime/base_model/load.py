@@ -144,7 +144,8 @@ def load_frozen_model(
     if quantization != UNQUANTIZED:
         quantize_sites(model, sites, quantization, tied_sites=tied_sites, device=accelerator.device)
     model.to(accelerator.device)  # modules and ties stay; tensors taken out of it before do not follow
-    head = None if head is None else VocabularyProjection.of(model, hidden_scale=head.hidden_scale)
+    if head is not None:
+        head = VocabularyProjection.of(model, hidden_scale=head.hidden_scale, keep_tiles=tiled_weights)
     images = None if images is None else images.at(accelerator)
     groups = _site_groups(model, sites)
     by_hand = is_plain_llama(model, groups)

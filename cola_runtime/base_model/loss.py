@@ -12,12 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cola_runtime.base_model.frozen_products import (
-    FrozenProduct,
-    PlainProduct,
-    ProductKind,
-    fastest_product,
-)
+from cola_runtime.base_model.frozen_products import FrozenProduct, fastest_product
 from cola_runtime.base_model.segments import Labels
 from cola_runtime.base_model.whole_tiles import whole_rows
 from cola_runtime.base_model.workspace import Workspace
@@ -33,25 +28,19 @@ class VocabularyProjection:
 
     weight_VD: Tensor
     bias_V: Tensor | None
+    product: FrozenProduct
     hidden_scale: float = 1.0
-    kind: ProductKind = PlainProduct
 
     @staticmethod
-    def of(model: Any, *, hidden_scale: float = 1.0) -> VocabularyProjection:
+    def of(model: Any, *, hidden_scale: float = 1.0, keep_tiles: bool = False) -> VocabularyProjection:
+        """That of any of transformers' models. `keep_tiles`: as `fastest_product`."""
         head = model.get_output_embeddings()
         biases = [getattr(head, "bias", None), getattr(model, "final_logits_bias", None)]
         given = [bias.detach().reshape(-1) for bias in biases if bias is not None]
-        weight_VD = head.weight.detach()
-        return VocabularyProjection(
-            weight_VD,
-            sum(given) if given else None,
-            hidden_scale,
-            fastest_product(weight_VD, keep_tiles=False),
-        )
-
-    @property
-    def product(self) -> FrozenProduct:
-        return self.kind(self.weight_VD, self.bias_V, [len(self.weight_VD)])
+        weight_VD, bias_V = head.weight.detach(), sum(given) if given else None
+        make = fastest_product(weight_VD, keep_tiles=keep_tiles)
+        product = make(weight_VD, bias_V, [len(weight_VD)])
+        return VocabularyProjection(weight_VD, bias_V, product, hidden_scale)
 
 
 def label_loss(

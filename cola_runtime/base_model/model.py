@@ -96,8 +96,8 @@ class TappedModel:
 
         `attention` is `eager`, `sdpa`, or `auto`: whichever is faster here, by a short trial. A plain Llama
         trains through our own attention and needs none. With `activation_checkpointing` a layer keeps its
-        input alone and is computed again in the backward pass. With `tiled_weights` a Llama in bfloat16 keeps
-        its weights in the processor's layout too, where a trial finds that faster. `quantization` is `none`,
+        input alone and is computed again in the backward pass. `tiled_weights` keeps frozen weights in
+        bfloat16 in the processor's layout too, where a trial finds that faster. `quantization` is `none`,
         `int8` or `nf4`. `accelerator` is `cpu`, `cuda` or `auto`; InvalidInput `ACCELERATOR_MISSING` before
         anything is read.
         """

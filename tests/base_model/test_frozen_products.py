@@ -8,10 +8,12 @@ from torch import Tensor
 
 from cola_runtime.base_model import frozen_products, llama, loss
 from cola_runtime.base_model.frozen_products import (
+    FEW_ROWS,
     CompiledProduct,
     FrozenProduct,
     PlainProduct,
     ProductKind,
+    TiledForFewRows,
     TiledProduct,
     fastest_product,
 )
@@ -70,40 +72,61 @@ def test_onednns_products_see_a_weight_that_was_merged_into() -> None:
     torch.testing.assert_close(product.gradient(grad_NO, space, "g"), grad_NO @ weight_OI)
 
 
+@has_bfloat16
+def test_tiles_for_few_rows_are_read_for_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight_OI = drawn(O, I, seed=0)
+    product = TiledForFewRows(weight_OI, None, [O])
+    few, plain = (kind(weight_OI, None, [O]) for kind in (TiledForFewRows, PlainProduct))
+    for found, expected in zip(answers(few), answers(plain), strict=True):
+        torch.testing.assert_close(found, expected, rtol=2**-7, atol=2**-5)
+    weight_OI.zero_()  # its tiles stay what they were
+    space = Workspace()
+    for rows, kept in ((FEW_ROWS, True), (FEW_ROWS + 1, False)):
+        x_NI, grad_NO = drawn(rows, I, seed=1), drawn(rows, O, seed=2)
+        results = (
+            product.project(x_NI, space, "y"),
+            product.add_projected(torch.zeros_like(grad_NO), x_NI, space, "sum"),
+            product.gradient(grad_NO, space, "g"),
+            product.add_gradient(torch.zeros_like(x_NI), grad_NO),
+        )
+        assert all(bool(result.any()) == kept for result in results)
+
+
 @pytest.mark.parametrize(
-    ("dtype", "keep_tiles", "expected"),
+    ("dtype", "keep_tiles", "few", "many", "expected"),
     [
-        (torch.float64, True, PlainProduct),
-        (torch.bfloat16, False, PlainProduct),
-        (torch.bfloat16, True, TiledProduct),
-        (torch.float32, False, CompiledProduct),
+        (torch.float64, True, 0.5, 0.5, PlainProduct),
+        (torch.bfloat16, False, 0.5, 0.5, PlainProduct),
+        (torch.bfloat16, True, 0.84, 0.84, TiledProduct),
+        (torch.bfloat16, True, 0.84, 0.86, TiledForFewRows),
+        (torch.bfloat16, True, 0.86, 0.86, PlainProduct),
+        (torch.float32, False, 0.86, 0.84, CompiledProduct),
+        (torch.float32, True, 0.84, 0.86, PlainProduct),
     ],
 )
-@pytest.mark.parametrize("faster", [True, False])
 def test_another_product_is_taken_only_where_it_is_faster(
     monkeypatch: pytest.MonkeyPatch,
     *,
     dtype: torch.dtype,
     keep_tiles: bool,
+    few: float,
+    many: float,
     expected: ProductKind,
-    faster: bool,
 ) -> None:
-    def seconds(products: list[FrozenProduct], _x_NI: Tensor) -> float:
-        return 1.0 if type(products[0]) is PlainProduct else 0.79 if faster else 0.81
+    def seconds(products: list[FrozenProduct], x_NI: Tensor) -> float:
+        return 1.0 if type(products[0]) is PlainProduct else few if len(x_NI) <= FEW_ROWS else many
 
     monkeypatch.setattr(frozen_products, "_best_seconds", seconds)
     monkeypatch.setattr(frozen_products, "_is_faster", frozen_products._is_faster.__wrapped__)
-    found = fastest_product(torch.ones(O, I, dtype=dtype), keep_tiles=keep_tiles)
-    assert found is (expected if faster else PlainProduct)
+    assert fastest_product(torch.ones(O, I, dtype=dtype), keep_tiles=keep_tiles) is expected
 
 
 def loaded(
     tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch, kind: ProductKind, dtype: str
 ) -> TappedModel:
-    """With such products in the layers and, unless it is tiles, in the vocabulary's projection."""
-    monkeypatch.setattr(llama, "fastest_product", lambda _weight, keep_tiles: kind)
-    of_head = PlainProduct if kind is TiledProduct else kind
-    monkeypatch.setattr(loss, "fastest_product", lambda _weight, keep_tiles: of_head)
+    """With such products in the layers and in the vocabulary's projection."""
+    for module in (llama, loss):
+        monkeypatch.setattr(module, "fastest_product", lambda _weight, keep_tiles: kind)
     return TappedModel.load(tiny_folder("llama", dtype), dtype=dtype, attention="eager", threads=1)
 
 

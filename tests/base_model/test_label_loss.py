@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cola_runtime.base_model import loss as loss_module
+from cola_runtime.base_model.frozen_products import PlainProduct
 from cola_runtime.base_model.loss import VocabularyProjection, label_loss, segment_loss_sums
 from cola_runtime.base_model.segments import Labels
 from cola_runtime.base_model.workspace import Workspace
@@ -29,7 +30,9 @@ def sample(dtype: torch.dtype) -> tuple[Tensor, VocabularyProjection, Labels]:
         scales_K=weights_K / 3.0,
         counts=(10, 0, 13),
     )
-    return draw(N, D), VocabularyProjection(draw(V, D), draw(V)), labels
+    hidden_ND, weight_VD, bias_V = draw(N, D), draw(V, D), draw(V)
+    product = PlainProduct(weight_VD, bias_V, [V])
+    return hidden_ND, VocabularyProjection(weight_VD, bias_V, product), labels
 
 
 def reference(hidden_ND: Tensor, head: VocabularyProjection, labels: Labels) -> tuple[Tensor, Tensor]:
