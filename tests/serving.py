@@ -271,9 +271,7 @@ class Served:
             key: {"exp_avg": weight, "exp_avg_sq": weight**2, "step": np.float32(job.version)}
             for key, weight in weights.items()
         }
-        content = CheckpointContent(
-            definition=definition, version=job.version, weights=weights, optimizer_state=adamw
-        )
+        content = CheckpointContent.of(definition, job.version, weights, adamw)
         encoded = encode_checkpoint(content)
         key = f"checkpoints/{job_id}/{job.version}"
         ObjectStorage(f"file://{self.objects}").put(key, encoded)

@@ -1,8 +1,11 @@
 """A checkpoint as one bytes object: safetensors with the adapter's definition as JSON metadata. Torch-free.
 
-Tensor names: `weights/<site name>/lora_a`, `optimizer/<site name>/lora_a/<state name>`, the same for every
-weight; the state names are torch.optim's own (adapters/optimizer_state.py). Metadata "cola" holds format,
-spec, optimizer, schedule and version. Reading checks everything against them before a tensor is used.
+Tensors: `weights`, all of them one behind the other in catalogue order, and `optimizer/<state name>`, that
+state of every weight which has one, in the same order; the state names are torch.optim's own
+(adapters/optimizer_state.py). Metadata "cola" holds format, spec, optimizer, schedule and version. Reading
+checks everything against them before a tensor is used, and copies nothing.
+
+Format 2, of the releases before, had a tensor for each weight and each of its states; it is read, too.
 """
 
 from __future__ import annotations
@@ -10,23 +13,30 @@ from __future__ import annotations
 import dataclasses
 import json
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 
 from cola_runtime.adapter_spec import AdapterSpec, adapter_spec_from_fields
-from cola_runtime.adapters.optimizer_state import STEP, state_shapes
-from cola_runtime.adapters.shapes import weight_names, weight_shapes
+from cola_runtime.adapters.optimizer_state import STEP, state_layout
+from cola_runtime.adapters.shapes import Shape, weight_names, weight_shapes
+from cola_runtime.adapters.tensor_views import read_tensors, write_tensors
 from cola_runtime.errors import InvalidInput
 from cola_runtime.spec import MAX_INNER_STEPS
 from cola_runtime.types import LearningRateSchedule, OptimizerHyperparameters, TensorKey
 
-FORMAT = 2
-MAX_HEADER_BYTES = 16 << 20
+FORMAT = 3
+TENSOR_BY_TENSOR = 2
+_WEIGHTS = "weights"
+
+Vector = NDArray[Any]
+Encoded = bytes | memoryview
+"""A checkpoint's bytes; what a device sent lies in a buffer of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,17 +54,49 @@ class CheckpointContent:
 
     definition: TrainingDefinition
     version: int
-    weights: dict[TensorKey, NDArray[Any]]
-    optimizer_state: dict[TensorKey, dict[str, NDArray[Any]]]
+    weights_P: Vector
+    states: dict[str, Vector]
+    """State name -> that of every weight which has one, one behind the other in catalogue order."""
+
+    @staticmethod
+    def of(
+        definition: TrainingDefinition,
+        version: int,
+        weights: Mapping[TensorKey, Vector],
+        optimizer_state: Mapping[TensorKey, Mapping[str, Vector]],
+    ) -> CheckpointContent:
+        """From each weight's own tensors; those of all weights, or no state at all."""
+        shapes = weight_shapes(definition.spec)
+        layout = state_layout(definition.optimizer, shapes) if any(optimizer_state.values()) else {}
+        return CheckpointContent(
+            definition=definition,
+            version=version,
+            weights_P=_joined([weights[key] for key in shapes]),
+            states={
+                name: _joined([optimizer_state[key][name] for key in of_state])
+                for name, of_state in layout.items()
+            },
+        )
+
+    @property
+    def weights(self) -> dict[TensorKey, Vector]:
+        """Each in its shape, as views."""
+        return _views(self.weights_P, weight_shapes(self.definition.spec))
+
+    @property
+    def optimizer_state(self) -> dict[TensorKey, dict[str, Vector]]:
+        """Of each weight, as views."""
+        shapes = weight_shapes(self.definition.spec)
+        found: dict[TensorKey, dict[str, Vector]] = {key: {} for key in shapes}
+        if self.states:
+            for name, of_state in state_layout(self.definition.optimizer, shapes).items():
+                for key, state in _views(self.states[name], of_state).items():
+                    found[key][name] = state
+        return found
 
 
 def encode_checkpoint(content: CheckpointContent) -> bytes:
     """The checkpoint's bytes; equal content gives equal bytes."""
-    tensors: dict[str, NDArray[Any]] = {}
-    for key, name in weight_names(content.definition.spec).items():
-        tensors[f"weights/{name}"] = np.ascontiguousarray(content.weights[key])
-        for state, value in content.optimizer_state.get(key, {}).items():
-            tensors[f"optimizer/{name}/{state}"] = np.array(value, order="C")
     definition = content.definition
     description = {
         "format": FORMAT,
@@ -63,34 +105,35 @@ def encode_checkpoint(content: CheckpointContent) -> bytes:
         "optimizer": dataclasses.asdict(definition.optimizer),
         "schedule": dataclasses.asdict(definition.schedule),
     }
-    return safetensors.numpy.save(tensors, metadata={"cola": json.dumps(description, sort_keys=True)})
+    states = {_state_name(name): content.states[name] for name in sorted(content.states)}
+    metadata = {"cola": json.dumps(description, sort_keys=True)}
+    return write_tensors({_WEIGHTS: content.weights_P, **states}, metadata)
 
 
-def decode_checkpoint(data: bytes) -> CheckpointContent:
-    """Inverse of `encode_checkpoint`. Raises InvalidInput CHECKPOINT_INVALID for what does not fit."""
+def decode_checkpoint(data: Encoded) -> CheckpointContent:
+    """Inverse of `encode_checkpoint`; its vectors are views of `data`.
+
+    Raises InvalidInput CHECKPOINT_INVALID for what does not fit.
+    """
     try:
-        description = _description(data)
+        metadata, tensors = read_tensors(data)
+        description = json.loads(metadata["cola"])
+        if not isinstance(description, dict) or description["format"] not in (FORMAT, TENSOR_BY_TENSOR):
+            raise ValueError(f"a checkpoint format that is not {FORMAT} or {TENSOR_BY_TENSOR}")
         definition, version = _definition(description), int(description["version"])
-        tensors = safetensors.numpy.load(data)
-    except (SafetensorError, ValueError, KeyError, TypeError, struct.error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise _invalid(f"it cannot be read: {error}") from error
+    if version < 0:
+        raise _invalid(f"version {version}")
+    if description["format"] == TENSOR_BY_TENSOR:
+        tensors = _as_vectors(definition, version, tensors)
     return _checked(definition, version, tensors)
 
 
-def checkpoint_weights(data: bytes) -> tuple[AdapterSpec, int, dict[TensorKey, NDArray[Any]]]:
+def checkpoint_weights(data: Encoded) -> tuple[AdapterSpec, int, dict[TensorKey, Vector]]:
     """The adapter of a checkpoint: what it is, its version, its weights."""
     content = decode_checkpoint(data)
     return content.definition.spec, content.version, content.weights
-
-
-def _description(data: bytes) -> dict[str, Any]:
-    (header_bytes,) = struct.unpack_from("<Q", data)
-    if header_bytes > min(MAX_HEADER_BYTES, len(data) - 8):
-        raise ValueError(f"a header of {header_bytes} bytes in {len(data)} bytes")
-    description = json.loads(json.loads(data[8 : 8 + header_bytes])["__metadata__"]["cola"])
-    if not isinstance(description, dict) or description["format"] != FORMAT:
-        raise ValueError(f"checkpoint format {description['format']!r}, this release reads {FORMAT}")
-    return description
 
 
 def _definition(description: dict[str, Any]) -> TrainingDefinition:
@@ -105,46 +148,86 @@ def _definition(description: dict[str, Any]) -> TrainingDefinition:
     )
 
 
-def _checked(
-    definition: TrainingDefinition, version: int, tensors: dict[str, NDArray[Any]]
-) -> CheckpointContent:
-    if version < 0:
-        raise _invalid(f"version {version}")
-    weights: dict[TensorKey, NDArray[Any]] = {}
-    states: dict[TensorKey, dict[str, NDArray[Any]]] = {}
-    names = weight_names(definition.spec)
-    for key, shape in weight_shapes(definition.spec).items():
-        dtype = definition.spec.dtype
-        weights[key] = _take(tensors, f"weights/{names[key]}", shape=shape, dtype=dtype)
-        expected = state_shapes(definition.optimizer, shape) if version else {}
-        states[key] = {
-            state: _take(
-                tensors,
-                f"optimizer/{names[key]}/{state}",
-                shape=state_shape,
-                dtype="float32" if state == STEP else dtype,
-            )
-            for state, state_shape in expected.items()
-        }
-        _check_count(states[key], version * definition.optimizer.inner_steps)
+def _checked(definition: TrainingDefinition, version: int, tensors: dict[str, Vector]) -> CheckpointContent:
+    shapes, dtype = weight_shapes(definition.spec), definition.spec.dtype
+    weights_P = _take(tensors, _WEIGHTS, numel=_numel(shapes), dtype=dtype)
+    layout = state_layout(definition.optimizer, shapes) if version else {}
+    states = {
+        name: _take(
+            tensors, _state_name(name), numel=_numel(of_state), dtype="float32" if name == STEP else dtype
+        )
+        for name, of_state in layout.items()
+    }
     if tensors:
         raise _invalid(f"unknown tensors {sorted(tensors)[:3]}")
-    return CheckpointContent(definition=definition, version=version, weights=weights, optimizer_state=states)
+    _check_count(states, version * definition.optimizer.inner_steps)
+    return CheckpointContent(definition=definition, version=version, weights_P=weights_P, states=states)
 
 
-def _check_count(state: dict[str, NDArray[Any]], steps: int) -> None:
+def _check_count(states: dict[str, Vector], steps: int) -> None:
     steps = min(steps, 2**24)  # torch counts in float32, which 2^24 + 1 leaves at 2^24
-    if state.get(STEP, steps) != steps:
-        raise _invalid(f"the optimizer counts {state[STEP]} steps where it has taken {steps}")
+    counts = states.get(STEP)
+    if counts is not None and (counts != steps).any():
+        raise _invalid(f"the optimizer counts {counts[counts != steps][0]} steps where it has taken {steps}")
 
 
-def _take(tensors: dict[str, NDArray[Any]], name: str, *, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+def _take(tensors: dict[str, Vector], name: str, *, numel: int, dtype: str) -> Vector:
     tensor = tensors.pop(name, None)
     if tensor is None:
         raise _invalid(f"tensor {name!r} is missing")
-    if tensor.shape != shape or tensor.dtype != dtype or not np.isfinite(tensor).all():
-        raise _invalid(f"tensor {name!r} is {tensor.dtype} {tensor.shape}, expected finite {dtype} {shape}")
+    if tensor.shape != (numel,) or tensor.dtype != dtype or not _finite(tensor):
+        raise _invalid(
+            f"tensor {name!r} is {tensor.dtype} {tensor.shape}, expected finite {dtype} {(numel,)}"
+        )
     return tensor
+
+
+def _finite(vector: Vector) -> bool:
+    """Least and greatest tell: a NaN is both. Without a byte of memory for each number."""
+    return bool(np.isfinite(vector.min()) and np.isfinite(vector.max()))
+
+
+def _as_vectors(
+    definition: TrainingDefinition, version: int, tensors: dict[str, Vector]
+) -> dict[str, Vector]:
+    """What format 2 has, as format 3 has it."""
+    shapes, names = weight_shapes(definition.spec), weight_names(definition.spec)
+    layout = state_layout(definition.optimizer, shapes) if version else {}
+
+    def joined(expected: Mapping[TensorKey, Shape], name_of: Mapping[TensorKey, str]) -> Vector:
+        parts = [tensors.pop(name_of[key], None) for key in expected]
+        for key, part in zip(expected, parts, strict=True):
+            if part is None:
+                raise _invalid(f"tensor {name_of[key]!r} is missing")
+            if part.shape != expected[key] or part.dtype != parts[0].dtype:  # type: ignore[union-attr]
+                raise _invalid(f"tensor {name_of[key]!r} is {part.dtype} {part.shape}, not {expected[key]}")
+        return _joined([part for part in parts if part is not None])
+
+    vectors = {_WEIGHTS: joined(shapes, {key: f"weights/{name}" for key, name in names.items()})}
+    for state, of_state in layout.items():
+        name_of = {key: f"optimizer/{names[key]}/{state}" for key in of_state}
+        vectors[_state_name(state)] = joined(of_state, name_of)
+    return vectors | tensors  # what is left is nobody's
+
+
+def _state_name(name: str) -> str:
+    return f"optimizer/{name}"
+
+
+def _joined(tensors: list[Vector]) -> Vector:
+    return np.concatenate([np.asarray(tensor).reshape(-1) for tensor in tensors])
+
+
+def _numel(shapes: Mapping[TensorKey, Shape]) -> int:
+    return sum(map(prod, shapes.values()))
+
+
+def _views(vector: Vector, shapes: Mapping[TensorKey, Shape]) -> dict[TensorKey, Vector]:
+    starts = accumulate(map(prod, shapes.values()), initial=0)
+    return {
+        key: vector[start : start + prod(shape)].reshape(shape)
+        for (key, shape), start in zip(shapes.items(), starts, strict=False)
+    }
 
 
 def _invalid(problem: str) -> InvalidInput:

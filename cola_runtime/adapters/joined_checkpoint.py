@@ -27,12 +27,10 @@ def join_checkpoints(spec: AdapterSpec, shards: Sequence[bytes]) -> bytes:
             f"the checkpoints of {len(contents)} shards do not belong together",
             remedy="Use an older checkpoint.",
         )
-    whole = CheckpointContent(
-        definition=replace(first.definition, spec=spec),
-        version=first.version,
-        weights={key: weight for content in contents for key, weight in content.weights.items()},
-        optimizer_state={
-            key: state for content in contents for key, state in content.optimizer_state.items()
-        },
+    whole = CheckpointContent.of(
+        replace(first.definition, spec=spec),
+        first.version,
+        {key: weight for content in contents for key, weight in content.weights.items()},
+        {key: state for content in contents for key, state in content.optimizer_state.items()},
     )
     return encode_checkpoint(whole)

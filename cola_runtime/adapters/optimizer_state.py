@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import prod
 
 from cola_runtime.adapters.shapes import Shape
-from cola_runtime.types import OptimizerHyperparameters
+from cola_runtime.types import OptimizerHyperparameters, TensorKey
 
 STEP = "step"  # a float32 scalar whatever the weight's dtype: how often this optimizer has stepped
 
@@ -24,6 +24,17 @@ def state_shapes(optimizer: OptimizerHyperparameters, shape: Shape) -> dict[str,
     if optimizer.kind == "adafactor":
         return {"variance": shape, STEP: ()}
     return {"momentum_buffer": shape} if optimizer.momentum else {}
+
+
+def state_layout(
+    optimizer: OptimizerHyperparameters, shapes: Mapping[TensorKey, Shape]
+) -> dict[str, dict[TensorKey, Shape]]:
+    """State name -> its shape for each weight that has one, in the weights' order."""
+    layout: dict[str, dict[TensorKey, Shape]] = {}
+    for key, shape in shapes.items():
+        for name, of_state in state_shapes(optimizer, shape).items():
+            layout.setdefault(name, {})[key] = of_state
+    return layout
 
 
 def state_bytes(optimizer: OptimizerHyperparameters, shape: Shape, *, itemsize: int) -> int:

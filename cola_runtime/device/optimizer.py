@@ -11,22 +11,24 @@ stands, and differ from torch's default in one of 30,000. Shapes: P numbers of o
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import prod
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from cola_runtime.adapters.flat_layout import FlatLayout
-from cola_runtime.adapters.optimizer_state import STEP
+from cola_runtime.adapters.optimizer_state import STEP, state_layout
 from cola_runtime.errors import InvalidInput
-from cola_runtime.types import OptimizerHyperparameters, TensorKey
+from cola_runtime.types import OptimizerHyperparameters
 
 CHUNK_NUMBERS = 32_768
 """Per thread: five float32 vectors of a chunk are 640 KiB. torch divides no operation on fewer numbers."""
 
 MAX_COUNT = 2**24  # torch counts steps in float32, which 2^24 + 1 leaves at 2^24
 
-State = dict[str, Tensor]
+States = dict[str, Tensor]
+"""State name -> that of every weight which has one, one behind the other in catalogue order."""
 
 
 class AdapterOptimizer(Protocol):
@@ -37,13 +39,13 @@ class AdapterOptimizer(Protocol):
         in place; None leaves it.
         """
 
-    def states(self) -> dict[TensorKey, State]:
-        """What torch.optim would remember of each weight, under its names, on the optimizer's own memory; {}
-        of each before the first step.
+    def states(self) -> States:
+        """What torch.optim would remember, under its names, maybe on the optimizer's own memory; {} before
+        the first step.
         """
 
-    def load(self, states: Mapping[TensorKey, Mapping[str, Tensor]]) -> None:
-        """Take over copies of `states`, which are those of every weight (maybe {})."""
+    def load(self, states: Mapping[str, Tensor]) -> None:
+        """Take over copies of `states`."""
 
 
 def build_optimizer(
@@ -67,7 +69,7 @@ class FlatAdamW:
     """
 
     def __init__(self, hyper: OptimizerHyperparameters, layout: FlatLayout, dtype: torch.dtype) -> None:
-        self._hyper, self._layout = hyper, layout
+        self._hyper, self._weights = hyper, len(layout.shapes)
         self._count = 0
         self._exp_avg_P = torch.zeros(layout.numel, dtype=dtype)
         self._exp_avg_sq_P = torch.zeros(layout.numel, dtype=dtype)
@@ -90,28 +92,23 @@ class FlatAdamW:
             divisor.div_(root_of_correction2).add_(hyper.eps)
             weights.addcdiv_(exp_avg, divisor, value=-(rate / correction1))
 
-    def states(self) -> dict[TensorKey, State]:
+    def states(self) -> States:
         if not self._count:
-            return {key: {} for key in self._layout.shapes}
-        step = torch.tensor(float(self._count))
-        squares = self._layout.views(self._exp_avg_sq_P)
-        return {
-            key: {STEP: step, "exp_avg": mean, "exp_avg_sq": squares[key]}
-            for key, mean in self._layout.views(self._exp_avg_P).items()
-        }
+            return {}
+        counts = torch.full((self._weights,), float(self._count))
+        return {STEP: counts, "exp_avg": self._exp_avg_P, "exp_avg_sq": self._exp_avg_sq_P}
 
-    def load(self, states: Mapping[TensorKey, Mapping[str, Tensor]]) -> None:
-        counts = [int(state[STEP]) for state in states.values() if state]
-        self._count = counts[0] if counts else 0
-        _fill(self._layout, self._exp_avg_P, states, "exp_avg")
-        _fill(self._layout, self._exp_avg_sq_P, states, "exp_avg_sq")
+    def load(self, states: Mapping[str, Tensor]) -> None:
+        self._count = int(states[STEP][0]) if states else 0
+        _fill(self._exp_avg_P, states.get("exp_avg"))
+        _fill(self._exp_avg_sq_P, states.get("exp_avg_sq"))
 
 
 class FlatSgd:
     """torch.optim.SGD: g += wd w; b = mu b + g (at first b = g); w -= lr b; Nesterov: w -= lr (g + mu b)."""
 
     def __init__(self, hyper: OptimizerHyperparameters, layout: FlatLayout, dtype: torch.dtype) -> None:
-        self._hyper, self._layout = hyper, layout
+        self._hyper = hyper
         self._stepped = False
         self._momentum_P = torch.zeros(layout.numel if hyper.momentum else 0, dtype=dtype)
 
@@ -135,16 +132,12 @@ class FlatSgd:
         else:
             momentum.copy_(gradient)
 
-    def states(self) -> dict[TensorKey, State]:
-        if not self._stepped or not self._hyper.momentum:
-            return {key: {} for key in self._layout.shapes}
-        views = self._layout.views(self._momentum_P)
-        return {key: {"momentum_buffer": momentum} for key, momentum in views.items()}
+    def states(self) -> States:
+        return {"momentum_buffer": self._momentum_P} if self._stepped and self._hyper.momentum else {}
 
-    def load(self, states: Mapping[TensorKey, Mapping[str, Tensor]]) -> None:
-        self._stepped = any(states.values())
-        if self._hyper.momentum:
-            _fill(self._layout, self._momentum_P, states, "momentum_buffer")
+    def load(self, states: Mapping[str, Tensor]) -> None:
+        self._stepped = bool(states)
+        _fill(self._momentum_P, states.get("momentum_buffer"))
 
 
 class TorchAdafactor:
@@ -152,6 +145,7 @@ class TorchAdafactor:
 
     def __init__(self, hyper: OptimizerHyperparameters, layout: FlatLayout, weights_P: Tensor) -> None:
         self._layout = layout
+        self._states = state_layout(hyper, layout.shapes)
         self._parameters = layout.views(weights_P)
         self._optimizer = torch.optim.Adafactor(
             list(self._parameters.values()),
@@ -174,22 +168,24 @@ class TorchAdafactor:
             group["lr"] = rate
         self._optimizer.step()  # type: ignore[no-untyped-call]
 
-    def states(self) -> dict[TensorKey, State]:
+    def states(self) -> States:
+        if not self._optimizer.state:
+            return {}
         return {
-            key: {name: value for name, value in self._of(parameter).items() if isinstance(value, Tensor)}
-            for key, parameter in self._parameters.items()
+            name: torch.cat(
+                [self._optimizer.state[self._parameters[key]][name].reshape(-1) for key in shapes]
+            )
+            for name, shapes in self._states.items()
         }
 
-    def load(self, states: Mapping[TensorKey, Mapping[str, Tensor]]) -> None:
+    def load(self, states: Mapping[str, Tensor]) -> None:
         self._optimizer.state.clear()
-        for key, state in states.items():
-            if state:
-                copies = {name: value.clone() for name, value in state.items()}
-                self._optimizer.state[self._parameters[key]] = copies
-
-    def _of(self, parameter: Tensor) -> State:
-        state: State = self._optimizer.state.get(parameter, {})
-        return state
+        for name, vector in states.items():
+            shapes = self._states[name]
+            for (key, shape), part in zip(
+                shapes.items(), torch.split(vector, list(map(prod, shapes.values()))), strict=True
+            ):
+                self._optimizer.state[self._parameters[key]][name] = part.clone().view(shape)
 
 
 def _chunks(*vectors_P: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -201,13 +197,8 @@ def _chunk_numbers() -> int:
     return CHUNK_NUMBERS * torch.get_num_threads()
 
 
-def _fill(
-    layout: FlatLayout, vector_P: Tensor, states: Mapping[TensorKey, Mapping[str, Tensor]], name: str
-) -> None:
-    """Copy one state of every weight into the vector; zeros where there is none yet."""
-    for key, view in layout.views(vector_P).items():
-        state = states[key]
-        if state:
-            view.copy_(state[name])
-        else:
-            view.zero_()
+def _fill(vector_P: Tensor, state_P: Tensor | None) -> None:
+    if state_P is None:
+        vector_P.zero_()
+    else:
+        vector_P.copy_(state_P)

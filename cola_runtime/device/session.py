@@ -48,7 +48,7 @@ class _Snapshot:
     """What a step with inner steps started from."""
 
     weights_P: Tensor
-    states: dict[TensorKey, dict[str, Tensor]]
+    states: dict[str, Tensor]
 
 
 class AdapterSession:
@@ -93,12 +93,7 @@ class AdapterSession:
         content = decode_checkpoint(data)
         weights = {key: _tensor(array) for key, array in content.weights.items()}
         session = cls(content.definition, weights, version=content.version, max_staleness=max_staleness)
-        session._optimizer.load(
-            {
-                key: {name: _tensor(array) for name, array in state.items()}
-                for key, state in content.optimizer_state.items()
-            }
-        )
+        session._optimizer.load({name: _tensor(state) for name, state in content.states.items()})
         return session
 
     @property
@@ -177,11 +172,8 @@ class AdapterSession:
         content = CheckpointContent(
             definition=self.definition,
             version=self.version,
-            weights={key: tensor.numpy() for key, tensor in self._weights.items()},
-            optimizer_state={
-                key: {name: value.numpy() for name, value in state.items()}
-                for key, state in self._optimizer.states().items()
-            },
+            weights_P=self._weights_P.numpy(),
+            states={name: state.numpy() for name, state in self._optimizer.states().items()},
         )
         return encode_checkpoint(content)
 
@@ -217,7 +209,7 @@ class AdapterSession:
         states = self._optimizer.states()
         return _Snapshot(
             self._weights_P.clone(),
-            {key: {name: value.clone() for name, value in state.items()} for key, state in states.items()},
+            {name: state.clone() for name, state in states.items()},
         )
 
     def _step(self, gradient_P: Tensor, rate: float, norm: float | None = None) -> float:

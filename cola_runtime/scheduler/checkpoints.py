@@ -13,10 +13,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
-
 from cola_runtime.adapter_spec import AdapterSpec, Frozen
-from cola_runtime.adapters.checkpoint_format import checkpoint_weights
+from cola_runtime.adapters.checkpoint_format import Encoded, decode_checkpoint
 from cola_runtime.adapters.joined_checkpoint import join_checkpoints
 from cola_runtime.config import RetentionSettings
 from cola_runtime.errors import ColaError, Conflict, Unavailable
@@ -105,7 +103,7 @@ class CheckpointShelf:
         if gathering is not None and gathering.lease == lease:
             del self._gatherings[lease.job_id]
 
-    async def store(self, part: Lease, version: int, content: bytes, sha256: str) -> None:
+    async def store(self, part: Lease, version: int, content: Encoded, sha256: str) -> None:
         """What the device pool calls when a checkpoint arrived whole.
 
         It may arrive before the step that it holds is recorded, since that goes by way of the base model.
@@ -164,7 +162,9 @@ class CheckpointShelf:
             if links:
                 check_chained(content, links[number])
 
-    async def _check_arrived(self, gathering: _Gathering, part: Lease, version: int, content: bytes) -> None:
+    async def _check_arrived(
+        self, gathering: _Gathering, part: Lease, version: int, content: Encoded
+    ) -> None:
         """Raises Conflict `CHECKPOINT_UNCHAINED`; the lease is lost: the job goes on from the last one."""
         links = await until_available(lambda: self._store.links(part.job_id, version))
         if not links:
@@ -177,7 +177,7 @@ class CheckpointShelf:
             raise
 
     async def _store_part(
-        self, gathering: _Gathering, part: Lease, version: int, content: bytes, sha256: str
+        self, gathering: _Gathering, part: Lease, version: int, content: Encoded, sha256: str
     ) -> None:
         stem = f"checkpoints/{part.job_id}/{version:08d}-{part.epoch:06d}"
         shard = StoredShard(bytes=len(content), sha256=sha256)
@@ -245,7 +245,7 @@ class CheckpointShelf:
             keep=self.needed(job_id),
         )
 
-    async def _put(self, key: str, content: bytes) -> None:
+    async def _put(self, key: str, content: Encoded) -> None:
         await until_available(lambda: asyncio.to_thread(self._storage.put, key, content))
 
 
@@ -259,17 +259,16 @@ def read_checkpoint(storage: ObjectStorage, record: CheckpointRecord) -> bytes:
     return join_checkpoints(index.adapter, shards)
 
 
-def check_chained(content: bytes, link: RecordedLink) -> None:
+def check_chained(content: Encoded, link: RecordedLink) -> None:
     """The checkpoint holds the very weights that the job's update chain has at this version.
 
     Raises Conflict `CHECKPOINT_UNCHAINED`, InvalidInput `CHECKPOINT_INVALID`.
     """
-    _, version, weights = checkpoint_weights(content)
-    parts = [np.ascontiguousarray(each).data.cast("B") for each in weights.values()]
-    if version != link.version or not link.holds(parts):
+    checkpoint = decode_checkpoint(content)
+    if checkpoint.version != link.version or not link.holds([checkpoint.weights_P.data.cast("B")]):
         raise Conflict(
             "CHECKPOINT_UNCHAINED",
-            f"a checkpoint of version {version} does not hold the weights that were recorded",
+            f"a checkpoint of version {checkpoint.version} does not hold the weights that were recorded",
             limit=f"version {link.version}, link {link.digest.hex()[:16]}",
         )
 

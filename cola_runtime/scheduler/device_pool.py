@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from cola_runtime.adapters.checkpoint_format import Encoded
 from cola_runtime.config import DeviceSettings
 from cola_runtime.errors import ColaError, ProtocolError, Unauthenticated, Unavailable
 from cola_runtime.job_choices import TrustClass
@@ -39,7 +40,7 @@ from cola_runtime.types import Lease
 
 logger = logging.getLogger(__name__)
 
-CheckpointSink = Callable[[Lease, int, bytes, str], Awaitable[None]]
+CheckpointSink = Callable[[Lease, int, Encoded, str], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,7 @@ class ArrivedCheckpoint:
 
     lease: Lease  # the device's part of it
     version: int
-    content: bytes
+    content: memoryview
     sha256: str  # hex
 
 
@@ -62,8 +62,7 @@ class IncomingCheckpoints:
                 limit=made.bytes,
                 actual=len(blob.data) if blob else 0,
             )
-        content = bytes(blob.data)
-        digest = await asyncio.to_thread(lambda: hashlib.sha256(content).hexdigest())
+        digest = await asyncio.to_thread(lambda: hashlib.sha256(blob.data).hexdigest())
         if digest != made.sha256:
             raise ProtocolError("CHECKPOINT_CORRUPT", "a checkpoint's sha256 does not match its bytes")
-        return ArrivedCheckpoint(lease=lease, version=made.version, content=content, sha256=digest)
+        return ArrivedCheckpoint(lease=lease, version=made.version, content=blob.data, sha256=digest)

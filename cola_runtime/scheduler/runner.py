@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from cola_runtime.adapters.checkpoint_format import Encoded
 from cola_runtime.config import RetentionSettings, SpotCheckSettings
 from cola_runtime.errors import ColaError, Conflict
 from cola_runtime.gradients.planner import Costs
@@ -336,7 +337,7 @@ class JobRunner:
         else:
             await self._store.transition(job_id, stop.trigger, message=stop.told(why))
 
-    async def _take_checkpoint(self, lease: Lease, version: int, content: bytes, sha256: str) -> None:
+    async def _take_checkpoint(self, lease: Lease, version: int, content: Encoded, sha256: str) -> None:
         if not self._checks.arrived(lease, content):
             await self.checkpoints.store(lease, version, content, sha256)
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from cola_runtime import ids
 from cola_runtime.adapter_spec import LeaseTerms
-from cola_runtime.adapters.checkpoint_format import CheckpointContent, decode_checkpoint
+from cola_runtime.adapters.checkpoint_format import CheckpointContent, Encoded, decode_checkpoint
 from cola_runtime.config import SpotCheckSettings
 from cola_runtime.errors import ColaError, Unavailable
 from cola_runtime.jobs.plan import TrainingPlan
@@ -100,7 +100,9 @@ class SpotChecks:
         self._within: dict[tuple[str, int, int], CheckpointRecord] = {}  # the newest before such an end
         self._tasks: dict[asyncio.Task[None], Interval] = {}
         self._one_at_a_time = asyncio.Lock()
-        self._arriving: dict[str, asyncio.Future[bytes]] = {}  # checkpoints of replays, by their lease's job
+        self._arriving: dict[
+            str, asyncio.Future[Encoded]
+        ] = {}  # checkpoints of replays, by their lease's job
 
     def retains(self, lease: Lease, plan: TrainingPlan, version: int, *, replica: Replica) -> bool:
         """The step that leaves `version` is in a drawn interval. To be asked of every step, in order."""
@@ -184,7 +186,7 @@ class SpotChecks:
         for task in self._tasks:
             task.cancel()
 
-    def arrived(self, lease: Lease, content: bytes) -> bool:
+    def arrived(self, lease: Lease, content: Encoded) -> bool:
         """A checkpoint came: True if it is of a replay, and so nobody else's."""
         waiting = self._arriving.get(lease.job_id)
         if waiting is not None and not waiting.done():
@@ -355,7 +357,7 @@ class SpotChecks:
             logger.info("retained steps not let go: %s", error, extra={"event": "spot_check.not_forgotten"})
 
 
-def checkpoint_distance(made: bytes, handed_on: bytes) -> float:
+def checkpoint_distance(made: Encoded, handed_on: Encoded) -> float:
     """The greatest relative distance of weights and of each optimizer state; 0 only for equal bytes."""
     if made == handed_on:
         return 0.0
@@ -371,11 +373,6 @@ def checkpoint_distance(made: bytes, handed_on: bytes) -> float:
 
 
 def _vectors(content: CheckpointContent) -> dict[str, np.ndarray[tuple[int], np.dtype[np.float64]]]:
-    """All weights as one vector, and so each kind of optimizer state, in float64."""
-    names = {name for states in content.optimizer_state.values() for name in states}
-    vectors = {
-        name: [np.ravel(states[name]) for states in content.optimizer_state.values() if name in states]
-        for name in names
-    }
-    vectors["weights"] = [np.ravel(weight) for weight in content.weights.values()]
-    return {name: np.concatenate(parts).astype(np.float64) for name, parts in vectors.items()}
+    """The weights, and each kind of optimizer state, in float64."""
+    vectors = {"weights": content.weights_P, **content.states}
+    return {name: vector.astype(np.float64) for name, vector in vectors.items()}

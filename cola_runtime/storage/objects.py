@@ -38,14 +38,16 @@ class ObjectStorage:
             with _as_ours(url):
                 _clear(Path(self._root, _PARTIAL))
 
-    def put(self, key: str, content: bytes) -> None:
+    def put(self, key: str, content: bytes | memoryview) -> None:
         """Store durably, replacing an older object in one move. Raises Unavailable `STORAGE_FULL`."""
         path = self._path(key)
         with _as_ours(key):
             if self._local:
                 self._put_file(Path(path), content)
             else:
-                self._files.pipe_file(path, content)  # object stores show an object only when it is whole
+                self._files.pipe_file(
+                    path, bytes(content)
+                )  # object stores show an object only when it is whole
 
     def get(self, key: str) -> bytes:
         """The object's bytes. Raises NotFound `OBJECT_UNKNOWN`."""
@@ -88,7 +90,7 @@ class ObjectStorage:
             )
         return f"{self._root.rstrip('/')}/{key}"
 
-    def _put_file(self, path: Path, content: bytes) -> None:
+    def _put_file(self, path: Path, content: bytes | memoryview) -> None:
         partial = Path(self._root, _PARTIAL, uuid.uuid4().hex)
         try:
             _write_synced(partial, content)
@@ -101,7 +103,7 @@ class ObjectStorage:
         crash_points.reach("storage.renamed")
 
 
-def _write_synced(path: Path, content: bytes) -> None:
+def _write_synced(path: Path, content: bytes | memoryview) -> None:
     with path.open("xb") as file:
         file.write(content)
         file.flush()

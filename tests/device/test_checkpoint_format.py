@@ -37,6 +37,12 @@ def changed(data: bytes, **description: object) -> bytes:
     return safetensors.numpy.save(safetensors.numpy.load(data), metadata={"cola": json.dumps(fields)})
 
 
+def with_last(vector: np.ndarray, value: float) -> np.ndarray:
+    changed = vector.copy()
+    changed[-1] = value
+    return changed
+
+
 def test_weights_are_read_back_without_torch(checkpoint: bytes) -> None:
     spec, version, weights = checkpoint_weights(checkpoint)
     session = AdapterSession.restore(checkpoint)
@@ -57,6 +63,54 @@ def test_the_optimizer_state_is_torchs_own(checkpoint: bytes) -> None:
     states = decode_checkpoint(checkpoint).optimizer_state
     assert all(set(state) == {"step", "exp_avg", "exp_avg_sq"} for state in states.values())
     assert all(state["step"] == 1 for state in states.values())
+
+
+def tensor_by_tensor(data: bytes) -> bytes:
+    """The checkpoint as the releases before wrote it: format 2."""
+    content = decode_checkpoint(data)
+    tensors = {}
+    for key, name in weight_names(content.definition.spec).items():
+        tensors[f"weights/{name}"] = content.weights[key]
+        for state, value in content.optimizer_state[key].items():
+            tensors[f"optimizer/{name}/{state}"] = value
+    fields = json.loads(metadata_of(data)["cola"]) | {"format": 2}
+    return safetensors.numpy.save(tensors, metadata={"cola": json.dumps(fields)})
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "adafactor"])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_checkpoint_of_the_release_before_is_gone_on_from(kind: str, steps: int) -> None:
+    session = AdapterSession.create(definition(kind=kind))
+    for version in range(steps):
+        for key, tensor in gradients(definition(), version).items():
+            session.add(key, tensor, version=version)
+        session.apply(version=version)
+    older = tensor_by_tensor(session.checkpoint())
+    assert AdapterSession.restore(older).checkpoint() == session.checkpoint()
+    spoiled = safetensors.numpy.load(older)
+    name = next(name for name in spoiled if name.startswith("weights/"))
+    for changes in ({name: spoiled[name][:1]}, {name: spoiled[name].astype(np.float64)}, {"odd": np.ones(2)}):
+        with pytest.raises(InvalidInput):
+            decode_checkpoint(safetensors.numpy.save({**spoiled, **changes}, metadata=metadata_of(older)))
+    del spoiled[name]
+    with pytest.raises(InvalidInput, match="missing"):
+        decode_checkpoint(safetensors.numpy.save(spoiled, metadata=metadata_of(older)))
+
+
+def test_the_library_reads_a_checkpoint_and_what_it_writes_is_read(checkpoint: bytes) -> None:
+    tensors = safetensors.numpy.load(checkpoint)
+    assert set(tensors) == {"weights", "optimizer/exp_avg", "optimizer/exp_avg_sq", "optimizer/step"}
+    content = decode_checkpoint(safetensors.numpy.save(tensors, metadata=metadata_of(checkpoint)))
+    assert np.array_equal(content.weights_P, tensors["weights"])
+    assert all(np.array_equal(content.states[name], tensors[f"optimizer/{name}"]) for name in content.states)
+
+
+def test_a_decoded_checkpoint_has_no_copy_of_its_bytes(checkpoint: bytes) -> None:
+    received = memoryview(bytearray(checkpoint))
+    content = decode_checkpoint(received)
+    last = next(iter(content.states.values()))
+    assert np.shares_memory(content.weights_P, np.frombuffer(received, np.uint8))
+    assert np.shares_memory(last, np.frombuffer(received, np.uint8))
 
 
 @pytest.mark.parametrize("cut", [0, 7, 8, 100, -1])
@@ -92,26 +146,27 @@ def test_metadata_that_does_not_describe_the_tensors_is_refused(
 
 def test_a_missing_additional_wrong_or_poisoned_tensor_is_refused(checkpoint: bytes) -> None:
     tensors = safetensors.numpy.load(checkpoint)
-    name = next(name for name in tensors if name.startswith("weights/"))
-    poisoned = tensors[name].copy()
-    poisoned.flat[0] = np.nan
+    weights_P = tensors["weights"]
     for changes in (
-        {name: tensors[name][:1]},
-        {name: tensors[name].astype(np.float64)},
-        {name: poisoned},
-        {"weights/elsewhere/lora_A": tensors[name]},
+        {"weights": weights_P[:-1]},
+        {"weights": weights_P[None]},
+        {"weights": weights_P.astype(np.float64)},
+        *({"weights": with_last(weights_P, poison)} for poison in (np.nan, np.inf, -np.inf)),
+        {"optimizer/exp_avg": with_last(tensors["optimizer/exp_avg"], np.nan)},
+        {"optimizer/step": with_last(tensors["optimizer/step"], 2.0)},
+        {"weights/elsewhere/lora_A": weights_P},
     ):
         data = safetensors.numpy.save({**tensors, **changes}, metadata=metadata_of(checkpoint))
         with pytest.raises(InvalidInput):
             decode_checkpoint(data)
-    del tensors[name]
+    del tensors["weights"]
     with pytest.raises(InvalidInput, match="missing"):
         decode_checkpoint(safetensors.numpy.save(tensors, metadata=metadata_of(checkpoint)))
 
 
 def test_half_an_optimizer_state_is_refused(checkpoint: bytes) -> None:
     tensors = safetensors.numpy.load(checkpoint)
-    del tensors[next(name for name in tensors if name.endswith("/exp_avg_sq"))]
+    del tensors["optimizer/exp_avg_sq"]
     with pytest.raises(InvalidInput):
         decode_checkpoint(safetensors.numpy.save(tensors, metadata=metadata_of(checkpoint)))
 

@@ -63,8 +63,9 @@ def test_a_vector_steps_as_its_tensors_do(
         ours.step(weights_P, gradient_P, rate=rate, clip=None)
         for key, view in layout.views(weights_P).items():
             assert torch.equal(view, alone[key])
-            for name, value in ours.states()[key].items():
-                assert torch.equal(value, theirs.state[alone[key]][name])
+        for name, value in ours.states().items():
+            of_each = [theirs.state[parameter][name].reshape(-1) for parameter in alone.values()]
+            assert torch.equal(value, torch.cat(of_each))
 
 
 def _hand_over(gradients: Mapping[TensorKey, Tensor], parameters: Mapping[TensorKey, Tensor]) -> None:
