@@ -8,6 +8,7 @@ from typing import assert_never
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors as flatten_dense_tensors
 
 from cola_runtime.adapter_spec import (
     AdapterKind,
@@ -66,10 +67,26 @@ class AdapterLayout:
         return flat.split_with_sizes(self.block_sizes, dim=-1)
 
     def flatten(self, weights: Mapping[TensorKey, Tensor], spec: AdapterSpec, dtype: torch.dtype) -> Tensor:
-        """A copy of all weights, each part's scaling folded in, in the bank's `dtype`."""
-        return torch.cat(
-            [piece.layout.flatten(weights, spec.parts[piece.part].kind, dtype) for piece in self.pieces]
-        )
+        """A copy of all weights, each part's scaling folded in, in the bank's `dtype`.
+
+        Scaled in the wider of both dtypes, then rounded. A few operations on everything: a base model does it
+        at every step of every tenant, beside what it computes.
+        """
+        blocks = [
+            block
+            for piece in self.pieces
+            for block in piece.layout.scaled(weights, spec.parts[piece.part].kind)
+        ]
+        if not blocks:
+            return torch.empty(0, dtype=dtype)
+        flat: Tensor = flatten_dense_tensors([block.tensor for block in blocks])  # type: ignore[no-untyped-call]
+        wide = flat.to(torch.promote_types(flat.dtype, dtype), copy=len(blocks) == 1)  # of one it is a view
+        parts = wide.split_with_sizes([block.tensor.numel() for block in blocks])
+        for factor in {block.by for block in blocks} - {1.0}:
+            torch._foreach_mul_(
+                [part for part, block in zip(parts, blocks, strict=True) if block.by == factor], factor
+            )
+        return wide.to(dtype)
 
 
 def layout_key(spec: AdapterSpec) -> object:

@@ -62,7 +62,7 @@ TRAINING_CHANGES: tuple[Change, ...] = (
         "scaling twice in the base model's forward",
         "test_every_tenant_gets_the_gradient_and_loss_it_gets_alone",
         f"{_STACKS}/lora.py",
-        ("flat[self._a_numel :] *= scaling", "flat[self._a_numel :] *= scaling * scaling"),
+        ("scaling = kind.scaling", "scaling = kind.scaling * kind.scaling"),
     ),
     changed(
         2,

@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from cola_runtime.base_model.stacks.protocol import CohortRows, SiteStack
+from cola_runtime.base_model.stacks.protocol import CohortRows, Scaled, SiteStack
 from cola_runtime.base_model.stacks.taps import GroupTaps
 from cola_runtime.types import Site, TensorKey
 
@@ -23,8 +22,8 @@ class HeadLayout:
         self.groups: dict[int, tuple[Site, ...]] = {}
         self.block_sizes: tuple[int, ...] = ()
 
-    def flatten(self, weights: Mapping[TensorKey, Tensor], kind: Any, dtype: torch.dtype) -> Tensor:
-        return torch.empty(0, dtype=dtype)
+    def scaled(self, weights: Mapping[TensorKey, Tensor], kind: Any) -> list[Scaled]:
+        return []
 
     def views(self, blocks: Sequence[Tensor]) -> dict[int, Any]:
         return {}

@@ -10,13 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cola_runtime.adapter_spec import LinearKind
 from cola_runtime.adapters.features import back, input_weight, outer, times
 from cola_runtime.adapters.shapes import site_weight_shapes
-from cola_runtime.base_model.stacks.protocol import CohortRows, Kept
+from cola_runtime.base_model.stacks.protocol import CohortRows, Kept, Scaled
 from cola_runtime.base_model.stacks.site_blocks import SiteBlocks, SiteViews
 from cola_runtime.base_model.stacks.taps import GroupTaps
 from cola_runtime.types import Site, TensorKey, TensorKind
@@ -29,8 +28,8 @@ class LinearLayout:
         self._blocks = SiteBlocks({site: site_weight_shapes(kind, site) for site in sites})
         self.groups, self.block_sizes = self._blocks.groups, self._blocks.sizes
 
-    def flatten(self, weights: Mapping[TensorKey, Tensor], kind: LinearKind, dtype: torch.dtype) -> Tensor:
-        return self._blocks.flatten(weights, dtype, scaling=kind.scaling)
+    def scaled(self, weights: Mapping[TensorKey, Tensor], kind: LinearKind) -> list[Scaled]:
+        return self._blocks.scaled(weights, by=kind.scaling)
 
     def views(self, blocks: Sequence[Tensor]) -> dict[int, Any]:
         return self._blocks.views(blocks)

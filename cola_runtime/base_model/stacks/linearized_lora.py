@@ -17,7 +17,7 @@ from cola_runtime.adapter_spec import LinearizedLoraKind
 from cola_runtime.adapters.features import input_weight, output_weight
 from cola_runtime.adapters.linearized_lora import SiteLinearizedLora
 from cola_runtime.base_model.stacks.lora import LoraFactors, LoraLayout, LoraStack
-from cola_runtime.base_model.stacks.protocol import CohortRows
+from cola_runtime.base_model.stacks.protocol import CohortRows, Scaled
 from cola_runtime.base_model.stacks.taps import GroupTaps
 from cola_runtime.types import Site, TensorKey, TensorKind
 
@@ -33,14 +33,12 @@ class LinearizedLoraLayout:
         self._sites = [site for group in self.groups.values() for site in group]
         self._bases: dict[int, list[SiteLinearizedLora]] = {}  # by base_seed: the draws are made once
 
-    def flatten(
-        self, weights: Mapping[TensorKey, Tensor], kind: LinearizedLoraKind, dtype: torch.dtype
-    ) -> Tensor:
+    def scaled(self, weights: Mapping[TensorKey, Tensor], kind: LinearizedLoraKind) -> list[Scaled]:
         bases = self._bases.get(kind.base_seed)
         if bases is None:
             bases = self._bases[kind.base_seed] = [SiteLinearizedLora(kind, site) for site in self._sites]
         pairs = [self._factors(base, weights) for base in bases]
-        return self._lora.flatten_factors([a for a, _ in pairs], [b for _, b in pairs], kind.scaling, dtype)
+        return [*(Scaled(a_RI) for a_RI, _ in pairs), *(Scaled(b_OR, kind.scaling) for _, b_OR in pairs)]
 
     def views(self, blocks: Sequence[Tensor]) -> dict[int, Any]:
         return self._lora.views(blocks)

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors as flatten_dense_tensors
 
 from cola_runtime.adapter_spec import LoraKind
 from cola_runtime.adapters.features import input_weight, outer, output_matrix, output_weight, times
-from cola_runtime.base_model.stacks.protocol import CohortRows, Kept, by_input_group
+from cola_runtime.base_model.stacks.protocol import CohortRows, Kept, Scaled, by_input_group
 from cola_runtime.base_model.stacks.taps import GroupTaps
 from cola_runtime.types import Site, TensorKey, TensorKind
 
@@ -40,28 +39,22 @@ class LoraLayout:
         self.groups = by_input_group(sites)
         self._rank = rank
         self._sites = [site for group in self.groups.values() for site in group]
-        self._a_numel = sum(rank * site.in_features for site in self._sites)
+        self._a_keys = [TensorKey(site.index, TensorKind.LORA_A) for site in self._sites]
+        self._b_keys = [TensorKey(site.index, TensorKind.LORA_B) for site in self._sites]
         self.block_sizes = (
             *(len(group) * rank * group[0].in_features for group in self.groups.values()),
             *(rank * site.out_features for site in self._sites),
         )
 
-    def flatten(self, weights: Mapping[TensorKey, Tensor], kind: LoraKind, dtype: torch.dtype) -> Tensor:
-        return self.flatten_factors(
-            [weights[TensorKey(site.index, TensorKind.LORA_A)] for site in self._sites],
-            [output_matrix(weights[TensorKey(site.index, TensorKind.LORA_B)], site) for site in self._sites],
-            kind.scaling,
-            dtype,
-        )
-
-    def flatten_factors(
-        self, a_RI: Sequence[Tensor], b_OR: Sequence[Tensor], scaling: float, dtype: torch.dtype
-    ) -> Tensor:
-        """`flatten` of one A [R, I] and one B [O, R] per site."""
-        flat: Tensor = flatten_dense_tensors([*a_RI, *b_OR])  # type: ignore[no-untyped-call]
-        flat = flat.to(torch.promote_types(flat.dtype, dtype))
-        flat[self._a_numel :] *= scaling
-        return flat.to(dtype)
+    def scaled(self, weights: Mapping[TensorKey, Tensor], kind: LoraKind) -> list[Scaled]:
+        scaling = kind.scaling
+        return [
+            *(Scaled(weights[key]) for key in self._a_keys),
+            *(
+                Scaled(output_matrix(weights[key], site), scaling)
+                for key, site in zip(self._b_keys, self._sites, strict=True)
+            ),
+        ]
 
     def views(self, blocks: Sequence[Tensor]) -> dict[int, LoraFactors]:
         """Batched products clone what is not dense, hence blocks and not slices of one stacked vector."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from cola_runtime.adapter_spec import MlpKind
 from cola_runtime.adapters.mlp import activation_slope
 from cola_runtime.adapters.shapes import site_weight_shapes
-from cola_runtime.base_model.stacks.protocol import CohortRows, Kept
+from cola_runtime.base_model.stacks.protocol import CohortRows, Kept, Scaled
 from cola_runtime.base_model.stacks.site_blocks import SiteBlocks, SiteViews
 from cola_runtime.base_model.stacks.taps import GroupTaps
 from cola_runtime.types import Site, TensorKey, TensorKind
@@ -32,9 +32,10 @@ class MlpLayout:
         self._blocks = SiteBlocks({site: site_weight_shapes(kind, site) for site in sites})
         self.groups, self.block_sizes = self._blocks.groups, self._blocks.sizes
 
-    def flatten(self, weights: Mapping[TensorKey, Tensor], kind: MlpKind, dtype: torch.dtype) -> Tensor:
-        scaled = frozenset({TensorKind.MLP_OUT, TensorKind.MLP_OUT_BIAS})
-        return self._blocks.flatten(weights, dtype, scaling=kind.scaling, scaled=scaled)
+    def scaled(self, weights: Mapping[TensorKey, Tensor], kind: MlpKind) -> list[Scaled]:
+        return self._blocks.scaled(
+            weights, by=kind.scaling, only=(TensorKind.MLP_OUT, TensorKind.MLP_OUT_BIAS)
+        )
 
     def views(self, blocks: Sequence[Tensor]) -> dict[int, Any]:
         return self._blocks.views(blocks)

@@ -16,7 +16,7 @@ from torch import Tensor
 from cola_runtime.adapter_spec import ModuleKind
 from cola_runtime.adapters.modules import SiteModule
 from cola_runtime.adapters.shapes import site_weight_shapes
-from cola_runtime.base_model.stacks.protocol import CohortRows, Kept
+from cola_runtime.base_model.stacks.protocol import CohortRows, Kept, Scaled
 from cola_runtime.base_model.stacks.site_blocks import SiteBlocks, SiteViews
 from cola_runtime.base_model.stacks.taps import GroupTaps
 from cola_runtime.types import Site, TensorKey
@@ -31,8 +31,8 @@ class ModuleLayout:
         self._modules = {site: SiteModule(unscaled, site) for site in sites}
         self.groups, self.block_sizes = self._blocks.groups, self._blocks.sizes
 
-    def flatten(self, weights: Mapping[TensorKey, Tensor], kind: ModuleKind, dtype: torch.dtype) -> Tensor:
-        return self._blocks.flatten(weights, dtype, scaling=1.0)
+    def scaled(self, weights: Mapping[TensorKey, Tensor], kind: ModuleKind) -> list[Scaled]:
+        return self._blocks.scaled(weights, by=1.0)
 
     def views(self, blocks: Sequence[Tensor]) -> dict[int, Any]:
         return self._blocks.views(blocks)

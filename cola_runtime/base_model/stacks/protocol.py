@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from cola_runtime.adapters.dropout import SegmentDropout
@@ -61,18 +60,27 @@ class SiteStack(Protocol):
         """In place: dx += the gradient through s * a(x). Hands out the taps."""
 
 
+class Scaled(NamedTuple):
+    """A weight as a block holds it: `tensor`, line by line, times `by`."""
+
+    tensor: Tensor
+    by: float = 1.0
+
+
 class PartLayout(Protocol):
     """One part of an adapter: its weights as consecutive blocks of one vector.
 
     Adapters whose layouts are the same object stack. What may differ between them (alpha, a seed) is folded
-    into the blocks by `flatten`.
+    into the blocks by `scaled`.
     """
 
     groups: dict[int, tuple[Site, ...]]  # input group -> the part's sites there, in catalogue order
     block_sizes: tuple[int, ...]
 
-    def flatten(self, weights: Mapping[TensorKey, Tensor], kind: Any, dtype: torch.dtype) -> Tensor:
-        """A copy of the weights in the blocks' order. Scaled in the wider of both dtypes, then rounded."""
+    def scaled(self, weights: Mapping[TensorKey, Tensor], kind: Any) -> list[Scaled]:
+        """What lies in the blocks, in their order, in the adapter's dtype. Nothing is copied or scaled
+        yet: `AdapterLayout.flatten` does it for all parts at once.
+        """
 
     def views(self, blocks: Sequence[Tensor]) -> dict[int, Any]:
         """Input group -> views of `blocks`: [S, P] each, contiguous."""

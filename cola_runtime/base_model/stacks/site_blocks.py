@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import prod
 
-import torch
 from torch import Tensor
 
-from cola_runtime.base_model.stacks.protocol import by_input_group
+from cola_runtime.base_model.stacks.protocol import Scaled, by_input_group
 from cola_runtime.types import Site, TensorKey, TensorKind
 
 SiteViews = dict[Site, dict[tuple[TensorKind, int], Tensor]]
@@ -24,21 +23,11 @@ class SiteBlocks:
         self._keys = [key for of_site in self._shapes.values() for key in of_site]
         self.sizes = tuple(prod(shape) for of_site in self._shapes.values() for shape in of_site.values())
 
-    def flatten(
-        self,
-        weights: Mapping[TensorKey, Tensor],
-        dtype: torch.dtype,
-        *,
-        scaling: float,
-        scaled: frozenset[TensorKind] | None = None,
-    ) -> Tensor:
-        """A copy in the blocks' order; `scaled` kinds (None: all) times s, in the wider of both dtypes."""
-        flat = torch.cat([weights[key].reshape(-1) for key in self._keys])
-        flat = flat.to(torch.promote_types(flat.dtype, dtype))
-        for key, block in zip(self._keys, torch.split(flat, list(self.sizes)), strict=True):
-            if scaled is None or key.kind in scaled:
-                block *= scaling
-        return flat.to(dtype)
+    def scaled(
+        self, weights: Mapping[TensorKey, Tensor], *, by: float, only: Collection[TensorKind] | None = None
+    ) -> list[Scaled]:
+        """In the blocks' order; `only` these kinds (None: all) times s."""
+        return [Scaled(weights[key], by if only is None or key.kind in only else 1.0) for key in self._keys]
 
     def views(self, blocks: Sequence[Tensor]) -> dict[int, SiteViews]:
         """Input group -> views of `blocks`, [S, P] each."""
