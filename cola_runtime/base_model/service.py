@@ -198,7 +198,8 @@ class BaseModelService:
             return
         spec, version, weights = checkpoint_weights(checkpoint)
         lease = Lease(job_id=job_id, epoch=0, device_id="")
-        self._model.install(lease, spec, version, {key: torch.from_numpy(w) for key, w in weights.items()})
+        tensors = {key: torch.from_numpy(weight.copy()) for key, weight in weights.items()}
+        self._model.install(lease, spec, version, tensors)
         try:
             yield
         finally:

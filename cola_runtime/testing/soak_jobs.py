@@ -154,7 +154,7 @@ def largest_difference(checkpoint: bytes, expected: bytes) -> float:
     if checkpoint == expected:
         return 0.0
     made, wanted = (
-        {key: torch.from_numpy(array) for key, array in decode_checkpoint(content).weights.items()}
+        {key: torch.from_numpy(array.copy()) for key, array in decode_checkpoint(content).weights.items()}
         for content in (checkpoint, expected)
     )
     return max(relative_difference(made, wanted).values())
