@@ -38,10 +38,10 @@ import torch
 from torch import Tensor
 
 from cola_runtime.base_model.gathered_taps import GatheredTaps
-from cola_runtime.config import set_thread_environment
 from cola_runtime.device.gradient_link import GradientLink
 from cola_runtime.gradients.compression import Compressed
 from cola_runtime.machine import keep_freed_memory
+from cola_runtime.process_environment import set_thread_environment
 from cola_runtime.proto import control_pb2
 from cola_runtime.testing.record import argument_parser, emit, record
 from cola_runtime.transport.endpoints import (

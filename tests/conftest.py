@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cola_runtime.config import offer_tls_1_3_only
+from cola_runtime.process_environment import offer_tls_1_3_only
 from tests.postgres import TEMPLATE, PostgresServer, make_template, postgres_server, programs
 
 offer_tls_1_3_only()  # as `cola serve` does, before any test imports grpc

@@ -49,13 +49,9 @@ def device(
     from cola_runtime import crash_points
     from cola_runtime.adapters.module_registry import import_adapter_modules
     from cola_runtime.cli.output import clean, print_text
-    from cola_runtime.config import (
-        crash_setting,
-        join_settings,
-        offer_tls_1_3_only,
-        set_thread_environment,
-    )
+    from cola_runtime.config import crash_setting, join_settings
     from cola_runtime.machine import keep_freed_memory
+    from cola_runtime.process_environment import offer_tls_1_3_only, set_thread_environment
 
     offer_tls_1_3_only()  # before grpc is imported
 

@@ -75,8 +75,9 @@ def serve(
     as_json: JsonFlag = False,
 ) -> None:
     """Run the service until Ctrl-C. At first start it prints a key for a first tenant, once."""
-    from cola_runtime.config import offer_tls_1_3_only, service_settings
+    from cola_runtime.config import service_settings
     from cola_runtime.machine import share_heaps
+    from cola_runtime.process_environment import offer_tls_1_3_only
 
     offer_tls_1_3_only()  # before grpc is imported
     share_heaps()  # before there are threads

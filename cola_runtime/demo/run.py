@@ -26,7 +26,7 @@ from cola_runtime.base_model.pretrained import prepare_smollm2
 from cola_runtime.client.asynchronous import AsyncClient
 from cola_runtime.client.job_handle import AsyncJobHandle
 from cola_runtime.client.values import Job, Service
-from cola_runtime.config import ServiceSettings, child_environment, service_settings
+from cola_runtime.config import ServiceSettings, service_settings
 from cola_runtime.demo import SERVICE_FOLDER
 from cola_runtime.demo.live import live_table
 from cola_runtime.demo.memory import MemoryWatch
@@ -35,6 +35,7 @@ from cola_runtime.demo.result import DemoReport, ServiceResult, StepPoint, Tenan
 from cola_runtime.demo.tenants import DemoTenant, four_tenants
 from cola_runtime.errors import JobFailed
 from cola_runtime.machine import machine, versions
+from cola_runtime.process_environment import child_environment
 from cola_runtime.runtime.coordinator import RunningService, running_service
 
 BASE_MODEL = "smollm2-135m-instruct"

@@ -13,17 +13,10 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from cola_runtime import crash_points
 from cola_runtime.adapter_spec import LeaseTerms
 from cola_runtime.adapters.module_registry import import_adapter_modules
-from cola_runtime.config import (
-    BaseModelSettings,
-    HostSettings,
-    JoinSettings,
-    ServiceSettings,
-    actor_environment,
-    crash_setting,
-    set_thread_environment,
-)
+from cola_runtime.config import BaseModelSettings, HostSettings, JoinSettings, ServiceSettings, crash_setting
 from cola_runtime.errors import Unavailable
 from cola_runtime.machine import KEPT_ACTIVATION_BYTES, keep_freed_memory, keep_started_objects
+from cola_runtime.process_environment import actor_environment, set_thread_environment
 from cola_runtime.trace.spans import ProcessSpans
 from cola_runtime.transport.certificates import Identity
 from cola_runtime.types import (

@@ -15,8 +15,9 @@ from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # its stub is partial
 from ray.exceptions import RayError
 
-from cola_runtime.config import BaseModelSettings, JoinSettings, ServiceSettings, own_ray_environment
+from cola_runtime.config import BaseModelSettings, JoinSettings, ServiceSettings
 from cola_runtime.errors import ColaError, InvalidInput, Unavailable
+from cola_runtime.process_environment import own_ray_environment
 from cola_runtime.runtime.actors import RemoteBaseModel, base_model_handle, device_handle
 from cola_runtime.runtime.certified import Identify, base_model_identity
 from cola_runtime.runtime.head_watch import require_head

@@ -23,7 +23,7 @@ import psutil
 import yaml
 
 from cola_runtime.client.asynchronous import AsyncClient
-from cola_runtime.config import child_environment
+from cola_runtime.process_environment import child_environment
 from cola_runtime.testing.chaos import Chaos, FaultKind, Way
 from cola_runtime.testing.chaos_proxy import byte_proxy
 from cola_runtime.testing.soak_jobs import MODEL, TOKEN_BUDGET

@@ -1,8 +1,8 @@
 """Who may listen without TLS, and the credentials of those who listen or dial with it: TLS 1.3 only.
 
 grpcio cannot be told a lowest version. It can be told which of TLS 1.2's cipher suites to offer: with
-`config.offer_tls_1_3_only` that is one for pre-shared keys, of which there are none, so that no handshake
-below TLS 1.3 can succeed. `check_floor` dials every TLS port once, to see that it is so.
+`offer_tls_1_3_only` (process_environment.py) that is one for pre-shared keys, of which there are none, so
+that no handshake below TLS 1.3 can succeed. `check_floor` dials every TLS port once, to see that it is so.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ async def check_floor(endpoint: str) -> None:
             "TLS_FLOOR",
             f"{endpoint} would answer TLS 1.2",
             limit="TLS 1.3",
-            remedy="Start it with `cola serve`, or call config.offer_tls_1_3_only before grpc is imported.",
+            remedy="Start it with `cola serve`, or call offer_tls_1_3_only before grpc is imported.",
         )
 
 

@@ -13,7 +13,7 @@ import pytest
 def test_a_module_that_cannot_be_imported_ends_the_command_before_anything_starts(
     cola: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    monkeypatch.setattr("cola_runtime.config.set_thread_environment", lambda threads: None)
+    monkeypatch.setattr("cola_runtime.process_environment.set_thread_environment", lambda threads: None)
     monkeypatch.setenv("COLA_JOIN_TOKEN", "secret")
     monkeypatch.setenv("COLA_DATA_DIR", str(tmp_path / "data"))
     ran = cola(command, "--adapter-module", "json", "--adapter-module", "no_such.adapters")

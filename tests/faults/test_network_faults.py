@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from cola_runtime.client.asynchronous import AsyncClient
-from cola_runtime.config import DeviceSettings, ServiceSettings, TlsSettings, child_environment
+from cola_runtime.config import DeviceSettings, ServiceSettings, TlsSettings
+from cola_runtime.process_environment import child_environment
 from cola_runtime.runtime.coordinator import RunningService
 from cola_runtime.testing.exactness import service_for
 from cola_runtime.testing.in_process import InProcessDevices, running_in_process

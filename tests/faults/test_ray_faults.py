@@ -20,7 +20,7 @@ from ray.util import get_node_ip_address
 
 from cola_runtime.client.asynchronous import AsyncClient
 from cola_runtime.client.job_handle import AsyncJobHandle
-from cola_runtime.config import child_environment
+from cola_runtime.process_environment import child_environment
 from cola_runtime.testing.soak_fleet import SoakFleet
 from cola_runtime.testing.soak_jobs import SoakJob, soak_jobs, train_expected
 from tests.faults.judging import Accept, Faultless, Outcome, judge

@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from cola_runtime.base_model.compute_lane import ComputeLane
-from cola_runtime.config import LARGE_PAGES, TLS_ENVIRONMENT, WORKER_NICENESS, actor_environment
 from cola_runtime.device.agent import DeviceAgent
 from cola_runtime.device.config import DeviceConfig
 from cola_runtime.machine import COMPUTE_NICENESS, keep_started_objects
+from cola_runtime.process_environment import LARGE_PAGES, TLS_ENVIRONMENT, WORKER_NICENESS, actor_environment
 
 
 def test_an_actor_asks_for_large_pages_and_its_share_of_cores_unless_the_service_was_told_otherwise(

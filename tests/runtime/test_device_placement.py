@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from cola_runtime.client.job_handle import AsyncJobHandle
-from cola_runtime.config import ServiceSettings, child_environment
+from cola_runtime.config import ServiceSettings
 from cola_runtime.device import agent
 from cola_runtime.device.worker import DeviceWorker
 from cola_runtime.jobs.records import JobRecord, StepRecord
+from cola_runtime.process_environment import child_environment
 from cola_runtime.runtime.coordinator import RunningService
 from cola_runtime.scheduler.leases import LeaseBook
 from cola_runtime.testing.exactness import (

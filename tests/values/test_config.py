@@ -7,14 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cola_runtime.config import (
-    ServiceSettings,
-    client_settings,
-    join_settings,
-    own_ray_environment,
-    service_settings,
-)
+from cola_runtime.config import ServiceSettings, client_settings, join_settings, service_settings
 from cola_runtime.errors import InvalidInput
+from cola_runtime.process_environment import own_ray_environment
 
 
 @pytest.fixture(autouse=True)

@@ -9,10 +9,12 @@ import sys
 
 import pytest
 
-from cola_runtime.config import SPINS
+from cola_runtime.process_environment import SPINS
 
 SHOWN = re.compile(r"(OMP_NUM_THREADS|OMP_WAIT_POLICY|GOMP_SPINCOUNT) = '(\w+)'")
-IMPORT_TORCH = "from cola_runtime.config import set_thread_environment as fix; fix(2); import torch"
+IMPORT_TORCH = (
+    "from cola_runtime.process_environment import set_thread_environment as fix; fix(2); import torch"
+)
 
 
 def test_threads_that_wait_spin_for_a_bounded_time_in_every_pool() -> None:
