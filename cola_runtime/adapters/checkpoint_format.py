@@ -121,13 +121,13 @@ def decode_checkpoint(data: Encoded) -> CheckpointContent:
         if not isinstance(description, dict) or description["format"] not in (FORMAT, TENSOR_BY_TENSOR):
             raise ValueError(f"a checkpoint format that is not {FORMAT} or {TENSOR_BY_TENSOR}")
         definition, version = _definition(description), int(description["version"])
+        if version < 0:
+            raise _invalid(f"version {version}")
+        if description["format"] == TENSOR_BY_TENSOR:
+            tensors = _as_vectors(definition, version, tensors)
+        return _checked(definition, version, tensors)
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise _invalid(f"it cannot be read: {error}") from error
-    if version < 0:
-        raise _invalid(f"version {version}")
-    if description["format"] == TENSOR_BY_TENSOR:
-        tensors = _as_vectors(definition, version, tensors)
-    return _checked(definition, version, tensors)
 
 
 def checkpoint_weights(data: Encoded) -> tuple[AdapterSpec, int, dict[TensorKey, Vector]]:
