@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from cola_runtime.adapter_spec import AdapterPart, AdapterSpec
+from cola_runtime.adapter_spec import AdapterPart, AdapterSpec, LinearKind, MlpKind
+from cola_runtime.adapters.shapes import weight_shapes
 from cola_runtime.adapters.site_modules import module_site
 from cola_runtime.base_model import catalogue
+from cola_runtime.base_model.layout import AdapterLayout
 from cola_runtime.base_model.load import load_frozen_model
 from cola_runtime.base_model.model import TappedModel
 from cola_runtime.errors import Fenced, InvalidInput, NotFound
@@ -137,6 +139,31 @@ def test_the_bank_keeps_the_version_before_of_adapters_that_may_be_stale(tiny_fo
     assert reasons(exact, 1, 2) == ["VERSION_STALE", None]
     model.evict(stale.job_id)
     assert reasons(stale, 1, 2) == ["ADAPTER_UNKNOWN"] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("kind", "scaled"),
+    [
+        (LinearKind(bias=False, scaling=3.0), {TensorKind.WEIGHT}),  # one tensor
+        (LinearKind(bias=True, scaling=3.0), {TensorKind.WEIGHT, TensorKind.BIAS}),
+        (MlpKind(hidden=3, scaling=3.0), {TensorKind.MLP_OUT, TensorKind.MLP_OUT_BIAS}),
+    ],
+    ids=["one tensor", "bias", "mlp"],
+)
+def test_the_bank_scales_a_copy_and_leaves_what_it_was_given(
+    tiny_folder: TinyFolder, kind: LinearKind | MlpKind, scaled: set[TensorKind], dtype: torch.dtype
+) -> None:
+    site = TappedModel.load(tiny_folder("gpt2", "float32"), dtype="float32", threads=1).sites[0]
+    spec = AdapterSpec(parts=(AdapterPart(kind=kind, sites=(site,)),), seed=0)
+    weights = {key: torch.randn(shape) for key, shape in weight_shapes(spec).items()}
+    given = {key: weight.clone() for key, weight in weights.items()}
+    flat = AdapterLayout.of(spec).flatten(weights, spec, dtype)
+    factors = {key: 3.0 if key.kind in scaled else 1.0 for key in weights}
+    expected = torch.cat([(factors[key] * weight.double()).reshape(-1) for key, weight in given.items()])
+    torch.testing.assert_close(flat.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    flat.zero_()
+    assert all(torch.equal(weights[key], given[key]) for key in given)
 
 
 def test_generating_with_an_unknown_adapter_or_beyond_the_context_is_refused(tiny_folder: TinyFolder) -> None:
