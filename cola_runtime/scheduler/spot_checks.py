@@ -100,9 +100,7 @@ class SpotChecks:
         self._within: dict[tuple[str, int, int], CheckpointRecord] = {}  # the newest before such an end
         self._tasks: dict[asyncio.Task[None], Interval] = {}
         self._one_at_a_time = asyncio.Lock()
-        self._arriving: dict[
-            str, asyncio.Future[Encoded]
-        ] = {}  # checkpoints of replays, by their lease's job
+        self._arriving: dict[str, asyncio.Future[Encoded]] = {}  # replays' checkpoints, by the lease's job
 
     def retains(self, lease: Lease, plan: TrainingPlan, version: int, *, replica: Replica) -> bool:
         """The step that leaves `version` is in a drawn interval. To be asked of every step, in order."""

@@ -45,9 +45,8 @@ class ObjectStorage:
             if self._local:
                 self._put_file(Path(path), content)
             else:
-                self._files.pipe_file(
-                    path, bytes(content)
-                )  # object stores show an object only when it is whole
+                # Object stores show an object only when it is whole.
+                self._files.pipe_file(path, bytes(content))
 
     def get(self, key: str) -> bytes:
         """The object's bytes. Raises NotFound `OBJECT_UNKNOWN`."""

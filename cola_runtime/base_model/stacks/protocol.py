@@ -78,8 +78,8 @@ class PartLayout(Protocol):
     block_sizes: tuple[int, ...]
 
     def scaled(self, weights: Mapping[TensorKey, Tensor], kind: Any) -> list[Scaled]:
-        """What lies in the blocks, in their order, in the adapter's dtype. Nothing is copied or scaled
-        yet: `AdapterLayout.flatten` does it for all parts at once.
+        """What lies in the blocks, in their order, in the adapter's dtype; maybe `weights` themselves, which
+        `AdapterLayout.flatten` copies and scales for all parts at once.
         """
 
     def views(self, blocks: Sequence[Tensor]) -> dict[int, Any]:
