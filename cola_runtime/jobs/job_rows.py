@@ -5,9 +5,20 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import asdict
 from datetime import datetime, timedelta
+from functools import cache
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, ScalarSelect, Select, func, select, tuple_
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    RowMapping,
+    ScalarSelect,
+    Select,
+    bindparam,
+    func,
+    select,
+    tuple_,
+)
 
 from cola_runtime.clock import rfc3339
 from cola_runtime.errors import Conflict, InvalidInput, NotFound
@@ -21,6 +32,7 @@ MAX_LISTED_JOBS = 1000
 _jobs = schema.jobs
 _leases = schema.leases
 _evaluations = schema.evaluations
+_UPDATE_JOB = _jobs.update().where(_jobs.c.job_id == bindparam("of_job"))
 
 
 def insert_job(connection: Connection, new: NewJob, *, at: str) -> JobRecord:
@@ -58,10 +70,16 @@ def miss_deadline(connection: Connection, job_id: str, *, at: str) -> JobRecord 
 
 def read_job(connection: Connection, job_id: str, *, tenant_id: str | None = None) -> JobRecord:
     """Raises NotFound `JOB_UNKNOWN`, also when the job is another tenant's."""
-    row = connection.execute(_query(tenant_id).where(_jobs.c.job_id == job_id)).mappings().one_or_none()
+    query = _one_job() if tenant_id is None else _one_job().where(_jobs.c.tenant_id == tenant_id)
+    row = connection.execute(query, {"of_job": job_id}).mappings().one_or_none()
     if row is None:
         raise _unknown(job_id)
     return _record(row)
+
+
+def has_ended(connection: Connection, job_id: str) -> bool:
+    state = connection.execute(select(_jobs.c.state).where(_jobs.c.job_id == job_id)).scalar_one()
+    return JobState(state) in TERMINAL_STATES
 
 
 def find_job(connection: Connection, tenant_id: str, ref: str) -> JobRecord:
@@ -138,7 +156,7 @@ def move_job(
 
 
 def update_job(connection: Connection, job_id: str, **changes: Any) -> None:
-    connection.execute(_jobs.update().where(_jobs.c.job_id == job_id).values(**changes))
+    connection.execute(_UPDATE_JOB, {"of_job": job_id, **changes})
 
 
 def end_lease(connection: Connection, job_id: str, *, at: str) -> None:
@@ -186,6 +204,12 @@ def _made_by_key(connection: Connection, new: NewJob) -> JobRecord | None:
             remedy="Send the same request again, or use a new key.",
         )
     return _record(row)
+
+
+@cache
+def _one_job() -> Select[Any]:
+    """Built once, since building it takes as long as running it. Its parameter is `of_job`."""
+    return _query(None).where(_jobs.c.job_id == bindparam("of_job"))
 
 
 def _query(tenant_id: str | None) -> Select[Any]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from typing import TypeVar
 
 from sqlalchemy import Connection
 
 from cola_runtime import crash_points
-from cola_runtime.jobs import trail
 from cola_runtime.jobs.database import Database
 from cola_runtime.jobs.recall import Memory
 from cola_runtime.jobs.records import JobRecord
@@ -44,19 +42,9 @@ class JobWrites:
             self._memory.note_jobs([result])
         return result
 
-    async def changed(self, job_id: str, *, after: int, timeout_seconds: float) -> bool:
-        """Wait until the job has an event above id `after`: True; False if the deadline comes first."""
-        deadline = time.monotonic() + timeout_seconds
-        while True:
-            # before looking, or a commit could slip by
-            wake = self._wakes.setdefault(job_id, asyncio.Event())
-            if await self.database.run(lambda c: trail.last_event_id(c, job_id)) > after:
-                return True
-            try:
-                async with asyncio.timeout(deadline - time.monotonic()):
-                    await wake.wait()
-            except TimeoutError:
-                return False
+    def next_commit(self, job_id: str) -> asyncio.Event:
+        """Is set at the next commit that concerns the job."""
+        return self._wakes.setdefault(job_id, asyncio.Event())
 
     def _wake_soon(self, job_id: str) -> None:
         """Called in the database's thread, so that a commit wakes watchers even if its caller is gone."""

@@ -75,10 +75,11 @@ def insert_step(connection: Connection, step: StepRecord, *, at: str) -> JobReco
             "STEP_OUT_OF_ORDER", "steps are recorded in order", limit=job.version + 1, actual=step.step
         )
     step = replace(step, applied_at=step.applied_at or at)
-    connection.execute(_steps.insert().values(**asdict(step)))
-    update_job(connection, job.job_id, version=step.step, last_loss=step.loss, **_grown(job, step))
+    connection.execute(_steps.insert(), asdict(step))
+    changes = {"version": step.step, "last_loss": step.loss, **_grown(job, step)}
+    update_job(connection, job.job_id, **changes)
     _append_step(connection, step, job.total_steps, at=at)
-    return read_job(connection, job.job_id)
+    return replace(job, **changes)
 
 
 def rewind_job(connection: Connection, lease: Lease, version: int, *, at: str) -> JobRecord:

@@ -35,6 +35,7 @@ from cola_runtime.jobs.records import (
 )
 from cola_runtime.jobs.registry import DeviceRegistry
 from cola_runtime.jobs.state import JobState, Trigger
+from cola_runtime.jobs.watch import JobWatch
 from cola_runtime.types import Lease
 from cola_runtime.update_chain import RecordedLink
 
@@ -306,9 +307,9 @@ class JobStore:
     async def events(self, job_id: str, *, after: int = 0, limit: int = 1000) -> list[EventRecord]:
         return await self._database.run(lambda c: trail.read_events(c, job_id, after=after, limit=limit))
 
-    async def changed(self, job_id: str, *, after: int, timeout_seconds: float) -> bool:
-        """Wait until the job has an event above id `after`: True; False if the deadline comes first."""
-        return await self._writes.changed(job_id, after=after, timeout_seconds=timeout_seconds)
+    def watch(self, job_id: str, *, after: int = 0, page: int = 1000) -> JobWatch:
+        """To be told of the job's events above id `after`, at most `page` at once."""
+        return JobWatch(job_id, self._database, self._writes.next_commit, after=after, page=page)
 
     def _at(self) -> str:
         return clock.rfc3339(self._now())

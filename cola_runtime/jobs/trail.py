@@ -6,12 +6,13 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, func, select
+from sqlalchemy import Connection, RowMapping, select
 
 from cola_runtime.jobs import schema
 from cola_runtime.jobs.records import EventRecord
 
 _events = schema.events
+_APPEND = _events.insert().returning(_events.c.id)
 
 
 def append_event(
@@ -27,9 +28,7 @@ def append_event(
     """Add one event to a job's history. `data` must be plain JSON values."""
     values = {"job_id": job_id, "created_at": at, "kind": kind, "level": level, "message": message}
     text = json.dumps(dict(data or {}), allow_nan=False)
-    event_id = connection.execute(
-        _events.insert().values(**values, data_json=text).returning(_events.c.id)
-    ).scalar_one()
+    event_id = connection.execute(_APPEND, {**values, "data_json": text}).scalar_one()
     return EventRecord(id=event_id, **values, data=dict(data or {}))
 
 
@@ -42,12 +41,6 @@ def read_events(connection: Connection, job_id: str, *, after: int, limit: int) 
         .limit(limit)
     )
     return [_event(row) for row in rows.mappings()]
-
-
-def last_event_id(connection: Connection, job_id: str) -> int:
-    """The newest event's id, 0 without one."""
-    query = select(func.coalesce(func.max(_events.c.id), 0)).where(_events.c.job_id == job_id)
-    return int(connection.execute(query).scalar_one())
 
 
 def _event(row: RowMapping) -> EventRecord:

@@ -29,6 +29,7 @@ from cola_runtime.jobs.records import (
 )
 from cola_runtime.jobs.state import JobState
 from cola_runtime.jobs.store import JobStore
+from cola_runtime.jobs.watch import JobWatch
 from cola_runtime.scheduler.device_pool import DeviceStatus
 from cola_runtime.scheduler.runner import JobRunner, ServiceStatistics
 from cola_runtime.server.admission import Admission, Submission
@@ -158,28 +159,21 @@ class FineTuningService:
         An empty page comes every `key_check_seconds` of silence, and while the job store cannot be read.
         """
         job = await self.job(tenant, ref)
-        while (page := await self._next_events(job.job_id, after=after, follow=follow)) is not None:
-            after = page[-1].id if page else after
+        watch = self.store.watch(job.job_id, after=after, page=self.limits.page)
+        while (page := await self._next_events(watch, follow=follow)) is not None:
             yield page
 
-    async def _next_events(self, job_id: str, *, after: int, follow: bool) -> list[EventRecord] | None:
+    async def _next_events(self, watch: JobWatch, *, follow: bool) -> list[EventRecord] | None:
         """Empty after a silence, also of the job store; None at the end."""
         try:
-            while True:
-                ended = (await self.store.job(job_id)).ended  # read first: the end is itself an event
-                page = await self.store.events(job_id, after=after, limit=self.limits.page)
-                if page:
-                    return page
-                if ended or not follow:
-                    return None
-                silence = self.limits.key_check_seconds
-                if not await self.store.changed(job_id, after=after, timeout_seconds=silence):
-                    return []
+            news = await watch.news(timeout_seconds=self.limits.key_check_seconds if follow else 0.0)
         except Unavailable as error:
             if not follow or error.reason not in OUTAGES:
                 raise
             await asyncio.sleep(OUTAGE_PAUSE_SECONDS)
             return []
+        at_end = not news.events and (news.ended or not follow)
+        return None if at_end else news.events
 
     async def steps(self, tenant: Tenant, ref: str, *, after: int = 0, limit: int = 0) -> list[StepRecord]:
         job = await self._recorded(tenant, ref)

@@ -85,7 +85,7 @@ async def test_a_commit_whose_answer_is_lost_is_made_once_or_not_at_all(
     line, store = wire
     job = await store.create_job(new_job(await store.create_tenant("acme")))
     last = (await store.events(job.job_id))[-1].id
-    watch = asyncio.create_task(store.changed(job.job_id, after=last, timeout_seconds=30))
+    watch = asyncio.create_task(store.watch(job.job_id, after=last).news(timeout_seconds=30))
     await asyncio.sleep(0)
     await store.tenants()  # behind the watcher's look, which is a transaction, too
     line.cut = cut
@@ -95,7 +95,7 @@ async def test_a_commit_whose_answer_is_lost_is_made_once_or_not_at_all(
         assert caught.value.reason == "STORE_UNREACHABLE"
     else:
         assert (await store.add_event(job.job_id, "note", "once")).id > last
-        assert await asyncio.wait_for(watch, 5)
+        assert (await asyncio.wait_for(watch, 5)).events
     watch.cancel()
     noted = [event for event in await store.events(job.job_id) if event.kind == "note"]
     assert len(noted) == (cut is Cut.ANSWER)
