@@ -52,6 +52,8 @@ class ObjectStorage:
         """The object's bytes. Raises NotFound `OBJECT_UNKNOWN`."""
         path = self._path(key)
         with _as_ours(key):
+            if self._local:
+                return _read_once(Path(path))
             content: bytes = self._files.cat_file(path)
         return content
 
@@ -107,6 +109,24 @@ def _write_synced(path: Path, content: bytes | memoryview) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+        _let_go_of_pages(file.fileno())
+
+
+def _read_once(path: Path) -> bytes:
+    with path.open("rb") as file:
+        content = file.read()
+        _let_go_of_pages(file.fileno())
+    return content
+
+
+def _let_go_of_pages(descriptor: int) -> None:
+    """Tell the system that it need not keep the file's content in memory.
+
+    Objects are read rarely, if ever. A job's checkpoints would otherwise take new memory each, to which a
+    virtual machine comes the hard way: 70 ms of CPU for 30 MB instead of 6 (docs/performance.md).
+    """
+    if hasattr(os, "posix_fadvise"):  # not on macOS
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _make_folder(path: Path) -> None:

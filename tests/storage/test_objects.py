@@ -192,6 +192,27 @@ def test_content_is_synced_before_it_is_visible_and_its_folder_after(
     assert visible_at_sync == [False, True]
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system cannot be told")
+def test_an_objects_content_stays_in_no_page_cache_once_it_is_stored_or_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = ObjectStorage(f"file://{folder}")
+    told: list[str] = []
+
+    def watched(_descriptor: int, offset: int, length: int, advice: int) -> None:
+        assert (offset, length, advice) == (0, 0, os.POSIX_FADV_DONTNEED)  # all of it
+        told.append("let go")
+
+    real_sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (told.append("synced"), real_sync(descriptor)))
+    monkeypatch.setattr(os, "posix_fadvise", watched)
+    storage.put("a", b"new")
+    assert told[:2] == ["synced", "let go"]  # before, nothing would go
+    told.clear()
+    assert storage.get("a") == b"new"
+    assert told == ["let go"]
+
+
 def test_what_a_killed_process_left_is_removed_and_never_listed(folder: Path) -> None:
     storage = ObjectStorage(f"file://{folder}")
     (folder / ".partial" / "rest").write_bytes(b"half")
