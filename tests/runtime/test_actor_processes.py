@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -15,19 +16,51 @@ from cola_runtime.base_model.compute_lane import ComputeLane
 from cola_runtime.device.agent import DeviceAgent
 from cola_runtime.device.config import DeviceConfig
 from cola_runtime.machine import COMPUTE_NICENESS, keep_started_objects
-from cola_runtime.process_environment import LARGE_PAGES, TLS_ENVIRONMENT, WORKER_NICENESS, actor_environment
+from cola_runtime.process_environment import (
+    LARGE_PAGES,
+    PRELOADED,
+    TLS_ENVIRONMENT,
+    WORKER_NICENESS,
+    actor_environment,
+    child_environment,
+    jemalloc,
+)
 
 
-def test_an_actor_asks_for_large_pages_and_its_share_of_cores_unless_the_service_was_told_otherwise(
+def test_an_actor_has_its_allocator_and_its_share_of_cores_unless_the_service_was_told_otherwise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    told = {"GLIBC_TUNABLES": "glibc.malloc.arena_max=1", WORKER_NICENESS: "15"}
+    told = {
+        PRELOADED: "libtcmalloc_minimal.so.4",
+        "GLIBC_TUNABLES": "glibc.malloc.arena_max=1",
+        WORKER_NICENESS: "15",
+    }
     for name in told:
         monkeypatch.delenv(name, raising=False)
-    assert actor_environment() == {**TLS_ENVIRONMENT, "GLIBC_TUNABLES": LARGE_PAGES, WORKER_NICENESS: "0"}
+    ours = {PRELOADED: jemalloc(), "GLIBC_TUNABLES": LARGE_PAGES, WORKER_NICENESS: "0"}
+    assert actor_environment() == {**TLS_ENVIRONMENT, **ours}
     for name, value in told.items():
         monkeypatch.setenv(name, value)
     assert actor_environment() == {**TLS_ENVIRONMENT, **told}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Ray's package brings jemalloc for Linux only")
+def test_what_an_actor_is_started_with_makes_torchs_tensors_by_jemalloc() -> None:
+    """Its own count of bytes that threads were given grows by a tensor's."""
+    source = (
+        "import ctypes, torch\n"
+        "counted, size = ctypes.c_uint64(), ctypes.c_size_t(8)\n"
+        "def given():\n"
+        "    count = ctypes.CDLL(None).mallctl\n"
+        "    assert not count(b'thread.allocated', ctypes.byref(counted), ctypes.byref(size), None, 0)\n"
+        "    return counted.value\n"
+        "before = given()\n"
+        "kept = torch.empty(1 << 20, dtype=torch.uint8)\n"
+        "print(given() - before >= 1 << 20)\n"
+    )
+    environment = child_environment(**actor_environment())
+    told = subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True, text=True)
+    assert told.stdout.strip() == "True", told.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a thread has a niceness of its own on Linux only")
