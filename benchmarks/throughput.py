@@ -9,12 +9,15 @@ one row a step. All sides train the same rows and end with saved adapters; loadi
   peft_sequential  the best that peft does for one tenant after another: each to its end (nothing is
                    switched), or in turns with `set_adapter`
   peft_processes   a peft process per tenant, all at once
+  peft_jemalloc    peft_sequential in a process that has the jemalloc which the runtime gives its base models
+                   and devices (Ray's package brings it along; peft as it is installed has glibc's malloc)
 Every side has both cores and takes its best: peft's threads and attention are tried on one tenant, the
 runtime's base model runs with one thread, with two, and as two replicas of one thread each. Memory (PSS of
 all processes of a side) is looked at when the last adapter is saved: a look costs CPU that both sides need.
 Peft's sequential rate does not depend on the number of tenants: it is measured before and after each shape of
 the runtime (--quick: before), and a ratio is that of the runtime's fastest shape over the better one of the
-two beside it: a shared machine's speed drifts. Row lengths vary by a quarter around their mean.
+two beside it: a shared machine's speed drifts. That with jemalloc is measured before the first and after the
+last shape. Row lengths vary by a quarter around their mean.
 Jobs are short, twelve steps, so that beginning and ending one counts; one and 16 tenants also train 48 steps.
 --accelerator cuda: the base model, one replica of one thread, is on a CUDA device, and so is peft; eight rows
 of 512 tokens a step, which peft pads to the longest, or one of 128. Devices are still CPU processes, four
@@ -29,9 +32,11 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +48,7 @@ from cola_runtime.client.asynchronous import AsyncClient
 from cola_runtime.config import BaseModelSettings, DeviceSettings, SchedulerSettings, ServiceSettings
 from cola_runtime.demo.memory import memory_bytes
 from cola_runtime.machine import keep_started_objects
+from cola_runtime.process_environment import PRELOADED, jemalloc
 from cola_runtime.rows import Row
 from cola_runtime.runtime.coordinator import running_service
 from cola_runtime.spec import JobSpec
@@ -164,6 +170,7 @@ def main() -> None:
     first = results[cases[0].name]
     summary = {
         "speedup_over_peft_sequential": first["speedup_over_peft_sequential"],
+        "speedup_over_peft_jemalloc": first["speedup_over_peft_jemalloc"],
         "base_busy": first["base_busy"],
         "accelerator": accelerator.description,
         "rank": RANK,
@@ -197,11 +204,15 @@ def run_case(path: Path, case: Case, *, seed: int) -> dict[str, Any]:
     setting = fastest(setting, rows[0][:tried], trials=2 if case.twice else 1)
     few = rows[: case.peft_tenants]
     peft = [sequential(setting, few)]
+    preloaded = [sequential_with_jemalloc(setting, rows[0][:tried], few)]
     runtime: dict[tuple[int, int], dict[int, Served]] = {}
     for shape in case.shapes:
         print(case.name, "peft", peft[-1], flush=True)
         runtime[shape] = asyncio.run(serve_all(path, case, datasets, shape=shape))
         peft.append(sequential(setting, few) if case.twice else peft[-1])
+    if case.twice:
+        preloaded.append(sequential_with_jemalloc(setting, rows[0][:tried], few))
+    fastest_preloaded = max((rate for rates in preloaded for rate in rates.values()), default=None)
     beside = {
         shape: max(*before.values(), *after.values())
         for shape, before, after in zip(case.shapes, peft, peft[1:], strict=False)
@@ -217,6 +228,9 @@ def run_case(path: Path, case: Case, *, seed: int) -> dict[str, Any]:
         "speedup_over_peft_sequential": {
             str(count): _rate(best[count]) / beside[shape] for count, shape in fastest_shape.items()
         },
+        "speedup_over_peft_jemalloc": None
+        if fastest_preloaded is None
+        else {str(count): _rate(served) / fastest_preloaded for count, served in best.items()},
         "speedup_over_peft_processes": {
             str(count): _rate(best[count]) / trained.tokens_per_second
             for count, trained in processes.items()
@@ -229,6 +243,7 @@ def run_case(path: Path, case: Case, *, seed: int) -> dict[str, Any]:
             for count, served in of_shape.items()
         },
         "peft_sequential_tokens_per_second": {name: [each[name] for each in peft] for name in peft[0]},
+        "peft_jemalloc_tokens_per_second": preloaded,
         "peft_threads": setting.threads,
         "peft_attention": setting.attention,
         "peft_processes": {
@@ -246,6 +261,32 @@ def sequential(setting: PeftSetting, tenants: Sequence[Sequence[Row]]) -> dict[s
     }
     Accelerator.of(setting.accelerator).give_back()
     return rates
+
+
+def sequential_with_jemalloc(
+    setting: PeftSetting, tried: Sequence[Row], tenants: Sequence[Sequence[Row]]
+) -> dict[str, float]:
+    """`sequential` in a process of its own that has the runtime's allocator, with what is fastest there.
+
+    Empty on CUDA, where host memory is not what limits, and where Ray's package brings no jemalloc.
+    """
+    if not jemalloc() or setting.accelerator != "cpu":
+        return {}
+    before = os.environ.get(PRELOADED)
+    os.environ[PRELOADED] = jemalloc()
+    try:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            return pool.submit(_fastest_sequential, setting, tried, tenants).result()
+    finally:
+        del os.environ[PRELOADED]
+        if before is not None:
+            os.environ[PRELOADED] = before
+
+
+def _fastest_sequential(
+    setting: PeftSetting, tried: Sequence[Row], tenants: Sequence[Sequence[Row]]
+) -> dict[str, float]:
+    return sequential(fastest(setting, tried), tenants)
 
 
 async def serve_all(
