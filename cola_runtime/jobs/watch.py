@@ -70,5 +70,6 @@ class JobWatch:
             async with asyncio.timeout(timeout_seconds):
                 await self._commit.wait()
         except TimeoutError:
+            self._commit = None  # a silence ends with a look, whatever was committed unnoticed
             return False
         return True
