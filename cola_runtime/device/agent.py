@@ -27,6 +27,7 @@ from cola_runtime.transport.tls import device_credentials
 
 logger = logging.getLogger(__name__)
 
+CANCEL_AGAIN_SECONDS = 1.0
 DRAIN_SECONDS = 20.0  # below the 30 s that Kubernetes gives a process by default
 
 
@@ -57,8 +58,10 @@ class DeviceAgent:
         try:
             await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            serving.cancel()
             stopping.cancel()
+            while not serving.done():  # a call may fail of it instead, and another be tried
+                serving.cancel()
+                await asyncio.wait((serving,), timeout=CANCEL_AGAIN_SECONDS)
             with suppress(asyncio.CancelledError):
                 await serving
             self._thread.shutdown(wait=False, cancel_futures=True)
