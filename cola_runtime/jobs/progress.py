@@ -24,6 +24,7 @@ from cola_runtime.types import Lease
 from cola_runtime.update_chain import START, RecordedLink
 
 _steps = schema.steps
+_ADD_STEP = _steps.insert()
 _leases = schema.leases
 _checkpoints = schema.checkpoints
 
@@ -75,7 +76,7 @@ def insert_step(connection: Connection, step: StepRecord, *, at: str) -> JobReco
             "STEP_OUT_OF_ORDER", "steps are recorded in order", limit=job.version + 1, actual=step.step
         )
     step = replace(step, applied_at=step.applied_at or at)
-    connection.execute(_steps.insert(), asdict(step))
+    connection.execute(_ADD_STEP, asdict(step))
     changes = {"version": step.step, "last_loss": step.loss, **_grown(job, step)}
     update_job(connection, job.job_id, **changes)
     _append_step(connection, step, job.total_steps, at=at)
