@@ -25,7 +25,7 @@ TILED_FOR_TOKENS = 512  # what the layout is chosen for; it serves any number
 FEW_ROWS = 64  # of x: a short row alone, or two
 _TRIAL_FEW, _TRIAL_MANY = 32, 256  # tokens
 _TRIAL_SIZE = 1024  # inputs and outputs
-_TRIAL_WEIGHTS = 8  # more than a cache keeps of them
+_TRIAL_WEIGHTS = 8  # more than a core's own cache keeps
 _TRIAL_ROUNDS = 7
 
 

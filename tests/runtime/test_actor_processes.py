@@ -44,7 +44,7 @@ def test_an_actor_has_its_allocator_and_its_share_of_cores_unless_the_service_wa
     assert actor_environment() == {**TLS_ENVIRONMENT, **told}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Ray's package brings jemalloc for Linux only")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux preloads it")
 def test_what_an_actor_is_started_with_makes_torchs_tensors_by_jemalloc() -> None:
     """Its own count of bytes that threads were given grows by a tensor's."""
     source = (
