@@ -21,7 +21,7 @@ def times(x_MI: Tensor, weight_KI: Tensor, groups: int = 1) -> Tensor:
         index_KM = _columns(x_MI).expand(*weight_KI.shape[:-1], -1)
         return weight_KI.gather(-1, index_KM).transpose(-1, -2)
     if groups == 1:
-        return x_MI @ weight_KI.transpose(-1, -2)
+        return _product(x_MI, weight_KI.transpose(-1, -2))
     return _joined(_runs(x_MI, groups) @ _blocks(weight_KI, groups).transpose(-1, -2))
 
 
@@ -32,7 +32,7 @@ def outer(grad_MK: Tensor, x_MI: Tensor, site: Site, groups: int = 1) -> Tensor:
         sums_KI = grad_MK.new_zeros(*grad_KM.shape[:-1], site.in_features)
         return sums_KI.scatter_add_(-1, _columns(x_MI).expand(grad_KM.shape), grad_KM)
     if groups == 1:
-        return grad_MK.transpose(-1, -2) @ x_MI
+        return _product(grad_MK.transpose(-1, -2), x_MI)
     return (_runs(grad_MK, groups).transpose(-1, -2) @ _runs(x_MI, groups)).flatten(-3, -2)
 
 
@@ -80,6 +80,11 @@ def divided(tensor: Tensor, dimension: int, *sizes: int) -> Tensor:
     """The dimension as several of these sizes; a view."""
     view: Tensor = tensor.unflatten(dimension, sizes)  # type: ignore[no-untyped-call]
     return view
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, without what `@` asks first where it is known how the batches lie."""
+    return torch.bmm(left, right) if left.ndim == right.ndim == 3 else left @ right
 
 
 def _block_diagonal(blocks: Sequence[Tensor]) -> Tensor:

@@ -23,11 +23,11 @@ class Projection:
 
     def sites(self, tensors_NO: Sequence[Tensor], shape: tuple[int, int]) -> list[Tensor]:
         """[B, T, O] of every site: column slices of one tensor per product."""
-        return [
-            columns
-            for product, tensor_NO in zip(self.products, tensors_NO, strict=True)
-            for columns in torch.split(tensor_NO.view(*shape, -1), product.widths, dim=-1)
-        ]
+        sites: list[Tensor] = []
+        for product, tensor_NO in zip(self.products, tensors_NO, strict=True):
+            tensor_BTO = tensor_NO.view(*shape, -1)
+            sites += [tensor_BTO] if len(product.widths) == 1 else torch.split(tensor_BTO, product.widths, -1)
+        return sites
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

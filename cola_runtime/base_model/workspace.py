@@ -22,20 +22,27 @@ class Workspace:
         self._device = device
         self.generation = 0  # a new one whenever a buffer has got other memory
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._views: dict[tuple[str, torch.dtype], Tensor] = {}  # what was handed out of each buffer last
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor with undefined content, valid until its name and dtype are asked for again.
 
         Behind it there is memory for the rest of a tile of its last dimension (`whole_tiles`).
         """
+        key = name, dtype
+        view = self._views.get(key)
+        if view is not None and view.shape == shape:
+            return view  # as in the layer before: slicing anew took 1 to 2 % of a short step
         numel = math.prod(shape)
-        buffer = self._buffers.get((name, dtype))
+        buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < numel:
-            self._buffers.pop((name, dtype), None)
-            del buffer  # freed before the larger one is allocated
+            self._buffers.pop(key, None)
+            self._views.pop(key, None)
+            del buffer, view  # freed before the larger one is allocated
             self.generation += 1
-            buffer = self._buffers[name, dtype] = self._allocated(name, self._roomy(numel, shape), dtype)
-        return buffer[:numel].view(shape)
+            buffer = self._buffers[key] = self._allocated(name, self._roomy(numel, shape), dtype)
+        view = self._views[key] = buffer[:numel].view(shape)
+        return view
 
     def _roomy(self, numel: int, shape: tuple[int, ...]) -> int:
         """On CUDA up to a quarter more, so that few steps move a buffer: captured passes end with that."""
@@ -59,3 +66,4 @@ class Workspace:
         """Forget every buffer; tensors handed out keep their memory alive themselves."""
         self.generation += 1
         self._buffers.clear()
+        self._views.clear()

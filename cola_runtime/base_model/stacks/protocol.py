@@ -43,8 +43,16 @@ class CohortRows:
 
     def of(self, tensor_BTF: Tensor) -> Tensor:
         """The cohort's tokens as [S, M, F], a view; also of a tensor that is a slice of columns."""
-        lines = tensor_BTF[0] if self.span.of_tokens else tensor_BTF
-        return lines[self.span.first : self.span.stop].view(self.segments, -1, tensor_BTF.shape[-1])
+        first, stop = self.span.first, self.span.stop
+        if not self.span.of_tokens:
+            return tensor_BTF[first:stop].view(self.segments, -1, tensor_BTF.shape[-1])
+        # Asked for a thousand times a step, and each view of a view costs as much as a small product's start.
+        tokens, (_, row, column) = (stop - first) // self.segments, tensor_BTF.stride()
+        return tensor_BTF.as_strided(
+            (self.segments, tokens, tensor_BTF.shape[-1]),
+            (tokens * row, row, column),
+            tensor_BTF.storage_offset() + first * row,
+        )
 
 
 class SiteStack(Protocol):
