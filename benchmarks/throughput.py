@@ -48,7 +48,7 @@ from cola_runtime.client.asynchronous import AsyncClient
 from cola_runtime.config import BaseModelSettings, DeviceSettings, SchedulerSettings, ServiceSettings
 from cola_runtime.demo.memory import memory_bytes
 from cola_runtime.machine import keep_started_objects
-from cola_runtime.process_environment import PRELOADED, jemalloc
+from cola_runtime.process_environment import JEMALLOC_SETTINGS, KEEP_LARGE, PRELOADED, jemalloc
 from cola_runtime.rows import Row
 from cola_runtime.runtime.coordinator import running_service
 from cola_runtime.spec import JobSpec
@@ -274,15 +274,14 @@ def sequential_with_jemalloc(
     """
     if not jemalloc() or setting.accelerator != "cpu":
         return {}
-    before = os.environ.get(PRELOADED)
-    os.environ[PRELOADED] = jemalloc()
+    before = dict(os.environ)
+    os.environ |= {PRELOADED: jemalloc(), JEMALLOC_SETTINGS: KEEP_LARGE}
     try:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             return pool.submit(_fastest_sequential, setting, tried, tenants).result()
     finally:
-        del os.environ[PRELOADED]
-        if before is not None:
-            os.environ[PRELOADED] = before
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _fastest_sequential(

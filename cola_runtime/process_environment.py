@@ -16,6 +16,8 @@ TLS_ENVIRONMENT = {"GRPC_SSL_CIPHER_SUITES": "ECDHE-PSK-CHACHA20-POLY1305"}
 """Of TLS 1.2's cipher suites one that needs a key shared before: none is. TLS 1.3 has its own."""
 PRELOADED = "LD_PRELOAD"  # libraries that are loaded before all others
 LARGE_PAGES = "glibc.malloc.hugetlb=1"
+JEMALLOC_SETTINGS = "MALLOC_CONF"
+KEEP_LARGE = "oversize_threshold:0"  # freed pieces of 8 MiB and more may be used again, too
 WORKER_NICENESS = "RAY_worker_niceness"  # added to that of Ray's raylet
 SPINS = "1000"  # of a thread that waits, before it sleeps
 
@@ -42,15 +44,17 @@ def set_thread_environment(threads: int) -> None:
 def actor_environment() -> dict[str, str]:
     """Of a process that Ray starts for us: what is read before the first line of Python is.
 
-    Memory comes from jemalloc (`jemalloc`). Without it glibc asks the kernel for large pages: of 4 KiB each,
-    zeroing and mapping fresh ones for messages and tensors took a tenth of all CPU time
-    (docs/performance.md). Ray would start its workers at niceness 15: beside two busy processes on two cores
-    they got 3 to 5 % of a core each, too little to be sure of a heartbeat. What the service's own environment
-    says of any of these goes first.
+    Memory comes from jemalloc (`jemalloc`), which would give pieces of 8 MiB and more back to the kernel as
+    soon as they are free: an adapter's weights arrive in one with every step. Without jemalloc glibc asks the
+    kernel for large pages: of 4 KiB each, zeroing and mapping fresh ones for messages and tensors took a
+    tenth of all CPU time (docs/performance.md). Ray would start its workers at niceness 15: beside two busy
+    processes on two cores they got 3 to 5 % of a core each, too little to be sure of a heartbeat. What the
+    service's own environment says of any of these goes first.
     """
     return {
         **TLS_ENVIRONMENT,
         PRELOADED: os.environ.get(PRELOADED, jemalloc()),
+        JEMALLOC_SETTINGS: os.environ.get(JEMALLOC_SETTINGS, KEEP_LARGE),
         "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", LARGE_PAGES),
         WORKER_NICENESS: os.environ.get(WORKER_NICENESS, "0"),
     }
