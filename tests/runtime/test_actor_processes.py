@@ -71,7 +71,7 @@ def test_what_an_actor_is_started_with_makes_torchs_tensors_by_jemalloc() -> Non
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux preloads it")
 def test_an_actor_takes_the_pages_of_a_freed_adapter_again_and_not_fresh_ones() -> None:
-    """In any thread but the main one, whose memory jemalloc sets up before it reads its settings."""
+    """In any thread but the main one, where jemalloc 5.3 gives them back whatever it is told."""
     source = (
         "import resource, torch\n"
         "from concurrent.futures import ThreadPoolExecutor\n"
