@@ -2,8 +2,9 @@
 
     python benchmarks/base_step.py [--quick] [--json] [--seed N] [--accelerator cuda]
 
-SmolLM2-135M, every token a label (of completions the second half), B rows of T tokens. The sides take turns,
-round by round, in one process:
+SmolLM2-135M, every token a label (of completions the second half), B rows of T tokens. Every case has a
+process of its own, with the allocator of a service's base models for all sides. These take turns there, round
+by round:
   floor            forward and backward of the bare transformers model down to its input embeddings
   mixed            our step of B tenants, LoRA r = 8 on all seven projections, adapter_gradient taps
   linear           the same with full-rank adapters on q and v (everywhere they would be the model again)
@@ -58,6 +59,7 @@ from cola_runtime.testing.base_step_sides import (
 )
 from cola_runtime.testing.counted_memory import added_tenant, peft_tenant
 from cola_runtime.testing.cuda_step import CUDA_CASES, QUICK_CUDA_CASES, cuda_cases
+from cola_runtime.testing.own_process import as_an_actor
 from cola_runtime.testing.record import argument_parser, compare, emit, interleaved, record
 
 CACHE = Path(".cache/models")
@@ -147,7 +149,7 @@ def on_cpu(arguments: Namespace) -> None:
     cases = QUICK_CASES if arguments.quick else CASES
     kinds = ("lora",) if arguments.quick else tuple(MEMORY_KINDS)
     bytes_of_tenants = memory(path, kinds, seed=arguments.seed)
-    results = {case.name: run_case(path, case, seed=arguments.seed) for case in cases}
+    results = {case.name: as_an_actor(run_case, path, case, seed=arguments.seed) for case in cases}
     top = {f"{side}_over_floor": results[cases[0].name][f"{side}_over_floor"] for side in TOP_SIDES}
     summary = {
         **top,
@@ -171,6 +173,7 @@ def on_cuda(arguments: Namespace) -> None:
 
 
 def run_case(path: Path, case: Case, *, seed: int) -> dict[str, Any]:
+    torch.set_num_threads(1)  # in a new process
     rows_BT = random_rows(case.tenants, case.tokens, seed)
     tokens_BT = tokens_of(rows_BT)
     stock, ours = Stock(path, case.dtype), Ours(path, case.dtype)

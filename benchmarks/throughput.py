@@ -32,11 +32,9 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +46,13 @@ from cola_runtime.client.asynchronous import AsyncClient
 from cola_runtime.config import BaseModelSettings, DeviceSettings, SchedulerSettings, ServiceSettings
 from cola_runtime.demo.memory import memory_bytes
 from cola_runtime.machine import keep_started_objects
-from cola_runtime.process_environment import JEMALLOC_SETTINGS, KEEP_LARGE, PRELOADED, jemalloc
+from cola_runtime.process_environment import jemalloc
 from cola_runtime.rows import Row
 from cola_runtime.runtime.coordinator import running_service
 from cola_runtime.spec import JobSpec
 from cola_runtime.testing.chat_rows import chat_datasets, tokenized
 from cola_runtime.testing.exactness import tenant_client
+from cola_runtime.testing.own_process import as_an_actor
 from cola_runtime.testing.peft_rivals import (
     PeftSetting,
     Trained,
@@ -274,14 +273,7 @@ def sequential_with_jemalloc(
     """
     if not jemalloc() or setting.accelerator != "cpu":
         return {}
-    before = dict(os.environ)
-    os.environ |= {PRELOADED: jemalloc(), JEMALLOC_SETTINGS: KEEP_LARGE}
-    try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            return pool.submit(_fastest_sequential, setting, tried, tenants).result()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    return as_an_actor(_fastest_sequential, setting, tried, tenants)
 
 
 def _fastest_sequential(
