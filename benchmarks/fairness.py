@@ -66,8 +66,8 @@ def main() -> None:
     started = datetime.now(UTC)
     steps = 400 if arguments.quick else 3000
     errors = {
-        flat: window_errors(run_in_virtual_time(weighted(steps, arguments.seed, flat=flat)))
-        for flat in (True, False)
+        unpadded: window_errors(run_in_virtual_time(weighted(steps, arguments.seed, unpadded=unpadded)))
+        for unpadded in (True, False)
     }
     flood = latencies(300 if arguments.quick else 1500, arguments.seed)
     results: dict[str, Any] = {
@@ -80,13 +80,13 @@ def main() -> None:
     emit(record("fairness", results, seed=arguments.seed, started=started), arguments.json)
 
 
-async def weighted(steps: int, seed: int, *, flat: bool) -> Sequence[ComputedStep]:
+async def weighted(steps: int, seed: int, *, unpadded: bool) -> Sequence[ComputedStep]:
     jobs = [
         ModelledJob(job_id=f"{tenant}-{number}", tenant_id=tenant, rows=ROWS[tenant], draw=LENGTHS[tenant])
         for tenant, count in JOBS.items()
         for number in range(count)
     ]
-    base, _ = await driven(jobs, steps=steps, seed=seed, weights=WEIGHTS, flat=flat)
+    base, _ = await driven(jobs, steps=steps, seed=seed, weights=WEIGHTS, unpadded=unpadded)
     return base.steps
 
 
@@ -98,12 +98,13 @@ async def driven(
     weights: dict[str, float] | None = None,
     watched: str = "",
     token_budget: int = TOKEN_BUDGET,
-    flat: bool = True,
+    unpadded: bool = True,
 ) -> tuple[ModelledBase, list[float]]:
     """Run the jobs for so many base steps; also the step latencies of the watched job."""
-    base = ModelledBase(flat=flat)
+    base = ModelledBase(unpadded=unpadded)
     seen: list[float] = []
-    loop = SchedulerLoop(base, SchedulerSettings(token_budget=token_budget), on_base_lost=print, flat=flat)  # type: ignore[arg-type]
+    settings = SchedulerSettings(token_budget=token_budget)
+    loop = SchedulerLoop(base, settings, on_base_lost=print, unpadded=unpadded)  # type: ignore[arg-type]
     for tenant, weight in (weights or {}).items():
         loop.set_share(tenant, Share(weight=weight))
     tasks = [asyncio.create_task(loop.run_forever())]

@@ -29,10 +29,8 @@ class SegmentDropout:
     dropout: float  # p, the share of entries that is zeroed
     seed: int
     version: int
-    first_row: int  # of the segment, within its step
-    lengths: tuple[
-        int | None, ...
-    ]  # tokens of each row; None: an image, at every site as long as it is there
+    rows: tuple[int, ...]  # each one's number within the step
+    lengths: tuple[int | None, ...]  # of each, tokens; None: an image, at every site as long as it is there
 
     @property
     def factor(self) -> float:
@@ -54,8 +52,8 @@ class SegmentDropout:
         """[places, I]: each row's entries from its start on."""
         mask = np.zeros((places, site.in_features), np.bool_)
         least = np.uint32(min(round(self.dropout * 2**32), 2**32 - 1))
-        for number, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-            key = f"dropout/{self.seed}/{self.version}/{self.first_row + number}/{site.name}"
+        for row, start, length in zip(self.rows, starts, lengths, strict=True):
+            key = f"dropout/{self.seed}/{self.version}/{row}/{site.name}"
             bits = uniform_bits(key, length * site.in_features)
             np.greater_equal(bits.reshape(length, -1), least, out=mask[start : start + length])
         return torch.from_numpy(mask)

@@ -9,7 +9,7 @@ from cola_runtime.types import PRODUCT_FLOPS, QUANTIZATION, BaseModelDescription
 
 
 def described(
-    loaded: LoadedModel, *, name: str, gradient_endpoint: str, body: str, flat: bool, threads: int
+    loaded: LoadedModel, *, name: str, gradient_endpoint: str, body: str, unpadded: bool, threads: int
 ) -> BaseModelDescription:
     """`body` names what computes its training steps."""
     return BaseModelDescription(
@@ -35,7 +35,7 @@ def described(
             "weight_bytes": str(_weight_bytes(loaded.model)),
             PRODUCT_FLOPS: repr(loaded.product_flops),
         },
-        flat=flat,
+        unpadded=unpadded,
         tied_sites=loaded.tied_sites,
         source_groups=tuple(sorted(loaded.source_groups)),
     )

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from cola_runtime.base_model.segments import Member
 from cola_runtime.gradients.taps import Tap, TapSink
 from cola_runtime.machine import is_memory_refused
-from cola_runtime.rows import Row
 from cola_runtime.types import SegmentLoss, TensorKey
 
 OUT_OF_MEMORY = "OUT_OF_MEMORY"
@@ -124,13 +123,7 @@ def _rows(members: Sequence[Member]) -> int:
 
 def _tokens(members: Sequence[Member]) -> int:
     """Padded to the longest row."""
-    return _rows(members) * max(_length(row) for member in members for row in member.segment.rows)
-
-
-def _length(row: Row) -> int:
-    if row.image is not None:
-        return row.image.tokens
-    return len(row.tokens) + (0 if row.source is None else len(row.source))
+    return _rows(members) * max(row.length for member in members for row in member.segment.rows)
 
 
 def _halves(members: Sequence[Member]) -> tuple[list[Member], list[Member]]:
@@ -141,19 +134,12 @@ def _halves(members: Sequence[Member]) -> tuple[list[Member], list[Member]]:
     for member in members:
         count = len(member.segment.rows)
         if 0 < left < count:
-            first.append(_part(member, 0, left))
-            second.append(_part(member, left, count))
+            first.append(member.part(range(left)))
+            second.append(member.part(range(left, count)))
         else:
             (first if left > 0 else second).append(member)
         left -= count
     return first, second
-
-
-def _part(member: Member, start: int, stop: int) -> Member:
-    """Some of the segment's rows, which count as before: for its loss, and for what is drawn for them."""
-    segment = member.segment
-    part = replace(segment, rows=segment.rows[start:stop], first_row=segment.first_row + start)
-    return replace(member, segment=part)
 
 
 def _sum(one: SegmentLoss, other: SegmentLoss) -> SegmentLoss:

@@ -107,6 +107,14 @@ class MixedPass:
         """Rows end to end, nearly without padding: where the body tells them apart at no great cost."""
         return isinstance(self.body, LlamaBody) and not self.accelerator.is_cuda
 
+    @property
+    def pads(self) -> bool:
+        """Rows are padded to one another, at a cost that a pass of their own may spare.
+
+        On an accelerator a pass costs as much as thousands of tokens, and each shape must be captured.
+        """
+        return not self.lays_flat and not self.accelerator.is_cuda
+
     @contextmanager
     def adapted(self, cohorts: Sequence[Cohort], *, rows: int) -> Iterator[None]:
         """Within, the model itself computes `rows` rows with these adapters; with none it is the bare one."""

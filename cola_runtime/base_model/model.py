@@ -24,6 +24,7 @@ from cola_runtime.base_model.images import ImageInput
 from cola_runtime.base_model.load import DTYPES, LoadedModel, load_frozen_model
 from cola_runtime.base_model.loss_scales import LossScales
 from cola_runtime.base_model.mixed_pass import MixedPass
+from cola_runtime.base_model.near_passes import NearPasses
 from cola_runtime.base_model.refusals import RowLimits, one_gang, row_refusal
 from cola_runtime.base_model.residency import Version
 from cola_runtime.base_model.segments import Cohort, Member
@@ -74,7 +75,8 @@ class TappedModel:
             image_shape=None if loaded.images is None else loaded.images.shape,
         )
         self._scales = LossScales()
-        self._fitting = FittingPasses(self._pass.compute, self._pass.let_go)
+        passes = FittingPasses(self._pass.compute, self._pass.let_go).compute
+        self._passes = NearPasses(passes).compute if self._pass.pads else passes
         if not loaded.bidirectional:
             keep_own_settings_only(loaded.model)
 
@@ -138,7 +140,7 @@ class TappedModel:
             name=name,
             gradient_endpoint=gradient_endpoint,
             body=type(self._pass.body).__name__,
-            flat=self._pass.lays_flat,
+            unpadded=self._pass.lays_flat or self._pass.pads,
             threads=self._threads,
         )
         return replace(description, bank_bytes=self._bank_limit)
@@ -232,9 +234,7 @@ class TappedModel:
         computed_tokens = 0
         if members:
             outcomes, computed_tokens = (
-                self._scales.train(members, sink, self._fitting.compute)
-                if step.train
-                else self._fitting.compute(members, None)
+                self._scales.train(members, sink, self._passes) if step.train else self._passes(members, None)
             )
         result = BaseStepResult(
             number=step.number,

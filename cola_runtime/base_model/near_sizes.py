@@ -10,14 +10,26 @@ def near_sizes(sizes: Sequence[int], *, further: int) -> list[list[int]]:
 
     Ascending by size, equal ones in their order, and so the parts. O(n^2) additions for n sizes.
     """
-    order = sorted(range(len(sizes)), key=sizes.__getitem__)
+    return near_rows([(size, 0) for size in sizes], further=further)
+
+
+def near_rows(sizes: Sequence[tuple[int, int]], *, further: int) -> list[list[int]]:
+    """As `near_sizes`, of rows whose tokens and sources (0: they have none) are padded each for themselves.
+
+    Ascending by the sum of both. Equal sizes are never in several parts.
+    """
+    order = sorted(range(len(sizes)), key=lambda position: (sum(sizes[position]), sizes[position]))
     best, cut = [0], [0]  # of the first n: their least cost, and where the last part begins
     for stop in range(1, len(order) + 1):
-        largest = sizes[order[stop - 1]]
-        costs = [best[start] + (stop - start) * largest + further for start in range(stop)]
-        least = min(costs)
+        tokens = source = 0
+        least, begin = -1, 0
+        for start in range(stop - 1, -1, -1):
+            tokens, source = max(tokens, sizes[order[start]][0]), max(source, sizes[order[start]][1])
+            cost = best[start] + (stop - start) * (tokens + source) + further
+            if least < 0 or cost <= least:
+                least, begin = cost, start
         best.append(least)
-        cut.append(costs.index(least))
+        cut.append(begin)
     parts, stop = [], len(order)
     while stop:
         parts.append(order[cut[stop] : stop])

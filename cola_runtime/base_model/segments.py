@@ -11,7 +11,7 @@ Shapes: B rows of the batch, T padded length, P = B * T places, K label position
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
@@ -60,6 +60,24 @@ class Member:
     segment: Segment
     adapter: BankedAdapter
     loss_scale: float = 1.0  # what this pass multiplies the segment's loss by
+    numbers: tuple[int, ...] | None = None  # of a part of the segment: its rows' positions within the step
+
+    @property
+    def row_numbers(self) -> tuple[int, ...]:
+        """Each row's position within the step; dropout's masks go by it."""
+        if self.numbers is not None:
+            return self.numbers
+        first = self.segment.first_row
+        return tuple(range(first, first + len(self.segment.rows)))
+
+    def part(self, places: Sequence[int]) -> Member:
+        """Some of the rows, which count as before: for the segment's loss, and for what is drawn for them."""
+        numbers, rows = self.row_numbers, self.segment.rows
+        return replace(
+            self,
+            segment=replace(self.segment, rows=tuple(rows[place] for place in places)),
+            numbers=tuple(numbers[place] for place in places),
+        )
 
     @property
     def loss_denominator(self) -> float:

@@ -223,7 +223,7 @@ async def _base_models(
             base,
             _scheduling(settings, description.name),
             on_base_lost=lost_replica_reporter(book, name),
-            flat=description.flat,
+            unpadded=description.unpadded,
             bank_bytes=description.bank_bytes,
             spans=spans,
         )

@@ -47,11 +47,11 @@ class SchedulerLoop:
         settings: SchedulerSettings,
         *,
         on_base_lost: Callable[[Exception], None],
-        flat: bool = False,
+        unpadded: bool = False,
         bank_bytes: int | None = None,
         spans: SpanRecorder | None = None,
     ) -> None:
-        """`flat`: the base model lays rows end to end instead of padding them to one another. `bank_bytes`:
+        """`unpadded`: the base model computes hardly more tokens than the rows have. `bank_bytes`:
         of adapters' weights that it can have on its device at a time.
         """
         self._bank_bytes = bank_bytes
@@ -59,7 +59,7 @@ class SchedulerLoop:
         self.bank = BankUse()
         self._spans = spans or SpanRecorder()
         self._base = base
-        self._flat = flat
+        self._unpadded = unpadded
         self._settings = settings
         self._on_base_lost = on_base_lost
         self._queue = FairQueue()
@@ -84,7 +84,7 @@ class SchedulerLoop:
 
     def parts(self, rows: Sequence[Row]) -> list[tuple[Row, ...]]:
         """Cut what is above a base step's token budget."""
-        return split_rows(rows, token_budget=self.token_budget, flat=self._flat)
+        return split_rows(rows, token_budget=self.token_budget, unpadded=self._unpadded)
 
     def share_counters(self, peers: Sequence[SchedulerLoop]) -> None:
         """What is computed for a tenant here counts in these loops too, which are of other replicas."""
@@ -113,7 +113,7 @@ class SchedulerLoop:
         due: Due | None = None,
     ) -> Computed:
         """Wait for a place in a base step and return the segment's loss. Cancelling gives the place back."""
-        rows, padded = measured(segment.rows, flat=self._flat)
+        rows, padded = measured(segment.rows, unpadded=self._unpadded)
         waiting = Waiting(
             ticket=next(self._ticket_numbers),
             tenant_id=tenant_id,

@@ -43,20 +43,20 @@ def padded_row(rows: Sequence[Row]) -> PaddedRow:
     return padded
 
 
-def measured(rows: Sequence[Row], *, flat: bool) -> tuple[int, PaddedRow]:
+def measured(rows: Sequence[Row], *, unpadded: bool) -> tuple[int, PaddedRow]:
     """What rows are in a base step: so many, and what each costs beside no longer ones.
 
-    In a flat batch rows lie end to end: as many as they have tokens, of one token each.
+    Where they are not padded: as many as they have tokens, of one token each.
     """
-    return (sum(row.length for row in rows), PaddedRow(1)) if flat else (len(rows), padded_row(rows))
+    return (sum(row.length for row in rows), PaddedRow(1)) if unpadded else (len(rows), padded_row(rows))
 
 
-def split_rows(rows: Sequence[Row], *, token_budget: int, flat: bool = False) -> list[tuple[Row, ...]]:
+def split_rows(rows: Sequence[Row], *, token_budget: int, unpadded: bool = False) -> list[tuple[Row, ...]]:
     """Cut rows, in order, into parts of at most `token_budget` computed tokens; a longer row is one part."""
     parts: list[list[Row]] = []
     count, padded = 0, PaddedRow()
     for row in rows:
-        further, size = measured([row], flat=flat)
+        further, size = measured([row], unpadded=unpadded)
         grown = padded.beside(size)
         if parts and (count + further) * grown.total <= token_budget:
             parts[-1].append(row)

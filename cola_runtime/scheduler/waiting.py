@@ -32,7 +32,7 @@ class Waiting:
     ticket: int  # order of arrival
     tenant_id: str
     job_id: str
-    rows: int  # of a flat batch: as many as tokens (packing.measured)
+    rows: int  # where they are not padded: as many as tokens (packing.measured)
     tokens: int  # of all rows, sources included, without padding
     padded: PaddedRow  # what each row costs, padded to the longest
     train: bool  # forward and backward, or forward only: the two never share a base step

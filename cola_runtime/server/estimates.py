@@ -128,7 +128,8 @@ def _count(
         counted.tokens += sum(row.length for row in rows)
         counted.label_tokens += sum(row.label_tokens for row in rows)
         parts = sum(
-            len(split_rows(microbatch, token_budget=budget, flat=base.flat)) for microbatch in microbatches
+            len(split_rows(microbatch, token_budget=budget, unpadded=base.unpadded))
+            for microbatch in microbatches
         )
         counted.parts += parts
         parts_at[max(first for first in _VERSIONS if first <= version), parts] += 1

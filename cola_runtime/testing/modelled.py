@@ -34,11 +34,11 @@ class ComputedStep:
 class ModelledBase:
     """Computes base steps one after another, each in STEP_SECONDS + TOKEN_SECONDS per computed token.
 
-    `flat`: rows lie end to end; else they are padded to the longest.
+    `unpadded`: it computes the rows' own tokens; else they are padded to the longest.
     """
 
-    def __init__(self, *, flat: bool = False) -> None:
-        self.flat = flat
+    def __init__(self, *, unpadded: bool = False) -> None:
+        self.unpadded = unpadded
         self.steps: list[ComputedStep] = []
         self._compute = asyncio.Lock()
         self._ended = asyncio.Condition()
@@ -50,7 +50,7 @@ class ModelledBase:
 
     async def run(self, step: BaseStep) -> BaseStepResult:
         rows = [row for segment in step.segments for row in segment.rows]
-        count, size = measured(rows, flat=self.flat)
+        count, size = measured(rows, unpadded=self.unpadded)
         computed = count * size.total
         async with self._compute:
             seconds = STEP_SECONDS + TOKEN_SECONDS * computed

@@ -16,7 +16,7 @@ from cola_runtime.adapters.numpy_draws import uniform_bits
 from cola_runtime.testing.tiny_models import tiny_sites
 
 SITES = tiny_sites("llama")
-DRAW = SegmentDropout(dropout=0.3, seed=7, version=4, first_row=0, lengths=(9, 5, 12))
+DRAW = SegmentDropout(dropout=0.3, seed=7, version=4, rows=(0, 1, 2), lengths=(9, 5, 12))
 
 
 def test_a_mask_is_true_where_x_is_kept_and_false_on_padding() -> None:
@@ -28,7 +28,7 @@ def test_a_mask_is_true_where_x_is_kept_and_false_on_padding() -> None:
 
 def test_the_share_of_dropped_entries_is_p() -> None:
     for dropout in (0.01, 0.3, 0.9):
-        mask = replace(DRAW, dropout=dropout, lengths=(2000,)).mask(SITES[0], 2000)
+        mask = replace(DRAW, dropout=dropout, rows=(0,), lengths=(2000,)).mask(SITES[0], 2000)
         entries = mask.numel()
         deviation = (dropout * (1 - dropout) / entries) ** 0.5
         assert abs(1 - mask.double().mean().item() - dropout) < 4 * deviation
@@ -39,7 +39,7 @@ def test_the_share_of_dropped_entries_is_p() -> None:
 def test_a_row_has_the_same_mask_however_it_is_padded_or_split() -> None:
     whole = DRAW.mask(SITES[1], 12).view(3, 12, -1)
     padded = DRAW.mask(SITES[1], 40).view(3, 40, -1)
-    last = replace(DRAW, first_row=2, lengths=(12,)).mask(SITES[1], 12)
+    last = replace(DRAW, rows=(2,), lengths=(12,)).mask(SITES[1], 12)
     assert torch.equal(padded[:, :12], whole)
     assert torch.equal(last, whole[2])
     longer = replace(DRAW, lengths=(14, 5, 12)).mask(SITES[1], 14).view(3, 14, -1)
@@ -51,7 +51,7 @@ def test_every_seed_version_row_and_site_has_masks_of_its_own() -> None:
         (DRAW, SITES[0]),
         (replace(DRAW, seed=8), SITES[0]),
         (replace(DRAW, version=5), SITES[0]),
-        (replace(DRAW, first_row=3), SITES[0]),
+        (replace(DRAW, rows=(3, 4, 5)), SITES[0]),
         (DRAW, SITES[1]),
         (DRAW, SITES[2]),  # all three share one x
     ]

@@ -151,7 +151,7 @@ def masked_gradients(path: Path, member: Tenant, attention: str) -> Weights:
             lengths = (len(row.source if of_source(site) else row.tokens),)
             kind = member.spec.kinds[site.index]
             draw = SegmentDropout(
-                dropout=kind.dropout, seed=member.spec.seed, version=0, first_row=current[0], lengths=lengths
+                dropout=kind.dropout, seed=member.spec.seed, version=0, rows=(current[0],), lengths=lengths
             )
             mask = draw.mask(site, lengths[0]).view(1, lengths[0], -1).double() * draw.factor
             return output + adapter((args[0] * mask).view(args[0].shape))

@@ -49,7 +49,7 @@ def test_a_line_of_rows_gives_the_rectangles_gradients_with_fewer_tokens(
 ) -> None:
     model, segments = loaded(tiny_folder)
     tenants = four_tenants(model.sites, "float64")
-    assert model.describe("", "").flat
+    assert model.describe("", "").unpadded
     flat, flat_taps = run_segments(model, segments)
     monkeypatch.setattr(MixedPass, "lays_flat", property(lambda _self: False))
     padded, padded_taps = run_segments(model, segments)

@@ -196,7 +196,11 @@ def test_dropout_masks_as_many_positions_as_an_image_has_at_each_site(tmp_path: 
     alone = AdapterSpec(parts=(head,), seed=spec.seed, dtype="float64")
     model, parameters = sequence_model(path, alone, each.weights, dtype="float64", attention="eager")
     draw = SegmentDropout(
-        dropout=0.4, seed=spec.seed, version=0, first_row=0, lengths=(None,) * len(each.rows)
+        dropout=0.4,
+        seed=spec.seed,
+        version=0,
+        rows=tuple(range(len(each.rows))),
+        lengths=(None,) * len(each.rows),
     )
     for site in body.sites:
         adapter = OrdinaryAdapter(kind, site, each.weights)

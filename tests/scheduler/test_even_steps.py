@@ -81,8 +81,8 @@ def test_a_few_jobs_that_come_back_together_are_soon_computed_in_equal_halves() 
     """One comes back early the first time: taking whatever waits would compute 1, 1 and 6 jobs for good."""
 
     async def run() -> list[int]:
-        base = ModelledBase(flat=True)
-        loop = SchedulerLoop(base, SchedulerSettings(token_budget=2048), on_base_lost=print, flat=True)
+        base = ModelledBase(unpadded=True)
+        loop = SchedulerLoop(base, SchedulerSettings(token_budget=2048), on_base_lost=print, unpadded=True)
         tasks = [asyncio.create_task(loop.run_forever())]
         device_seconds = 3 * (STEP_SECONDS + TOKEN_SECONDS * TOKENS)
         for number in range(JOBS):

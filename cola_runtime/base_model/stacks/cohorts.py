@@ -155,7 +155,7 @@ def _dropouts(cohort: Cohort, number: int, *, of_source: bool) -> tuple[SegmentD
             dropout=input_dropout(member.adapter.spec.parts[number].kind),
             seed=member.adapter.spec.seed,
             version=member.segment.version,
-            first_row=member.segment.first_row,
+            rows=member.row_numbers,
             lengths=tuple(_seen(row, of_source=of_source) for row in member.segment.rows),
         )
         for member in cohort.members
