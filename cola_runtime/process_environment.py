@@ -60,6 +60,18 @@ def actor_environment() -> dict[str, str]:
     }
 
 
+@contextmanager
+def in_actor_environment() -> Iterator[None]:
+    """While it lasts, a process that this one starts has an actor's environment; afterwards all is as before."""
+    before = dict(os.environ)
+    os.environ |= actor_environment()
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 @cache
 def jemalloc() -> str:
     """The file of the jemalloc that Ray's package brings along; "" where it brings none.

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import ParamSpec, TypeVar
 
-from cola_runtime.process_environment import actor_environment
+from cola_runtime.process_environment import in_actor_environment
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -19,11 +18,5 @@ def as_an_actor(function: Callable[P, R], *arguments: P.args, **keywords: P.kwar
 
     Nothing that this process holds or has freed is in its way. Raises what `function` raises.
     """
-    before = dict(os.environ)
-    os.environ |= actor_environment()  # a process inherits what is there when it starts
-    try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            return pool.submit(function, *arguments, **keywords).result()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    with in_actor_environment(), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments, **keywords).result()
