@@ -62,7 +62,7 @@ def actor_environment() -> dict[str, str]:
 
 @contextmanager
 def in_actor_environment() -> Iterator[None]:
-    """While it lasts, a process that this one starts has an actor's environment; afterwards all is as before."""
+    """While it lasts, what this process starts has an actor's environment; afterwards all is as before."""
     before = dict(os.environ)
     os.environ |= actor_environment()
     try:
