@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
+from cola_runtime.base_model.parts import OnePass, Outcomes, in_parts
 from cola_runtime.base_model.segments import Member
 from cola_runtime.gradients.taps import Tap, TapSink
 from cola_runtime.machine import is_memory_refused
@@ -21,10 +22,6 @@ OUT_OF_MEMORY = "OUT_OF_MEMORY"
 GROWTH_PASSES = 1000  # passes in a row that fit double the tokens that one may have again
 
 logger = logging.getLogger(__name__)
-
-Outcomes = dict[int, SegmentLoss]
-"""Position in BaseStep.segments -> loss."""
-OnePass = Callable[[Sequence[Member], TapSink | None], tuple[Outcomes, int]]
 
 
 class FittingPasses:
@@ -70,14 +67,7 @@ class FittingPasses:
         return None
 
     def _in_halves(self, members: Sequence[Member], sink: TapSink | None) -> tuple[Outcomes, int]:
-        outcomes: Outcomes = {}
-        tokens = 0
-        for half in _halves(members):
-            found, more = self.compute(half, sink)
-            tokens += more
-            for position, loss in found.items():
-                outcomes[position] = _sum(outcomes[position], loss) if position in outcomes else loss
-        return outcomes, tokens
+        return in_parts(_halves(members), lambda half: self.compute(half, sink))
 
     def _grow(self) -> None:
         """Memory may have been another process's for a while."""
@@ -140,15 +130,3 @@ def _halves(members: Sequence[Member]) -> tuple[list[Member], list[Member]]:
             (first if left > 0 else second).append(member)
         left -= count
     return first, second
-
-
-def _sum(one: SegmentLoss, other: SegmentLoss) -> SegmentLoss:
-    """Of a segment's parts, in order."""
-    if one.reason or other.reason:
-        return SegmentLoss(job_id=one.job_id, reason=one.reason or other.reason)
-    return replace(
-        one,
-        loss_sum=one.loss_sum + other.loss_sum,
-        weight_sum=one.weight_sum + other.weight_sum,
-        predictions=one.predictions + other.predictions,
-    )

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
+from cola_runtime.base_model.parts import OnePass, Outcomes
 from cola_runtime.base_model.segments import Member
 from cola_runtime.gradients.taps import Tap, TapSink
 from cola_runtime.types import Segment, SegmentLoss
@@ -20,11 +21,6 @@ GROWTH_INTERVAL = 2000  # steps in a row without overflow; this and the factors 
 LOWEST, HIGHEST = 1.0, 2.0**32
 
 logger = logging.getLogger(__name__)
-
-Outcomes = dict[int, SegmentLoss]
-"""Position in BaseStep.segments -> loss."""
-OnePass = Callable[[Sequence[Member], TapSink], tuple[Outcomes, int]]
-"""One forward and backward pass: the outcomes, and how many tokens were computed."""
 
 
 @dataclass(slots=True)
