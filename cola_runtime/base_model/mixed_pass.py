@@ -108,8 +108,8 @@ class MixedPass:
         return isinstance(self.body, LlamaBody) and not self.accelerator.is_cuda
 
     @property
-    def pads(self) -> bool:
-        """Rows are padded to one another, at a cost that a pass of their own may spare.
+    def cuts_by_length(self) -> bool:
+        """Rows that would be padded to others go through a pass of their own where that is cheaper.
 
         On an accelerator a pass costs as much as thousands of tokens, and each shape must be captured.
         """

@@ -76,7 +76,7 @@ class TappedModel:
         )
         self._scales = LossScales()
         passes = FittingPasses(self._pass.compute, self._pass.let_go).compute
-        self._passes = NearPasses(passes).compute if self._pass.pads else passes
+        self._passes = NearPasses(passes).compute if self._pass.cuts_by_length else passes
         if not loaded.bidirectional:
             keep_own_settings_only(loaded.model)
 
@@ -140,7 +140,7 @@ class TappedModel:
             name=name,
             gradient_endpoint=gradient_endpoint,
             body=type(self._pass.body).__name__,
-            unpadded=self._pass.lays_flat or self._pass.pads,
+            unpadded=self._pass.lays_flat or self._pass.cuts_by_length,
             threads=self._threads,
         )
         return replace(description, bank_bytes=self._bank_limit)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from cola_runtime.base_model.model import TappedModel
 from cola_runtime.base_model.near_passes import NearPasses, Outcomes
 from cola_runtime.base_model.near_sizes import near_rows
 from cola_runtime.base_model.segments import Member
-from cola_runtime.encodings import Encoding, TapPlan
+from cola_runtime.encodings import Encoding
 from cola_runtime.gradients.taps import Tap, TapSink
 from cola_runtime.rows import Row
 from cola_runtime.testing.peft_reference import relative_difference
@@ -66,8 +65,7 @@ def test_passes_of_near_lengths_give_one_passes_gradients_with_hardly_any_paddin
     whole, whole_taps = run_segments(model, segments)
     assert near.real_tokens == whole.real_tokens == sum(map(sum, LENGTHS))
     assert whole.computed_tokens == 12 * 160
-    uncut = encoding is Encoding.WEIGHT_GRADIENT
-    assert near.computed_tokens == (4 * 150 + 5 * 160 + 3 * 11 if uncut else 4 * 160 + 6 * 12 + 2 * 29)
+    assert near.computed_tokens == 4 * 160 + 6 * 12 + 2 * 29
     for position, member in enumerate(tenants):
         assert near.losses[position].loss_sum == pytest.approx(whole.losses[position].loss_sum, rel=1e-12)
         assert near.losses[position].weight_sum == whole.losses[position].weight_sum
@@ -97,7 +95,7 @@ def test_a_sum_of_passes_in_bfloat16_is_as_near_to_float32_as_one_pass(
             max(relative_difference(gradients_of(taps, position, member), expected).values())
             for taps in (near, whole)
         ]
-        assert errors[0] < 1.25 * errors[1] + 2**-8
+        assert errors[0] < 1.05 * errors[1]
 
 
 def test_evaluation_is_cut_too_and_tells_the_same_losses(
@@ -120,31 +118,30 @@ def row(length: int, source: int = 0) -> Row:
     )
 
 
-def member(
-    position: int, lengths: Sequence[int], *, taps: TapPlan | None = None, numbers: int = 10
-) -> Member:
+def member(position: int, lengths: Sequence[int]) -> Member:
     segment = Segment(
         lease=Lease(job_id=f"job-{position}", epoch=1, device_id="device"),
         version=0,
         rows=tuple(map(row, lengths)),
         loss_denominator=1.0,
-        taps=taps or TapPlan(Encoding.ADAPTER_GRADIENT),
         first_row=5,
     )
-    adapter: Any = SimpleNamespace(flat=torch.zeros(numbers))
+    adapter: Any = None  # nobody looks at it
     return Member(position=position, segment=segment, adapter=adapter)
 
 
 class Passes:
-    """A row's loss is its length, its prediction its number, its gradient both."""
+    """A row's loss is its length, its prediction its number, its gradient both.
+
+    With too many rows memory runs out when the first tap has left.
+    """
 
     def __init__(self, *, most_rows: int = 1000, dtype: torch.dtype = torch.float32) -> None:
         self.most_rows, self.dtype = most_rows, dtype
         self.seen: list[list[Member]] = []
 
     def __call__(self, members: Sequence[Member], sink: TapSink | None) -> tuple[Outcomes, int]:
-        if sum(len(each.segment.rows) for each in members) > self.most_rows:
-            raise MemoryError
+        too_many = sum(len(each.segment.rows) for each in members) > self.most_rows
         self.seen.append(list(members))
         outcomes, rows = {}, 0
         for each in members:
@@ -160,6 +157,8 @@ class Passes:
                 if sink is not None:
                     gradient = torch.tensor([sum(lengths), sum(each.row_numbers)], dtype=self.dtype)
                     sink(Tap(each.position, {key: gradient}))
+                if too_many:
+                    raise MemoryError
         longest = max(row.length for each in members for row in each.segment.rows)
         return outcomes, rows * longest
 
@@ -220,23 +219,21 @@ def test_a_sum_in_sixteen_bits_is_rounded_once() -> None:
     assert taps[0].tensors[UPPER].tolist()[0] == 390.0  # rounded each time: 259 -> 260, 391 -> 392
 
 
-@pytest.mark.parametrize(
-    ("taps", "held_bytes", "passes"),
-    [
-        (TapPlan(Encoding.ADAPTER_GRADIENT), 40, 2),
-        (TapPlan(Encoding.ADAPTER_GRADIENT), 39, 1),
-        (TapPlan(Encoding.ACTIVATIONS), 0, 2),
-        (TapPlan(Encoding.ACTIVATIONS, exceptions=((1, Encoding.ADAPTER_GRADIENT),)), 39, 1),
-        (TapPlan(Encoding.ADAPTER_GRADIENT, exceptions=((1, Encoding.WEIGHT_GRADIENT),)), 1 << 30, 1),
-    ],
-)
-def test_a_segment_whose_sums_would_be_too_large_to_wait_stays_whole(
-    taps: TapPlan, held_bytes: int, passes: int
-) -> None:
-    computed = Passes()
-    near = NearPasses(computed, further=1, held_bytes=held_bytes)
-    near.compute([member(0, [3, 90], taps=taps, numbers=10)], lambda _tap: None)
-    assert len(computed.seen) == passes
+def test_what_finds_no_room_leaves_pass_by_pass_and_room_comes_back() -> None:
+    """Tensors of eight bytes: in the first pass room for three of four."""
+    taps: list[Tap] = []
+    near = NearPasses(Passes(), further=1, held_bytes=24)
+    near.compute([member(0, [3, 50]), member(1, [3, 50, 90])], taps.append)
+    found: dict[tuple[int, TensorKey], list[float]] = {}
+    for tap in taps:
+        for key, tensor in tap.tensors.items():
+            found.setdefault((tap.segment, key), []).append(tensor.tolist()[0])
+    assert found == {
+        (0, UPPER): [53.0],
+        (0, LOWER): [53.0],
+        (1, UPPER): [143.0],
+        (1, LOWER): [3.0, 140.0],  # in the second pass it waits where the first segment's sums were
+    }
 
 
 def test_a_part_that_is_refused_refuses_its_segment_alone() -> None:
