@@ -9,8 +9,9 @@
    machine is shared.
 2. Padding, as a share of computed tokens, of K tenants with one job each (8 rows a step, in turn film
    dialogue, text messages, German talk and chat; a device takes one base step to train): of a base model
-   that lays rows end to end, which pads only segments that stack (as a Llama on a CPU), and of one that pads
-   rows to the longest, packed by bands of near length over the look-ahead window.
+   that lays rows end to end, which pads only segments that stack (as a Llama on a CPU), of one that cuts a
+   step into passes of near lengths (others on a CPU), and of one that pads rows to the longest (on a CUDA
+   device), packed by bands of near length over the look-ahead window.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import statistics
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal, get_args
 
+from cola_runtime.base_model.near_passes import PASS_TOKENS
 from cola_runtime.base_model.near_sizes import near_sizes
 from cola_runtime.base_model.segments import COHORT_TOKENS
 from cola_runtime.scheduler.packing import PaddedRow
@@ -36,6 +38,7 @@ ROWS = 8
 TOKEN_BUDGET = 1024
 TENANTS = (1, 4, 16, 64)
 BUDGETS = (512, 1024, 2048)
+Way = Literal["end to end", "near passes", "padded"]
 
 
 def main() -> None:
@@ -65,34 +68,38 @@ def main() -> None:
 
 
 class Draw:
-    """Microbatches of real rows, for a base model that lays rows end to end or one that pads them."""
+    """Microbatches of real rows, for one of the ways in which base models lay rows."""
 
-    def __init__(self, lengths: dict[str, list[int]], seed: int, *, flat: bool) -> None:
+    def __init__(self, lengths: dict[str, list[int]], seed: int, *, way: Way) -> None:
         self._lengths, self._random = list(lengths.values()), random.Random(seed)
-        self._flat = flat
+        self._way = way
+        self._drawn: dict[int, list[int]] = {}  # lengths of a microbatch's rows, by its ticket
         self._ticket = 0
 
     def microbatch(self, tenant: int, job: int) -> Waiting:
         self._ticket += 1
         lengths = self._random.choices(self._lengths[tenant % len(self._lengths)], k=ROWS)
+        self._drawn[self._ticket] = lengths
+        padded = self._way == "padded"
         return Waiting(
             ticket=self._ticket,
             tenant_id=f"tenant-{tenant}",
             job_id=f"job-{job}",
-            rows=sum(lengths) if self._flat else ROWS,
+            rows=ROWS if padded else sum(lengths),
             tokens=sum(lengths),
-            padded=PaddedRow(1 if self._flat else max(lengths)),
+            padded=PaddedRow(max(lengths) if padded else 1),
             train=True,
         )
 
     def computed(self, chosen: Sequence[Waiting]) -> int:
-        """Tokens of a base step: of a flat one, padded where segments stack (all adapters are alike)."""
-        if not self._flat:
+        """Tokens of a base step: end to end padded where segments stack (all adapters are alike)."""
+        if self._way == "padded":
             return padded_tokens(chosen)
-        sizes = [entry.tokens for entry in chosen]
-        return sum(
-            len(part) * max(sizes[n] for n in part) for part in near_sizes(sizes, further=COHORT_TOKENS)
-        )
+        if self._way == "end to end":
+            sizes, further = [entry.tokens for entry in chosen], COHORT_TOKENS
+        else:
+            sizes, further = [length for entry in chosen for length in self._drawn[entry.ticket]], PASS_TOKENS
+        return sum(len(part) * max(sizes[n] for n in part) for part in near_sizes(sizes, further=further))
 
 
 def decision_cost(
@@ -103,7 +110,7 @@ def decision_cost(
     The queue is deterministic, so the same history is played several times and each decision counts with
     its fastest time: what it costs, without what else this machine did meanwhile.
     """
-    played = [play(size, Draw(lengths, seed, flat=False), decisions=decisions) for _ in range(repetitions)]
+    played = [play(size, Draw(lengths, seed, way="padded"), decisions=decisions) for _ in range(repetitions)]
     wall, cpu = ([min(each) for each in zip(*clock, strict=True)] for clock in zip(*played, strict=True))
     return {**_percentiles("cpu", cpu), **_percentiles("wall", wall)}
 
@@ -153,11 +160,14 @@ def _percentiles(clock: str, seconds: list[float]) -> dict[str, float]:
 
 
 def packing(tenants: int, budget: int, lengths: dict[str, list[int]], *, steps: int) -> dict[str, float]:
-    flat, padded = (Steady(Draw(lengths, tenants, flat=flat), tenants) for flat in (True, False))
-    end_to_end, banded = (state.run(steps, budget) for state in (flat, padded))
+    end_to_end, near, banded = (
+        Steady(Draw(lengths, tenants, way=way), tenants).run(steps, budget) for way in get_args(Way)
+    )
     return {
         "padding": end_to_end["padding"],
         "step_tokens": end_to_end["step_tokens"],
+        "near_passes_padding": near["padding"],
+        "near_passes_step_tokens": near["step_tokens"],
         "padded_rows_padding": banded["padding"],
         "padded_rows_step_tokens": banded["step_tokens"],
         "computed_over_padded_rows": (1 - banded["padding"]) / (1 - end_to_end["padding"]),

@@ -369,7 +369,7 @@ class BaseModelDescription:
     tasks: tuple[Task, ...] = (Task.CAUSAL_LM,)
     bank_bytes: int | None = None  # of adapters' weights on its device at a time; None: no limit
     details: dict[str, str] = field(default_factory=dict)  # attention implementation, threads, device
-    unpadded: bool = False  # its base steps cost as many tokens as their rows have, or hardly more
+    unpadded: bool = False  # base steps cost about the tokens that their rows have; else rows are padded
     tied_sites: tuple[int, ...] = ()  # their weights are other modules' too, so nothing may be merged there
     source_groups: tuple[
         int, ...

@@ -51,7 +51,7 @@ class SchedulerLoop:
         bank_bytes: int | None = None,
         spans: SpanRecorder | None = None,
     ) -> None:
-        """`unpadded`: the base model computes hardly more tokens than the rows have. `bank_bytes`:
+        """`unpadded`: the base model computes about as many tokens as the rows have. `bank_bytes`:
         of adapters' weights that it can have on its device at a time.
         """
         self._bank_bytes = bank_bytes

@@ -54,7 +54,7 @@ def in_one_pass(model: TappedModel, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("encoding", list(Encoding))
-def test_passes_of_near_lengths_give_one_passes_gradients_with_hardly_any_padding(
+def test_passes_of_near_lengths_give_one_passes_gradients_with_less_padding(
     tiny_folder: TinyFolder, encoding: Encoding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tenants = loaded(tiny_folder, "float64")
